@@ -1,0 +1,32 @@
+"""AlignVLM's model code. Importing it registers the classes, so that the Auto classes work without remote code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_alignvlm import AlignVLMConfig
+from .masking_alignvlm import TokenLayout, attention_rule, check_no_leak, dense_mask, leaking_edges
+from .modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMModel
+from .processing_alignvlm import AlignVLMProcessor, to_rgb
+
+
+AutoConfig.register("alignvlm", AlignVLMConfig)
+AutoModel.register(AlignVLMConfig, AlignVLMForConditionalGeneration)
+AutoModelForImageTextToText.register(AlignVLMConfig, AlignVLMForConditionalGeneration)
+AutoProcessor.register(AlignVLMConfig, AlignVLMProcessor)
+
+# What a saved checkpoint must carry to be loaded by the Auto classes with `trust_remote_code=True`.
+AlignVLMConfig.register_for_auto_class("AutoConfig")
+AlignVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+AlignVLMProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "AlignVLMConfig",
+    "AlignVLMForConditionalGeneration",
+    "AlignVLMModel",
+    "AlignVLMProcessor",
+    "TokenLayout",
+    "attention_rule",
+    "check_no_leak",
+    "dense_mask",
+    "leaking_edges",
+    "to_rgb",
+]

@@ -1,0 +1,136 @@
+"""Configuration of AlignVLM: a vision encoder, a projector and a causal language model."""
+
+from typing import ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+FORMAT_VERSION = 1  # raised whenever an older version of this file could no longer read a checkpoint
+MASK_TYPES = ("causal", "image", "prefix", "mutual")
+PROJECTOR_TYPES = ("linear", "mlp")
+AUTO_MAP = {
+    "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
+    "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
+    "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
+}
+# Keys that transformers itself writes into, or passes along with, a configuration.
+_LIBRARY_KEYS = {
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "quantization_config", "torch_dtype",
+}  # fmt: skip
+
+
+class AlignVLMConfig(PreTrainedConfig):
+    """
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`):
+            Configuration of the vision encoder, of any registered model type that yields one token per patch (SigLIP,
+            CLIP, DINOv2, ViT, ...). Defaults to a SigLIP encoder.
+        text_config (`dict` or `PreTrainedConfig`):
+            Configuration of the language model, of any registered causal LM. Defaults to Qwen2.
+        projector_type (`str`): `"mlp"` (two layers) or `"linear"`.
+        projector_hidden_act (`str`): activation of the MLP projector.
+        pixel_shuffle_factor (`int`):
+            Merges squares of `factor x factor` neighbouring patches into one image token before the projector.
+        vision_feature_layer (`int`):
+            -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings).
+        attention_mask_type (`str`):
+            Which later tokens a token may see too: `"causal"` (none), `"image"` (those of the same image), `"prefix"`
+            (all before the first response) or `"mutual"` (`"image"`, and image tokens see the prompt).
+        image_token_id (`int`): the id of the placeholder that image features replace.
+        tie_word_embeddings (`bool`): whether head and embeddings share weights; defaults to the text config's value.
+
+    Raises:
+        ValueError: for an unknown key or value (the message lists the valid ones), for a checkpoint written by a later
+            version, and for patch grids that the pixel shuffle factor does not divide.
+    """
+
+    model_type = "alignvlm"
+    sub_configs: ClassVar = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projector_type: str = "mlp"
+    projector_hidden_act: str = "gelu"
+    pixel_shuffle_factor: int = 1
+    vision_feature_layer: int = -1
+    attention_mask_type: str = "image"
+    image_token_id: int | None = None
+    tie_word_embeddings: bool | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint was written by a later version of AlignVLM (format {self.format_version}; this code "
+                f"reads up to {FORMAT_VERSION}). Update the package, or load it with the code in its own folder."
+            )
+        unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
+        if unknown:
+            raise ValueError(
+                f"Unknown AlignVLMConfig key(s): {', '.join(sorted(unknown))}. Valid keys: {', '.join(self._own_fields())}."
+            )
+        self.vision_config = self._sub_config("vision_config", "siglip_vision_model")
+        self.text_config = self._sub_config("text_config", "qwen2")
+        if hasattr(self.vision_config, "vision_use_head"):
+            self.vision_config.vision_use_head = False  # SigLIP's pooling head is never read
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size - 1
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+        self._check_value("attention_mask_type", MASK_TYPES)
+        self._check_value("projector_type", PROJECTOR_TYPES)
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
+                "tokens. Add the image token to the tokenizer and resize the embeddings first."
+            )
+        if self.pixel_shuffle_factor < 1 or self.patch_grid % self.pixel_shuffle_factor:
+            raise ValueError(
+                f"pixel_shuffle_factor={self.pixel_shuffle_factor} must be at least 1 and divide the patch grid of "
+                f"{self.patch_grid} x {self.patch_grid}."
+            )
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        return [name for name in AlignVLMConfig.__annotations__ if name != "sub_configs"]
+
+    def _check_value(self, key: str, valid: tuple[str, ...]) -> None:
+        if getattr(self, key) not in valid:
+            raise ValueError(f"Unknown {key} {getattr(self, key)!r}. Valid values: {', '.join(valid)}.")
+
+    def _sub_config(self, key: str, default_model_type: str) -> PreTrainedConfig:
+        value = getattr(self, key)
+        if isinstance(value, PreTrainedConfig):
+            return value
+        value = dict(value or {})
+        model_type = value.pop("model_type", default_model_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"Unknown model_type {model_type!r} in {key}. Valid values are the model types registered in "
+                f"transformers: {', '.join(CONFIG_MAPPING)}."
+            )
+        return CONFIG_MAPPING[model_type](**value)
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side of the encoder's square input."""
+        sizes = (self.vision_config.image_size, self.vision_config.patch_size)
+        image_size, patch_size = (max(size) if isinstance(size, (list, tuple)) else size for size in sizes)
+        return image_size // patch_size
+
+    @property
+    def image_seq_length(self) -> int:
+        """Tokens that one image takes in the language model."""
+        return (self.patch_grid // self.pixel_shuffle_factor) ** 2
+
+    def to_dict(self) -> dict:
+        """As in transformers, with `auto_map` in full: re-saving a model loaded from the Hub must keep every entry."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+
+__all__ = ["AlignVLMConfig"]

@@ -1,0 +1,212 @@
+"""Who may attend to whom: the one definition behind training, prefill, decoding, the processor's dense mask and every kernel.
+
+`attention_rule` turns a `TokenLayout` and a mask type into an index-based boolean function `rule(batch, head, query, key)`.
+Evaluated by broadcasting it is a dense mask (`dense_mask`), converted once it is an additive mask for eager attention, and
+traced it is a block mask for flex attention (`attention_mask_for`). The same function proves that no answer can leak into
+its own prediction (`leaking_edges`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .configuration_alignvlm import MASK_TYPES
+
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class TokenLayout:
+    """What each token of a batch of rows is; every field has shape `(batch, length)`.
+
+    Args:
+        image_ids (`torch.LongTensor`): -1, or the index of the token's image within its row.
+        record_ids (`torch.LongTensor`): -1 for padding, else the index of the token's record within its row.
+        branch_ids (`torch.LongTensor`): 0 for the trunk of a record, `k > 0` for the tokens of its k-th annotation.
+        prompt_mask (`torch.BoolTensor`): True for the tokens before the first response of their branch.
+
+    Raises:
+        ValueError: if a field is not of shape `(batch, length)`, the same for all four, or the batch is empty.
+    """
+
+    image_ids: Tensor
+    record_ids: Tensor
+    branch_ids: Tensor
+    prompt_mask: Tensor
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value.ndim != 2 or value.shape != self.image_ids.shape or value.shape[0] == 0:
+                raise ValueError(
+                    f"`{field.name}` has shape {tuple(value.shape)}; a layout needs four fields of one shape (batch, length) "
+                    f"with at least one row, and `image_ids` has {tuple(self.image_ids.shape)}."
+                )
+
+    @classmethod
+    def from_image_mask(
+        cls,
+        is_image: Tensor,
+        image_seq_length: int,
+        attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        record_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+    ) -> "TokenLayout":
+        """The layout of rows whose image tokens are known; whatever else is not given is filled in plainly.
+
+        Args:
+            is_image (`torch.BoolTensor` of shape `(batch, length)`): True at image tokens, for instance
+                `input_ids == config.image_token_id`.
+            image_seq_length (`int`): tokens per image. Counting them tells two adjacent images apart.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 or False at padding.
+
+        Without `record_ids` a row is one record, without `branch_ids` one trunk, without `prompt_mask` all response.
+        """
+        image_ids = torch.where(is_image, (is_image.long().cumsum(-1) - 1) // image_seq_length, -1)
+        if record_ids is None:
+            record_ids = torch.zeros_like(image_ids)
+        if attention_mask is not None:
+            record_ids = torch.where(attention_mask.bool(), record_ids, -1)
+        branch_ids = torch.zeros_like(image_ids) if branch_ids is None else branch_ids
+        prompt_mask = torch.zeros_like(is_image) if prompt_mask is None else prompt_mask.bool()
+        return cls(image_ids, record_ids, branch_ids, prompt_mask)
+
+    @classmethod
+    def from_input_ids(cls, input_ids: Tensor, image_token_id: int, image_seq_length: int, **known) -> "TokenLayout":
+        """The layout read off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
+        return cls.from_image_mask(input_ids == image_token_id, image_seq_length, **known)
+
+    def placed_in_cache(self, past_length: int | Tensor, total_length: int, attention_mask: Tensor | None) -> "TokenLayout":
+        """This layout behind `past_length` cached tokens, in a cache of `total_length` positions.
+
+        Cached tokens count as text of record 0's trunk (the queries come after them, so no forward edge needs more), unless
+        `attention_mask` of shape `(batch, <= total_length)` marks them as padding; unused positions are padding.
+        """
+        batch, length = self.image_ids.shape
+        device = self.image_ids.device
+        positions = torch.arange(total_length, device=device).expand(batch, -1)
+        real = positions < past_length
+        if attention_mask is not None:
+            padding_mask = torch.nn.functional.pad(attention_mask.bool(), (0, total_length - attention_mask.shape[-1]))
+            real = real & padding_mask.to(device)
+        own = past_length + torch.arange(length, device=device)
+
+        def place(values: Tensor, background: Tensor) -> Tensor:
+            return background.clone().index_copy(1, own, values)
+
+        return TokenLayout(
+            image_ids=place(self.image_ids, torch.full_like(positions, -1)),
+            record_ids=place(self.record_ids, torch.where(real, 0, -1)),
+            branch_ids=place(self.branch_ids, torch.zeros_like(positions)),
+            prompt_mask=place(self.prompt_mask, torch.zeros_like(real)),
+        )
+
+
+def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
+    """`rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
+
+    Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or
+    `forward(q, k)`; every token sees itself, so no row of a mask is empty. `forward` is the mask type:
+
+    - `causal`: never.
+    - `image`: q and k are tokens of the same image.
+    - `prefix`: q and k both come before the first response of their branch.
+    - `mutual`: as `image`, or q is an image token and k comes before the first response.
+    """
+    if mask_type not in MASK_TYPES:
+        raise ValueError(f"Unknown mask type {mask_type!r}. Valid values: {', '.join(MASK_TYPES)}.")
+    image, record, branch, prompt = layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask
+
+    def same_image(b, q, k):
+        return (image[b, q] == image[b, k]) & (image[b, q] >= 0)
+
+    def forward(b, q, k):
+        if mask_type == "image":
+            return same_image(b, q, k)
+        if mask_type == "prefix":
+            return prompt[b, q] & prompt[b, k]
+        return same_image(b, q, k) | ((image[b, q] >= 0) & prompt[b, k])
+
+    def rule(b, h, q, k):
+        in_order = k <= q if mask_type == "causal" else (k <= q) | forward(b, q, k)
+        same_record = (record[b, q] == record[b, k]) & (record[b, k] >= 0)
+        in_reach = (branch[b, k] == 0) | (branch[b, k] == branch[b, q])
+        return (same_record & in_reach & in_order) | (q == k)
+
+    return rule
+
+
+def dense_mask(layout: TokenLayout, mask_type: str) -> Tensor:
+    """The rule as a bool tensor of shape `(batch, 1, length, length)`, True where attention is allowed."""
+    batch, length = layout.image_ids.shape
+    index = torch.arange(length, device=layout.image_ids.device)
+    rows = torch.arange(batch, device=layout.image_ids.device)[:, None, None, None]
+    mask = attention_rule(layout, mask_type)(rows, 0, index[None, None, :, None], index[None, None, None, :])
+    return mask.expand(batch, 1, length, length)
+
+
+def attention_mask_for(
+    rule: Rule, config, inputs_embeds: Tensor, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0
+):
+    """The rule in the form that the attention kernel of `config` reads.
+
+    Args:
+        rule: indices are absolute: query i of `inputs_embeds` is token `q_offset + i`, key j is token `kv_offset + j`.
+        config (`PreTrainedConfig`): the language model's; its `_attn_implementation` chooses the form.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`): for shape, dtype and device.
+
+    Returns:
+        `(batch, 1, length, kv_length)`: bool for `sdpa`, additive float for `eager`, a `BlockMask` for `flex_attention`.
+    """
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=inputs_embeds.shape[0],
+        q_length=inputs_embeds.shape[1],
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=rule,
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=inputs_embeds.dtype,
+        device=inputs_embeds.device,
+        config=config,
+    )
+
+
+def leaking_edges(layout: TokenLayout, mask_type: str, response_mask: Tensor) -> Tensor:
+    """Edges through which a response could reach the prediction of itself or of something before it.
+
+    An edge q -> k with k > q is safe iff no response token lies in (q, k]: then whatever k carries was known before the
+    first of them was predicted.
+
+    Args:
+        response_mask (`torch.BoolTensor` of shape `(batch, length)`): True at tokens with a label.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length, length)`, True at the unsafe edges of the mask.
+    """
+    if response_mask.shape != layout.image_ids.shape:
+        raise ValueError(
+            f"`response_mask` has shape {tuple(response_mask.shape)}, the layout {tuple(layout.image_ids.shape)}."
+        )
+    seen = response_mask.long().cumsum(-1)
+    return dense_mask(layout, mask_type)[:, 0] & (seen[:, None, :] > seen[:, :, None])
+
+
+def check_no_leak(layout: TokenLayout, mask_type: str, response_mask: Tensor) -> None:
+    """Raises a `ValueError` that names row, query and key if `leaking_edges` finds any edge."""
+    edges = leaking_edges(layout, mask_type, response_mask)
+    if edges.any():
+        row, query, key = edges.nonzero()[0].tolist()
+        raise ValueError(
+            f"Under the mask type {mask_type!r} token {query} of row {row} sees token {key}, at or behind a response token: "
+            "the model could read the answer it is to predict. Check `prompt_mask` and where the images stand."
+        )
+
+
+__all__ = ["TokenLayout", "attention_mask_for", "attention_rule", "check_no_leak", "dense_mask", "leaking_edges"]

@@ -1,0 +1,449 @@
+"""The AlignVLM model: image features, projected, take the place of image tokens in a causal language model.
+
+`AlignVLMModel` holds vision encoder, projector and language model and builds the attention mask from the token layout;
+`AlignVLMForConditionalGeneration` adds the language modelling head, the loss and what generation needs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+
+from .configuration_alignvlm import AlignVLMConfig
+from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule
+
+
+LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
+
+
+@dataclass
+class AlignVLMModelOutputWithPast(BaseModelOutputWithPast):
+    """`image_hidden_states`: projected image features of shape `(images, image_seq_length, hidden)`, if images were given."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class AlignVLMCausalLMOutputWithPast(ModelOutput):
+    """`loss` (scalar, if labels were given), `logits` of shape `(batch, length, vocabulary)` and the model's outputs."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor] | None = None
+    attentions: tuple[Tensor] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class AlignVLMProjector(nn.Module):
+    """Maps patch features `(images, patches, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__()
+        self.factor = config.pixel_shuffle_factor
+        in_features = config.vision_config.hidden_size * self.factor**2
+        out_features = config.text_config.hidden_size
+        if config.projector_type == "linear":
+            self.layers = nn.Linear(in_features, out_features)
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(in_features, out_features),
+                ACT2FN[config.projector_hidden_act],
+                nn.Linear(out_features, out_features),
+            )
+
+    def pixel_shuffle(self, patches: Tensor) -> Tensor:
+        """Stacks each square of `factor x factor` patches into one token, row by row."""
+        images, length, hidden = patches.shape
+        side = round(length**0.5) // self.factor
+        squares = patches.reshape(images, side, self.factor, side, self.factor, hidden).transpose(2, 3)
+        return squares.reshape(images, side * side, self.factor**2 * hidden)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.layers(self.pixel_shuffle(patches) if self.factor > 1 else patches)
+
+
+class AlignVLMPreTrainedModel(PreTrainedModel):
+    config: AlignVLMConfig
+    config_class = AlignVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True  # only for the mask type `causal`: see `_refuse_flash_attention`
+    _supports_attention_backend = True
+
+    def __init__(self, config: AlignVLMConfig, *args, **kwargs):
+        self._refuse_flash_attention(config, config)
+        super().__init__(config, *args, **kwargs)
+
+    @staticmethod
+    def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
+        """FlashAttention kernels ignore mask functions: they would silently train the causal baseline."""
+        if config.attention_mask_type != "causal" and is_flash_attention_requested(attention_config):
+            raise ValueError(
+                f"attn_implementation={attention_config._attn_implementation!r} cannot apply the mask type "
+                f"{config.attention_mask_type!r}. Use 'sdpa', 'flex_attention' or 'eager', or attention_mask_type='causal'."
+            )
+
+
+class AlignVLMModel(AlignVLMPreTrainedModel):
+    """Vision encoder, projector and language model without a head."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.projector = AlignVLMProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encodes and projects images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
+
+        Returns:
+            `last_hidden_state`: patch features `(images, patches, vision_hidden)`, class and register tokens dropped;
+            `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width).")
+        layer = self.config.vision_feature_layer
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layer != -1, return_dict=True
+        )
+        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        extra_tokens = features.shape[1] - self.config.patch_grid**2  # class and register tokens stand in front
+        if features.ndim != 3 or extra_tokens < 0:
+            raise ValueError(
+                f"The encoder {self.config.vision_config.model_type!r} returned features of shape {tuple(features.shape)}; "
+                f"expected (images, at least {self.config.patch_grid**2} patches, hidden)."
+            )
+        patches = features[:, extra_tokens:]
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self.projector(patches))
+
+    def _merge_image_features(self, inputs_embeds: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
+        """Puts image features `(images, image_seq_length, hidden)` at the image tokens of `inputs_embeds`, in order."""
+        found, given = int(is_image.sum()), features.shape[0] * features.shape[1]
+        if found != given:
+            raise ValueError(
+                f"Image features and image tokens do not match: `input_ids` holds {found} image tokens, and "
+                f"{features.shape[0]} image(s) of {features.shape[1]} tokens need {given}. Every image needs one placeholder."
+            )
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        record_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        **kwargs,
+    ) -> AlignVLMModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): with `image_seq_length` image tokens per image.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
+                all images of the batch, in the order of their tokens.
+            attention_mask (`torch.Tensor`):
+                `(batch, cached + length)`, 0 at padding; or a ready bool mask of shape `(batch, 1, length, keys)`, True
+                where attention is allowed, which then replaces every rule below.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`):
+                1 at image tokens; needed with `inputs_embeds`, else read off `input_ids`.
+            image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
+                the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
+                their tokens. The mask types `prefix` and `mutual` need `prompt_mask`.
+        """
+        self._refuse_flash_attention(self.config, self.language_model.config)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens.shape[0] == 0 or tokens.shape[1] == 0:
+            raise ValueError(f"The batch is empty: the input has shape {tuple(tokens.shape)}.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        is_image = None
+        if mm_token_type_ids is not None:
+            is_image = mm_token_type_ids == 1
+        elif input_ids is not None:
+            is_image = input_ids == self.config.image_token_id
+        features = None
+        if pixel_values is not None:
+            if is_image is None:
+                raise ValueError("`pixel_values` with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
+            features = self.get_image_features(pixel_values).pooler_output
+            inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
+
+        layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
+        if attention_mask is not None and attention_mask.ndim == 4:
+            attention_mask = self._ready_mask(attention_mask, inputs_embeds, past_key_values)
+        elif self._needs_layout(pixel_values, image_ids, past_key_values, **layout_inputs):
+            layout = self._layout(inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs)
+            attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, past_key_values)
+        # else: text behind text, where the language model's own causal mask is the rule
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return AlignVLMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+    def _needs_layout(self, pixel_values, image_ids, past_key_values, record_ids, branch_ids, prompt_mask) -> bool:
+        """Whether anything in this call departs from the plain causal mask of the language model."""
+        mask_type = self.config.attention_mask_type
+        is_prefill = past_key_values is None or not past_key_values.is_initialized
+        has_images = pixel_values is not None or image_ids is not None
+        if prompt_mask is None and ((mask_type == "prefix" and is_prefill) or (mask_type == "mutual" and has_images)):
+            raise ValueError(
+                f"The mask type {mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
+                "first response. (`generate` fills it in for a prompt; the collator of `training` for training rows.)"
+            )
+        if record_ids is not None or branch_ids is not None:
+            return True
+        return mask_type != "causal" and (has_images or prompt_mask is not None)
+
+    def _layout(self, inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs) -> TokenLayout:
+        """The layout of this call's tokens, `(batch, length)`, from what is given and what the tokens tell."""
+        shape = inputs_embeds.shape[:2]
+        for name, value in {"image_ids": image_ids, "mm_token_type_ids": is_image, **layout_inputs}.items():
+            if value is not None and value.shape != shape:
+                raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but the tokens have {tuple(shape)}.")
+        if attention_mask is not None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1] + int(past_length):
+                raise ValueError(
+                    f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected ({shape[0]}, "
+                    f"{shape[1] + int(past_length)}): one value for each cached and each new token."
+                )
+            attention_mask = attention_mask[:, past_length : past_length + shape[1]]
+        if is_image is None:
+            is_image = torch.zeros(shape, dtype=torch.bool, device=inputs_embeds.device)
+        layout = TokenLayout.from_image_mask(is_image, self.config.image_seq_length, attention_mask, **layout_inputs)
+        if image_ids is not None:
+            layout.image_ids = image_ids
+        return layout
+
+    def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, past_key_values: Cache | None):
+        """A dense mask given by the caller, in the form the attention kernel reads."""
+        batch, length = inputs_embeds.shape[:2]
+        kv_length = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+        if mask.shape != (batch, 1, length, kv_length) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"A ready `attention_mask` must be bool of shape {(batch, 1, length, kv_length)}, True where attention is "
+                f"allowed; got {mask.dtype} of shape {tuple(mask.shape)}. (For an additive mask pass `mask == 0`.)"
+            )
+        config = self.language_model.config
+        return attention_mask_for(lambda b, h, q, k: mask[b, 0, q, k], config, inputs_embeds, kv_length)
+
+    def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, past_key_values):
+        """The layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
+        config = self.language_model.config
+        length = inputs_embeds.shape[1]
+        past_length, total_length = 0, length
+        if past_key_values is not None:
+            past_length = past_key_values.get_seq_length()
+            total_length = max(past_key_values.get_mask_sizes(length, 0)[0], int(past_length) + length)
+            layout = layout.placed_in_cache(past_length, total_length, attention_mask)
+        rule = attention_rule(layout, self.config.attention_mask_type)
+
+        layer_types = list(getattr(config, "layer_types", None) or [])
+        if not layer_types:
+            layer_types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+        masks = {}
+        for layer_type in dict.fromkeys(layer_types):
+            kv_length, kv_offset = length, 0
+            if past_key_values is not None:
+                kv_length, kv_offset = past_key_values.get_mask_sizes(length, layer_types.index(layer_type))
+            if layer_type == "full_attention":
+                layer_rule = rule
+            elif layer_type == "sliding_attention":
+                layer_rule = _within_window(rule, layout, position_ids, past_length, config.sliding_window)
+            else:
+                raise ValueError(
+                    f"The language model {config.model_type!r} has layers of type {layer_type!r}, which no attention mask "
+                    f"can govern. Use attention_mask_type='causal' without packed rows, or another language model."
+                )
+            masks[layer_type] = attention_mask_for(layer_rule, config, inputs_embeds, kv_length, past_length, kv_offset)
+        return masks if len(masks) > 1 else masks[layer_types[0]]
+
+
+def _within_window(rule, layout: TokenLayout, position_ids: Tensor | None, past_length, window: int):
+    """The rule, restricted to keys less than `window` positions behind the query (positions of branches go on from the trunk)."""
+    positions = (layout.record_ids >= 0).long().cumsum(-1) - 1
+    if position_ids is not None:
+        own = past_length + torch.arange(position_ids.shape[-1], device=positions.device)
+        positions = positions.index_copy(1, own, position_ids.expand(positions.shape[0], -1))
+    return lambda b, h, q, k: rule(b, h, q, k) & (positions[b, q] - positions[b, k] < window)
+
+
+class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
+    """AlignVLM with a language modelling head: answers about images, and trains on labels."""
+
+    def __init__(self, config: AlignVLMConfig):
+        super().__init__(config)
+        self.model = AlignVLMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        record_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> AlignVLMCausalLMOutputWithPast:
+        """As `AlignVLMModel.forward`, and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, length)`): the token at each place, or -100 where nothing is to be
+                predicted; the shift by one happens inside. The loss is the mean over labels, or their sum divided by
+                `num_items_in_batch` if that is given.
+            logits_to_keep (`int` or `torch.Tensor`): compute logits only for the last so many (0: all) or for these places.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            image_ids=image_ids,
+            record_ids=record_ids,
+            branch_ids=branch_ids,
+            prompt_mask=prompt_mask,
+            return_dict=True,
+            **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if softcap is not None:  # Gemma 2
+            logits = torch.tanh(logits / softcap) * softcap
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return AlignVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs) -> dict:
+        """Layout inputs belong to the prefill; everything given to `generate` comes before the first response."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        without_cache = kwargs.get("use_cache") is False
+        if is_first_iteration or without_cache:
+            length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
+            for name in LAYOUT_INPUTS:  # without a cache every step sees the whole row again, the new tokens behind it
+                if inputs.get(name) is not None and inputs[name].shape[1] < length:
+                    inputs[name] = _extend_layout_input(name, inputs[name], length)
+        else:
+            for name in LAYOUT_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if self.config.attention_mask_type in ("prefix", "mutual") and model_kwargs.get("prompt_mask") is None:
+            tokens = model_kwargs.get("inputs_embeds", inputs)
+            model_kwargs["prompt_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return inputs, name, model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs):
+        """Beams: images are repeated row by row, since rows may hold different numbers of them."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            is_image = kwargs["mm_token_type_ids"] == 1 if input_ids is None else input_ids == self.config.image_token_id
+            images_per_row = (is_image.sum(-1) // self.config.image_seq_length).tolist()
+            rows = pixel_values.split(images_per_row)
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return input_ids, kwargs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask=None, **kwargs):
+        """For compilable caches `generate` would build a causal mask ahead; `AlignVLMModel` builds its own from the 2D one."""
+        return attention_mask
+
+
+def _extend_layout_input(name: str, value: Tensor, length: int) -> Tensor:
+    """Layout of generated tokens: text, no longer prompt, of the record and branch of the last prompt token."""
+    missing = length - value.shape[1]
+    if name == "image_ids":
+        tail = value.new_full((value.shape[0], missing), -1)
+    elif name == "prompt_mask":
+        tail = value.new_zeros((value.shape[0], missing))
+    else:
+        tail = value[:, -1:].expand(-1, missing)
+    return torch.cat([value, tail], dim=1)
+
+
+__all__ = ["AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]

@@ -1,0 +1,110 @@
+"""Tiny real models for all tests: a few thousand parameters, every class as in real use."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, set_seed
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+from training import scenes
+from training.backbones import PLAIN_TEMPLATE
+
+
+torch.set_num_threads(2)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+IMAGE_TOKEN = "<image>"
+IMAGE_SIZE, PATCH_SIZE = 16, 8  # four image tokens
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+TEXT = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,  # so that wrong masks change the outputs visibly
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [a["prompt"] + " " + a["response"] for r in scenes.make_scenes(100, seed=9) for a in r["annotations"]]
+    trainer = trainers.BpeTrainer(
+        vocab_size=350,
+        special_tokens=["<pad>", "</s>", IMAGE_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=[IMAGE_TOKEN]
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer) -> AlignVLMProcessor:
+    image_processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return AlignVLMProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=PLAIN_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer):
+    """A function that makes a tiny model: `make_model(mask_type="image", vision={...}, text={...}, **config)`."""
+
+    def make(mask_type: str = "image", vision=None, text=None, seed: int = 0, attn_implementation="sdpa", **config):
+        set_seed(seed)
+        text_config = {**TEXT, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **(text or {})}
+        config = AlignVLMConfig(
+            vision_config=vision or VISION,
+            text_config=text_config,
+            attention_mask_type=mask_type,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            **config,
+        )
+        config._attn_implementation = attn_implementation
+        model = AlignVLMForConditionalGeneration(config).eval()
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, make_model, processor) -> Path:
+    """A saved stage-0 folder of the tiny model."""
+    from training.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny") / "stage0"
+    save_checkpoint(make_model(), processor, folder, {"backbones": {"vision": "tiny", "language": "tiny"}, "stages": []})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test data that ALIGNVLM_TEST_DATA names; tests that need it are skipped without."""
+    folder = os.environ.get("ALIGNVLM_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("ALIGNVLM_TEST_DATA names no folder of real photos, captions and pretrained weights")
+    return Path(folder)

@@ -1,0 +1,92 @@
+"""A checkpoint folder is a repository: weights, code, processor, licence, card and run record, loadable by the Auto classes.
+
+The run record, `alignvlm_run.json`, tells how the weights came about: the backbones, and one entry per stage.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+import transformers
+
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+RUN_RECORD = "alignvlm_run.json"
+VERSIONED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "alignvlm")
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries a result depends on."""
+    found = {distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
+
+
+def read_run_record(folder: str | os.PathLike) -> dict:
+    """The run record of a checkpoint; one without stages if the folder or Hub repository has none."""
+    path = transformers.utils.cached_file(str(folder), RUN_RECORD, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text()) if path else {"stages": []}
+
+
+def save_checkpoint(
+    model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, folder: str | os.PathLike, record: dict
+) -> None:
+    """Writes a complete repository into `folder`, run record last: a folder with a record is whole."""
+    folder = Path(folder)
+    (folder / RUN_RECORD).unlink(missing_ok=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    shutil.copyfile(_licence_file(), folder / "LICENSE")
+    (folder / "README.md").write_text(_card(record))
+    unfinished = folder / f"{RUN_RECORD}.tmp"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(folder / RUN_RECORD)
+
+
+def _licence_file() -> Path:
+    """The licence of the code files, from the checkout or the installed distribution."""
+    checkout = Path(__file__).parents[1] / "LICENSE"
+    if checkout.is_file():
+        return checkout
+    distribution = importlib.metadata.distribution("alignvlm")
+    return next(Path(distribution.locate_file(file)) for file in distribution.files if file.name == "LICENSE")
+
+
+def _card(record: dict) -> str:
+    """A short card of what the run record says, no more."""
+    backbones = record.get("backbones", {})
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "tags: [alignvlm, vision-language-model]",
+        "---",
+        "",
+        "# An AlignVLM checkpoint",
+        "",
+        f"Vision encoder `{backbones.get('vision', 'unknown')}`, language model `{backbones.get('language', 'unknown')}`.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        'answer = pipeline("image-text-to-text", model="PATH_OR_REPOSITORY", trust_remote_code=True)',
+        'messages = [{"role": "user", "content": [{"type": "image", "url": "photo.jpg"},',
+        '                                         {"type": "text", "text": "Describe the picture in detail."}]}]',
+        'print(answer(text=messages, return_full_text=False)[0]["generated_text"])',
+        "```",
+        "",
+        "`trust_remote_code=True` runs the four Python files in this folder; they read and write no files and use no network.",
+        "",
+        "| stage | trained (peak learning rate) | mask | sources | steps | loss before | loss after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in record["stages"]:
+        trained = ", ".join(f"{name} ({rate:g})" for name, rate in stage["learning_rates"].items())
+        sources = ", ".join(source["name"] for source in stage["sources"])
+        before, after = ("-" if stage[key] is None else f"{stage[key]:.3f}" for key in ("eval_loss_before", "eval_loss_after"))
+        lines.append(
+            f"| {stage['stage']} | {trained} | `{stage['attention_mask_type']}` | {sources} | {stage['steps']} | {before} | {after} |"
+        )
+    lines += ["", f"How it was made stands in `{RUN_RECORD}`. The Python files are under the Apache License 2.0 (`LICENSE`)."]
+    return "\n".join(lines) + "\n"

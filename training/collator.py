@@ -1,0 +1,182 @@
+"""From records to the rows of a batch: shared-image packing, labels and token layout.
+
+A row holds the trunk of a record (all up to its last image token) once, and each annotation as a branch behind it. Branches
+see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what separate
+sequences would. Mask types under which the trunk looks into the prompt cannot share it: their records become one row per
+annotation.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, to_rgb
+
+
+logger = logging.get_logger(__name__)
+
+SHARED_TRUNK_MASK_TYPES = ("causal", "image")
+IGNORED = -100  # the label of tokens that are not predicted
+
+
+@dataclass
+class Row:
+    """One sequence of a batch; the lists have one entry per token."""
+
+    images: list
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    branch_ids: list[int] = field(default_factory=list)
+    prompt_mask: list[bool] = field(default_factory=list)
+
+    def append(self, input_ids: list[int], branch: int, first_position: int, response_length: int = 0) -> None:
+        """Adds tokens whose last `response_length` are a response; a branch's first token has nothing to be predicted from."""
+        prompt_length = len(input_ids) - response_length
+        labels = [IGNORED] * prompt_length + input_ids[prompt_length:]
+        if labels:
+            labels[0] = IGNORED
+        self.input_ids += input_ids
+        self.labels += labels
+        self.position_ids += range(first_position, first_position + len(input_ids))
+        self.branch_ids += [branch] * len(input_ids)
+        self.prompt_mask += [True] * prompt_length + [False] * response_length
+
+
+class AlignVLMCollator:
+    """Turns records `{"images": [PIL], "annotations": [{"prompt", "response"}]}` into model inputs.
+
+    Prompts and responses are written with the processor's chat template and tokenised apart, so that a prompt has the very
+    tokens it has at inference. Only responses, with the token that ends them, carry labels.
+
+    Args:
+        processor (`AlignVLMProcessor`): with a chat template.
+        mask_type (`str`): the mask type the rows are trained under; no row leaves here whose answers would leak.
+        max_length (`int`, *optional*):
+            the longest row. Annotations that do not fit any more are dropped with a warning; a single one that is too long
+            loses the end of its response, never an image token.
+        pad_to_multiple_of (`int`, *optional*).
+        shared_image (`bool`): False makes one row per annotation under every mask type, as other trainers do.
+    """
+
+    def __init__(
+        self,
+        processor: AlignVLMProcessor,
+        mask_type: str = "image",
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        shared_image: bool = True,
+    ):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.mask_type = mask_type
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of or 1
+        self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
+        if processor.chat_template is None:
+            raise ValueError("The processor has no chat template, so prompts and responses cannot be written. Set one.")
+
+    def encode(self, annotation: dict[str, str], image_count: int) -> tuple[list[int], list[int]]:
+        """The token ids of one annotation's prompt (one image token per image, not yet expanded) and of its response.
+
+        Raises:
+            ValueError: if a text holds the image placeholder, which would stand for an image nobody gave.
+        """
+        for text in (annotation["prompt"], annotation["response"]):
+            if self.processor.image_token in text:
+                raise ValueError(f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data.")
+        content = [{"type": "image"}] * image_count + [{"type": "text", "text": annotation["prompt"]}]
+        messages = [{"role": "user", "content": content}]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": annotation["response"]}]})
+        response = self.processor.apply_chat_template(messages)[len(prompt) :].rstrip("\n")
+        return (
+            self.tokenizer(prompt)["input_ids"],
+            self.tokenizer(response, add_special_tokens=False)["input_ids"],
+        )
+
+    def rows(self, record: dict) -> list[Row]:
+        """The rows of one record: one, or one per annotation where the trunk cannot be shared."""
+        if not record["annotations"]:
+            raise ValueError("A record has no annotations; it would train nothing. Remove it from the data.")
+        encoded = [self.encode(annotation, len(record["images"])) for annotation in record["annotations"]]
+        groups = [encoded] if self.shared_image else [[one] for one in encoded]
+        return [self._row(record["images"], group) for group in groups]
+
+    def _row(self, images: list, encoded: list[tuple[list[int], list[int]]]) -> Row:
+        row = Row(images)
+        trunk, _ = self._split(encoded[0][0], len(images))
+        row.append(trunk, branch=0, first_position=0)
+        single = len(encoded) == 1  # then all of it is trunk
+        for index, (prompt, response) in enumerate(encoded, 1):
+            _, prompt = self._split(prompt, len(images))
+            if self.max_length is not None and len(row.input_ids) + len(prompt) + len(response) > self.max_length:
+                if index > 1:
+                    logger.warning(
+                        f"Dropped {len(encoded) - index + 1} of {len(encoded)} annotations of a record: the row would be "
+                        f"longer than max_length={self.max_length}."
+                    )
+                    break
+                response = response[: max(0, self.max_length - len(trunk) - len(prompt))]
+                if not response:
+                    raise ValueError(
+                        f"max_length={self.max_length} leaves no room for a response behind {len(trunk)} trunk and "
+                        f"{len(prompt)} prompt tokens. Raise max_length."
+                    )
+                logger.warning(f"Cut a response to {len(response)} tokens to fit max_length={self.max_length}.")
+            row.append(prompt + response, 0 if single else index, len(trunk), len(response))
+        return row
+
+    def _split(self, prompt: list[int], image_count: int) -> tuple[list[int], list[int]]:
+        """A prompt's trunk, up to its last image token, with images expanded, and the rest."""
+        image_token = self.processor.image_token_id
+        places = [i for i, token in enumerate(prompt) if token == image_token]
+        if len(places) != image_count:
+            raise ValueError(f"The chat template wrote {len(places)} image placeholders for {image_count} image(s).")
+        split = places[-1] + 1 if places else 0
+        trunk = []
+        for token in prompt[:split]:
+            trunk += [token] * (self.processor.image_seq_length if token == image_token else 1)
+        return trunk, prompt[split:]
+
+    def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """Model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
+        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are any."""
+        rows = [row for record in records for row in self.rows(record)]
+        length = max(len(row.input_ids) for row in rows)
+        length += -length % self.pad_to_multiple_of
+
+        def padded(name: str, value: int | bool) -> torch.Tensor:
+            return torch.tensor([getattr(row, name) + [value] * (length - len(row.input_ids)) for row in rows])
+
+        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        attention_mask = (torch.arange(length) < lengths[:, None]).long()
+        batch = {
+            "input_ids": padded("input_ids", pad_token_id),
+            "attention_mask": attention_mask,
+            "labels": padded("labels", IGNORED),
+            "position_ids": padded("position_ids", 0),
+            "record_ids": attention_mask - 1,
+            "branch_ids": padded("branch_ids", 0),
+            "prompt_mask": padded("prompt_mask", False),
+        }
+        check_no_leak(
+            TokenLayout.from_input_ids(
+                batch["input_ids"],
+                self.processor.image_token_id,
+                self.processor.image_seq_length,
+                record_ids=batch["record_ids"],
+                branch_ids=batch["branch_ids"],
+                prompt_mask=batch["prompt_mask"],
+            ),
+            self.mask_type,
+            response_mask=batch["labels"] != IGNORED,
+        )
+        images = [to_rgb(image) for row in rows for image in row.images]
+        if images:
+            pixel_values = self.processor.image_processor(images, return_tensors="np")["pixel_values"]
+            batch["pixel_values"] = torch.from_numpy(np.asarray(pixel_values))
+        return batch

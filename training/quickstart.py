@@ -1,0 +1,176 @@
+"""Everything once, small, on a CPU: nano backbones, the four stages through their own scripts, evaluation, reload, report.
+
+    make quickstart
+
+Leaves `stage0` ... `stage4` and `summary.json` in the output folder. Stage 4 is a complete Hub repository.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from PIL import Image
+from transformers.utils import logging
+from trl import TrlParser
+
+from evaluation.generate import answer
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from training import scenes
+from training.backbones import BackboneArguments, assemble
+from training.checkpoint import read_run_record
+from training.nano import ATTENTION, train_nano_backbones
+
+
+TRAINING = Path(__file__).parent
+# Run in a process of its own, in isolated mode and another folder: it knows transformers and the checkpoint, nothing else.
+RELOAD = """
+import sys
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+folder, picture = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+for prompt in ({prompts}):
+    content = [{{"type": "image", "image": Image.open(picture)}}, {{"type": "text", "text": prompt}}]
+    inputs = processor.apply_chat_template(
+        [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    print(f"{{prompt}}  ->  {{processor.decode(tokens, skip_special_tokens=True).strip()}}")
+"""
+
+
+@dataclass
+class QuickstartArguments:
+    """The quickstart's few settings; everything else stands in the recipe's YAML files."""
+
+    output_dir: str = field(default="out/quickstart", metadata={"help": "Where stages, pictures and the summary go."})
+    recipe: str = field(default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."})
+    seed: int = field(default=0, metadata={"help": "Seed of backbones, scenes and stages."})
+    test_scenes: int = field(default=250, metadata={"help": "Held-out scenes; each is asked eight questions."})
+    vision_steps: int = field(default=600, metadata={"help": "Training steps of the vision encoder."})
+    language_steps: int = field(default=200, metadata={"help": "Training steps of the language model."})
+
+
+def question_accuracy(
+    model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, records: Dataset, blank: bool = False
+) -> dict[str, float]:
+    """Share of held-out questions answered exactly, overall and by kind; with `blank`, every picture is a grey square."""
+    images = [record["images"][0] for record in records]
+    if blank:
+        images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
+    prompts = [[a["prompt"] for a in record["annotations"]] for record in records]
+    answers = answer(
+        model.eval(), processor, images, prompts, batch_size=250, max_new_tokens=6, progress="blank images" if blank else "questions"
+    )
+    hits: dict[str, list[bool]] = {"overall": []}
+    for record, given in zip(records, answers):
+        for annotation, text in zip(record["annotations"], given):
+            hit = text == annotation["response"]
+            hits["overall"].append(hit)
+            hits.setdefault(annotation["kind"], []).append(hit)
+    return {kind: sum(values) / len(values) for kind, values in hits.items()}
+
+
+def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) -> dict:
+    """Runs `stage<number>.py` as the command line would; returns the stage's entry in the run record."""
+    command = [
+        str(TRAINING / f"stage{number}.py"),
+        *("--config", str(Path(arguments.recipe) / f"stage{number}.yaml")),
+        *("--model", str(output / f"stage{number - 1}"), "--output_dir", str(output / f"stage{number}")),
+        *("--seed", str(arguments.seed)),
+    ]
+    print(f"\n== accelerate launch {' '.join(command)}", flush=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a fresh process
+    with mock.patch.object(sys, "argv", command):
+        runpy.run_path(command[0], run_name="__main__")
+    return read_run_record(output / f"stage{number}")["stages"][-1]
+
+
+def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
+    """Loads the checkpoint where this package cannot be imported, and lets it describe a picture."""
+    prompts = (scenes.DETAILED_CAPTION_PROMPT, "How many shapes are there?")
+    code = RELOAD.format(prompts=", ".join(map(repr, prompts)))
+    command = [sys.executable, "-I", "-c", code, str(folder.resolve()), str(picture.resolve())]
+    blocker = "import sys; sys.path_importer_cache.clear(); sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
+    command[3] = blocker + code
+    result = subprocess.run(command, cwd=picture.parent, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"The checkpoint {folder} does not load in a fresh process:\n{result.stderr}")
+    return result.stdout.strip()
+
+
+def table(stages: list[dict], accuracy: dict[str, float], blank: dict[str, float]) -> str:
+    """The report: a row per stage, then the answers of the last one."""
+    lines = [f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9}"]
+    for stage in stages:
+        trained = ", ".join(stage["learning_rates"])
+        lines.append(
+            f"{stage['stage']:<6} {trained:<30} {stage['seconds']:>8.1f} {stage['eval_loss_before']:>12.3f} "
+            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f}"
+        )
+    lines.append(f"\n{'held-out questions':<20} {'accuracy':>9} {'image blanked':>14}")
+    for kind, value in accuracy.items():
+        lines.append(f"{kind:<20} {value:>9.3f} {blank[kind]:>14.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the quickstart and returns what it writes to `summary.json`."""
+    (arguments,) = TrlParser(QuickstartArguments).parse_args_and_config(sys.argv[1:] if argv is None else argv)
+    logging.set_verbosity_error()
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    print("== Backbones", flush=True)
+    vision, language = train_nano_backbones(
+        output / "backbones", arguments.seed, arguments.vision_steps, arguments.language_steps
+    )
+    assemble(BackboneArguments(vision=str(vision), language=str(language), output_dir=str(output / "stage0"), seed=arguments.seed))
+    backbone_seconds = time.perf_counter() - started
+
+    test = scenes.make_scenes(arguments.test_scenes, "test", ("questions",), seed=arguments.seed)
+    stages = []
+    for number in (1, 2, 3, 4):
+        stage = run_stage_script(number, arguments, output)
+        model = AlignVLMForConditionalGeneration.from_pretrained(output / f"stage{number}", attn_implementation=ATTENTION)
+        processor = AlignVLMProcessor.from_pretrained(output / f"stage{number}")
+        is_last = number == 4
+        accuracy = question_accuracy(model, processor, test if is_last else test.select(range(len(test) // 5)))
+        stages.append({**stage, "accuracy": accuracy["overall"]})
+    blank = question_accuracy(model, processor, test, blank=True)
+
+    picture = output / "picture.png"
+    test[0]["images"][0].save(picture)
+    description = describe_in_a_fresh_process(output / "stage4", picture)
+    summary = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "backbone_seconds": round(backbone_seconds, 1),
+        "accuracy": accuracy["overall"],
+        "accuracy_blank_image": blank["overall"],
+        "accuracy_by_kind": {kind: value for kind, value in accuracy.items() if kind != "overall"},
+        "questions": sum(len(record["annotations"]) for record in test),
+        "stages": stages,
+        "description": description,
+        "seed": arguments.seed,
+        "threads": torch.get_num_threads(),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    print(f"\n{table(stages, accuracy, blank)}")
+    print(f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}")
+    print(f"\n{summary['seconds']:.0f} seconds. Checkpoints: {output}/stage0 ... stage4. Summary: {output / 'summary.json'}")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The embedded sample data: drawn scenes with captions and questions, so that everything runs with no download.
+
+A scene is one or two shapes, each with a colour, a shape, a size and a quadrant of a noisy picture. From the same list of
+shapes come the picture, a short human-like caption, a detailed caption and questions with exact answers. Whether a scene
+is for training or held out is decided by a hash of its composition, so no held-out combination is ever trained on, whatever
+the seed.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
+
+COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 217), "yellow": (241, 196, 15)}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 0.2, "large": 0.4}  # side of the bounding box, as a share of the picture's side
+POSITIONS = {"top left": (0.25, 0.25), "top right": (0.75, 0.25), "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}
+ANSWER_KINDS = ("yes_no", "colour", "count", "position")
+NUMBER_WORDS = ("zero", "one", "two")
+HELD_OUT_SHARE = 0.1
+SHORT_CAPTION_PROMPT = "Write a short caption."
+DETAILED_CAPTION_PROMPT = "Describe the picture in detail."
+
+Split = Literal["train", "test"]
+AnnotationType = Literal["short_caption", "detailed_caption", "questions"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One drawn shape: its colour, kind, size and quadrant, each in the words the captions use."""
+
+    colour: str
+    kind: str
+    size: str
+    position: str
+
+    def matches(self, **attributes: str) -> bool:
+        return all(getattr(self, name) == value for name, value in attributes.items())
+
+
+Scene = tuple[Shape, ...]
+
+
+def split_of(scene: Scene) -> Split:
+    """The split a composition belongs to, whatever the seed: 10% of all compositions are held out.
+
+    The hash ignores the order of the shapes, so two drawings of one composition always share a split.
+    """
+    key = "|".join(sorted(f"{s.colour} {s.kind} {s.size} {s.position}" for s in scene))
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+    return "test" if bucket < HELD_OUT_SHARE else "train"
+
+
+def random_scene(rng: np.random.Generator, split: Split) -> Scene:
+    """One or two shapes in different quadrants, drawn until the composition belongs to `split`."""
+    while True:
+        positions = rng.permutation(list(POSITIONS))[: rng.integers(1, 3)]
+        scene = tuple(
+            Shape(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), str(rng.choice(list(SIZES))), str(position))
+            for position in sorted(positions, key=list(POSITIONS).index)
+        )
+        if split_of(scene) == split:
+            return scene
+
+
+def draw(scene: Scene, rng: np.random.Generator, image_size: int = 64) -> PILImage.Image:
+    """Draws a scene with jittered places, a random grey background and pixel noise; an RGB image of `image_size` squared."""
+    scale = 4  # drawn large and reduced, for smooth edges
+    side = image_size * scale
+    background = int(rng.integers(90, 170))
+    image = PILImage.new("RGB", (side, side), (background,) * 3)
+    canvas = ImageDraw.Draw(image)
+    for shape in scene:
+        cx, cy = ((c + rng.uniform(-0.06, 0.06)) * side for c in POSITIONS[shape.position])
+        r = SIZES[shape.size] * side / 2 * rng.uniform(0.92, 1.08)
+        colour = tuple(int(np.clip(c + rng.integers(-20, 21), 0, 255)) for c in COLOURS[shape.colour])
+        if shape.kind == "circle":
+            canvas.ellipse((cx - r, cy - r, cx + r, cy + r), fill=colour)
+        elif shape.kind == "square":
+            canvas.rectangle((cx - r, cy - r, cx + r, cy + r), fill=colour)
+        elif shape.kind == "triangle":
+            canvas.polygon([(cx, cy - r), (cx + r, cy + r), (cx - r, cy + r)], fill=colour)
+        else:
+            arm = r / 3
+            canvas.rectangle((cx - arm, cy - r, cx + arm, cy + r), fill=colour)
+            canvas.rectangle((cx - r, cy - arm, cx + r, cy + arm), fill=colour)
+    pixels = np.asarray(image.reduce(scale), dtype=np.float32)
+    pixels = pixels + rng.normal(0, 8, pixels.shape)
+    return PILImage.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def short_caption(scene: Scene) -> str:
+    """What a person in a hurry would write: colours and shapes only."""
+    return "A " + " and a ".join(f"{s.colour} {s.kind}" for s in scene) + "."
+
+
+def detailed_caption(scene: Scene) -> str:
+    """Every attribute of every shape, in reading order."""
+    return " ".join(f"A {s.size} {s.colour} {s.kind} is at the {s.position}." for s in scene)
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
+    """Eight questions with one right answer each, two of each kind in `ANSWER_KINDS`: `prompt`, `response`, `kind`."""
+    asked = []
+
+    def ask(kind: str, prompt: str, response: str) -> None:
+        asked.append({"prompt": prompt, "response": response, "kind": kind})
+
+    def pick(choices) -> str:
+        return str(rng.choice(list(choices)))
+
+    def one_of_scene() -> Shape:
+        return scene[rng.integers(len(scene))]
+
+    for names in (("colour", "kind"), ("kind", "position")):  # yes/no: about half of the answers are yes
+        target = one_of_scene()
+        wanted = {name: getattr(target, name) for name in names}
+        if rng.random() < 0.5:  # change one attribute after the other until no shape of the scene fits
+            while any(s.matches(**wanted) for s in scene):
+                name = pick(names)
+                wanted[name] = pick({"colour": COLOURS, "kind": SHAPES, "position": POSITIONS}[name])
+        found = any(s.matches(**wanted) for s in scene)
+        words = f"{wanted['kind']} at the {wanted['position']}" if "position" in wanted else f"{wanted['colour']} {wanted['kind']}"
+        ask("yes_no", f"Is there a {words}?", "yes" if found else "no")
+
+    target = one_of_scene()
+    ask("colour", f"What colour is the shape at the {target.position}?", target.colour)
+    target = one_of_scene()
+    alone = sum(s.kind == target.kind for s in scene) == 1
+    ask("colour", f"What colour is the {target.kind}{'' if alone else f' at the {target.position}'}?", target.colour)
+
+    ask("count", "How many shapes are there?", NUMBER_WORDS[len(scene)])
+    name = pick(("colour", "kind"))
+    value = getattr(one_of_scene(), name) if rng.random() < 0.7 else pick(COLOURS if name == "colour" else SHAPES)
+    plural = f"{value} shapes" if name == "colour" else "crosses" if value == "cross" else f"{value}s"
+    ask("count", f"How many {plural} are there?", NUMBER_WORDS[sum(s.matches(**{name: value}) for s in scene)])
+
+    for target in (scene[0], scene[-1]):
+        twins = sum(s.matches(colour=target.colour, kind=target.kind) for s in scene) > 1
+        order = ("first " if target is scene[0] else "second ") if twins else ""
+        ask("position", f"Where is the {order}{target.colour} {target.kind}?", target.position)
+    return asked
+
+
+RECORD_FEATURES = Features(
+    {"images": List(Image()), "annotations": List({"prompt": Value("string"), "response": Value("string"), "kind": Value("string")})}
+)
+
+
+def make_scenes(
+    count: int,
+    split: Split = "train",
+    annotations: tuple[AnnotationType, ...] = ("short_caption", "detailed_caption", "questions"),
+    seed: int = 0,
+    image_size: int = 64,
+) -> Dataset:
+    """Records of drawn scenes: the same for the same arguments, whatever ran before.
+
+    Args:
+        count: number of scenes.
+        split: `train` or `test`; their compositions never overlap.
+        annotations: what each record's annotations are, any of `short_caption`, `detailed_caption` and `questions`.
+        image_size: side of the square pictures in pixels.
+
+    Returns:
+        `datasets.Dataset` with `images` (one) and `annotations` (`prompt`, `response`, and `kind`: the caption's type or the
+        question's kind from `ANSWER_KINDS`).
+    """
+    unknown = set(annotations) - {"short_caption", "detailed_caption", "questions"}
+    if unknown or split not in ("train", "test"):
+        raise ValueError(f"Unknown split {split!r} or annotations {sorted(unknown)}; see the docstring for the valid ones.")
+    rng = np.random.default_rng([seed, split == "test"])
+    records = []
+    for _ in range(count):
+        scene = random_scene(rng, split)
+        image = io.BytesIO()
+        draw(scene, rng, image_size).save(image, "JPEG", quality=95, subsampling=0)
+        records.append({"images": [{"bytes": image.getvalue()}], "annotations": annotate(scene, annotations, rng)})
+    return Dataset.from_list(records, features=RECORD_FEATURES)
+
+
+def annotate(scene: Scene, annotations: tuple[AnnotationType, ...], rng: np.random.Generator) -> list[dict[str, str]]:
+    """The annotations of a scene, of the given types."""
+    made = []
+    if "short_caption" in annotations:
+        made.append({"prompt": SHORT_CAPTION_PROMPT, "response": short_caption(scene), "kind": "short_caption"})
+    if "detailed_caption" in annotations:
+        made.append({"prompt": DETAILED_CAPTION_PROMPT, "response": detailed_caption(scene), "kind": "detailed_caption"})
+    if "questions" in annotations:
+        made += questions(scene, rng)
+    return made
+
+
+def make_texts(count: int, split: Split = "train", seed: int = 0) -> Dataset:
+    """Text-only records about scenes nobody drew: a detailed caption, and a question about it, as plain reading matter."""
+    rng = np.random.default_rng([seed, 2, split == "test"])
+    records = []
+    for _ in range(count):
+        scene = random_scene(rng, split)
+        asked = questions(scene, rng)
+        chosen = asked[rng.integers(len(asked))]
+        annotation = {**chosen, "prompt": f"{detailed_caption(scene)} {chosen['prompt']}"}
+        records.append({"images": [], "annotations": [annotation]})
+    return Dataset.from_list(records, features=RECORD_FEATURES)

@@ -1,0 +1,7 @@
+"""Stage 2, vision alignment: `accelerate launch training/stage2.py --config training/recipes/nano/stage2.yaml`."""
+
+from training.stage import main
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
+
+import time
+
+import torch
+from trl import SFTTrainer
+
+from modeling_alignvlm import AlignVLMForConditionalGeneration
+from training.collator import IGNORED
+
+
+MODULES = ("vision", "projector", "language")
+
+
+def module_of(parameter_name: str) -> str:
+    """The module, one of `MODULES`, that a parameter of `AlignVLMForConditionalGeneration` belongs to, by its name."""
+    if "vision_tower." in parameter_name:
+        return "vision"
+    return "projector" if "projector." in parameter_name else "language"
+
+
+def freeze_all_but(model: AlignVLMForConditionalGeneration, learning_rates: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """Lets the named modules train and freezes the others; returns each module's (trainable, total) parameter counts."""
+    counts = dict.fromkeys(MODULES, (0, 0))
+    for name, parameter in model.named_parameters():
+        module = module_of(name)
+        parameter.requires_grad_(module in learning_rates)
+        trainable, total = counts[module]
+        counts[module] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+class AlignVLMTrainer(SFTTrainer):
+    """Trains a stage.
+
+    Args:
+        learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
+        **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+
+    The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
+    counted), each over the time since the last log.
+    """
+
+    def __init__(self, model, learning_rates: dict[str, float], **kwargs):
+        self.learning_rates = learning_rates
+        self.parameter_counts = freeze_all_but(model, learning_rates)
+        super().__init__(model=model, **kwargs)
+        self._counts = torch.zeros(3, dtype=torch.float64)  # images, annotations, tokens since the last log
+        self._counted_since = time.perf_counter()
+
+    def create_optimizer(self, model=None):
+        """One group per module and weight decay, each with its module's learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[str, bool], list] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((module_of(name), name in decayed), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            options.pop("lr", None)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.learning_rates[module],
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for (module, decay), parameters in groups.items()
+                ],
+                lr=max(self.learning_rates.values()),
+                **options,
+            )
+        return self.optimizer
+
+    def train(self, *args, **kwargs):
+        self._counted_since = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        labels = inputs["labels"]
+        starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
+        images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum())])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            seconds = time.perf_counter() - self._counted_since
+            counts = self.accelerator.reduce(self._counts.float().to(self.accelerator.device), "sum").tolist()
+            for name, count in zip(("images", "annotations", "tokens"), counts):
+                logs[f"{name}_per_second"] = round(count / seconds, 2)
+            self._counts.zero_()
+            self._counted_since = time.perf_counter()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Left to the stage, which writes the folder's card from its run record."""
