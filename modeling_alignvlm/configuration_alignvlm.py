@@ -17,7 +17,7 @@ AUTO_MAP = {
 # Keys that transformers itself writes into, or passes along with, a configuration.
 _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
-    "output_attentions", "quantization_config", "torch_dtype",
+    "output_attentions", "quantization_config", "torch_dtype", "use_cache",
 }  # fmt: skip
 
 

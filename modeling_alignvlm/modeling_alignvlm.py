@@ -198,6 +198,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 raise ValueError("`pixel_values` with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
             features = self.get_image_features(pixel_values).pooler_output
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
+        elif input_ids is not None and _is_prefill(past_key_values) and is_image.any():
+            raise ValueError(f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given.")
 
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -226,7 +228,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def _needs_layout(self, pixel_values, image_ids, past_key_values, record_ids, branch_ids, prompt_mask) -> bool:
         """Whether anything in this call departs from the plain causal mask of the language model."""
         mask_type = self.config.attention_mask_type
-        is_prefill = past_key_values is None or not past_key_values.is_initialized
+        is_prefill = _is_prefill(past_key_values)
         has_images = pixel_values is not None or image_ids is not None
         if prompt_mask is None and ((mask_type == "prefix" and is_prefill) or (mask_type == "mutual" and has_images)):
             raise ValueError(
@@ -300,6 +302,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 )
             masks[layer_type] = attention_mask_for(layer_rule, config, inputs_embeds, kv_length, past_length, kv_offset)
         return masks if len(masks) > 1 else masks[layer_types[0]]
+
+
+def _is_prefill(past_key_values: Cache | None) -> bool:
+    return past_key_values is None or not past_key_values.is_initialized
 
 
 def _within_window(rule, layout: TokenLayout, position_ids: Tensor | None, past_length, window: int):

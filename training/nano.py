@@ -35,7 +35,7 @@ ATTENTION = "eager"
 
 
 def train_nano_backbones(
-    folder: Path, seed: int = 0, vision_steps: int = 600, language_steps: int = 400, scene_count: int = 10_000
+    folder: Path, seed: int = 0, vision_steps: int = 900, language_steps: int = 300, scene_count: int = 12_000
 ) -> tuple[Path, Path]:
     """Trains both backbones on the training split and saves them under `folder`; returns their two folders."""
     vision, language = Path(folder) / "vision", Path(folder) / "language"
@@ -47,7 +47,7 @@ def train_nano_backbones(
 def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
     """A plain AdamW loop with warm-up and cosine decay, in bf16 autocast."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
@@ -62,7 +62,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, batch_size: int = 256) -> None:
+def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, batch_size: int = 128) -> None:
     """Trains the encoder to name, from the mean feature of each quadrant, the colour, kind and size of what lies there."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
@@ -99,7 +99,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, 
         predictions = head(quadrants).float().split(classes, dim=-1)
         return sum(F.cross_entropy(p.flatten(0, 1), targets[chosen, :, i].flatten()) for i, p in enumerate(predictions))
 
-    _train("vision encoder", [encoder, head], 1.2e-3, steps, loss_of_step)
+    _train("vision encoder", [encoder, head], 1e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -119,7 +119,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 64) -> None:
+def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 32) -> None:
     """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
@@ -138,9 +138,10 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.08,  # about hidden_size ** -0.5: with the usual 0.02 attention starts flat and learns late,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,

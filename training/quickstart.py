@@ -56,8 +56,8 @@ class QuickstartArguments:
     recipe: str = field(default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."})
     seed: int = field(default=0, metadata={"help": "Seed of backbones, scenes and stages."})
     test_scenes: int = field(default=250, metadata={"help": "Held-out scenes; each is asked eight questions."})
-    vision_steps: int = field(default=600, metadata={"help": "Training steps of the vision encoder."})
-    language_steps: int = field(default=200, metadata={"help": "Training steps of the language model."})
+    vision_steps: int = field(default=900, metadata={"help": "Training steps of the vision encoder."})
+    language_steps: int = field(default=300, metadata={"help": "Training steps of the language model."})
 
 
 def question_accuracy(
