@@ -129,8 +129,11 @@ class AlignVLMConfig(PreTrainedConfig):
         return (self.patch_grid // self.pixel_shuffle_factor) ** 2
 
     def to_dict(self) -> dict:
-        """As in transformers, with `auto_map` in full: re-saving a model loaded from the Hub must keep every entry."""
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        """As in transformers, but the same before and after a round trip: `auto_map` in full, and one dtype for all parts."""
+        values = {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        for key in self.sub_configs:
+            values[key] = {**values[key], "dtype": values.get("dtype"), "_name_or_path": ""}
+        return values
 
 
 __all__ = ["AlignVLMConfig"]

@@ -162,6 +162,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         record_ids: Tensor | None = None,
         branch_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        positions_to_keep: Tensor | None = None,
         **kwargs,
     ) -> AlignVLMModelOutputWithPast:
         """
@@ -177,6 +178,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
                 their tokens. The mask types `prefix` and `mutual` need `prompt_mask`.
+            positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+                return as `last_hidden_state` only these positions, as one row `(1, kept, hidden)`: a trainer whose head
+                works on hidden states need not project what has no label.
         """
         self._refuse_flash_attention(self.config, self.language_model.config)
         if (input_ids is None) == (inputs_embeds is None):
@@ -217,8 +221,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        last_hidden_state = outputs.last_hidden_state
+        if positions_to_keep is not None:
+            last_hidden_state = last_hidden_state[positions_to_keep].unsqueeze(0)
         return AlignVLMModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -135,6 +135,12 @@ class AlignVLMProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, but how the tokenizer was found on this machine is not written down."""
+        for key in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(key, None)
+        return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]

@@ -7,6 +7,7 @@ annotation.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ class AlignVLMCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
+        self._encode = lru_cache(maxsize=100_000)(self._encode_texts)  # questions and short answers come again and again
         if processor.chat_template is None:
             raise ValueError("The processor has no chat template, so prompts and responses cannot be written. Set one.")
 
@@ -84,17 +86,21 @@ class AlignVLMCollator:
         Raises:
             ValueError: if a text holds the image placeholder, which would stand for an image nobody gave.
         """
-        for text in (annotation["prompt"], annotation["response"]):
+        prompt, response = self._encode(annotation["prompt"], annotation["response"], image_count)
+        return list(prompt), list(response)
+
+    def _encode_texts(self, prompt: str, response: str, image_count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        for text in (prompt, response):
             if self.processor.image_token in text:
                 raise ValueError(f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data.")
-        content = [{"type": "image"}] * image_count + [{"type": "text", "text": annotation["prompt"]}]
+        content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": annotation["response"]}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
         response = self.processor.apply_chat_template(messages)[len(prompt) :].rstrip("\n")
         return (
-            self.tokenizer(prompt)["input_ids"],
-            self.tokenizer(response, add_special_tokens=False)["input_ids"],
+            tuple(self.tokenizer(prompt)["input_ids"]),
+            tuple(self.tokenizer(response, add_special_tokens=False)["input_ids"]),
         )
 
     def rows(self, record: dict) -> list[Row]:

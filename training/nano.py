@@ -81,7 +81,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, 
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=2,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         vision_use_head=False,
@@ -99,7 +99,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, 
         predictions = head(quadrants).float().split(classes, dim=-1)
         return sum(F.cross_entropy(p.flatten(0, 1), targets[chosen, :, i].flatten()) for i, p in enumerate(predictions))
 
-    _train("vision encoder", [encoder, head], 1e-3, steps, loss_of_step)
+    _train("vision encoder", [encoder, head], 1.5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
 

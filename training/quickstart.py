@@ -30,21 +30,29 @@ from training.nano import ATTENTION, train_nano_backbones
 
 
 TRAINING = Path(__file__).parent
-# Run in a process of its own, in isolated mode and another folder: it knows transformers and the checkpoint, nothing else.
+# Run in a process of its own where this package cannot be imported: it knows transformers and the checkpoint, nothing else.
 RELOAD = """
 import sys
+
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_alignvlm", "training", "evaluation", "hub_upload"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
-folder, picture = sys.argv[1:]
+
+folder, picture, *prompts = sys.argv[1:]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-for prompt in ({prompts}):
-    content = [{{"type": "image", "image": Image.open(picture)}}, {{"type": "text", "text": prompt}}]
+for prompt in prompts:
+    content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": prompt}]
     inputs = processor.apply_chat_template(
-        [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    print(f"{{prompt}}  ->  {{processor.decode(tokens, skip_special_tokens=True).strip()}}")
+    print(f"{prompt}  ->  {processor.decode(tokens, skip_special_tokens=True).strip()}")
 """
 
 
@@ -98,10 +106,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
 def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
     """Loads the checkpoint where this package cannot be imported, and lets it describe a picture."""
     prompts = (scenes.DETAILED_CAPTION_PROMPT, "How many shapes are there?")
-    code = RELOAD.format(prompts=", ".join(map(repr, prompts)))
-    command = [sys.executable, "-I", "-c", code, str(folder.resolve()), str(picture.resolve())]
-    blocker = "import sys; sys.path_importer_cache.clear(); sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
-    command[3] = blocker + code
+    command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), str(picture.resolve()), *prompts]
     result = subprocess.run(command, cwd=picture.parent, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"The checkpoint {folder} does not load in a fresh process:\n{result.stderr}")

@@ -84,6 +84,21 @@ class AlignVLMTrainer(SFTTrainer):
         self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum())])
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA)."""
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # at each place, the token that comes next
+        keep = labels != IGNORED
+        keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
+        return super().compute_loss(
+            model,
+            {**inputs, "shift_labels": labels[keep].unsqueeze(0), "positions_to_keep": keep},
+            num_items_in_batch=num_items_in_batch,
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
             seconds = time.perf_counter() - self._counted_since
