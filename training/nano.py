@@ -63,7 +63,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
 
 
 def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, batch_size: int = 128) -> None:
-    """Trains the encoder to name, from the mean feature of each quadrant, the colour, kind and size of what lies there."""
+    """Trains the encoder so that every patch knows the colour, kind and size of what lies in its quadrant, if anything."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
     drawn = [scenes.random_scene(rng, "train") for _ in range(scene_count)]
@@ -89,15 +89,16 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, 
     encoder = SiglipVisionModel._from_config(config, attn_implementation=ATTENTION)
     classes = [len(vocabulary) + 1 for vocabulary in vocabularies]
     head = nn.Linear(config.hidden_size, sum(classes))
-    half = IMAGE_SIZE // PATCH_SIZE // 2
+    side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the picture
+    quadrant_of_patch = (2 * side[:, None] + side).flatten()
 
     def loss_of_step(step: int) -> torch.Tensor:
         chosen = torch.from_numpy(rng.choice(scene_count, batch_size, replace=False))
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 127.5 - 1  # as the image processor does
         features = encoder(images).last_hidden_state
-        quadrants = features.view(batch_size, 2, half, 2, half, -1).mean((2, 4)).flatten(1, 2)  # (batch, 4, hidden)
-        predictions = head(quadrants).float().split(classes, dim=-1)
-        return sum(F.cross_entropy(p.flatten(0, 1), targets[chosen, :, i].flatten()) for i, p in enumerate(predictions))
+        predictions = head(features).float().split(classes, dim=-1)
+        wanted = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
 
     _train("vision encoder", [encoder, head], 1.5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)

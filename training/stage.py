@@ -47,11 +47,11 @@ class StageArguments(SFTConfig):
     )
     attention_mask_type: str = field(default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
-    sources: list[dict] | str = field(
-        default_factory=list, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
+    sources: str | None = field(  # in YAML a list
+        default=None, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
     )
-    eval_sources: list[dict] | str = field(
-        default_factory=list, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
+    eval_sources: str | None = field(
+        default=None, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
     )
     data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
     resume_from_checkpoint: str | None = field(

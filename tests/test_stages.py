@@ -1,0 +1,293 @@
+"""The stages, through the real trainer and the real scripts, on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from trl import TrlParser
+
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from training import scenes
+from training.checkpoint import RUN_RECORD, read_run_record
+from training.collator import AlignVLMCollator
+from training.stage import StageArguments, main
+from training.trainer import AlignVLMTrainer, module_of
+
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [{"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24}, {"name": "scene_texts", "count": 8}]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each run as in a fresh process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def arguments_for(model: Path, output: Path, **fields) -> list[str]:
+    values = {
+        "stage": 3,
+        "model": model,
+        "output_dir": output,
+        "sources": json.dumps(SOURCES),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **fields,
+    }
+    return [item for name, value in values.items() if value is not None for item in (f"--{name}", str(value))]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"projector": 1e-2},
+        {"projector": 1e-2, "vision": 1e-2},
+        {"projector": 1e-2, "language": 1e-2},
+        {"projector": 1e-2, "vision": 1e-2, "language": 1e-2},
+    ],
+    ids=["stage 1", "stage 2", "stage 3", "stage 4"],
+)
+def test_a_stage_changes_exactly_the_modules_it_declares(checkpoint, tmp_path, rates, capfd):
+    main(arguments_for(checkpoint, tmp_path, **{f"{module}_learning_rate": rate for module, rate in rates.items()}))
+    before, after = weights(checkpoint), weights(tmp_path)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        changed = not torch.equal(value, after[name])
+        assert changed == (module_of(name) in rates), name
+    log = capfd.readouterr().out
+    for module in ("vision", "projector", "language"):
+        line = next(line for line in log.splitlines() if line.startswith(f"  {module}"))
+        assert ("trains at 0.01" if module in rates else "frozen") in line
+
+
+def test_four_stages_one_after_the_other_leave_a_whole_record(checkpoint, tmp_path):
+    previous = checkpoint
+    for stage in (1, 2, 3, 4):
+        folder = tmp_path / f"stage{stage}"
+        evaluation = json.dumps([{"name": "scenes", "annotations": ["questions"], "count": 4, "split": "test"}])
+        main(arguments_for(previous, folder, stage=stage, max_steps=2, projector_learning_rate=1e-3, eval_sources=evaluation))
+        previous = folder
+    record = read_run_record(previous)
+    assert [entry["stage"] for entry in record["stages"]] == [1, 2, 3, 4]
+    last = record["stages"][-1]
+    assert last["model"] == str(tmp_path / "stage3") and last["steps"] == 2 and last["sources"] == SOURCES
+    assert last["records"] == 32 and len(last["logged_losses"]) == 2 and last["versions"]["torch"]
+    assert last["eval_loss_before"] == pytest.approx(record["stages"][-2]["eval_loss_after"])
+    assert {path.name for path in previous.iterdir()} >= {"LICENSE", "README.md", "chat_template.jinja", "processing_alignvlm.py"}
+
+
+def test_learning_rates_per_module_and_throughput_in_the_log(checkpoint, processor, tmp_path):
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    rates = {"projector": 1e-3, "language": 1e-5}
+    fields = {f"{m}_learning_rate": r for m, r in rates.items()}
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(
+        arguments_for(checkpoint, tmp_path, lr_scheduler_type="constant", weight_decay=0.1, **fields)
+    )
+    dataset = scenes.make_scenes(8, annotations=("questions",))
+    trainer = AlignVLMTrainer(
+        model, rates, args=arguments, train_dataset=dataset, data_collator=AlignVLMCollator(processor), processing_class=processor
+    )
+    trainer.train()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            assert group["lr"] == rates[module_of(name)], name
+            assert (group["weight_decay"] > 0) == (parameter.ndim > 1), name
+    assert all(module_of(name) == "vision" for name in names.values())
+    entry = next(entry for entry in trainer.state.log_history if "images_per_second" in entry)
+    assert entry["annotations_per_second"] == pytest.approx(8 * entry["images_per_second"], rel=0.01)
+    assert entry["tokens_per_second"] > entry["annotations_per_second"]
+
+
+def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, tmp_path):
+    """The head applied only at labels, inside TRL's fused head, against the plain forward pass."""
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(
+        arguments_for(checkpoint, tmp_path, language_learning_rate=1e-3, vision_learning_rate=1e-3, projector_learning_rate=1e-3)
+    )
+    dataset = scenes.make_scenes(4, annotations=("short_caption", "questions"))
+    collator = AlignVLMCollator(processor)
+    plain = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).train()
+    batch = collator([dataset[i] for i in range(4)])
+    loss = plain(**batch, use_cache=False).loss
+    loss.backward()
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    trainer = AlignVLMTrainer(
+        model, arguments.learning_rates, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor
+    )
+    trained = trainer.compute_loss(trainer.model.train(), batch)
+    trained.backward()
+    torch.testing.assert_close(trained, loss, rtol=1e-5, atol=0)
+    for (name, expected), (_, parameter) in zip(plain.named_parameters(), model.named_parameters()):
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
+    silent = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    nothing = trainer.compute_loss(trainer.model, silent)
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path):
+    fields = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    straight = main(arguments_for(checkpoint, whole, **fields))
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = main([*arguments_for(checkpoint, resumed, **fields), "--resume_from_checkpoint"])
+    expected, actual = weights(whole), weights(resumed)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert again["logged_losses"] == straight["logged_losses"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="Nothing to resume"):
+        main([*arguments_for(checkpoint, tmp_path / "new", **fields), "--resume_from_checkpoint"])
+
+
+def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):
+    runs = {}
+    for name, fields in {"one": {}, "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}}.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(arguments_for(checkpoint, tmp_path / name, language_learning_rate=1e-4, optim="sgd", **fields))
+        runs[name] = weights(tmp_path / name)
+    for name, value in runs["one"].items():
+        torch.testing.assert_close(runs["accumulated"][name], value, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def launch(script: str, *arguments: str, processes: int) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    config = ROOT / "training/accelerate/cpu_2_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", f"training/{script}", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_two_processes_give_the_loss_of_one_with_the_same_global_batch(checkpoint, tmp_path):
+    fields = {"language_learning_rate": 1e-3, "projector_learning_rate": 1e-3, "max_steps": 4}
+    for name, processes, batch_size in (("one", 1, 4), ("two", 2, 2)):
+        given = arguments_for(checkpoint, tmp_path / name, per_device_train_batch_size=batch_size, **fields)
+        launch("stage3.py", *given, processes=processes)
+    one, two = (read_run_record(tmp_path / name)["stages"][-1] for name in ("one", "two"))
+    assert two["processes"] == 2 and len(one["logged_losses"]) == 4
+    assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+RECIPES = sorted((ROOT / "training/recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipes_are_valid(path):
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(["--config", str(path)])
+    assert path.stem == f"stage{arguments.stage}"
+    assert arguments.num_train_epochs == 1 and arguments.learning_rates
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"projector_learning_rate": 0}, "must be positive. To freeze"),
+        ({"projector_learning_rate": None}, "Nothing trains"),
+        ({"attention_mask_type": "sideways"}, "'sideways'. Valid values: causal, image, prefix, mutual"),
+        ({"sources": "[]"}, "needs `model`"),
+        ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: scenes"),
+        ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
+        ({"sources": '[{"name": "jsonl", "path": "none.jsonl"}]'}, "No such file: .*none.jsonl"),
+    ],
+)
+def test_bad_arguments_are_named(checkpoint, tmp_path, extra, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(arguments_for(checkpoint, tmp_path, **{"projector_learning_rate": 1e-3, **extra}))
+    assert not (tmp_path / RUN_RECORD).exists()
+
+
+def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text("stage: 1\nprojektor_learning_rate: 1.0e-3\n")
+    given = arguments_for(checkpoint, tmp_path, projector_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="projektor_learning_rate"):
+        main(["--config", str(recipe), *given])
+    with pytest.raises(ValueError, match="--projektor_learning_rate"):
+        main([*given, "--projektor_learning_rate", "1e-3"])
+
+
+class TestLocalFiles:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        (tmp_path / "images").mkdir()
+        dataset = scenes.make_scenes(3)
+        for index, record in enumerate(dataset):
+            record["images"][0].save(tmp_path / f"images/{index}.png")
+        return tmp_path
+
+    def write(self, folder: Path, rows: list[dict]) -> list[dict]:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [{"name": "jsonl", "path": "rows.jsonl"}]
+
+    def load(self, folder: Path, rows: list[dict], **options):
+        from training.data import load_sources
+
+        (source,) = self.write(folder, rows)
+        return load_sources([{**source, **options}], folder)
+
+    def test_captions_questions_and_annotations_become_records(self, folder):
+        captions = self.load(folder, [{"image": "images/0.png", "captions": ["One.", " Two. "]}], prompt="Describe.")
+        assert [a["response"] for a in captions[0]["annotations"]] == ["One.", "Two."]
+        assert captions[0]["annotations"][0]["prompt"] == "Describe." and captions[0]["images"][0].size == (64, 64)
+        questions = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
+        grouped = self.load(folder, questions)
+        assert [[a["prompt"] for a in record["annotations"]] for record in grouped] == [["q0 ?", "q2 ?"], ["q1 ?"]]
+        given = [{"image": "images/0.png", "annotations": [{"prompt": "p", "response": "r"}]}]
+        assert self.load(folder, given)[0]["annotations"] == [{"prompt": "p", "response": "r", "kind": ""}]
+
+    def test_splits_and_limits(self, folder):
+        rows = [{"image": f"images/{i}.png", "captions": [str(i)], "split": "train" if i else "val"} for i in range(3)]
+        assert len(self.load(folder, rows, split="train")) == 2
+        assert len(self.load(folder, rows, split="train", limit=1)) == 1
+        with pytest.raises(ValueError, match="no rows of split 'test'"):
+            self.load(folder, rows, split="test")
+
+    def test_bad_rows_are_named(self, folder):
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            self.load(folder, [{"image": "../secret.png", "captions": ["a"]}])
+        with pytest.raises(ValueError, match=r"none of `captions`.*\['image', 'text'\]"):
+            self.load(folder, [{"image": "images/0.png", "text": "a"}])
+
+
+def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_path):
+    """Some steps of the recipe on the shared photos; the loss falls, and the result describes a validation photo."""
+    from evaluation.generate import answer
+    from training.data import load_sources
+
+    recipe = ROOT / "training/recipes/flickr8k_nano/stage3.yaml"
+    given = {"model": checkpoint, "output_dir": tmp_path, "data_dir": shared_data, "max_steps": 60, "logging_steps": 10}
+    options = [item for name, value in given.items() for item in (f"--{name}", str(value))]
+    entry = main(["--config", str(recipe), *options])
+    assert entry["logged_losses"][-1] < entry["logged_losses"][0] - 0.3
+    photos = load_sources([{"name": "jsonl", "path": "flickr8k/captions.jsonl", "split": "val", "limit": 2}], shared_data)
+    model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    processor = AlignVLMProcessor.from_pretrained(tmp_path)
+    texts = answer(model, processor, [r["images"][0] for r in photos], [["Write a short caption."]] * 2, max_new_tokens=8)
+    assert all(len(group) == 1 and group[0] for group in texts)
