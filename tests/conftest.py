@@ -40,20 +40,20 @@ TEXT = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(special_tokens: tuple[str, ...] = (IMAGE_TOKEN,)) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [a["prompt"] + " " + a["response"] for r in scenes.make_scenes(100, seed=9) for a in r["annotations"]]
     trainer = trainers.BpeTrainer(
         vocab_size=350,
-        special_tokens=["<pad>", "</s>", IMAGE_TOKEN],
+        special_tokens=["<pad>", "</s>", *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=[IMAGE_TOKEN]
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=list(special_tokens)
     )
 
 

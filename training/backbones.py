@@ -113,7 +113,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     tokenizer = AutoTokenizer.from_pretrained(arguments.language, revision=arguments.language_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
 
-    probe = torch.arange(16).remainder(language.config.vocab_size)[None]
+    known_image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    probe = torch.tensor([[token for token in range(17) if token != known_image_token]])
     with torch.no_grad():
         expected = language.eval()(probe).logits
     set_seed(arguments.seed)  # before anything new is drawn
