@@ -43,12 +43,17 @@ def answer(
         batch = asked[start : start + batch_size]
         texts = [
             processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}], add_generation_prompt=True
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+                add_generation_prompt=True,
             )
             for _, prompt in batch
         ]
         inputs = processor(
-            images=[[images[index]] for index, _ in batch], text=texts, padding=True, padding_side="left", return_tensors="pt"
+            images=[[images[index]] for index, _ in batch],
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(model.device)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_options}
         generated = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]

@@ -81,7 +81,9 @@ class TokenLayout:
         """The layout read off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
         return cls.from_image_mask(input_ids == image_token_id, image_seq_length, **known)
 
-    def placed_in_cache(self, past_length: int | Tensor, total_length: int, attention_mask: Tensor | None) -> "TokenLayout":
+    def placed_in_cache(
+        self, past_length: int | Tensor, total_length: int, attention_mask: Tensor | None
+    ) -> "TokenLayout":
         """This layout behind `past_length` cached tokens, in a cache of `total_length` positions.
 
         Cached tokens count as text of record 0's trunk (the queries come after them, so no forward edge needs more), unless

@@ -123,7 +123,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
         """
         if pixel_values.ndim != 4:
-            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width).")
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
+            )
         layer = self.config.vision_feature_layer
         outputs = self.vision_tower(
             pixel_values.to(self.vision_tower.dtype), output_hidden_states=layer != -1, return_dict=True
@@ -146,7 +148,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"Image features and image tokens do not match: `input_ids` holds {found} image tokens, and "
                 f"{features.shape[0]} image(s) of {features.shape[1]} tokens need {given}. Every image needs one placeholder."
             )
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), features.to(inputs_embeds.device, inputs_embeds.dtype))
+        return inputs_embeds.masked_scatter(
+            is_image.unsqueeze(-1), features.to(inputs_embeds.device, inputs_embeds.dtype)
+        )
 
     @can_return_tuple
     def forward(
@@ -203,7 +207,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             features = self.get_image_features(pixel_values).pooler_output
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
         elif input_ids is not None and _is_prefill(past_key_values) and is_image.any():
-            raise ValueError(f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given.")
+            raise ValueError(
+                f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given."
+            )
 
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -246,7 +252,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             return True
         return mask_type != "causal" and (has_images or prompt_mask is not None)
 
-    def _layout(self, inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs) -> TokenLayout:
+    def _layout(
+        self, inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs
+    ) -> TokenLayout:
         """The layout of this call's tokens, `(batch, length)`, from what is given and what the tokens tell."""
         shape = inputs_embeds.shape[:2]
         for name, value in {"image_ids": image_ids, "mm_token_type_ids": is_image, **layout_inputs}.items():
@@ -292,7 +300,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
         layer_types = list(getattr(config, "layer_types", None) or [])
         if not layer_types:
-            layer_types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
+            layer_types = [
+                "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+            ]
         masks = {}
         for layer_type in dict.fromkeys(layer_types):
             kv_length, kv_offset = length, 0
@@ -307,7 +317,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                     f"The language model {config.model_type!r} has layers of type {layer_type!r}, which no attention mask "
                     f"can govern. Use attention_mask_type='causal' without packed rows, or another language model."
                 )
-            masks[layer_type] = attention_mask_for(layer_rule, config, inputs_embeds, kv_length, past_length, kv_offset)
+            masks[layer_type] = attention_mask_for(
+                layer_rule, config, inputs_embeds, kv_length, past_length, kv_offset
+            )
         return masks if len(masks) > 1 else masks[layer_types[0]]
 
 
@@ -397,7 +409,9 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
         return AlignVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -428,11 +442,15 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             model_kwargs["prompt_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return inputs, name, model_kwargs
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs):
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs
+    ):
         """Beams: images are repeated row by row, since rows may hold different numbers of them."""
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
-            is_image = kwargs["mm_token_type_ids"] == 1 if input_ids is None else input_ids == self.config.image_token_id
+            is_image = (
+                kwargs["mm_token_type_ids"] == 1 if input_ids is None else input_ids == self.config.image_token_id
+            )
             images_per_row = (is_image.sum(-1) // self.config.image_seq_length).tolist()
             rows = pixel_values.split(images_per_row)
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])

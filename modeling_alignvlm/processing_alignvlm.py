@@ -57,13 +57,20 @@ class AlignVLMProcessor(ProcessorMixin):
     return_mm_token_type_ids = True
 
     def __init__(
-        self, image_processor=None, tokenizer=None, image_seq_length: int = 1, image_token: str = "<image>", chat_template=None
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 1,
+        image_token: str = "<image>",
+        chat_template=None,
     ):
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"The tokenizer does not know the image token {image_token!r}. Add it as a special token.")
+            raise ValueError(
+                f"The tokenizer does not know the image token {image_token!r}. Add it as a special token."
+            )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images=None, text=None, dense_mask_type: str | None = None, **kwargs) -> BatchFeature:

@@ -97,7 +97,9 @@ def checkpoint(tmp_path_factory, make_model, processor) -> Path:
     from training.checkpoint import save_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "stage0"
-    save_checkpoint(make_model(), processor, folder, {"backbones": {"vision": "tiny", "language": "tiny"}, "stages": []})
+    save_checkpoint(
+        make_model(), processor, folder, {"backbones": {"vision": "tiny", "language": "tiny"}, "stages": []}
+    )
     return folder
 
 

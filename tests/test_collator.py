@@ -21,9 +21,9 @@ def test_a_row_holds_the_trunk_once_and_each_annotation_as_a_branch(processor):
     collator = AlignVLMCollator(processor)
     batch = collator([record(*QUESTIONS)])
     ids, branches = batch["input_ids"][0], batch["branch_ids"][0]
-    assert processor.decode(ids[branches == 0]) == "User: " + "<image>" * 4
+    assert processor.decode(ids[branches == 0]) == "User:" + "<image>" * 4
     for index, (prompt, response) in enumerate(QUESTIONS, 1):
-        assert processor.decode(ids[branches == index]) == f"{prompt}\nAssistant: {response}</s>"
+        assert processor.decode(ids[branches == index]) == f" {prompt}\nAssistant: {response}</s>"
         positions = batch["position_ids"][0][branches == index]
         trunk = int((branches == 0).sum())
         assert positions.tolist() == list(range(trunk, trunk + len(positions)))
@@ -71,7 +71,9 @@ def test_a_packed_row_gives_loss_and_gradients_of_separate_rows(processor, make_
 
 
 def test_text_records_and_padding(processor, make_model):
-    batch = AlignVLMCollator(processor, pad_to_multiple_of=32)([record(("Say something.", "Fine."), images=0), record(*QUESTIONS)])
+    batch = AlignVLMCollator(processor, pad_to_multiple_of=32)(
+        [record(("Say something.", "Fine."), images=0), record(*QUESTIONS)]
+    )
     assert batch["input_ids"].shape[1] % 32 == 0
     assert torch.equal(batch["record_ids"] == -1, batch["attention_mask"] == 0)
     text_only = AlignVLMCollator(processor)([record(("Say something.", "Fine."), images=0)])

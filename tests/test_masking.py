@@ -21,7 +21,8 @@ def oracle(layout: TokenLayout, mask_type: str) -> torch.Tensor:
     mask = torch.zeros(batch, 1, length, length, dtype=torch.bool)
     for b in range(batch):
         image, record, branch, prompt = (
-            values[b].tolist() for values in (layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask)
+            values[b].tolist()
+            for values in (layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask)
         )
         for q in range(length):
             for k in range(length):
@@ -51,7 +52,9 @@ LAYOUTS = {
     "right padding": [[TEXT, I0, I0, ANSWER, PAD, PAD], [I0, I0, TEXT, TEXT, ANSWER, ANSWER]],
     "left padding": [[PAD, PAD, I0, I0, TEXT, ANSWER], [TEXT, I0, I0, TEXT, ANSWER, ANSWER]],
     "packed branches": [[TEXT, I0, I0, (-1, 0, 1, T), (-1, 0, 1, F), (-1, 0, 2, T), (-1, 0, 2, F), (-1, 0, 2, F)]],
-    "packed records": [[I0, I0, (-1, 0, 1, T), (-1, 0, 1, F), (1, 1, 0, T), (1, 1, 0, T), (-1, 1, 1, F), (-1, 1, 2, F), PAD]],
+    "packed records": [
+        [I0, I0, (-1, 0, 1, T), (-1, 0, 1, F), (1, 1, 0, T), (1, 1, 0, T), (-1, 1, 1, F), (-1, 1, 2, F), PAD]
+    ],
 }
 
 
@@ -71,11 +74,15 @@ def random_layouts(draw) -> TokenLayout:
         tokens, image = [], 0
         for record in range(draw(st.integers(1, 3))):
             for _ in range(draw(st.integers(0, 2))):
-                tokens += [(-1, record, 0, T)] * draw(st.integers(0, 2)) + [(image, record, 0, T)] * draw(st.integers(1, 3))
+                tokens += [(-1, record, 0, T)] * draw(st.integers(0, 2)) + [(image, record, 0, T)] * draw(
+                    st.integers(1, 3)
+                )
                 image += 1
             branches = draw(st.integers(0, 3))
             for branch in range(1, branches + 1):
-                tokens += [(-1, record, branch, T)] * draw(st.integers(0, 2)) + [(-1, record, branch, F)] * draw(st.integers(1, 2))
+                tokens += [(-1, record, branch, T)] * draw(st.integers(0, 2)) + [(-1, record, branch, F)] * draw(
+                    st.integers(1, 2)
+                )
         tokens = tokens[:length]
         padding = [PAD] * (length - len(tokens))
         rows.append(padding + tokens if draw(st.booleans()) else tokens + padding)
@@ -131,11 +138,17 @@ def test_layout_from_input_ids_finds_adjacent_images_and_padding():
 def test_a_layout_behind_a_cache_gives_the_rows_of_the_whole_mask(layout, past, unused):
     """New tokens behind a text-only past, in a cache with room to spare, see what they would see in one piece."""
     batch, length = layout.image_ids.shape
-    single = TokenLayout(layout.image_ids, layout.record_ids.clamp(max=0), torch.zeros_like(layout.branch_ids), layout.prompt_mask)
-    whole = TokenLayout(*(
-        torch.cat([torch.full((batch, past), value, dtype=field.dtype), field], dim=1)
-        for field, value in zip((single.image_ids, single.record_ids, single.branch_ids, single.prompt_mask), (-1, 0, 0, False))
-    ))
+    single = TokenLayout(
+        layout.image_ids, layout.record_ids.clamp(max=0), torch.zeros_like(layout.branch_ids), layout.prompt_mask
+    )
+    whole = TokenLayout(
+        *(
+            torch.cat([torch.full((batch, past), value, dtype=field.dtype), field], dim=1)
+            for field, value in zip(
+                (single.image_ids, single.record_ids, single.branch_ids, single.prompt_mask), (-1, 0, 0, False)
+            )
+        )
+    )
     attention_mask = torch.cat([torch.ones(batch, past), (single.record_ids >= 0).float()], dim=1)
     placed = single.placed_in_cache(past, past + length + unused, attention_mask)
     got = dense_mask(placed, "image")[:, :, past : past + length]

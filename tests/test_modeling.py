@@ -82,7 +82,13 @@ def test_mask_types_differ_where_images_are(make_model, rows):
 def test_cached_uncached_and_static_decoding_agree(make_model, rows, mask_type):
     model = make_model(mask_type)
     inputs = rows([5, IMAGE, 6, 7, IMAGE, 8], [9, IMAGE, 10], side="left")
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached = model.generate(**inputs, **options)
     for other in ({"use_cache": False}, {"cache_implementation": "static"}):
         again = model.generate(**inputs, **options, **other)
@@ -108,7 +114,10 @@ def test_multi_token_continuation_of_a_cache_equals_one_pass(make_model, rows):
     whole = model(**inputs).logits
     for cache in (None, StaticCache(model.config.text_config, max_cache_len=20)):
         first = model(
-            input_ids=inputs["input_ids"][:, :7], pixel_values=inputs["pixel_values"][:1], past_key_values=cache, use_cache=True
+            input_ids=inputs["input_ids"][:, :7],
+            pixel_values=inputs["pixel_values"][:1],
+            past_key_values=cache,
+            use_cache=True,
         )
         second = model(
             input_ids=inputs["input_ids"][:, 7:],
@@ -184,8 +193,12 @@ VISION_ENCODERS = {
 def test_vision_encoders_yield_one_token_per_patch(make_model, rows, model_type, layer):
     vision = {
         "model_type": model_type,
-        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-        **{"image_size": 16, "patch_size": 8},
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
         **VISION_ENCODERS[model_type],
     }
     model = make_model(vision=vision, vision_feature_layer=layer)
@@ -221,7 +234,13 @@ def test_language_models_decode_alike_with_and_without_cache(make_model, rows, m
     model = make_model("image", text=text, attn_implementation=kernel)
     assert model.lm_head.weight is model.get_input_embeddings().weight  # tied, whatever the embeddings are called
     inputs = rows([5, IMAGE, 6, 7, 8], [9, IMAGE, IMAGE, 10], side="left")
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached, uncached = model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), atol=1e-3, rtol=1e-3)
     causal = make_model("causal", text=text, attn_implementation=kernel)
@@ -372,7 +391,9 @@ class TestConfig:
             AlignVLMConfig(format_version=99)
 
     def test_round_trip(self, tmp_path):
-        config = AlignVLMConfig(attention_mask_type="mutual", text_config={"model_type": "llama", "tie_word_embeddings": True})
+        config = AlignVLMConfig(
+            attention_mask_type="mutual", text_config={"model_type": "llama", "tie_word_embeddings": True}
+        )
         config.save_pretrained(tmp_path)
         again = AlignVLMConfig.from_pretrained(tmp_path)
         assert again.to_dict() == {**config.to_dict(), "transformers_version": again.transformers_version}

@@ -35,7 +35,13 @@ def test_padding_side_and_unequal_image_counts(processor, side):
     )
     first = batch["attention_mask"][0].tolist()
     assert 0 in first and first == sorted(first, reverse=side == "right")
-    flat = processor(images=[images[0][0], *images[1]], text=["<image> a", "<image><image> bb cc"], padding=True, padding_side=side, return_tensors="pt")
+    flat = processor(
+        images=[images[0][0], *images[1]],
+        text=["<image> a", "<image><image> bb cc"],
+        padding=True,
+        padding_side=side,
+        return_tensors="pt",
+    )
     assert torch.equal(batch["pixel_values"], flat["pixel_values"])
 
 
@@ -45,7 +51,9 @@ def test_chat_template_with_images_in_every_form(processor, tmp_path):
     encoded = base64.b64encode(path.read_bytes()).decode()
     ids = []
     for image in ({"image": picture()}, {"path": str(path)}, {"url": f"data:image/png;base64,{encoded}"}):
-        messages = [{"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "What colour is it?"}]}]
+        messages = [
+            {"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "What colour is it?"}]}
+        ]
         batch = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -53,7 +61,7 @@ def test_chat_template_with_images_in_every_form(processor, tmp_path):
         assert torch.allclose(batch["pixel_values"][0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
         ids.append(batch["input_ids"][0].tolist())
     assert ids[0] == ids[1] == ids[2]
-    assert processor.decode(ids[0]) == "User: " + "<image>" * 4 + "What colour is it?\nAssistant:"
+    assert processor.decode(ids[0]) == "User:" + "<image>" * 4 + " What colour is it?\nAssistant:"
 
 
 def test_assistant_tokens_are_marked_for_multi_turn_chats(processor):
@@ -63,19 +71,28 @@ def test_assistant_tokens_are_marked_for_multi_turn_chats(processor):
         {"role": "user", "content": "three"},
         {"role": "assistant", "content": "four"},
     ]
-    batch = processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    batch = processor.apply_chat_template(
+        [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     marked = [t for t, m in zip(batch["input_ids"][0], batch["assistant_masks"][0]) if m]
     assert processor.decode(marked) == " two</s> four</s>"
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
 def test_dense_mask_on_request_is_the_one_the_model_builds(processor, make_model, mask_type):
-    arguments = {"images": [picture(RED), picture(BLUE)], "text": ["<image> a b c d", "<image> c"], "padding": True, "return_tensors": "pt"}
+    arguments = {
+        "images": [picture(RED), picture(BLUE)],
+        "text": ["<image> a b c d", "<image> c"],
+        "padding": True,
+        "return_tensors": "pt",
+    }
     plain, dense = processor(**arguments), processor(**arguments, dense_mask_type=mask_type)
     length = plain["input_ids"].shape[1]
     assert dense["attention_mask"].shape == (2, 1, length, length) and dense["attention_mask"].dtype == torch.bool
     real = plain["attention_mask"].bool()
-    layout = TokenLayout.from_input_ids(plain["input_ids"], processor.image_token_id, 4, attention_mask=real, prompt_mask=real)
+    layout = TokenLayout.from_input_ids(
+        plain["input_ids"], processor.image_token_id, 4, attention_mask=real, prompt_mask=real
+    )
     assert torch.equal(dense["attention_mask"], dense_mask(layout, mask_type))
     model = make_model(mask_type)
     with torch.no_grad():
@@ -138,7 +155,10 @@ def test_animations_give_their_current_frame(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"images": [picture(), picture()], "text": "<image> a"}, r"Found 1 '<image>' placeholder\(s\) in the text but 2"),
+        (
+            {"images": [picture(), picture()], "text": "<image> a"},
+            r"Found 1 '<image>' placeholder\(s\) in the text but 2",
+        ),
         ({"images": [picture()], "text": "is <image> <image> a tag?"}, "Found 2 .* but 1 image.*a user typed"),
         ({"images": [[picture()], [picture()]], "text": ["<image><image>", "a"]}, r"Found 2 .* in text 0 but 1 image"),
         ({"text": "<image>"}, r"Found 1 .* but 0 image"),

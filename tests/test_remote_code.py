@@ -44,7 +44,12 @@ def workdir(tmp_path_factory) -> Path:
 
 
 def run_child(code: str, checkpoint: Path, workdir: Path) -> str:
-    environment = {"HF_HOME": str(workdir / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(workdir)}
+    environment = {
+        "HF_HOME": str(workdir / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(workdir),
+    }
     result = subprocess.run(
         [sys.executable, "-I", "-c", PROLOGUE + code, str(checkpoint), str(workdir)],
         cwd=workdir,

@@ -22,7 +22,10 @@ from training.trainer import AlignVLMTrainer, module_of
 
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [{"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24}, {"name": "scene_texts", "count": 8}]
+SOURCES = [
+    {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24},
+    {"name": "scene_texts", "count": 8},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,11 @@ def test_four_stages_one_after_the_other_leave_a_whole_record(checkpoint, tmp_pa
     for stage in (1, 2, 3, 4):
         folder = tmp_path / f"stage{stage}"
         evaluation = json.dumps([{"name": "scenes", "annotations": ["questions"], "count": 4, "split": "test"}])
-        main(arguments_for(previous, folder, stage=stage, max_steps=2, projector_learning_rate=1e-3, eval_sources=evaluation))
+        main(
+            arguments_for(
+                previous, folder, stage=stage, max_steps=2, projector_learning_rate=1e-3, eval_sources=evaluation
+            )
+        )
         previous = folder
     record = read_run_record(previous)
     assert [entry["stage"] for entry in record["stages"]] == [1, 2, 3, 4]
@@ -93,7 +100,12 @@ def test_four_stages_one_after_the_other_leave_a_whole_record(checkpoint, tmp_pa
     assert last["model"] == str(tmp_path / "stage3") and last["steps"] == 2 and last["sources"] == SOURCES
     assert last["records"] == 32 and len(last["logged_losses"]) == 2 and last["versions"]["torch"]
     assert last["eval_loss_before"] == pytest.approx(record["stages"][-2]["eval_loss_after"])
-    assert {path.name for path in previous.iterdir()} >= {"LICENSE", "README.md", "chat_template.jinja", "processing_alignvlm.py"}
+    assert {path.name for path in previous.iterdir()} >= {
+        "LICENSE",
+        "README.md",
+        "chat_template.jinja",
+        "processing_alignvlm.py",
+    }
 
 
 def test_learning_rates_per_module_and_throughput_in_the_log(checkpoint, processor, tmp_path):
@@ -105,7 +117,12 @@ def test_learning_rates_per_module_and_throughput_in_the_log(checkpoint, process
     )
     dataset = scenes.make_scenes(8, annotations=("questions",))
     trainer = AlignVLMTrainer(
-        model, rates, args=arguments, train_dataset=dataset, data_collator=AlignVLMCollator(processor), processing_class=processor
+        model,
+        rates,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=AlignVLMCollator(processor),
+        processing_class=processor,
     )
     trainer.train()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -123,7 +140,9 @@ def test_learning_rates_per_module_and_throughput_in_the_log(checkpoint, process
 def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, tmp_path):
     """The head applied only at labels, inside TRL's fused head, against the plain forward pass."""
     (arguments,) = TrlParser(StageArguments).parse_args_and_config(
-        arguments_for(checkpoint, tmp_path, language_learning_rate=1e-3, vision_learning_rate=1e-3, projector_learning_rate=1e-3)
+        arguments_for(
+            checkpoint, tmp_path, language_learning_rate=1e-3, vision_learning_rate=1e-3, projector_learning_rate=1e-3
+        )
     )
     dataset = scenes.make_scenes(4, annotations=("short_caption", "questions"))
     collator = AlignVLMCollator(processor)
@@ -133,7 +152,12 @@ def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, t
     loss.backward()
     model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
     trainer = AlignVLMTrainer(
-        model, arguments.learning_rates, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor
+        model,
+        arguments.learning_rates,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
     )
     trained = trainer.compute_loss(trainer.model.train(), batch)
     trained.backward()
@@ -148,7 +172,13 @@ def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, t
 
 
 def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path):
-    fields = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    fields = {
+        "language_learning_rate": 1e-2,
+        "projector_learning_rate": 1e-2,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     straight = main(arguments_for(checkpoint, whole, **fields))
     resumed.mkdir()
@@ -165,7 +195,10 @@ def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path):
 
 def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):
     runs = {}
-    for name, fields in {"one": {}, "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}}.items():
+    for name, fields in {
+        "one": {},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         main(arguments_for(checkpoint, tmp_path / name, language_learning_rate=1e-4, optim="sgd", **fields))
         runs[name] = weights(tmp_path / name)
@@ -256,7 +289,9 @@ class TestLocalFiles:
         captions = self.load(folder, [{"image": "images/0.png", "captions": ["One.", " Two. "]}], prompt="Describe.")
         assert [a["response"] for a in captions[0]["annotations"]] == ["One.", "Two."]
         assert captions[0]["annotations"][0]["prompt"] == "Describe." and captions[0]["images"][0].size == (64, 64)
-        questions = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
+        questions = [
+            {"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))
+        ]
         grouped = self.load(folder, questions)
         assert [[a["prompt"] for a in record["annotations"]] for record in grouped] == [["q0 ?", "q2 ?"], ["q1 ?"]]
         given = [{"image": "images/0.png", "annotations": [{"prompt": "p", "response": "r"}]}]
@@ -282,12 +317,22 @@ def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_pa
     from training.data import load_sources
 
     recipe = ROOT / "training/recipes/flickr8k_nano/stage3.yaml"
-    given = {"model": checkpoint, "output_dir": tmp_path, "data_dir": shared_data, "max_steps": 60, "logging_steps": 10}
+    given = {
+        "model": checkpoint,
+        "output_dir": tmp_path,
+        "data_dir": shared_data,
+        "max_steps": 60,
+        "logging_steps": 10,
+    }
     options = [item for name, value in given.items() for item in (f"--{name}", str(value))]
     entry = main(["--config", str(recipe), *options])
     assert entry["logged_losses"][-1] < entry["logged_losses"][0] - 0.3
-    photos = load_sources([{"name": "jsonl", "path": "flickr8k/captions.jsonl", "split": "val", "limit": 2}], shared_data)
+    photos = load_sources(
+        [{"name": "jsonl", "path": "flickr8k/captions.jsonl", "split": "val", "limit": 2}], shared_data
+    )
     model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
     processor = AlignVLMProcessor.from_pretrained(tmp_path)
-    texts = answer(model, processor, [r["images"][0] for r in photos], [["Write a short caption."]] * 2, max_new_tokens=8)
+    texts = answer(
+        model, processor, [r["images"][0] for r in photos], [["Write a short caption."]] * 2, max_new_tokens=8
+    )
     assert all(len(group) == 1 and group[0] for group in texts)

@@ -30,36 +30,38 @@ from training.checkpoint import library_versions, save_checkpoint
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
-_CONTENT = """\
-{%- macro content(message) -%}
-{%- if message.content is string -%}{{ message.content }}
+# Both write the parts of a message in order, an image as its placeholder; `generation` marks what the assistant says.
+_PARTS = """\
+{%- macro parts(message, gap) -%}
+{%- if message.content is string -%}{{ gap + message.content }}
 {%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}<image>{%- elif part.type == 'text' -%}{{ part.text }}{%- endif -%}
+{%- if part.type == 'image' -%}<image>{%- elif part.type == 'text' -%}{{ gap + part.text }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
 """
 CHATML_TEMPLATE = (
-    _CONTENT
+    _PARTS
     + """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' -%}
-{%- generation -%}{{ content(message) + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
-{%- else -%}{{ content(message) + '<|im_end|>\\n' }}{%- endif -%}
+{%- generation -%}{{ parts(message, '') + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ parts(message, '') + '<|im_end|>\\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 )
-# For language models without chat tokens: plain words that any tokenizer can write.
+# For language models without chat tokens: plain words that any tokenizer can write, each text behind a space, so that its
+# first word has the same tokens behind an image and behind words.
 PLAIN_TEMPLATE = (
-    _CONTENT
+    _PARTS
     + """\
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
-{{ 'Assistant:' }}{%- generation -%}{{ ' ' + content(message) + eos_token }}{%- endgeneration -%}{{ '\\n' }}
-{%- else -%}{{ message.role | capitalize + ': ' + content(message) + '\\n' }}{%- endif -%}
+{{ 'Assistant:' }}{%- generation -%}{{ parts(message, ' ') + eos_token }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ message.role | capitalize + ':' + parts(message, ' ') + '\\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
 """
@@ -73,11 +75,19 @@ class BackboneArguments:
     vision: str = field(metadata={"help": "Vision encoder: local folder or Hub id."})
     language: str = field(metadata={"help": "Causal language model: local folder or Hub id."})
     output_dir: str = field(metadata={"help": "Where the stage-0 checkpoint is written."})
-    vision_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the vision encoder."})
-    language_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the language model."})
+    vision_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the vision encoder."}
+    )
+    language_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the language model."}
+    )
     projector_type: str = field(default="mlp", metadata={"help": "`mlp` or `linear`."})
-    pixel_shuffle_factor: int = field(default=1, metadata={"help": "Merge squares of so many patches a side into one token."})
-    vision_feature_layer: int = field(default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."})
+    pixel_shuffle_factor: int = field(
+        default=1, metadata={"help": "Merge squares of so many patches a side into one token."}
+    )
+    vision_feature_layer: int = field(
+        default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
+    )
     attention_mask_type: str = field(default="image", metadata={"help": "`causal`, `image`, `prefix` or `mutual`."})
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 

@@ -20,7 +20,10 @@ VERSIONED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", 
 
 def library_versions() -> dict[str, str]:
     """The installed versions of the libraries a result depends on."""
-    found = {distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
     return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
 
 
@@ -84,9 +87,14 @@ def _card(record: dict) -> str:
     for stage in record["stages"]:
         trained = ", ".join(f"{name} ({rate:g})" for name, rate in stage["learning_rates"].items())
         sources = ", ".join(source["name"] for source in stage["sources"])
-        before, after = ("-" if stage[key] is None else f"{stage[key]:.3f}" for key in ("eval_loss_before", "eval_loss_after"))
+        before, after = (
+            "-" if stage[key] is None else f"{stage[key]:.3f}" for key in ("eval_loss_before", "eval_loss_after")
+        )
         lines.append(
             f"| {stage['stage']} | {trained} | `{stage['attention_mask_type']}` | {sources} | {stage['steps']} | {before} | {after} |"
         )
-    lines += ["", f"How it was made stands in `{RUN_RECORD}`. The Python files are under the Apache License 2.0 (`LICENSE`)."]
+    lines += [
+        "",
+        f"How it was made stands in `{RUN_RECORD}`. The Python files are under the Apache License 2.0 (`LICENSE`).",
+    ]
     return "\n".join(lines) + "\n"

@@ -76,9 +76,13 @@ class AlignVLMCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
-        self._encode = lru_cache(maxsize=100_000)(self._encode_texts)  # questions and short answers come again and again
+        self._encode = lru_cache(maxsize=100_000)(
+            self._encode_texts
+        )  # questions and short answers come again and again
         if processor.chat_template is None:
-            raise ValueError("The processor has no chat template, so prompts and responses cannot be written. Set one.")
+            raise ValueError(
+                "The processor has no chat template, so prompts and responses cannot be written. Set one."
+            )
 
     def encode(self, annotation: dict[str, str], image_count: int) -> tuple[list[int], list[int]]:
         """The token ids of one annotation's prompt (one image token per image, not yet expanded) and of its response.
@@ -92,7 +96,9 @@ class AlignVLMCollator:
     def _encode_texts(self, prompt: str, response: str, image_count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         for text in (prompt, response):
             if self.processor.image_token in text:
-                raise ValueError(f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data.")
+                raise ValueError(
+                    f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data."
+                )
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)

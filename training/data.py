@@ -13,7 +13,13 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from training import scenes
 
 
-def load_scenes(data_dir: Path, count: int, annotations: list[str], split: str = "train", seed: int = 0) -> Dataset:
+def load_scenes(
+    data_dir: Path,
+    count: int,
+    annotations: list[str],
+    split: str = "train",
+    seed: int = 0,
+) -> Dataset:
     """Drawn scenes with captions and questions: see `training.scenes.make_scenes`."""
     return scenes.make_scenes(count, split, tuple(annotations), seed)
 
@@ -24,7 +30,11 @@ def load_scene_texts(data_dir: Path, count: int, split: str = "train", seed: int
 
 
 def load_jsonl(
-    data_dir: Path, path: str, split: str | None = None, prompt: str = "Write a short caption.", limit: int | None = None
+    data_dir: Path,
+    path: str,
+    split: str | None = None,
+    prompt: str = "Write a short caption.",
+    limit: int | None = None,
 ) -> Dataset:
     """A local jsonl file whose rows name an `image` (a path from the file's folder) and hold one of
 
@@ -39,7 +49,9 @@ def load_jsonl(
     """
     file = data_dir / path
     if not file.is_file():
-        raise FileNotFoundError(f"No such file: {file}. Paths of sources start at `data_dir`, which is {str(data_dir)!r}.")
+        raise FileNotFoundError(
+            f"No such file: {file}. Paths of sources start at `data_dir`, which is {str(data_dir)!r}."
+        )
     rows = load_dataset("json", data_files=str(file), split="train")
     if split is not None:
         rows = rows.filter(lambda value: value == split, input_columns="split")
@@ -62,7 +74,9 @@ def _annotations(row: dict, prompt: str, file: Path) -> list[dict[str, str]]:
         return [{"prompt": prompt, "response": caption.strip()} for caption in row["captions"]]
     if row.get("question") and row.get("answer") is not None:
         return [{"prompt": row["question"].strip(), "response": row["answer"].strip()}]
-    raise ValueError(f"A row of {file} has none of `captions`, `question` and `answer`, `annotations`; it has {sorted(row)}.")
+    raise ValueError(
+        f"A row of {file} has none of `captions`, `question` and `answer`, `annotations`; it has {sorted(row)}."
+    )
 
 
 def _inside(folder: Path, path: str) -> str:
@@ -73,7 +87,11 @@ def _inside(folder: Path, path: str) -> str:
     return full
 
 
-SOURCES: dict[str, Callable[..., Dataset]] = {"scenes": load_scenes, "scene_texts": load_scene_texts, "jsonl": load_jsonl}
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    "scenes": load_scenes,
+    "scene_texts": load_scene_texts,
+    "jsonl": load_jsonl,
+}
 
 
 def load_sources(sources: list[dict], data_dir: str | os.PathLike = ".") -> Dataset:

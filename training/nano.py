@@ -5,7 +5,7 @@ descriptions and to answer questions about them. Neither has ever met the other:
 Both are written in Hugging Face form, as `training.backbones` takes them.
 """
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +30,15 @@ from training.backbones import PLAIN_TEMPLATE
 
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
+SCENE_COUNT = 12_000  # scenes the vision encoder sees
 # On a CPU the backward of PyTorch's SDPA kernel is slower than plain products for models this small.
 ATTENTION = "eager"
 
 
-def train_nano_backbones(
-    folder: Path, seed: int = 0, vision_steps: int = 900, language_steps: int = 300, scene_count: int = 12_000
-) -> tuple[Path, Path]:
+def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_steps: int) -> tuple[Path, Path]:
     """Trains both backbones on the training split and saves them under `folder`; returns their two folders."""
     vision, language = Path(folder) / "vision", Path(folder) / "language"
-    train_vision_encoder(vision, seed, vision_steps, scene_count)
+    train_vision_encoder(vision, seed, vision_steps)
     train_language_model(language, seed, language_steps)
     return vision, language
 
@@ -62,15 +61,17 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, batch_size: int = 128) -> None:
+def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
     """Trains the encoder so that every patch knows the colour, kind and size of what lies in its quadrant, if anything."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
-    drawn = [scenes.random_scene(rng, "train") for _ in range(scene_count)]
-    pixels = np.stack([np.asarray(scenes.draw(scene, rng, IMAGE_SIZE)) for scene in tqdm(drawn, desc="drawing scenes")])
+    drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
+    pixels = np.stack(
+        [np.asarray(scenes.draw(scene, rng, IMAGE_SIZE)) for scene in tqdm(drawn, desc="drawing scenes")]
+    )
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     vocabularies = (list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES))
-    targets = torch.zeros(scene_count, len(scenes.POSITIONS), 3, dtype=torch.long)  # 0: nothing there
+    targets = torch.zeros(SCENE_COUNT, len(scenes.POSITIONS), 3, dtype=torch.long)  # 0: nothing there
     for index, scene in enumerate(drawn):
         for shape in scene:
             values = (shape.colour, shape.kind, shape.size)
@@ -93,7 +94,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, scene_count: int, 
     quadrant_of_patch = (2 * side[:, None] + side).flatten()
 
     def loss_of_step(step: int) -> torch.Tensor:
-        chosen = torch.from_numpy(rng.choice(scene_count, batch_size, replace=False))
+        chosen = torch.from_numpy(rng.choice(SCENE_COUNT, batch_size, replace=False))
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 127.5 - 1  # as the image processor does
         features = encoder(images).last_hidden_state
         predictions = head(features).float().split(classes, dim=-1)
@@ -132,7 +133,12 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         asked[0] = {**asked[0], "prompt": f"{scenes.detailed_caption(scene)} {asked[0]['prompt']}"}
         return asked
 
-    sample = [text for _ in range(2000) for turn in dialogue() for text in (f"User: {turn['prompt']}\n", f"Assistant: {turn['response']}")]
+    sample = [
+        text
+        for _ in range(2000)
+        for turn in dialogue()
+        for text in (f"User: {turn['prompt']}\n", f"Assistant: {turn['response']}")
+    ]
     tokenizer = train_tokenizer(sample)
     tokenizer.chat_template = PLAIN_TEMPLATE
     config = Qwen2Config(
@@ -151,7 +157,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
     )
     model = Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION)
 
-    @lru_cache(maxsize=None)
+    @cache
     def encode(text: str) -> list[int]:
         return tokenizer(text)["input_ids"]
 

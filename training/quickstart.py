@@ -61,7 +61,9 @@ class QuickstartArguments:
     """The quickstart's few settings; everything else stands in the recipe's YAML files."""
 
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where stages, pictures and the summary go."})
-    recipe: str = field(default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."})
+    recipe: str = field(
+        default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of backbones, scenes and stages."})
     test_scenes: int = field(default=250, metadata={"help": "Held-out scenes; each is asked eight questions."})
     vision_steps: int = field(default=900, metadata={"help": "Training steps of the vision encoder."})
@@ -77,7 +79,13 @@ def question_accuracy(
         images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
     prompts = [[a["prompt"] for a in record["annotations"]] for record in records]
     answers = answer(
-        model.eval(), processor, images, prompts, batch_size=250, max_new_tokens=6, progress="blank images" if blank else "questions"
+        model.eval(),
+        processor,
+        images,
+        prompts,
+        batch_size=250,
+        max_new_tokens=6,
+        progress="blank images" if blank else "questions",
     )
     hits: dict[str, list[bool]] = {"overall": []}
     for record, given in zip(records, answers):
@@ -140,14 +148,20 @@ def main(argv: list[str] | None = None) -> dict:
     vision, language = train_nano_backbones(
         output / "backbones", arguments.seed, arguments.vision_steps, arguments.language_steps
     )
-    assemble(BackboneArguments(vision=str(vision), language=str(language), output_dir=str(output / "stage0"), seed=arguments.seed))
+    assemble(
+        BackboneArguments(
+            vision=str(vision), language=str(language), output_dir=str(output / "stage0"), seed=arguments.seed
+        )
+    )
     backbone_seconds = time.perf_counter() - started
 
     test = scenes.make_scenes(arguments.test_scenes, "test", ("questions",), seed=arguments.seed)
     stages = []
     for number in (1, 2, 3, 4):
         stage = run_stage_script(number, arguments, output)
-        model = AlignVLMForConditionalGeneration.from_pretrained(output / f"stage{number}", attn_implementation=ATTENTION)
+        model = AlignVLMForConditionalGeneration.from_pretrained(
+            output / f"stage{number}", attn_implementation=ATTENTION
+        )
         processor = AlignVLMProcessor.from_pretrained(output / f"stage{number}")
         is_last = number == 4
         accuracy = question_accuracy(model, processor, test if is_last else test.select(range(len(test) // 5)))
@@ -172,8 +186,12 @@ def main(argv: list[str] | None = None) -> dict:
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     print(f"\n{table(stages, accuracy, blank)}")
-    print(f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}")
-    print(f"\n{summary['seconds']:.0f} seconds. Checkpoints: {output}/stage0 ... stage4. Summary: {output / 'summary.json'}")
+    print(
+        f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}"
+    )
+    print(
+        f"\n{summary['seconds']:.0f} seconds. Checkpoints: {output}/stage0 ... stage4. Summary: {output / 'summary.json'}"
+    )
     return summary
 
 

@@ -20,8 +20,13 @@ from PIL import ImageDraw
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 217), "yellow": (241, 196, 15)}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.2, "large": 0.4}  # side of the bounding box, as a share of the picture's side
-POSITIONS = {"top left": (0.25, 0.25), "top right": (0.75, 0.25), "bottom left": (0.25, 0.75), "bottom right": (0.75, 0.75)}
-ANSWER_KINDS = ("yes_no", "colour", "count", "position")
+POSITIONS = {
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
+}
+QUESTION_KINDS = ("yes_no", "colour", "count", "position")
 NUMBER_WORDS = ("zero", "one", "two")
 HELD_OUT_SHARE = 0.1
 SHORT_CAPTION_PROMPT = "Write a short caption."
@@ -106,50 +111,71 @@ def detailed_caption(scene: Scene) -> str:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Eight questions with one right answer each, two of each kind in `ANSWER_KINDS`: `prompt`, `response`, `kind`."""
+    """Eight questions with one right answer each, two of each kind: `prompt`, `response`, `kind`."""
     asked = []
-
-    def ask(kind: str, prompt: str, response: str) -> None:
-        asked.append({"prompt": prompt, "response": response, "kind": kind})
-
-    def pick(choices) -> str:
-        return str(rng.choice(list(choices)))
-
-    def one_of_scene() -> Shape:
-        return scene[rng.integers(len(scene))]
-
-    for names in (("colour", "kind"), ("kind", "position")):  # yes/no: about half of the answers are yes
-        target = one_of_scene()
-        wanted = {name: getattr(target, name) for name in names}
-        if rng.random() < 0.5:  # change one attribute after the other until no shape of the scene fits
-            while any(s.matches(**wanted) for s in scene):
-                name = pick(names)
-                wanted[name] = pick({"colour": COLOURS, "kind": SHAPES, "position": POSITIONS}[name])
-        found = any(s.matches(**wanted) for s in scene)
-        words = f"{wanted['kind']} at the {wanted['position']}" if "position" in wanted else f"{wanted['colour']} {wanted['kind']}"
-        ask("yes_no", f"Is there a {words}?", "yes" if found else "no")
-
-    target = one_of_scene()
-    ask("colour", f"What colour is the shape at the {target.position}?", target.colour)
-    target = one_of_scene()
-    alone = sum(s.kind == target.kind for s in scene) == 1
-    ask("colour", f"What colour is the {target.kind}{'' if alone else f' at the {target.position}'}?", target.colour)
-
-    ask("count", "How many shapes are there?", NUMBER_WORDS[len(scene)])
-    name = pick(("colour", "kind"))
-    value = getattr(one_of_scene(), name) if rng.random() < 0.7 else pick(COLOURS if name == "colour" else SHAPES)
-    plural = f"{value} shapes" if name == "colour" else "crosses" if value == "cross" else f"{value}s"
-    ask("count", f"How many {plural} are there?", NUMBER_WORDS[sum(s.matches(**{name: value}) for s in scene)])
-
-    for target in (scene[0], scene[-1]):
-        twins = sum(s.matches(colour=target.colour, kind=target.kind) for s in scene) > 1
-        order = ("first " if target is scene[0] else "second ") if twins else ""
-        ask("position", f"Where is the {order}{target.colour} {target.kind}?", target.position)
+    for kind, ask in _ASK.items():
+        for index in range(2):
+            prompt, response = ask(scene, rng, index)
+            asked.append({"prompt": prompt, "response": response, "kind": kind})
     return asked
 
 
+def _pick(rng: np.random.Generator, choices):
+    choices = list(choices)
+    return choices[rng.integers(len(choices))]
+
+
+def _ask_yes_no(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
+    """About half of the answers are yes; for a no, attributes of a real shape are changed until no shape fits."""
+    names = (("colour", "kind"), ("kind", "position"))[index]
+    target = _pick(rng, scene)
+    wanted = {name: getattr(target, name) for name in names}
+    if rng.random() < 0.5:
+        while any(shape.matches(**wanted) for shape in scene):
+            name = _pick(rng, names)
+            wanted[name] = _pick(rng, {"colour": COLOURS, "kind": SHAPES, "position": POSITIONS}[name])
+    found = any(shape.matches(**wanted) for shape in scene)
+    if "colour" in wanted:
+        return f"Is there a {wanted['colour']} {wanted['kind']}?", "yes" if found else "no"
+    return f"Is there a {wanted['kind']} at the {wanted['position']}?", "yes" if found else "no"
+
+
+def _ask_colour(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
+    target = _pick(rng, scene)
+    if index == 0:
+        return f"What colour is the shape at the {target.position}?", target.colour
+    alone = sum(shape.kind == target.kind for shape in scene) == 1
+    return f"What colour is the {target.kind}{'' if alone else f' at the {target.position}'}?", target.colour
+
+
+def _ask_count(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
+    if index == 0:
+        return "How many shapes are there?", NUMBER_WORDS[len(scene)]
+    name = _pick(rng, ("colour", "kind"))
+    if rng.random() < 0.7:
+        value = getattr(_pick(rng, scene), name)
+    else:
+        value = _pick(rng, COLOURS if name == "colour" else SHAPES)
+    plural = f"{value} shapes" if name == "colour" else "crosses" if value == "cross" else f"{value}s"
+    return f"How many {plural} are there?", NUMBER_WORDS[sum(shape.matches(**{name: value}) for shape in scene)]
+
+
+def _ask_position(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
+    """Each shape in turn; of twins, the first or the second in reading order."""
+    target = scene[index % len(scene)]
+    twins = sum(shape.matches(colour=target.colour, kind=target.kind) for shape in scene) > 1
+    order = ("first " if target is scene[0] else "second ") if twins else ""
+    return f"Where is the {order}{target.colour} {target.kind}?", target.position
+
+
+_ASK = dict(zip(QUESTION_KINDS, (_ask_yes_no, _ask_colour, _ask_count, _ask_position)))
+
+
 RECORD_FEATURES = Features(
-    {"images": List(Image()), "annotations": List({"prompt": Value("string"), "response": Value("string"), "kind": Value("string")})}
+    {
+        "images": List(Image()),
+        "annotations": List({"prompt": Value("string"), "response": Value("string"), "kind": Value("string")}),
+    }
 )
 
 
@@ -170,17 +196,19 @@ def make_scenes(
 
     Returns:
         `datasets.Dataset` with `images` (one) and `annotations` (`prompt`, `response`, and `kind`: the caption's type or the
-        question's kind from `ANSWER_KINDS`).
+        question's kind from `QUESTION_KINDS`).
     """
     unknown = set(annotations) - {"short_caption", "detailed_caption", "questions"}
     if unknown or split not in ("train", "test"):
-        raise ValueError(f"Unknown split {split!r} or annotations {sorted(unknown)}; see the docstring for the valid ones.")
+        raise ValueError(
+            f"Unknown split {split!r} or annotations {sorted(unknown)}; see the docstring for the valid ones."
+        )
     rng = np.random.default_rng([seed, split == "test"])
     records = []
     for _ in range(count):
         scene = random_scene(rng, split)
         image = io.BytesIO()
-        draw(scene, rng, image_size).save(image, "JPEG", quality=95, subsampling=0)
+        draw(scene, rng, image_size).save(image, "BMP")  # lossless, and quick to write and read
         records.append({"images": [{"bytes": image.getvalue()}], "annotations": annotate(scene, annotations, rng)})
     return Dataset.from_list(records, features=RECORD_FEATURES)
 
@@ -191,7 +219,9 @@ def annotate(scene: Scene, annotations: tuple[AnnotationType, ...], rng: np.rand
     if "short_caption" in annotations:
         made.append({"prompt": SHORT_CAPTION_PROMPT, "response": short_caption(scene), "kind": "short_caption"})
     if "detailed_caption" in annotations:
-        made.append({"prompt": DETAILED_CAPTION_PROMPT, "response": detailed_caption(scene), "kind": "detailed_caption"})
+        made.append(
+            {"prompt": DETAILED_CAPTION_PROMPT, "response": detailed_caption(scene), "kind": "detailed_caption"}
+        )
     if "questions" in annotations:
         made += questions(scene, rng)
     return made

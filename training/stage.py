@@ -34,7 +34,9 @@ class StageArguments(SFTConfig):
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
 
     stage: int = field(default=0, metadata={"help": "Number of the stage, 1 to 4; names it in logs and records."})
-    model: str = field(default="", metadata={"help": "Checkpoint to start from: the folder the stage before wrote, or a Hub id."})
+    model: str = field(
+        default="", metadata={"help": "Checkpoint to start from: the folder the stage before wrote, or a Hub id."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a model on the Hub."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Left out: frozen."}
@@ -45,7 +47,9 @@ class StageArguments(SFTConfig):
     language_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the language model and its head. Left out: frozen."}
     )
-    attention_mask_type: str = field(default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."})
+    attention_mask_type: str = field(
+        default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."}
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
     sources: str | None = field(  # in YAML a list
         default=None, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
@@ -56,7 +60,11 @@ class StageArguments(SFTConfig):
     data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Go on from the last checkpoint in output_dir, or from the one named.", "nargs": "?", "const": "last"},
+        metadata={
+            "help": "Go on from the last checkpoint in output_dir, or from the one named.",
+            "nargs": "?",
+            "const": "last",
+        },
     )
 
     def __post_init__(self):
@@ -68,13 +76,19 @@ class StageArguments(SFTConfig):
         for module in MODULES:
             rate = getattr(self, f"{module}_learning_rate")
             if rate is not None and rate <= 0:
-                raise ValueError(f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out.")
+                raise ValueError(
+                    f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
+                )
         if not self.learning_rates:
-            raise ValueError(f"Nothing trains: set at least one of {', '.join(f'{m}_learning_rate' for m in MODULES)}.")
+            raise ValueError(
+                f"Nothing trains: set at least one of {', '.join(f'{m}_learning_rate' for m in MODULES)}."
+            )
         if not self.model or not self.sources:
             raise ValueError("A stage needs `model` (a checkpoint to start from) and `sources` (what to train on).")
         if self.attention_mask_type not in MASK_TYPES:
-            raise ValueError(f"Unknown attention_mask_type {self.attention_mask_type!r}. Valid values: {', '.join(MASK_TYPES)}.")
+            raise ValueError(
+                f"Unknown attention_mask_type {self.attention_mask_type!r}. Valid values: {', '.join(MASK_TYPES)}."
+            )
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
         self.remove_unused_columns = False  # the collator reads records
         self.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -158,7 +172,9 @@ def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
         return arguments.resume_from_checkpoint
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     if last is None:
-        raise ValueError(f"Nothing to resume: {arguments.output_dir!r} holds no checkpoint-* folder. Start without the flag.")
+        raise ValueError(
+            f"Nothing to resume: {arguments.output_dir!r} holds no checkpoint-* folder. Start without the flag."
+        )
     return last
 
 

@@ -19,7 +19,9 @@ def module_of(parameter_name: str) -> str:
     return "projector" if "projector." in parameter_name else "language"
 
 
-def freeze_all_but(model: AlignVLMForConditionalGeneration, learning_rates: dict[str, float]) -> dict[str, tuple[int, int]]:
+def freeze_all_but(
+    model: AlignVLMForConditionalGeneration, learning_rates: dict[str, float]
+) -> dict[str, tuple[int, int]]:
     """Lets the named modules train and freezes the others; returns each module's (trainable, total) parameter counts."""
     counts = dict.fromkeys(MODULES, (0, 0))
     for name, parameter in model.named_parameters():
@@ -90,7 +92,9 @@ class AlignVLMTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # at each place, the token that comes next
+        labels = torch.nn.functional.pad(
+            labels[:, 1:], (0, 1), value=IGNORED
+        )  # at each place, the token that comes next
         keep = labels != IGNORED
         keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
         return super().compute_loss(
