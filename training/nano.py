@@ -143,12 +143,12 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
     tokenizer.chat_template = PLAIN_TEMPLATE
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=192,
         intermediate_size=384,
         num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.08,  # about hidden_size ** -0.5: with the usual 0.02 attention starts flat and learns late,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        initializer_range=0.07,  # about hidden_size ** -0.5: with the usual 0.02 attention starts flat and learns late,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -178,6 +178,6 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return model(input_ids=input_ids, labels=labels).loss
 
-    _train("language model", [model], 2e-3, steps, loss_of_step)
+    _train("language model", [model], 1.5e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -67,7 +67,7 @@ class QuickstartArguments:
     seed: int = field(default=0, metadata={"help": "Seed of backbones, scenes and stages."})
     test_scenes: int = field(default=250, metadata={"help": "Held-out scenes; each is asked eight questions."})
     vision_steps: int = field(default=900, metadata={"help": "Training steps of the vision encoder."})
-    language_steps: int = field(default=300, metadata={"help": "Training steps of the language model."})
+    language_steps: int = field(default=100, metadata={"help": "Training steps of the language model."})
 
 
 def question_accuracy(
