@@ -290,6 +290,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, past_key_values):
         """The layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
         config = self.language_model.config
+        if is_flash_attention_requested(config):
+            raise ValueError(
+                f"attn_implementation={config._attn_implementation!r} cannot keep the records or branches of a packed row "
+                "apart. Use 'sdpa', 'flex_attention' or 'eager', or one annotation per row."
+            )
         length = inputs_embeds.shape[1]
         past_length, total_length = 0, length
         if past_key_values is not None:

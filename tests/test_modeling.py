@@ -364,8 +364,12 @@ def test_flash_kernels_are_refused_unless_the_mask_is_causal(make_model, rows):
         make_model("image", attn_implementation="flash_attention_2")
     model = make_model("image")
     model.model.language_model.config._attn_implementation_internal = "flash_attention_2"
+    inputs = rows([5, IMAGE, 6])
     with pytest.raises(ValueError, match="cannot apply the mask type"):
-        model(**rows([5, IMAGE, 6]))
+        model(**inputs)
+    model.config.attention_mask_type = "causal"
+    with pytest.raises(ValueError, match="cannot keep the records or branches of a packed row apart"):
+        model(**inputs, branch_ids=torch.zeros_like(inputs["input_ids"]))
 
 
 class TestConfig:
