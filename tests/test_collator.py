@@ -6,7 +6,7 @@ from PIL import Image
 
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from training import scenes
-from training.collator import AlignVLMCollator
+from training.collator import IGNORED, AlignVLMCollator, Row
 
 
 def record(*annotations, images=1) -> dict:
@@ -36,6 +36,13 @@ def test_only_responses_and_their_end_carry_labels(processor):
     assert torch.equal(batch["labels"][0][labelled], batch["input_ids"][0][labelled])
     assert processor.decode(batch["labels"][0][labelled]) == "".join(f" {response}</s>" for _, response in QUESTIONS)
     assert not (batch["prompt_mask"][0] & labelled).any()
+
+
+def test_the_first_token_of_a_branch_has_no_label_even_without_a_prompt():
+    row = Row([])
+    row.append([5, 6, 7], branch=1, first_position=0, response_length=3)
+    row.append([8, 9], branch=2, first_position=0, response_length=2)
+    assert row.labels == [IGNORED, 6, 7, IGNORED, 9]  # else 8 would be predicted from another branch
 
 
 def test_prompts_have_the_tokens_they_have_at_inference(processor):

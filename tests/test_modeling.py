@@ -150,10 +150,13 @@ def test_beams_keep_each_row_with_its_own_images(make_model, rows):
     given = ([5, IMAGE, 6], [8, IMAGE, IMAGE, 9])
     many = rows(*given, side="left")
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    together = model.generate(**many, **options)[:, many["input_ids"].shape[1] :]
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    together = model.generate(**many, **options)
     for index, images in enumerate(many["pixel_values"].split([1, 2])):
         one = {**rows(given[index]), "pixel_values": images}
-        assert torch.equal(model.generate(**one, **options)[0, one["input_ids"].shape[1] :], together[index])
+        alone = model.generate(**one, **options)
+        assert torch.equal(alone.sequences[0, -5:], together.sequences[index, -5:])
+        torch.testing.assert_close(alone.sequences_scores[0], together.sequences_scores[index], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
