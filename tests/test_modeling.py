@@ -151,6 +151,11 @@ def test_beams_keep_each_row_with_its_own_images(make_model, rows):
     many = rows(*given, side="left")
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     options |= {"output_scores": True, "return_dict_in_generate": True}
+    _, expanded = model._expand_inputs_for_generation(
+        3, input_ids=many["input_ids"], pixel_values=many["pixel_values"]
+    )
+    order = [0, 0, 0, 1, 2, 1, 2, 1, 2]  # each beam of a row, one after the other, with all of that row's images
+    assert torch.equal(expanded["pixel_values"], many["pixel_values"][order])
     together = model.generate(**many, **options)
     for index, images in enumerate(many["pixel_values"].split([1, 2])):
         one = {**rows(given[index]), "pixel_values": images}
