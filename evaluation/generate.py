@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
+
+from modeling_alignvlm.masking_alignvlm import TokenLayout
 
 
 @torch.inference_mode()
@@ -19,7 +22,7 @@ def answer(
     progress: str | None = None,
     **generation_options,
 ) -> list[list[str]]:
-    """Answers every prompt about every image.
+    """Answers every prompt about every image; an image goes through the vision encoder once for all its prompts.
 
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
@@ -39,6 +42,7 @@ def answer(
         raise ValueError(f"Got {len(images)} images and {len(prompts)} lists of prompts; each image needs one list.")
     asked = [(index, prompt) for index, group in enumerate(prompts) for prompt in group]
     answers: list[list[str]] = [[] for _ in prompts]
+    features: dict[int, Tensor] = {}  # image tokens of the current images, by index: (image_seq_length, hidden)
     for start in tqdm(range(0, len(asked), batch_size), desc=progress, disable=progress is None):
         batch = asked[start : start + batch_size]
         texts = [
@@ -55,8 +59,22 @@ def answer(
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
+        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+        layout = TokenLayout.from_input_ids(
+            input_ids, model.config.image_token_id, model.config.image_seq_length, attention_mask=attention_mask
+        )
+        pixel_values = dict(zip((index for index, _ in batch), inputs["pixel_values"]))  # one per image
+        features = {index: features[index] for index in pixel_values if index in features}
+        if new := [index for index in pixel_values if index not in features]:
+            encoded = model.get_image_features(torch.stack([pixel_values[index] for index in new])).pooler_output
+            features.update(zip(new, encoded))
+        embeddings = model.get_input_embeddings()(input_ids)
+        image_tokens = torch.stack([features[index] for index, _ in batch]).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter((layout.image_ids >= 0).unsqueeze(-1), image_tokens)
         options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_options}
-        generated = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        generated = model.generate(
+            inputs_embeds=embeddings, attention_mask=attention_mask, image_ids=layout.image_ids, **options
+        )
         for (index, _), text in zip(batch, processor.batch_decode(generated, skip_special_tokens=True)):
             answers[index].append(text.strip())
     return answers

@@ -16,13 +16,10 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
-from PIL import Image
 from transformers.utils import logging
 from trl import TrlParser
 
-from evaluation.generate import answer
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from evaluation.evaluate_model import evaluate_checkpoint, parser
 from training import scenes
 from training.backbones import BackboneArguments, assemble
 from training.checkpoint import read_run_record
@@ -65,34 +62,25 @@ class QuickstartArguments:
         default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of backbones, scenes and stages."})
-    test_scenes: int = field(default=250, metadata={"help": "Held-out scenes; each is asked eight questions."})
+    test_scenes: int = field(
+        default=250, metadata={"help": "Held-out scenes; each is asked eight questions and captioned twice."}
+    )
     vision_steps: int = field(default=900, metadata={"help": "Training steps of the vision encoder."})
     language_steps: int = field(default=100, metadata={"help": "Training steps of the language model."})
 
 
-def question_accuracy(
-    model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, records: Dataset, blank: bool = False
-) -> dict[str, float]:
-    """Share of held-out questions answered exactly, overall and by kind; with `blank`, every picture is a grey square."""
-    images = [record["images"][0] for record in records]
-    if blank:
-        images = [Image.new("RGB", image.size, (128, 128, 128)) for image in images]
-    prompts = [[a["prompt"] for a in record["annotations"]] for record in records]
-    answers = answer(
-        model.eval(),
-        processor,
-        images,
-        prompts,
-        batch_size=250,
-        max_new_tokens=6,
-        progress="blank images" if blank else "questions",
-    )
-    hits: dict[str, list[bool]] = {"overall": []}
-    for record, given in zip(records, answers):
-        for annotation, text in zip(record["annotations"], given):
-            hit = text == annotation["response"]
-            hits["overall"].append(hit)
-            hits.setdefault(annotation["kind"], []).append(hit)
+def evaluate_on_scenes(folder: Path, data: Path, *options: str) -> dict:
+    """What `evaluation/evaluate_model.py --task scenes` finds for a checkpoint: CIDEr of its captions, accuracy of its answers."""
+    command = [str(folder), "--task", "scenes", "--data", str(data), "--use_cpu", "--attn_implementation", ATTENTION]
+    return evaluate_checkpoint(parser().parse_args([*command, "--batch_size", "125", *options]))
+
+
+def accuracy_by_kind(result: dict, kinds: list[str]) -> dict[str, float]:
+    """Share of questions answered exactly, by the kind of question; `kinds` has the kind of each of the result's predictions."""
+    hits: dict[str, list[bool]] = {}
+    for prediction, kind in zip(result["predictions"], kinds):
+        if kind in scenes.QUESTION_KINDS:
+            hits.setdefault(kind, []).append(prediction["scores"]["correct"])
     return {kind: sum(values) / len(values) for kind, values in hits.items()}
 
 
@@ -121,17 +109,19 @@ def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
     return result.stdout.strip()
 
 
-def table(stages: list[dict], accuracy: dict[str, float], blank: dict[str, float]) -> str:
-    """The report: a row per stage, then the answers of the last one."""
-    lines = [f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9}"]
+def table(stages: list[dict], last: dict[str, float], blank: dict[str, float]) -> str:
+    """The report: a row per stage, then the last one's numbers by name, with the pictures and without."""
+    lines = [
+        f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr':>7}"
+    ]
     for stage in stages:
         trained = ", ".join(stage["learning_rates"])
         lines.append(
             f"{stage['stage']:<6} {trained:<30} {stage['seconds']:>8.1f} {stage['eval_loss_before']:>12.3f} "
-            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f}"
+            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f} {stage['cider']:>7.3f}"
         )
-    lines.append(f"\n{'held-out questions':<20} {'accuracy':>9} {'image blanked':>14}")
-    for kind, value in accuracy.items():
+    lines.append(f"\n{'held-out scenes':<20} {'':>9} {'image blanked':>14}")
+    for kind, value in last.items():
         lines.append(f"{kind:<20} {value:>9.3f} {blank[kind]:>14.3f}")
     return "\n".join(lines)
 
@@ -155,18 +145,28 @@ def main(argv: list[str] | None = None) -> dict:
     )
     backbone_seconds = time.perf_counter() - started
 
-    test = scenes.make_scenes(arguments.test_scenes, "test", ("questions",), seed=arguments.seed)
+    test = scenes.make_scenes(arguments.test_scenes, "test", seed=arguments.seed)
+    test_data = output / "scenes"
+    test_data.mkdir(exist_ok=True)
+    test.to_parquet(test_data / "test.parquet")
     stages = []
     for number in (1, 2, 3, 4):
         stage = run_stage_script(number, arguments, output)
-        model = AlignVLMForConditionalGeneration.from_pretrained(
-            output / f"stage{number}", attn_implementation=ATTENTION
-        )
-        processor = AlignVLMProcessor.from_pretrained(output / f"stage{number}")
-        is_last = number == 4
-        accuracy = question_accuracy(model, processor, test if is_last else test.select(range(len(test) // 5)))
-        stages.append({**stage, "accuracy": accuracy["overall"]})
-    blank = question_accuracy(model, processor, test, blank=True)
+        limit = [] if number == 4 else ["--limit", str(max(len(test) // 5, 1))]
+        result = evaluate_on_scenes(output / f"stage{number}", test_data, *limit)
+        metrics = result["metrics"]
+        accuracy, cider = metrics["pathvqa_accuracy"]["accuracy"], metrics["cider"]["cider"]
+        stages.append({**stage, "accuracy": accuracy, "cider": cider})
+    kinds = [annotation["kind"] for record in test for annotation in record["annotations"]]
+    blank_result = evaluate_on_scenes(output / "stage4", test_data, "--blank_image")
+    last, blank = (
+        {
+            "CIDEr": found["metrics"]["cider"]["cider"],
+            "accuracy": found["metrics"]["pathvqa_accuracy"]["accuracy"],
+            **accuracy_by_kind(found, kinds),
+        }
+        for found in (result, blank_result)
+    )
 
     picture = output / "picture.png"
     test[0]["images"][0].save(picture)
@@ -174,10 +174,13 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {
         "seconds": round(time.perf_counter() - started, 1),
         "backbone_seconds": round(backbone_seconds, 1),
-        "accuracy": accuracy["overall"],
-        "accuracy_blank_image": blank["overall"],
-        "accuracy_by_kind": {kind: value for kind, value in accuracy.items() if kind != "overall"},
-        "questions": sum(len(record["annotations"]) for record in test),
+        "accuracy": last["accuracy"],
+        "accuracy_blank_image": blank["accuracy"],
+        "accuracy_by_kind": {kind: last[kind] for kind in scenes.QUESTION_KINDS},
+        "cider": last["CIDEr"],
+        "cider_blank_image": blank["CIDEr"],
+        "questions": result["metrics"]["pathvqa_accuracy"]["count"],
+        "captions": len(kinds) - result["metrics"]["pathvqa_accuracy"]["count"],
         "stages": stages,
         "description": description,
         "seed": arguments.seed,
@@ -185,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
-    print(f"\n{table(stages, accuracy, blank)}")
+    print(f"\n{table(stages, last, blank)}")
     print(
         f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}"
     )
