@@ -9,14 +9,14 @@ export TOKENIZERS_PARALLELISM = false
 quickstart: .venv/ready
 	$(RUN) -m training.quickstart --output_dir out/quickstart
 
-test: .venv/ready
+test: .venv/test-ready
 	$(RUN) -m pytest
 
-lint: .venv/ready
+lint: .venv/test-ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: .venv/ready
+bench: .venv/test-ready
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
 
 clean:
@@ -25,5 +25,9 @@ clean:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[lora]'
+	touch $@
+
+.venv/test-ready: .venv/ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test,lora]'
 	touch $@

@@ -105,7 +105,7 @@ def read_rows(data: str, split: str, revision: str | None = None) -> tuple[Datas
         folder = None
         source = {"data": data, "split": split, "revision": commit}
     if "split" in rows.column_names:
-        names = SPLIT_NAMES.get(split, (split,))
+        names = _names(split)
         rows = rows.filter(lambda value: value in names, input_columns="split")
     if len(rows) == 0:
         raise ValueError(f"{data} has no rows of split {split!r}.")
@@ -116,12 +116,12 @@ def _read_files(path: Path, split: str) -> tuple[Dataset, list[Path]]:
     if path.is_file():
         files = [path]
     else:
-        names = SPLIT_NAMES.get(split, (split,))
-        files = [file for name in names for file in sorted(path.glob(f"**/{name}*.parquet"))]
-        for pattern in ("**/*.parquet", "*.jsonl", "dataset_*.json"):
+        patterns = [f"**/{name}{rest}" for name in _names(split) for rest in (".parquet", "-*.parquet", ".jsonl")]
+        files = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+        for pattern in ("dataset_*.json", "**/*.parquet", "*.jsonl"):  # of all splits: told apart by their column
             files = files or sorted(path.glob(pattern))
     if not files:
-        raise ValueError(f"{path} holds no *.parquet, *.jsonl or Karpathy's dataset_*.json.")
+        raise ValueError(f"{path} holds no {split}-*.parquet, {split}.jsonl or Karpathy's dataset_*.json.")
     if files[0].suffix == ".json":
         images = json.loads(files[0].read_text())["images"]
         columns = ("filepath", "filename", "split")
@@ -131,7 +131,17 @@ def _read_files(path: Path, split: str) -> tuple[Dataset, list[Path]]:
         ]
         return Dataset.from_list(rows), files[:1]
     kind = "parquet" if files[0].suffix == ".parquet" else "json"
-    return load_dataset(kind, data_files=[str(file) for file in files], split="train"), files
+    rows = load_dataset(kind, data_files=[str(file) for file in files], split="train")
+    if path.is_dir() and not files[0].name.startswith(_names(split)) and "split" not in rows.column_names:
+        raise ValueError(
+            f"No file in {path} is named after the split {split!r} ({split}-*.parquet, {split}.jsonl), and its rows have no column "
+            "`split` to choose by. Name the file itself to take all of its rows."
+        )
+    return rows, files
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return SPLIT_NAMES.get(split, (split,))
 
 
 def _with_images(rows: Dataset, folder: Path | None, data: str) -> Dataset:

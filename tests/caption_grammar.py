@@ -4,7 +4,9 @@ import random
 
 
 SUBJECTS = """a man|two women|the boy|several people|a young girl|an old dog|three cats|a couple|Sgt. Smith|Mr. and Mrs. Jones|
-St. Nick|a U.S. soldier|Dr. Who's dog|J. K. Rowling|the D.J.|a 3-year-old|twenty-one kids|O'Neil|a T-shirt seller|Jr. players""".split("|")
+St. Nick|a U.S. soldier|Dr. Who's dog|J. K. Rowling|the D.J.|a 3-year-old|twenty-one kids|O'Neil|a T-shirt seller|Jr. players""".split(
+    "|"
+)
 VERBS = """stands|is sitting|are riding|isn't looking|don't move|rides|jumps over|'s holding|couldn't have seen|is gonna eat|cannot
 find|wanna buy|they've got|who's watching|is half-asleep""".split("|")
 OBJECTS = """a bench|the skateboard|an umbrella|a stop sign|pizza|some luggage|a kite|the clock tower|a 747-400|an iPhone|a b&w photo|
@@ -36,7 +38,9 @@ PIECES = {kind: pieces.split() for kind, pieces in PIECES.items()}
 def caption(rng: random.Random) -> tuple[str, list[str]]:
     """One caption, and the kinds of the awkward pieces in it."""
     words = " ".join(
-        rng.choice(part).strip().replace("\n", " ") for part in (SUBJECTS, VERBS, OBJECTS, PLACES) if rng.random() < 0.9
+        rng.choice(part).strip().replace("\n", " ")
+        for part in (SUBJECTS, VERBS, OBJECTS, PLACES)
+        if rng.random() < 0.9
     ).split()
     kinds = []
     for _ in range(rng.choice((0, 1, 1, 2, 3))):

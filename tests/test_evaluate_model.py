@@ -1,0 +1,188 @@
+"""Evaluations of a real tiny checkpoint: the same whoever counts, resumed as if never interrupted, and comparable."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from evaluation.evaluate_model import compare, evaluate_checkpoint, main, parser
+from training import scenes
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "evaluation/evaluate_model.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.make_scenes(14, "test", seed=3).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def options(checkpoint: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        str(checkpoint),
+        *("--task", "scenes", "--data", str(data), "--output_dir", str(output), "--use_cpu"),
+        *("--max_new_tokens", "6", "--batch_size", "4", "--bootstrap_samples", "50", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint, data, tmp_path_factory) -> dict:
+    return evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path_factory.mktemp("result"))))
+
+
+def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path):
+    assert evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path))) == result
+    assert json.loads((tmp_path / "scenes.json").read_text()) == result
+    assert os.listdir(tmp_path) == ["scenes.json"]
+    assert len(result["predictions"]) == 14 * 10
+    assert set(result["metrics"]) == set(result["definitions"]) == {"cider", "pathvqa_accuracy"}
+    accuracy = result["metrics"]["pathvqa_accuracy"]
+    assert accuracy["count"] == 14 * 8
+    correct = [p["scores"]["correct"] for p in result["predictions"] if p["metric"] == "pathvqa_accuracy"]
+    assert accuracy["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    for numbers in result["metrics"].values():
+        for name, (low, high) in numbers["intervals"].items():
+            assert low <= numbers[name] <= high
+    assert result["data"]["images"] == 14 and len(result["data"]["sha256"]) == 64
+    assert result["decoding"] == {"num_beams": 1, "max_new_tokens": 6, "do_sample": False}
+    assert {"torch", "transformers", "evaluate", "alignvlm"} <= set(result["versions"])
+
+
+def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):
+    arguments = parser().parse_args(options(checkpoint, data, Path("unused"), "--limit", "1"))
+    arguments.output_dir = None
+    evaluate_checkpoint(arguments)
+    (checkpoint / "results/scenes.json").unlink()
+    (checkpoint / "results").rmdir()
+
+
+def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        arguments = [*command, SCRIPT, *options(checkpoint, data, tmp_path / name)]
+        done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/scenes.json").read_bytes() == (tmp_path / "two/scenes.json").read_bytes()
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(checkpoint, data, tmp_path):
+    command = [sys.executable, SCRIPT, *options(checkpoint, data, tmp_path / "killed", "--batch_size", "1")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    lines = 0
+    while lines < 2 and process.poll() is None and time.time() < deadline:
+        lines = sum(file.read_text().count("\n") for file in (tmp_path / "killed").glob(".scenes-*/*.jsonl"))
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= lines < 14 and not (tmp_path / "killed/scenes.json").exists()
+    (progress,) = (tmp_path / "killed").glob(".scenes-*/0.jsonl")
+    with progress.open("a") as file:
+        file.write('{"start": 9, "outp')  # as if killed in the middle of a line
+
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Going on with" in done.stdout
+    command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    assert (tmp_path / "killed/scenes.json").read_bytes() == (tmp_path / "whole/scenes.json").read_bytes()
+
+
+def test_other_settings_do_not_go_on_with_a_half_done_evaluation(checkpoint, data, tmp_path, result):
+    """A finished batch of another run is not taken for this one's."""
+    stale = tmp_path / ".scenes-000000000000"
+    stale.mkdir()
+    (stale / "0.jsonl").write_text('{"start": 0, "outputs": [["stale"]]}\n')
+    assert evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path))) == result
+    assert stale.exists()
+
+
+def test_the_checkpoints_own_code_finds_the_same(checkpoint, data, tmp_path, result):
+    arguments = options(checkpoint, data, tmp_path, "--trust_remote_code")
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scenes.json").read_text())["predictions"] == result["predictions"]
+
+
+def test_controls_and_beams_have_their_own_answers(checkpoint, data, tmp_path, result):
+    answers = {"plain": [p["prediction"] for p in result["predictions"]]}
+    for name, more in (
+        ("blank_image", ["--blank_image"]),
+        ("shuffle_images", ["--shuffle_images"]),
+        ("beams", ["--num_beams", "3"]),
+    ):
+        found = evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path, *more)))
+        answers[name] = [p["prediction"] for p in found["predictions"]]
+        assert [p["references"] for p in found["predictions"]] == [p["references"] for p in result["predictions"]]
+    assert {"scenes.json", "scenes-blank_image.json", "scenes-shuffle_images.json"} == set(os.listdir(tmp_path))
+    assert len({tuple(texts) for texts in answers.values()}) == 4
+    first_questions = {p["prompt"]: set() for p in result["predictions"]}
+    blank = json.loads((tmp_path / "scenes-blank_image.json").read_text())["predictions"]
+    for prediction in blank:  # without a picture the same prompt has one answer
+        first_questions[prediction["prompt"]].add(prediction["prediction"])
+    assert all(len(texts) <= 1 for texts in first_questions.values())
+
+
+def test_compare_is_paired_and_refuses_other_questions(result, checkpoint, data, tmp_path, capsys):
+    evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path, "--blank_image")))
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    capsys.readouterr()
+    main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "scenes-blank_image.json")])
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "cider" in printed and "p = " in printed
+    assert all(found["difference"] == 0.0 and found["p"] == 1.0 for found in compare(result, result).values())
+    fewer = {**result, "predictions": result["predictions"][:-1]}
+    with pytest.raises(ValueError, match="do not answer the same questions"):
+        compare(result, fewer)
+
+
+def test_text_perplexity_is_that_of_the_model_alone(checkpoint, tmp_path):
+    text = "Ein Kreis is a circle. " * 30 + "Größe: 3 cm.\n"
+    (tmp_path / "text.txt").write_text(text)
+    arguments = [str(checkpoint), "--task", "text_perplexity", "--data", str(tmp_path / "text.txt"), "--use_cpu"]
+    arguments += ["--window", "50", "--output_dir", str(tmp_path)]
+    numbers = evaluate_checkpoint(parser().parse_args(arguments))["metrics"]["text"]
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager")
+    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    losses, size = [], 0
+    for start in range(0, len(ids), 50):
+        window = torch.tensor([ids[start : start + 50]])
+        with torch.no_grad():
+            logits = model.model.language_model(window).last_hidden_state @ model.lm_head.weight.T
+        losses += (-logits.log_softmax(-1)[0, :-1].gather(1, window[0, 1:, None])).flatten().tolist()
+        size += len(tokenizer.decode(ids[start + 1 : start + 50]).encode())
+    assert numbers["tokens"] == len(losses)
+    assert numbers["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert numbers["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-4)
+    low, high = numbers["intervals"]["perplexity"]
+    assert low <= numbers["perplexity"] <= high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give a checkpoint and a --task"),
+        (["CHECKPOINT", "--task", "scenes"], "needs data"),
+        (["CHECKPOINT", "--task", "text_perplexity"], "needs --data"),
+        (["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--blank_image", "--shuffle_images"], "two controls"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message, checkpoint, data):
+    known = {"CHECKPOINT": str(checkpoint), "DATA": str(data)}
+    with pytest.raises(SystemExit, match=message):
+        main([known.get(a, a) for a in arguments] + ["--use_cpu"])
