@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image, Value, load_dataset
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
@@ -163,11 +163,12 @@ def _with_images(rows: Dataset, folder: Path | None, data: str) -> Dataset:
         rows = rows.add_column("image", paths)
     elif "image" not in rows.column_names:
         raise ValueError(f"{data} has no column `image`, `images` or `filename`; its columns: {rows.column_names}.")
-    elif rows.features["image"].dtype == "string":
+    elif isinstance(rows.features["image"], Value):  # a path
         rows = rows.map(lambda path: {"image": str((folder or Path()) / path)}, input_columns="image")
-    missing = next((p for p in rows["image"] if isinstance(p, str) and not Path(p).is_file()), None)
-    if missing is not None:
-        raise ValueError(f"No such image: {missing}. Image paths of {data} start at {folder} (image_dir).")
+    if isinstance(rows.features["image"], Value):
+        missing = next((path for path in rows["image"] if not Path(path).is_file()), None)
+        if missing is not None:
+            raise ValueError(f"No such image: {missing}. Image paths of {data} start at {folder} (image_dir).")
     return rows.cast_column("image", Image())
 
 
