@@ -101,7 +101,8 @@ def test_log_likelihoods_tell_what_greedy_decoding_writes(checkpoint):
         return Instance(kind, arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})
 
     (written,) = adapter.generate_until([request("generate_until", {"max_new_tokens": 1})])
-    vocabulary = [adapter.tokenizer.decode([token]) for token in range(len(adapter.tokenizer))]
+    special = set(adapter.tokenizer.all_special_ids)
+    vocabulary = [adapter.tokenizer.decode([token]) for token in set(range(len(adapter.tokenizer))) - special]
     texts = [text for text in vocabulary if len(adapter.tokenizer(text, add_special_tokens=False)["input_ids"]) == 1]
     found = dict(zip(texts, adapter.loglikelihood([request("loglikelihood", text) for text in texts])))
     greedy = [text for text, (_, is_greedy) in found.items() if is_greedy]
