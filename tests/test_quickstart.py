@@ -39,12 +39,16 @@ def test_quickstart_leaves_four_stages_and_a_summary_and_repeats_itself(small_re
     assert set(summary["accuracy_by_kind"]) == {"yes_no", "colour", "count", "position"}
     for stage in range(5):
         assert (tmp_path / f"first/stage{stage}/alignvlm_run.json").is_file()
+        if stage:
+            assert json.loads((tmp_path / f"first/stage{stage}/results/scenes.json").read_text())["metrics"]["cider"]
+    assert summary["captions"] == 20 and summary["questions"] == 80
     assert summary["description"].startswith("Describe the picture in detail.  ->")  # said by the child process
     report = capsys.readouterr().out
     assert "projector, language" in report and "image blanked" in report
+    assert "CIDEr" in report
 
     again = run(tmp_path / "second", small_recipe)
-    for key in ("accuracy", "accuracy_blank_image", "accuracy_by_kind", "description"):
+    for key in ("accuracy", "accuracy_blank_image", "accuracy_by_kind", "cider", "description"):
         assert again[key] == summary[key]
     losses = [[stage["logged_losses"] for stage in run["stages"]] for run in (summary, again)]
     assert losses[0] == losses[1]
