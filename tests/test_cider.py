@@ -95,6 +95,27 @@ def test_tokens_equal_java_on_all_pairs_of_characters_and_many_triples(official_
     assert len(differing) < 20, differing
 
 
+def test_every_listed_word_is_treated_as_java_does_and_no_other(official_tokens):
+    t = ptb_tokenizer
+    listed = [
+        *t.TITLES,
+        *t.ENDINGS,
+        *t.CAPITALISED_ENDINGS,
+        *t.BEFORE_NUMBERS,
+        *t.SENTENCE_STARTS,
+        *t.FILE_TYPES,
+        *t.SPLIT_WORDS,
+    ]
+    rng = random.Random(0)
+    others = ["".join(rng.choices("abcdefghilmnoprstuvy", k=rng.randint(2, 6))) for _ in range(3000)]
+    forms = ("the {}. dog", "the {}. 5", "J. {} dog", "1.{} is", "I {} it", "J. {}. dog")
+    texts = [
+        form.format(w) for word in listed + others for w in (word, word.capitalize(), word.upper()) for form in forms
+    ]
+    ours, official = t.tokenize(texts), official_tokens(texts)
+    assert [text for text, a, b in zip(texts, ours, official) if a != b] == []
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [

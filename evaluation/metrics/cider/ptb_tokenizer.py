@@ -30,6 +30,18 @@ pte ptes pty ptys rd rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ 
 # ... "Mass.", though "a mass." ends a sentence, and "no. 5".
 CAPITALISED_ENDINGS = "ark az del ill la mass miss ore pa tex wash".split()
 BEFORE_NUMBERS = "art ca fig figs no nos op p pp prop".split()
+NOT_IN_CAPITALS = (
+    "mfg",
+    "mtg",
+    "ppte",
+    "pptes",
+    "ppty",
+    "pptys",
+    "pte",
+    "ptes",
+    "pty",
+    "ptys",
+)  # "Pty." but not "PTY."
 # One of these, capitalised, behind an initial starts a new sentence: "in section B. The dog".
 SENTENCE_STARTS = """
 a about according additionally after an as at but earlier he her here however if in it last many more now once one
@@ -43,7 +55,8 @@ SPLIT_WORDS = {word: [word[:3], word[3:]] for word in ("cannot", "gonna", "gotta
 
 
 def _any_of(words: Iterable[str]) -> str:
-    return "(?i:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+    longest_first = sorted(words, key=len, reverse=True)
+    return "(?i:" + "|".join(f"{w[0]}(?-i:{w[1:]})" if w in NOT_IN_CAPITALS else w for w in longest_first) + ")"
 
 
 def _capitalised(words: Iterable[str]) -> str:
