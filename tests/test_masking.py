@@ -108,6 +108,23 @@ def test_leaking_edges_are_those_that_jump_over_or_onto_a_response_token(layout,
                 assert found[b, q, k] == expected
 
 
+@settings(max_examples=150, deadline=None)
+@given(random_layouts(), st.sampled_from(MASK_TYPES), st.data())
+def test_the_leak_check_agrees_with_transitive_reachability(layout, mask_type, data):
+    """Prompts and responses lie anywhere: there is an unsafe edge iff some chain of attention leads from a place to a response
+    token behind it, which that place predicts, or which comes after what it predicts."""
+    batch, length = layout.image_ids.shape
+    flags = st.lists(st.booleans(), min_size=length, max_size=length)
+    layout.prompt_mask = torch.tensor([data.draw(flags) for _ in range(batch)]) & (layout.record_ids >= 0)
+    response = torch.tensor([data.draw(flags) for _ in range(batch)]) & (layout.record_ids >= 0)
+    reached = oracle(layout, mask_type)[:, 0]
+    for _ in range(length.bit_length()):  # chains of twice the length
+        reached = (reached.float() @ reached.float()) > 0
+    ahead = torch.ones(length, length).triu(1).bool()
+    leaks = (reached & ahead & response[:, None, :]).any()
+    assert bool(leaks) == bool(leaking_edges(layout, mask_type, response).any())
+
+
 @settings(max_examples=40, deadline=None)
 @given(random_layouts(), st.sampled_from(("causal", "image")))
 def test_no_response_leaks_under_causal_and_image_masks(layout, mask_type):

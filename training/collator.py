@@ -3,7 +3,7 @@
 A row holds the trunk of a record (all up to its last image token) once, and each annotation as a branch behind it. Branches
 see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what separate
 sequences would. Mask types under which the trunk looks into the prompt cannot share it: their records become one row per
-annotation.
+annotation. With a `row_length`, rows of several records fill up to it, for attention kernels that skip what is masked.
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ class Row:
     images: list
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    record_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     branch_ids: list[int] = field(default_factory=list)
     prompt_mask: list[bool] = field(default_factory=list)
@@ -41,9 +42,33 @@ class Row:
             labels[0] = IGNORED
         self.input_ids += input_ids
         self.labels += labels
+        self.record_ids += [0] * len(input_ids)
         self.position_ids += range(first_position, first_position + len(input_ids))
         self.branch_ids += [branch] * len(input_ids)
         self.prompt_mask += [True] * prompt_length + [False] * response_length
+
+    def extend(self, other: "Row") -> None:
+        """Puts the records of another row behind this one's; they keep their positions and cannot be seen from here."""
+        first_record = self.record_ids[-1] + 1
+        self.images = [*self.images, *other.images]
+        self.record_ids += [first_record + record for record in other.record_ids]
+        for name in ("input_ids", "labels", "position_ids", "branch_ids", "prompt_mask"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def first_fit(rows: list[Row], row_length: int) -> list[Row]:
+    """Puts every row into the first one before it with room for it: rows of at most `row_length` tokens, or of one record."""
+    filled: list[Row] = []
+    for row in rows:
+        place = next((other for other in filled if len(other) + len(row) <= row_length), None)
+        if place is None:
+            filled.append(row)
+        else:
+            place.extend(row)
+    return filled
 
 
 class AlignVLMCollator:
@@ -59,6 +84,9 @@ class AlignVLMCollator:
             the longest row. Annotations that do not fit any more are dropped with a warning; a single one that is too long
             loses the end of its response, never an image token.
         pad_to_multiple_of (`int`, *optional*).
+        row_length (`int`, *optional*):
+            fill rows of several records up to so many tokens, first fit. The default is one record per row, which suits kernels
+            that compute masked places too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
         shared_image (`bool`): False makes one row per annotation under every mask type, as other trainers do.
     """
 
@@ -69,12 +97,14 @@ class AlignVLMCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         shared_image: bool = True,
+        row_length: int | None = None,
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.mask_type = mask_type
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
+        self.row_length = row_length
         self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
         self._encode = lru_cache(maxsize=100_000)(
             self._encode_texts
@@ -124,7 +154,7 @@ class AlignVLMCollator:
         single = len(encoded) == 1  # then all of it is trunk
         for index, (prompt, response) in enumerate(encoded, 1):
             _, prompt = self._split(prompt, len(images))
-            if self.max_length is not None and len(row.input_ids) + len(prompt) + len(response) > self.max_length:
+            if self.max_length is not None and len(row) + len(prompt) + len(response) > self.max_length:
                 if index > 1:
                     logger.warning(
                         f"Dropped {len(encoded) - index + 1} of {len(encoded)} annotations of a record: the row would be "
@@ -157,21 +187,22 @@ class AlignVLMCollator:
         """Model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
         `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are any."""
         rows = [row for record in records for row in self.rows(record)]
-        length = max(len(row.input_ids) for row in rows)
+        if self.row_length is not None:
+            rows = first_fit(rows, self.row_length)
+        length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
 
         def padded(name: str, value: int | bool) -> torch.Tensor:
-            return torch.tensor([getattr(row, name) + [value] * (length - len(row.input_ids)) for row in rows])
+            return torch.tensor([getattr(row, name) + [value] * (length - len(row)) for row in rows])
 
         pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        lengths = torch.tensor([len(row.input_ids) for row in rows])
-        attention_mask = (torch.arange(length) < lengths[:, None]).long()
+        record_ids = padded("record_ids", -1)
         batch = {
             "input_ids": padded("input_ids", pad_token_id),
-            "attention_mask": attention_mask,
+            "attention_mask": (record_ids >= 0).long(),
             "labels": padded("labels", IGNORED),
             "position_ids": padded("position_ids", 0),
-            "record_ids": attention_mask - 1,
+            "record_ids": record_ids,
             "branch_ids": padded("branch_ids", 0),
             "prompt_mask": padded("prompt_mask", False),
         }

@@ -51,6 +51,10 @@ class StageArguments(SFTConfig):
         default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Fill rows of several records up to so many tokens (first fit); meant for flex_attention."},
+    )
     sources: str | None = field(  # in YAML a list
         default=None, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
     )
@@ -124,6 +128,7 @@ def run_stage(arguments: StageArguments) -> dict:
             processor,
             mask_type=arguments.attention_mask_type,
             max_length=arguments.max_length,
+            row_length=arguments.row_length,
             pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
         ),
         train_dataset=train_dataset,

@@ -40,14 +40,14 @@ class AlignVLMTrainer(SFTTrainer):
         **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
 
     The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
-    counted), each over the time since the last log.
+    counted), each over the time since the last log, and `padding_share`, the share of the rows' places that hold no token.
     """
 
     def __init__(self, model, learning_rates: dict[str, float], **kwargs):
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
-        self._counts = torch.zeros(3, dtype=torch.float64)  # images, annotations, tokens since the last log
+        self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
         self._counted_since = time.perf_counter()
 
     def create_optimizer(self, model=None):
@@ -83,7 +83,7 @@ class AlignVLMTrainer(SFTTrainer):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
-        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum())])
+        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -109,6 +109,7 @@ class AlignVLMTrainer(SFTTrainer):
             counts = self.accelerator.reduce(self._counts.float().to(self.accelerator.device), "sum").tolist()
             for name, count in zip(("images", "annotations", "tokens"), counts):
                 logs[f"{name}_per_second"] = round(count / seconds, 2)
+            logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
             self._counts.zero_()
             self._counted_since = time.perf_counter()
         super().log(logs, start_time)
