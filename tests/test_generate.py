@@ -5,25 +5,57 @@ import torch
 from PIL import Image
 
 from evaluation.generate import answer
+from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 
 
 COLOURS = ((200, 30, 60), (20, 90, 220), (240, 240, 10))
 
 
-def test_answers_are_those_of_one_prompt_at_a_time(make_model, processor):
-    model = make_model()
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("batch_size", [2, 5, 100])
+def test_answers_are_those_of_one_prompt_at_a_time(make_model, processor, mask_type, num_beams, batch_size):
+    """From shared trunks, in batches that split the prompts of an image or join several images."""
+    model = make_model(mask_type)
     images = [Image.new("RGB", (16, 16), colour) for colour in COLOURS]
-    prompts = [["What colour is it?", "Is there a circle at the top left?"], [], ["Why?"]]
-    given = answer(model, processor, images, prompts, batch_size=2, max_new_tokens=6)
-    assert [len(group) for group in given] == [2, 0, 1]
+    prompts = [["What colour is it?", "Is there a circle at the top left?", "Why?"], [], ["Why?", "How many?"]]
+    options = {"max_new_tokens": 6, "num_beams": num_beams}
+    given = answer(model, processor, images, prompts, batch_size=batch_size, **options)
+    assert [len(group) for group in given] == [3, 0, 2]
     for image, group, answers in zip(images, prompts, given):
         for prompt, text in zip(group, answers):
             messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
             written = processor.apply_chat_template(messages, add_generation_prompt=True)
             inputs = processor(images=image, text=written, return_tensors="pt")
             with torch.no_grad():
-                tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+                tokens = model.generate(**inputs, do_sample=False, **options)[0, inputs["input_ids"].shape[1] :]
             assert processor.decode(tokens, skip_special_tokens=True).strip() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "mistral", "sliding_window": 6},
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"model_type": "llama"},
+    ],
+    ids=lambda text: text["model_type"],
+)
+def test_trunks_are_shared_under_other_language_models(make_model, processor, text):
+    model = make_model(text=text)
+    images = [Image.new("RGB", (16, 16), colour) for colour in COLOURS]
+    prompts = [["What colour is the large circle at the top left?", "Why?", "How many?"], ["Why?"], ["How many?"]]
+    together = answer(model, processor, images, prompts, batch_size=2, max_new_tokens=8)
+    alone = [
+        [answer(model, processor, [i], [[p]], max_new_tokens=8)[0][0] for p in group]
+        for i, group in zip(images, prompts)
+    ]
+    assert together == alone
 
 
 def test_every_image_needs_its_list_of_prompts(make_model, processor):
@@ -52,3 +84,8 @@ def test_entries_may_have_no_image_or_several(make_model, processor):
     assert together == alone
     assert together[2] == together[3] and together[1][1] != together[4][0]
     assert answer(model, processor, [[]], [["Why?"]], max_new_tokens=6) == [together[0]]
+
+
+def test_a_prompt_with_the_image_placeholder_is_named(make_model, processor):
+    with pytest.raises(ValueError, match=r"'What is <image>\?' holds the placeholder"):
+        answer(make_model(), processor, [Image.new("RGB", (16, 16))], [["What is <image>?"]])

