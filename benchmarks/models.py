@@ -1,0 +1,148 @@
+"""The models and data of the speed measurements: random weights in true dimensions, words for tokens, noise for pictures."""
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, set_seed
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+# Published dimensions; `layers` of the language model can be reduced on the command line, which the tables then say.
+SHAPES = {
+    "b16-224+135m": {
+        "vision": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+            "vision_use_head": False,
+        },
+        "text": {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    },
+    "so400m-384+0.5b": {
+        "vision": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text": {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    },
+}
+# Annotations per image, tokens of a prompt, tokens of a response with the one that ends it.
+WORKLOADS = {"captions": ((5,), 4, 20), "questions": ((7, 7, 7, 6, 6), 12, 3)}  # 6.6 questions on average, as in PathVQA
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+)
+
+
+def configs(shape: str, vision_layers: int | None = None, text_layers: int | None = None) -> tuple[dict, dict]:
+    """The shape's vision and text dimensions, with fewer layers if asked."""
+    vision, text = dict(SHAPES[shape]["vision"]), dict(SHAPES[shape]["text"])
+    vision["num_hidden_layers"] = vision_layers or vision["num_hidden_layers"]
+    text["num_hidden_layers"] = text_layers or text["num_hidden_layers"]
+    return vision, text
+
+
+def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One token per word `w5` ... and three special ones."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<image>": 2, **{f"w{i}": i for i in range(3, vocab_size)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", additional_special_tokens=["<image>"]
+    )
+
+
+def alignvlm(vision: dict, text: dict, attn_implementation: str = "sdpa"):
+    """This package's model and processor."""
+    set_seed(0)
+    words = tokenizer(text["vocab_size"])
+    config = AlignVLMConfig(vision_config=vision, text_config={**text, "eos_token_id": 1, "pad_token_id": 0}, image_token_id=2)
+    config._attn_implementation = attn_implementation
+    model = AlignVLMForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    side = vision["image_size"]
+    images = SiglipImageProcessorPil(size={"height": side, "width": side})
+    processor = AlignVLMProcessor(images, words, image_seq_length=config.image_seq_length, chat_template=TEMPLATE)
+    return model, processor
+
+
+def llava(vision: dict, text: dict):
+    """The peer: transformers' LLaVA class around the same backbones."""
+    set_seed(0)
+    words = tokenizer(text["vocab_size"])
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config={**text, "eos_token_id": 1, "pad_token_id": 0},
+        image_token_index=2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    config._attn_implementation = "sdpa"
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    side = vision["image_size"]
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": side, "width": side}),
+        words,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+    )
+    return model, processor
+
+
+def records(workload: str, images: int, image_size: int, vocab_size: int, annotations: int | None = None) -> list[dict]:
+    """Records of noise pictures and random words; `annotations` per image instead of the workload's own number."""
+    rng = np.random.default_rng(0)
+    counts, prompt_tokens, response_tokens = WORKLOADS[workload]
+
+    def words(count: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, vocab_size, count))
+
+    made = []
+    for index in range(images):
+        pixels = rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
+        count = annotations or counts[index % len(counts)]
+        made.append(
+            {
+                "images": [Image.fromarray(pixels)],
+                "annotations": [
+                    {"prompt": words(prompt_tokens), "response": words(response_tokens - 1)} for _ in range(count)
+                ],
+            }
+        )
+    return made

@@ -1,0 +1,231 @@
+"""Training speed and memory: shared-image packing, the same without it, and transformers' LLaVA under TRL, in one run.
+
+    python benchmarks/throughput.py [--device cuda] [--quick]
+
+Every system trains through its own trainer (`AlignVLMTrainer`; TRL's `SFTTrainer` with TRL's own collator for LLaVA) on the same
+pictures and words, with the same backbones of random weights, bf16 autocast and AdamW; a step is the whole step, collation and
+optimizer included. Each runs in a process of its own, in turns; the median step counts.
+
+FLOPs of a step, two per multiply-add: a linear layer of P weights costs 2 P per token forward, 2 P for the gradient of its weights
+if they train, and 2 P for the gradient of its input if anything before it trains; attention costs 4 H T² per row and layer forward
+(H hidden size, T row length: masked places are computed too) and twice that backward if anything at or before it trains. The head
+counts where it is applied: at labels, or, for LLaVA on a CPU, everywhere. `flops_share` is the step's rate over the measured rate of
+bf16 products of 4096 x 4096 matrices on the same threads.
+
+Memory is the highest resident (on CUDA: allocated) memory during a step beyond what is held at its beginning (weights and optimizer
+states): activations, gradients and temporaries.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+
+SYSTEMS = ("packed", "unpacked", "llava")
+STAGES = {
+    "all": {"vision": 1e-5, "projector": 1e-5, "language": 1e-5},
+    "stage1": {"projector": 1e-5},
+    "stage2": {"projector": 1e-5, "vision": 1e-5},
+}
+
+
+def matrix_product_rate(device: str, size: int = 4096) -> float:
+    """FLOP/s of bf16 products, the best of five."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_flops(vision: dict, text: dict, trains: set[str], images: int, rows: int, length: int, head_tokens: int) -> float:
+    """The docstring's formula."""
+
+    def factors(weights_train: bool, something_before_trains: bool) -> int:
+        return 1 + weights_train + something_before_trains
+
+    d, m, layers = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    linear = layers * (4 * d * d + 2 * d * m) + 3 * vision["patch_size"] ** 2 * d
+    trained = "vision" in trains
+    total = images * tokens * 2 * linear * factors(trained, trained)
+    total += images * layers * 4 * d * tokens**2 * (3 if trained else 1)
+
+    h, m, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
+    total += images * tokens * 2 * (d * h + h * h) * factors("projector" in trains, "projector" in trains)
+    kv = h * text["num_key_value_heads"] // text["num_attention_heads"]
+    linear = layers * (2 * h * h + 2 * h * kv + 3 * h * m)
+    trained = "language" in trains
+    total += rows * length * 2 * linear * factors(trained, True)
+    total += rows * layers * 4 * h * length**2 * 3
+    total += head_tokens * 2 * h * text["vocab_size"] * factors(trained, True)
+    return float(total)
+
+
+class MemoryPeak(threading.Thread):
+    """Samples the resident memory of this process."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.process = 0, psutil.Process()
+
+    def run(self):
+        while True:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+            time.sleep(0.002)
+
+
+def child(options: dict) -> dict:
+    """Trains one system for a few steps; returns their seconds, shapes and peak memory."""
+    from datasets import Dataset, Features, Image, List, Value
+    from transformers import TrainerCallback
+    from transformers.utils import logging
+    from trl import SFTConfig, SFTTrainer
+
+    from benchmarks import models
+    from training.collator import IGNORED, AlignVLMCollator
+    from training.scenes import RECORD_FEATURES
+    from training.trainer import AlignVLMTrainer, freeze_all_but
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    vision, text = models.configs(options["shape"], options["vision_layers"], options["text_layers"])
+    made = models.records(
+        options["workload"], options["images"], vision["image_size"], text["vocab_size"], options["annotations"]
+    )
+    rates = STAGES[options["stage"]]
+    device, peak, shapes = options["device"], MemoryPeak(), {}
+    marks: list[tuple[float, int]] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            _synchronize(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            else:
+                held = peak.process.memory_info().rss
+                peak.peak = held
+            marks.append((time.perf_counter(), held))
+
+        def on_step_end(self, *args, **kwargs):
+            _synchronize(device)
+            top = torch.cuda.max_memory_allocated() if device == "cuda" else peak.peak
+            steps.append((time.perf_counter(), top - marks[-1][1]))
+
+    steps: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        per_step = len(made) if options["system"] != "llava" else sum(len(r["annotations"]) for r in made)
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=per_step,
+            max_steps=options["steps"],
+            bf16=options["dtype"] == "bf16",
+            fp16=options["dtype"] == "fp16",
+            gradient_checkpointing=False,
+            use_cpu=device == "cpu",
+            max_length=None,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=10**6,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            learning_rate=1e-5,
+        )
+        if options["system"] == "llava":
+            model, processor = models.llava(vision, text)
+            freeze = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language"}
+            for name, parameter in model.named_parameters():
+                module = next((module for part, module in freeze.items() if part in name), "language")
+                parameter.requires_grad_(module in rates)
+            rows = [
+                {
+                    "images": r["images"],
+                    "prompt": [{"role": "user", "content": a["prompt"]}],
+                    "completion": [{"role": "assistant", "content": a["response"]}],
+                }
+                for r in made
+                for a in r["annotations"]
+            ]
+            message = List({"role": Value("string"), "content": Value("string")})
+            features = Features({"images": List(Image()), "prompt": message, "completion": message})
+            trainer = SFTTrainer(
+                model, arguments, train_dataset=Dataset.from_list(rows, features=features), processing_class=processor
+            )
+        else:
+            model, processor = models.alignvlm(vision, text, options["attn_implementation"])
+            for record in made:
+                record["annotations"] = [{**a, "kind": ""} for a in record["annotations"]]
+            trainer = AlignVLMTrainer(
+                model,
+                learning_rates=rates,
+                args=arguments,
+                data_collator=AlignVLMCollator(
+                    processor, shared_image=options["system"] == "packed", row_length=options["row_length"]
+                ),
+                train_dataset=Dataset.from_list(made, features=RECORD_FEATURES),
+                processing_class=processor,
+            )
+        collate = trainer.data_collator
+
+        def recording(examples):
+            batch = collate(examples)
+            shapes["rows"], shapes["length"] = batch["input_ids"].shape
+            shapes["images"] = len(batch["pixel_values"])
+            labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+            everywhere = options["system"] == "llava" and device == "cpu"
+            shapes["head_tokens"] = batch["input_ids"].numel() if everywhere else labels
+            shapes["tokens"] = int(batch["attention_mask"].sum())
+            return batch
+
+        trainer.data_collator = recording
+        trainer.add_callback(Clock())
+        if device == "cpu":
+            peak.start()
+        trainer.train()
+    # Collation of the next batch lies between the end of one step and the beginning of the next: count from end to end.
+    seconds = [later[0] - earlier[0] for earlier, later in zip(steps, steps[1:])]
+    annotations = sum(len(r["annotations"]) for r in made)
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": max(memory for _, memory in steps[1:]),
+        "annotations": annotations,
+        "flops": step_flops(vision, text, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))),
+        **shapes,
+    }
+
+
+def measure(options: dict, memory: bool = False) -> dict:
+    """Runs `child` in a process of its own; for memory with an allocator that gives back what it frees."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    if memory and options["device"] == "cpu":
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{options} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.strip().split("\n")[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[2]))))
