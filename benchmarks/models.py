@@ -57,7 +57,10 @@ SHAPES = {
     },
 }
 # Annotations per image, tokens of a prompt, tokens of a response with the one that ends it.
-WORKLOADS = {"captions": ((5,), 4, 20), "questions": ((7, 7, 7, 6, 6), 12, 3)}  # 6.6 questions on average, as in PathVQA
+WORKLOADS = {
+    "captions": ((5,), 4, 20),
+    "questions": ((7, 7, 7, 6, 6), 12, 3),
+}  # 6.6 questions on average, as in PathVQA
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endif %}"
@@ -87,7 +90,9 @@ def alignvlm(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     """This package's model and processor."""
     set_seed(0)
     words = tokenizer(text["vocab_size"])
-    config = AlignVLMConfig(vision_config=vision, text_config={**text, "eos_token_id": 1, "pad_token_id": 0}, image_token_id=2)
+    config = AlignVLMConfig(
+        vision_config=vision, text_config={**text, "eos_token_id": 1, "pad_token_id": 0}, image_token_id=2
+    )
     config._attn_implementation = attn_implementation
     model = AlignVLMForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
@@ -125,7 +130,9 @@ def llava(vision: dict, text: dict):
     return model, processor
 
 
-def records(workload: str, images: int, image_size: int, vocab_size: int, annotations: int | None = None) -> list[dict]:
+def records(
+    workload: str, images: int, image_size: int, vocab_size: int, annotations: int | None = None
+) -> list[dict]:
     """Records of noise pictures and random words; `annotations` per image instead of the workload's own number."""
     rng = np.random.default_rng(0)
     counts, prompt_tokens, response_tokens = WORKLOADS[workload]

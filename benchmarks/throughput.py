@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,9 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step_flops(vision: dict, text: dict, trains: set[str], images: int, rows: int, length: int, head_tokens: int) -> float:
+def step_flops(
+    vision: dict, text: dict, trains: set[str], images: int, rows: int, length: int, head_tokens: int
+) -> float:
     """The docstring's formula."""
 
     def factors(weights_train: bool, something_before_trains: bool) -> int:
@@ -104,7 +107,7 @@ def child(options: dict) -> dict:
     from benchmarks import models
     from training.collator import IGNORED, AlignVLMCollator
     from training.scenes import RECORD_FEATURES
-    from training.trainer import AlignVLMTrainer, freeze_all_but
+    from training.trainer import AlignVLMTrainer
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -204,22 +207,30 @@ def child(options: dict) -> dict:
             peak.start()
         trainer.train()
     # Collation of the next batch lies between the end of one step and the beginning of the next: count from end to end.
-    seconds = [later[0] - earlier[0] for earlier, later in zip(steps, steps[1:])]
+    seconds = [later[0] - earlier[0] for earlier, later in pairwise(steps)]
     annotations = sum(len(r["annotations"]) for r in made)
     return {
         "seconds": seconds,
         "peak_memory_bytes": max(memory for _, memory in steps[1:]),
         "annotations": annotations,
-        "flops": step_flops(vision, text, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))),
+        "flops": step_flops(
+            vision, text, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))
+        ),
         **shapes,
     }
 
 
 def measure(options: dict, memory: bool = False) -> dict:
     """Runs `child` in a process of its own; for memory with an allocator that gives back what it frees."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
     if memory and options["device"] == "cpu":
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    elif options["device"] == "cpu":  # keeping freed memory spares every system the page faults of asking again
+        environment |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28)}
     command = [sys.executable, __file__, "--child", json.dumps(options)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
@@ -227,5 +238,133 @@ def measure(options: dict, memory: bool = False) -> dict:
     return json.loads(result.stdout.strip().split("\n")[-1])
 
 
+def mask_seconds(rows: int, length: int, device: str, image_tokens: int) -> float:
+    """Seconds for the mask of a batch of packed rows: the median of ten."""
+    from modeling_alignvlm import TokenLayout, dense_mask
+
+    places = torch.arange(length, device=device).expand(rows, -1)
+    layout = TokenLayout(
+        image_ids=torch.where(places < image_tokens, 0, -1),
+        record_ids=torch.zeros_like(places),
+        branch_ids=torch.where(places < image_tokens, 0, 1 + (places - image_tokens) // 24),
+        prompt_mask=places < image_tokens,
+    )
+    seconds = []
+    for _ in range(10):
+        _synchronize(device)
+        started = time.perf_counter()
+        dense_mask(layout, "image").contiguous()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def table(rows: list[dict]) -> str:
+    """The measurements, a line each."""
+    lines = [
+        f"{'shape':<16} {'workload':<10} {'per image':>9} {'trains':<7} {'system':<9} {'annot./s':>9} {'tokens/s':>9} "
+        f"{'peak GB':>8} {'TFLOP':>7} {'share':>6} {'x LLaVA':>8} {'memory':>7}"
+    ]
+    for row in rows:
+        ratio, memory = (f"{row[name]:.2f}" if row[name] else "-" for name in ("ratio_to_llava", "memory_to_llava"))
+        lines.append(
+            f"{row['shape']:<16} {row['workload']:<10} {row['annotations_per_image']:>9.1f} {row['stage']:<7} {row['system']:<9} "
+            f"{row['annotations_per_s']:>9.2f} {row['tokens_per_s']:>9.0f} {row['peak_memory_bytes'] / 1e9:>8.2f} "
+            f"{row['flops'] / 1e12:>7.2f} {row['flops_share']:>6.1%} {ratio:>8} {memory:>7}"
+        )
+    return "\n".join(lines)
+
+
+def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -> list[dict]:
+    """The rows of one comparison: the systems take turns, and each one's median step counts."""
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    found = {}
+    for _ in range(rounds):
+        for system in systems:
+            found[system] = measure({**options, "system": system})
+            seconds[system] += found[system]["seconds"][1:]  # the first step after the start warms caches
+    rows = []
+    for system in systems:
+        step = statistics.median(seconds[system])
+        memory = measure({**options, "system": system, "steps": 2}, memory=True)["peak_memory_bytes"]
+        rows.append(
+            {
+                **{
+                    name: options[name]
+                    for name in ("shape", "workload", "stage", "vision_layers", "text_layers", "dtype")
+                },
+                "system": system,
+                "annotations_per_image": found[system]["annotations"] / options["images"],
+                "annotations_per_s": found[system]["annotations"] / step,
+                "tokens_per_s": found[system]["tokens"] / step,
+                "step_seconds": step,
+                "peak_memory_bytes": memory,
+                "flops": found[system]["flops"],
+                "flops_share": found[system]["flops"] / step / rate,
+                "rows": found[system]["rows"],
+                "length": found[system]["length"],
+            }
+        )
+    llava = next((row for row in rows if row["system"] == "llava"), None)
+    for row in rows:
+        row["ratio_to_llava"] = llava and row["annotations_per_s"] / llava["annotations_per_s"]
+        row["memory_to_llava"] = llava and row["peak_memory_bytes"] / llava["peak_memory_bytes"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
+    parser.add_argument("--attn_implementation", default="sdpa", help="Of this package's model.")
+    parser.add_argument("--row_length", type=int, help="Rows of several records, for flex_attention.")
+    parser.add_argument("--images", type=int, default=4, help="Pictures per step.")
+    parser.add_argument("--steps", type=int, default=4, help="Per process; the first two are not counted.")
+    parser.add_argument("--rounds", type=int, default=1, help="How often the systems take turns.")
+    parser.add_argument("--quick", action="store_true", help="Only the first comparison.")
+    parser.add_argument("--large", action="store_true", help="The 729-token shape as well.")
+    parser.add_argument("--vision_layers", type=int, default=7, help="Of the large shape, whose encoder has 27.")
+    parser.add_argument("--text_layers", type=int, default=6, help="Of the large shape, whose language model has 24.")
+    parser.add_argument("--output", default="out/bench/throughput.json")
+    arguments = parser.parse_args()
+    rate = matrix_product_rate(arguments.device)
+    print(f"{torch.get_num_threads()} threads, bf16 matrix products: {rate / 1e9:.0f} GFLOP/s", flush=True)
+    options = {
+        "shape": "b16-224+135m",
+        "workload": "captions",
+        "stage": "all",
+        "annotations": None,
+        "vision_layers": None,
+        "text_layers": None,
+        **{
+            name: getattr(arguments, name)
+            for name in ("device", "dtype", "attn_implementation", "row_length", "images", "steps")
+        },
+    }
+    both = ("packed", "llava")
+    comparisons = [(options, SYSTEMS)]
+    if not arguments.quick:
+        comparisons += [({**options, "workload": "questions", "images": 5}, both)]
+        comparisons += [({**options, "stage": stage}, both) for stage in ("stage1", "stage2")]
+        comparisons += [({**options, "annotations": count}, ("packed",)) for count in (1, 2, 10)]
+    if arguments.large:
+        layers = {"vision_layers": arguments.vision_layers, "text_layers": arguments.text_layers}
+        comparisons.append(({**options, "shape": "so400m-384+0.5b", "images": 1, **layers}, both))
+    rows = []
+    for chosen, systems in comparisons:
+        rows += compare(chosen, systems, arguments.rounds, rate)
+        print(table(rows[-len(systems) :]), flush=True)
+    first = rows[0]
+    seconds = mask_seconds(first["rows"], first["length"], arguments.device, image_tokens=196)
+    print(f"Building the mask of a step: {seconds * 1000:.1f} ms, {seconds / first['step_seconds']:.2%} of the step")
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"\n{table(rows)}\n{output}")
+
+
 if __name__ == "__main__":
-    print(json.dumps(child(json.loads(sys.argv[2]))))
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(json.loads(sys.argv[2]))))
+    else:
+        main()
