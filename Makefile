@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-full lint bench clean
 
 quickstart: .venv/ready
 	$(RUN) -m training.quickstart --output_dir out/quickstart
@@ -12,12 +12,20 @@ quickstart: .venv/ready
 test: .venv/test-ready
 	$(RUN) -m pytest
 
+# Property tests with twenty-five times as many examples.
+test-full: .venv/test-ready
+	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest
+
 lint: .venv/test-ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# On a CPU about three quarters of an hour; `benchmarks/throughput.py --quick` has the main comparison.
 bench: .venv/test-ready
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; $(RUN) "$$script" || exit 1; done
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(RUN) benchmarks/throughput.py --large
+	$(RUN) benchmarks/generation.py
+	@[ -z "$$ALIGNVLM_TEST_DATA" ] || $(RUN) benchmarks/cider.py
 
 clean:
 	rm -rf .venv out build *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """CIDEr of a real captioner on COCO's Karpathy test split: this package and pycocoevalcap with Java, in one run.
 
-    ALIGNVLM_TEST_DATA=... python benchmarks/cider.py [--output benchmarks/results/cider.json]
+    ALIGNVLM_TEST_DATA=... python benchmarks/cider.py [--output out/bench/cider.json]
 
 Needs pycocoevalcap, Java, and `metric_checks/coco_karpathy_test.jsonl` in the folder of test data. Times are the best of several
 rounds, in which the two take turns.
@@ -50,7 +50,7 @@ def ours(predictions: list[str], references: list[list[str]]) -> tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default="benchmarks/results/cider.json")
+    parser.add_argument("--output", default="out/bench/cider.json")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     data = os.environ.get("ALIGNVLM_TEST_DATA")

@@ -312,6 +312,40 @@ def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -
     return rows
 
 
+def picture(rows: list[dict], path: Path) -> None:
+    """Bars of the first comparison, and seconds per image over annotations per image where they were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = [
+        row
+        for row in rows
+        if (row["workload"], row["stage"]) == ("captions", "all") and row["shape"] == rows[0]["shape"]
+    ]
+    compared = first[: len(SYSTEMS)]
+    packed = sorted((row for row in first if row["system"] == "packed"), key=lambda row: row["annotations_per_image"])
+    figure, (speed, memory, growth) = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    names = [row["system"] for row in compared]
+    speed.bar(names, [row["annotations_per_s"] for row in compared])
+    speed.set_title("annotations per second")
+    memory.bar(names, [row["peak_memory_bytes"] / 1e9 for row in compared])
+    memory.set_title("peak memory of a step, GB")
+    counts = [row["annotations_per_image"] for row in packed]
+    growth.plot(
+        counts, [row["annotations_per_image"] / row["annotations_per_s"] for row in packed], marker="o", label="packed"
+    )
+    unpacked = next((row for row in compared if row["system"] == "unpacked"), None)
+    if unpacked:
+        growth.plot(
+            counts, [count / unpacked["annotations_per_s"] for count in counts], "--", label="unpacked, from its rate"
+        )
+    growth.set(title="seconds per image", xlabel="annotations per image", ylim=(0, None))
+    growth.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -360,7 +394,8 @@ def main() -> None:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"\n{table(rows)}\n{output}")
+    picture(rows, output.with_suffix(".png"))
+    print(f"\n{table(rows)}\n{output}\n{output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

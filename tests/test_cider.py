@@ -16,6 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests import examples
 from tests.caption_grammar import caption
 
 
@@ -149,7 +150,7 @@ def test_a_line_break_within_a_caption_moves_no_other_caption():
 words = st.lists(st.sampled_from(["a", "dog", "cat", "runs", "the"]), max_size=7)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=4)), min_size=1, max_size=6))
 def test_scores_equal_pycocoevalcap(items):
     official = pytest.importorskip("pycocoevalcap.cider.cider").Cider()

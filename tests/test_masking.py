@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from modeling_alignvlm import TokenLayout, attention_rule, check_no_leak, dense_mask, leaking_edges
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from tests import examples
 
 
 def layout_of(rows: list[list[tuple[int, int, int, bool]]]) -> TokenLayout:
@@ -89,13 +90,13 @@ def random_layouts(draw) -> TokenLayout:
     return layout_of(rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(random_layouts(), st.sampled_from(MASK_TYPES))
 def test_mask_equals_the_definition_for_random_layouts(layout, mask_type):
     assert torch.equal(dense_mask(layout, mask_type), oracle(layout, mask_type))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(random_layouts(), st.sampled_from(MASK_TYPES), st.data())
 def test_leaking_edges_are_those_that_jump_over_or_onto_a_response_token(layout, mask_type, data):
     batch, length = layout.image_ids.shape
@@ -108,7 +109,7 @@ def test_leaking_edges_are_those_that_jump_over_or_onto_a_response_token(layout,
                 assert found[b, q, k] == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(random_layouts(), st.sampled_from(MASK_TYPES), st.data())
 def test_the_leak_check_agrees_with_transitive_reachability(layout, mask_type, data):
     """Prompts and responses lie anywhere: there is an unsafe edge iff some chain of attention leads from a place to a response
@@ -125,7 +126,7 @@ def test_the_leak_check_agrees_with_transitive_reachability(layout, mask_type, d
     assert bool(leaks) == bool(leaking_edges(layout, mask_type, response).any())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(random_layouts(), st.sampled_from(("causal", "image")))
 def test_no_response_leaks_under_causal_and_image_masks(layout, mask_type):
     response = ~layout.prompt_mask & (layout.record_ids >= 0) & (layout.image_ids < 0)
@@ -150,7 +151,7 @@ def test_layout_from_input_ids_finds_adjacent_images_and_padding():
     assert layout.record_ids.tolist() == [[0] * 6, [-1, -1, 0, 0, 0, 0]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(random_layouts(), st.integers(0, 3), st.integers(0, 2))
 def test_a_layout_behind_a_cache_gives_the_rows_of_the_whole_mask(layout, past, unused):
     """New tokens behind a text-only past, in a cache with room to spare, see what they would see in one piece."""

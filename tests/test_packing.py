@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from trl import SFTConfig
 
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from tests import examples
 from training.collator import IGNORED, AlignVLMCollator, Row, first_fit
 from training.scenes import RECORD_FEATURES
-from training.trainer import AlignVLMTrainer
+from training.trainer import AlignVLMTrainer, freeze_all_but
 
 
 WORDS = "a red green circle square is at the top left how many shapes yes no two".split()
@@ -54,7 +56,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
             assert (found - value).norm() <= tolerance * value.norm(), name
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
 def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
     """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""
@@ -145,7 +147,7 @@ def test_packed_and_accumulated_equals_separate_in_one_batch(mask_type, processo
     assert_same(*steps, tolerance=1e-4)  # the step is a difference of float32 parameters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(5, 60))
 def test_first_fit_fills_rows_and_keeps_every_record_in_order(lengths, row_length):
     rows = []
@@ -189,3 +191,33 @@ def test_a_changed_response_token_moves_only_what_comes_after_it_in_its_branch(m
         own[row, :token] = False
         assert moved[row, token]
         assert not (moved & ~own).any()
+
+
+def test_frozen_parts_cost_no_gradients_and_the_head_works_only_at_labels(processor, make_model):
+    """Counted in floating-point operations of the backward pass, for the stages that freeze something."""
+    batch = AlignVLMCollator(processor)([random_record(random.Random(2)) | {"images": [Image.new("RGB", (16, 16))]}])
+    labels = batch.pop("labels")
+    keep = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+
+    def backward_operations(rates: dict[str, float]) -> tuple[int, int]:
+        model = make_model(attn_implementation="eager").train()
+        freeze_all_but(model, rates)
+        with FlopCounterMode(display=False) as forward:
+            hidden = model.model(**batch, positions_to_keep=keep, use_cache=False).last_hidden_state
+            loss = model.lm_head(hidden).logsumexp(-1).sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        head = model.lm_head.weight.numel() * 2 * int(keep.sum())
+        assert hidden.shape[1] == int(keep.sum()) and forward.get_total_flops() > head
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    with FlopCounterMode(display=False) as vision:
+        make_model(attn_implementation="eager").get_image_features(batch["pixel_values"])
+    forward, stage1 = backward_operations({"projector": 1.0})
+    _, stage2 = backward_operations({"projector": 1.0, "vision": 1.0})
+    _, everything = backward_operations({"projector": 1.0, "vision": 1.0, "language": 1.0})
+    language = forward - vision.get_total_flops()
+    # Attention's two products have two gradients each whatever trains, so a frozen language model costs a little over its forward.
+    assert language * 0.9 < stage1 < language * 1.5
+    assert 1.8 * vision.get_total_flops() * 0.8 < stage2 - stage1 < 2.2 * vision.get_total_flops()
+    assert everything - stage2 > language * 0.5

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import examples
 from training import scenes
 
 
@@ -41,7 +42,7 @@ def answer_by_reading(scene, question: str) -> str:
     return chosen.colour if words[0] == "What" else chosen.position
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(some_scenes, st.integers(0, 2**31))
 def test_every_question_has_one_right_answer(scene, seed):
     asked = scenes.questions(scene, np.random.default_rng(seed))
