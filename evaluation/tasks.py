@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 CAPTION_PROMPT = "Write a short caption."
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "alt_text")
-# Set asides of one data set under different names.
+# What data sets call the same split.
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}
 
 
