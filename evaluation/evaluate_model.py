@@ -149,7 +149,9 @@ def _run_batches(work: Work, batch_size: int, folder: Path, state: PartialState,
 
     Each process appends a line per finished batch to a file of its own, so a crash costs at most the batches in flight.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished_lines(folder)
     state.wait_for_everyone()
     batches = {
         start: range(start, min(start + batch_size, work.length)) for start in range(0, work.length, batch_size)
@@ -171,17 +173,18 @@ def _run_batches(work: Work, batch_size: int, folder: Path, state: PartialState,
     return [output for start in batches for output in done[start]]
 
 
+def _drop_unfinished_lines(folder: Path) -> None:
+    """Takes away a last line that a crash cut short, so that the next one does not continue it."""
+    for file in folder.glob("*.jsonl"):
+        whole, _, rest = file.read_text().rpartition("\n")
+        if rest:
+            file.write_text(whole + "\n" if whole else "")
+
+
 def _finished_batches(folder: Path) -> dict[int, list]:
-    """The outputs of finished batches by their first unit; a line that a crash cut short does not count."""
-    done = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        lines = file.read_text().split("\n")
-        if lines[-1]:
-            file.write_text("".join(line + "\n" for line in lines[:-1]))
-        for line in lines[:-1]:
-            entry = json.loads(line)
-            done[entry["start"]] = entry["outputs"]
-    return done
+    """The outputs of finished batches by their first unit, whichever process noted them."""
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    return {entry["start"]: entry["outputs"] for entry in map(json.loads, lines)}
 
 
 def _load_checkpoint(arguments: argparse.Namespace, device: torch.device):

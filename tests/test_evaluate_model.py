@@ -93,7 +93,9 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(checkpoint, data
     with progress.open("a") as file:
         file.write('{"start": 9, "outp')  # as if killed in the middle of a line
 
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command[1:]]
+    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True)  # by more processes than began it
     assert done.returncode == 0, done.stderr
     assert "Going on with" in done.stdout
     command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
