@@ -102,7 +102,7 @@ def alignvlm(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     return model, processor
 
 
-def llava(vision: dict, text: dict):
+def llava(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     """The peer: transformers' LLaVA class around the same backbones."""
     set_seed(0)
     words = tokenizer(text["vocab_size"])
@@ -114,7 +114,7 @@ def llava(vision: dict, text: dict):
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attn_implementation
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
     side = vision["image_size"]
@@ -131,11 +131,17 @@ def llava(vision: dict, text: dict):
 
 
 def records(
-    workload: str, images: int, image_size: int, vocab_size: int, annotations: int | None = None
+    workload: str,
+    images: int,
+    image_size: int,
+    vocab_size: int,
+    annotations: int | None = None,
+    response_tokens: int | None = None,
 ) -> list[dict]:
-    """Records of noise pictures and random words; `annotations` per image instead of the workload's own number."""
+    """Records of noise pictures and random words; `annotations` per image and `response_tokens` replace the workload's."""
     rng = np.random.default_rng(0)
-    counts, prompt_tokens, response_tokens = WORKLOADS[workload]
+    counts, prompt_tokens, usual_tokens = WORKLOADS[workload]
+    response_tokens = response_tokens or usual_tokens
 
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(3, vocab_size, count))

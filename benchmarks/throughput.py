@@ -113,7 +113,8 @@ def child(options: dict) -> dict:
     logging.disable_progress_bar()
     vision, text = models.configs(options["shape"], options["vision_layers"], options["text_layers"])
     made = models.records(
-        options["workload"], options["images"], vision["image_size"], text["vocab_size"], options["annotations"]
+        *(options["workload"], options["images"], vision["image_size"], text["vocab_size"]),
+        *(options["annotations"], options["response_tokens"]),
     )
     rates = STAGES[options["stage"]]
     device, peak, shapes = options["device"], MemoryPeak(), {}
@@ -156,7 +157,8 @@ def child(options: dict) -> dict:
             learning_rate=1e-5,
         )
         if options["system"] == "llava":
-            model, processor = models.llava(vision, text)
+            attention = options["attn_implementation"]
+            model, processor = models.llava(vision, text, "sdpa" if attention == "flex_attention" else attention)
             freeze = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language"}
             for name, parameter in model.named_parameters():
                 module = next((module for part, module in freeze.items() if part in name), "language")
@@ -213,6 +215,7 @@ def child(options: dict) -> dict:
         "seconds": seconds,
         "peak_memory_bytes": max(memory for _, memory in steps[1:]),
         "annotations": annotations,
+        "response_tokens": options["response_tokens"] or models.WORKLOADS[options["workload"]][2],
         "flops": step_flops(
             vision, text, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))
         ),
@@ -230,7 +233,11 @@ def measure(options: dict, memory: bool = False) -> dict:
     if memory and options["device"] == "cpu":
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     elif options["device"] == "cpu":  # keeping freed memory spares every system the page faults of asking again
-        environment |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28)}
+        environment |= {
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
+            "MALLOC_TOP_PAD_": str(1 << 28),
+        }
     command = [sys.executable, __file__, "--child", json.dumps(options)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode != 0:
@@ -291,9 +298,10 @@ def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -
             {
                 **{
                     name: options[name]
-                    for name in ("shape", "workload", "stage", "vision_layers", "text_layers", "dtype")
+                    for name in ("shape", "workload", "stage", "vision_layers", "text_layers", "dtype", "images")
                 },
                 "system": system,
+                "response_tokens": found[system]["response_tokens"],
                 "annotations_per_image": found[system]["annotations"] / options["images"],
                 "annotations_per_s": found[system]["annotations"] / step,
                 "tokens_per_s": found[system]["tokens"] / step,
@@ -313,36 +321,33 @@ def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Bars of the first comparison, and seconds per image over annotations per image where they were measured."""
+    """Bars of the first comparison; a packed step's seconds as it grows in one direction, where that was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = [
-        row
-        for row in rows
-        if (row["workload"], row["stage"]) == ("captions", "all") and row["shape"] == rows[0]["shape"]
-    ]
-    compared = first[: len(SYSTEMS)]
-    packed = sorted((row for row in first if row["system"] == "packed"), key=lambda row: row["annotations_per_image"])
-    figure, (speed, memory, growth) = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    compared = rows[: len(SYSTEMS)]
+    figure, ((speed, memory, work), growths) = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     names = [row["system"] for row in compared]
     speed.bar(names, [row["annotations_per_s"] for row in compared])
     speed.set_title("annotations per second")
     memory.bar(names, [row["peak_memory_bytes"] / 1e9 for row in compared])
     memory.set_title("peak memory of a step, GB")
-    counts = [row["annotations_per_image"] for row in packed]
-    growth.plot(
-        counts, [row["annotations_per_image"] / row["annotations_per_s"] for row in packed], marker="o", label="packed"
-    )
-    unpacked = next((row for row in compared if row["system"] == "unpacked"), None)
-    if unpacked:
-        growth.plot(
-            counts, [count / unpacked["annotations_per_s"] for count in counts], "--", label="unpacked, from its rate"
-        )
-    growth.set(title="seconds per image", xlabel="annotations per image", ylim=(0, None))
-    growth.legend()
+    work.bar(names, [row["flops"] / 1e12 / row["images"] for row in compared])
+    work.set_title("TFLOP per image")
+    # Each growth varies one number and holds the others at those of the first comparison.
+    varied = {
+        "annotations_per_image": "annotations per image",
+        "images": "images a step",
+        "response_tokens": "tokens a response",
+    }
+    fixed = ("shape", "workload", "stage", "system", *varied)
+    for axes, (name, label) in zip(growths, varied.items()):
+        line = [row for row in rows if all(row[other] == rows[0][other] for other in fixed if other != name)]
+        line.sort(key=lambda row: row[name])
+        axes.plot([row[name] for row in line], [row["step_seconds"] for row in line], marker="o")
+        axes.set(title="seconds a step, packed", xlabel=label, xlim=(0, None), ylim=(0, None))
     figure.savefig(path, dpi=120)
 
 
@@ -350,17 +355,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
-    parser.add_argument("--attn_implementation", default="sdpa", help="Of this package's model.")
+    parser.add_argument(
+        "--attn_implementation",
+        help="By default sdpa on a GPU, and eager, the faster, on a CPU. LLaVA gets the same, but sdpa for flex_attention.",
+    )
     parser.add_argument("--row_length", type=int, help="Rows of several records, for flex_attention.")
-    parser.add_argument("--images", type=int, default=4, help="Pictures per step.")
+    parser.add_argument("--images", type=int, default=6, help="Pictures per step.")
     parser.add_argument("--steps", type=int, default=4, help="Per process; the first two are not counted.")
     parser.add_argument("--rounds", type=int, default=1, help="How often the systems take turns.")
     parser.add_argument("--quick", action="store_true", help="Only the first comparison.")
     parser.add_argument("--large", action="store_true", help="The 729-token shape as well.")
-    parser.add_argument("--vision_layers", type=int, default=7, help="Of the large shape, whose encoder has 27.")
-    parser.add_argument("--text_layers", type=int, default=6, help="Of the large shape, whose language model has 24.")
+    parser.add_argument("--vision_layers", type=int, default=13, help="Of the large shape, whose encoder has 27.")
+    parser.add_argument("--text_layers", type=int, default=12, help="Of the large shape, whose language model has 24.")
     parser.add_argument("--output", default="out/bench/throughput.json")
     arguments = parser.parse_args()
+    arguments.attn_implementation = arguments.attn_implementation or ("eager" if arguments.device == "cpu" else "sdpa")
     rate = matrix_product_rate(arguments.device)
     print(f"{torch.get_num_threads()} threads, bf16 matrix products: {rate / 1e9:.0f} GFLOP/s", flush=True)
     options = {
@@ -368,6 +377,7 @@ def main() -> None:
         "workload": "captions",
         "stage": "all",
         "annotations": None,
+        "response_tokens": None,
         "vision_layers": None,
         "text_layers": None,
         **{
@@ -380,7 +390,10 @@ def main() -> None:
     if not arguments.quick:
         comparisons += [({**options, "workload": "questions", "images": 5}, both)]
         comparisons += [({**options, "stage": stage}, both) for stage in ("stage1", "stage2")]
-        comparisons += [({**options, "annotations": count}, ("packed",)) for count in (1, 2, 10)]
+        growths = {"annotations": (1, 2, 10), "images": (1, 3, 12), "response_tokens": (10, 40, 80)}
+        comparisons += [
+            ({**options, name: value}, ("packed",)) for name, values in growths.items() for value in values
+        ]
     if arguments.large:
         layers = {"vision_layers": arguments.vision_layers, "text_layers": arguments.text_layers}
         comparisons.append(({**options, "shape": "so400m-384+0.5b", "images": 1, **layers}, both))
