@@ -140,6 +140,14 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         patches = features[:, extra_tokens:]
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self.projector(patches))
 
+    def _weightless_image(self) -> Tensor:
+        """Zero, from a blank image: in training it keeps the image side in the graph of a batch of text alone. Where only that
+        side trains there would be no graph at all, and processes whose batches have images would wait for this one."""
+        vision = self.config.vision_config
+        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        device = next(self.projector.parameters()).device
+        return 0.0 * self.get_image_features(torch.zeros(shape, device=device)).pooler_output.mean()
+
     def _merge_image_features(self, inputs_embeds: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
         """Puts image features `(images, image_seq_length, hidden)` at the image tokens of `inputs_embeds`, in order."""
         found, given = int(is_image.sum()), features.shape[0] * features.shape[1]
@@ -206,7 +214,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 raise ValueError("`pixel_values` with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
             features = self.get_image_features(pixel_values).pooler_output
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
-        elif input_ids is not None and _is_prefill(past_key_values) and is_image.any():
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._weightless_image()
+        if pixel_values is None and input_ids is not None and _is_prefill(past_key_values) and is_image.any():
             raise ValueError(
                 f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given."
             )

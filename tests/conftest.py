@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -55,6 +56,14 @@ def make_tokenizer(special_tokens: tuple[str, ...] = (IMAGE_TOKEN,)) -> PreTrain
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", additional_special_tokens=list(special_tokens)
     )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each test as in a fresh process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -88,18 +88,24 @@ def test_text_records_and_padding(processor, make_model):
     assert make_model()(**text_only).loss.isfinite()
 
 
-def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processor, caplog):
+def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processor):
     whole = AlignVLMCollator(processor)([record(*QUESTIONS)])
     length = whole["input_ids"].shape[1]
-    with caplog.at_level("WARNING", "training.collator"):
-        cut = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
+    cut = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
     assert cut["branch_ids"].max() == 2
+    assert [loss["kind"] for loss in cut["losses_of_data"]] == ["dropped_annotation"]
     trunk = int((whole["branch_ids"] == 0).sum())
     long = record(("What is it?", "red " * 50))
     cut = AlignVLMCollator(processor, max_length=40)([long])
     assert cut["input_ids"].shape[1] == 40 and (cut["input_ids"] == processor.image_token_id).sum() == 4
-    with pytest.raises(ValueError, match=f"max_length={trunk + 2} leaves no room"):
-        AlignVLMCollator(processor, max_length=trunk + 2)([long])
+    assert [loss["kind"] for loss in cut["losses_of_data"]] == ["cut_response"]
+    later_fits = record(("What is it?", "red " * 50), QUESTIONS[0])
+    kept = AlignVLMCollator(processor, max_length=40)([later_fits])
+    assert kept["branch_ids"].max() == 2 and "yes" in processor.decode(kept["input_ids"][0])
+    nothing = AlignVLMCollator(processor, max_length=trunk + 2)([long])
+    assert [loss["kind"] for loss in nothing["losses_of_data"]] == ["dropped_record"]
+    with pytest.raises(ValueError, match=f"max_length={trunk + 1} leaves no room"):
+        AlignVLMCollator(processor, max_length=trunk + 1)([long])
 
 
 @pytest.mark.parametrize(

@@ -14,46 +14,17 @@ from safetensors.torch import load_file
 from trl import TrlParser
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.running import SOURCES, arguments_for
 from training import scenes
 from training.checkpoint import RUN_RECORD, read_run_record
 from training.collator import AlignVLMCollator
+from training.images import read_image
+from training.sources import read_source
 from training.stage import StageArguments, main
 from training.trainer import AlignVLMTrainer, module_of
 
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [
-    {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24},
-    {"name": "scene_texts", "count": 8},
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Each run as in a fresh process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def arguments_for(model: Path, output: Path, **fields) -> list[str]:
-    values = {
-        "stage": 3,
-        "model": model,
-        "output_dir": output,
-        "sources": json.dumps(SOURCES),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **fields,
-    }
-    return [item for name, value in values.items() if value is not None for item in (f"--{name}", str(value))]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -245,9 +216,9 @@ def test_recipes_are_valid(path):
         ({"projector_learning_rate": None}, "Nothing trains"),
         ({"attention_mask_type": "sideways"}, "'sideways'. Valid values: causal, image, prefix, mutual"),
         ({"sources": "[]"}, "needs `model`"),
-        ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: scenes"),
+        ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
         ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
-        ({"sources": '[{"name": "jsonl", "path": "none.jsonl"}]'}, "No such file: .*none.jsonl"),
+        ({"sources": '[{"name": "local", "data": "none.jsonl"}]'}, "No such file or folder: .*none.jsonl"),
     ],
 )
 def test_bad_arguments_are_named(checkpoint, tmp_path, extra, message):
@@ -266,55 +237,9 @@ def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
         main([*given, "--projektor_learning_rate", "1e-3"])
 
 
-class TestLocalFiles:
-    @pytest.fixture
-    def folder(self, tmp_path) -> Path:
-        (tmp_path / "images").mkdir()
-        dataset = scenes.make_scenes(3)
-        for index, record in enumerate(dataset):
-            record["images"][0].save(tmp_path / f"images/{index}.png")
-        return tmp_path
-
-    def write(self, folder: Path, rows: list[dict]) -> list[dict]:
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return [{"name": "jsonl", "path": "rows.jsonl"}]
-
-    def load(self, folder: Path, rows: list[dict], **options):
-        from training.data import load_sources
-
-        (source,) = self.write(folder, rows)
-        return load_sources([{**source, **options}], folder)
-
-    def test_captions_questions_and_annotations_become_records(self, folder):
-        captions = self.load(folder, [{"image": "images/0.png", "captions": ["One.", " Two. "]}], prompt="Describe.")
-        assert [a["response"] for a in captions[0]["annotations"]] == ["One.", "Two."]
-        assert captions[0]["annotations"][0]["prompt"] == "Describe." and captions[0]["images"][0].size == (64, 64)
-        questions = [
-            {"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))
-        ]
-        grouped = self.load(folder, questions)
-        assert [[a["prompt"] for a in record["annotations"]] for record in grouped] == [["q0 ?", "q2 ?"], ["q1 ?"]]
-        given = [{"image": "images/0.png", "annotations": [{"prompt": "p", "response": "r"}]}]
-        assert self.load(folder, given)[0]["annotations"] == [{"prompt": "p", "response": "r", "kind": ""}]
-
-    def test_splits_and_limits(self, folder):
-        rows = [{"image": f"images/{i}.png", "captions": [str(i)], "split": "train" if i else "val"} for i in range(3)]
-        assert len(self.load(folder, rows, split="train")) == 2
-        assert len(self.load(folder, rows, split="train", limit=1)) == 1
-        with pytest.raises(ValueError, match="no rows of split 'test'"):
-            self.load(folder, rows, split="test")
-
-    def test_bad_rows_are_named(self, folder):
-        with pytest.raises(ValueError, match="leads out of the folder"):
-            self.load(folder, [{"image": "../secret.png", "captions": ["a"]}])
-        with pytest.raises(ValueError, match=r"none of `captions`.*\['image', 'text'\]"):
-            self.load(folder, [{"image": "images/0.png", "text": "a"}])
-
-
 def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_path):
     """Some steps of the recipe on the shared photos; the loss falls, and the result describes a validation photo."""
     from evaluation.generate import answer
-    from training.data import load_sources
 
     recipe = ROOT / "training/recipes/flickr8k_nano/stage3.yaml"
     given = {
@@ -327,12 +252,14 @@ def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_pa
     options = [item for name, value in given.items() for item in (f"--{name}", str(value))]
     entry = main(["--config", str(recipe), *options])
     assert entry["logged_losses"][-1] < entry["logged_losses"][0] - 0.3
-    photos = load_sources(
-        [{"name": "jsonl", "path": "flickr8k/captions.jsonl", "split": "val", "limit": 2}], shared_data
-    )
+    photos = read_source({"name": "local", "data": "flickr8k/captions.jsonl", "split": "val", "limit": 2}, shared_data)
     model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
     processor = AlignVLMProcessor.from_pretrained(tmp_path)
     texts = answer(
-        model, processor, [r["images"][0] for r in photos], [["Write a short caption."]] * 2, max_new_tokens=8
+        model,
+        processor,
+        [read_image(r["images"][0]) for r in photos],
+        [["Write a short caption."]] * 2,
+        max_new_tokens=8,
     )
     assert all(len(group) == 1 and group[0] for group in texts)

@@ -11,12 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers.utils import logging
 
-from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, to_rgb
+from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak
+from training.images import BadImage, read_image
 
-
-logger = logging.get_logger(__name__)
 
 SHARED_TRUNK_MASK_TYPES = ("causal", "image")
 IGNORED = -100  # the label of tokens that are not predicted
@@ -72,22 +70,29 @@ def first_fit(rows: list[Row], row_length: int) -> list[Row]:
 
 
 class AlignVLMCollator:
-    """Turns records `{"images": [PIL], "annotations": [{"prompt", "response"}]}` into model inputs.
+    """Turns records `{"images": [...], "annotations": [{"prompt", "response"}]}` into model inputs.
 
-    Prompts and responses are written with the processor's chat template and tokenised apart, so that a prompt has the very
-    tokens it has at inference. Only responses, with the token that ends them, carry labels.
+    Images are whatever `training.images.read_image` reads. Prompts and responses are written with the processor's chat template and
+    tokenised apart, so that a prompt has the very tokens it has at inference. Only responses, with the token that ends them, carry
+    labels. A record without images and with an empty prompt is plain text: no template, and every token but the first has a label.
 
     Args:
         processor (`AlignVLMProcessor`): with a chat template.
         mask_type (`str`): the mask type the rows are trained under; no row leaves here whose answers would leak.
         max_length (`int`, *optional*):
-            the longest row. Annotations that do not fit any more are dropped with a warning; a single one that is too long
-            loses the end of its response, never an image token.
+            the longest row. Annotations that do not fit any more are dropped; if none fits, the first whose prompt leaves room
+            loses the end of its response, never an image token; a record without such a one is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
             fill rows of several records up to so many tokens, first fit. The default is one record per row, which suits kernels
             that compute masked places too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
         shared_image (`bool`): False makes one row per annotation under every mask type, as other trainers do.
+        on_bad_image (`str`):
+            what an image that cannot be read does: `raise`, or `skip` its record.
+
+    What is skipped, dropped or cut is told in the batch's `losses_of_data`, a list of
+    `{"kind": "bad_image" | "dropped_record" | "dropped_annotation" | "cut_response", "source", "what"}`, which is there only if there
+    is something to tell; the trainer takes it out, counts and records it.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class AlignVLMCollator:
         pad_to_multiple_of: int | None = None,
         shared_image: bool = True,
         row_length: int | None = None,
+        on_bad_image: str = "raise",
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -106,6 +112,9 @@ class AlignVLMCollator:
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.row_length = row_length
         self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
+        if on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
+        self.on_bad_image = on_bad_image
         self._encode = lru_cache(maxsize=100_000)(
             self._encode_texts
         )  # questions and short answers come again and again
@@ -129,6 +138,9 @@ class AlignVLMCollator:
                 raise ValueError(
                     f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data."
                 )
+        if not image_count and not prompt:
+            eos = self.tokenizer.eos_token_id
+            return (), (*self.tokenizer(response)["input_ids"], *([] if eos is None else [eos]))
         content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -139,37 +151,73 @@ class AlignVLMCollator:
             tuple(self.tokenizer(response, add_special_tokens=False)["input_ids"]),
         )
 
-    def rows(self, record: dict) -> list[Row]:
-        """The rows of one record: one, or one per annotation where the trunk cannot be shared."""
+    def rows(self, record: dict, losses: list[dict] | None = None) -> list[Row]:
+        """The rows of one record: one, or one per annotation where the trunk cannot be shared. What does not fit is told in
+        `losses`, if that is given."""
         if not record["annotations"]:
             raise ValueError("A record has no annotations; it would train nothing. Remove it from the data.")
         encoded = [self.encode(annotation, len(record["images"])) for annotation in record["annotations"]]
+        losses = [] if losses is None else losses
+        before = len(losses)
         groups = [encoded] if self.shared_image else [[one] for one in encoded]
-        return [self._row(record["images"], group) for group in groups]
+        rows = [row for group in groups if (row := self._row(record["images"], group, losses)) is not None]
+        for loss in losses[before:]:
+            loss["source"] = record.get("source", "")
+        return rows
 
-    def _row(self, images: list, encoded: list[tuple[list[int], list[int]]]) -> Row:
+    def token_counts(self, record: dict) -> tuple[int, int]:
+        """The image and the text tokens of a record's rows; its images need not be readable."""
+        rows = self.rows(record)
+        image = sum(len(row.images) for row in rows) * self.processor.image_seq_length
+        return image, sum(map(len, rows)) - image
+
+    def _row(self, images: list, encoded: list[tuple[list[int], list[int]]], losses: list[dict]) -> Row | None:
         row = Row(images)
         trunk, _ = self._split(encoded[0][0], len(images))
         row.append(trunk, branch=0, first_position=0)
         single = len(encoded) == 1  # then all of it is trunk
-        for index, (prompt, response) in enumerate(encoded, 1):
-            _, prompt = self._split(prompt, len(images))
-            if self.max_length is not None and len(row) + len(prompt) + len(response) > self.max_length:
-                if index > 1:
-                    logger.warning(
-                        f"Dropped {len(encoded) - index + 1} of {len(encoded)} annotations of a record: the row would be "
-                        f"longer than max_length={self.max_length}."
-                    )
-                    break
-                response = response[: max(0, self.max_length - len(trunk) - len(prompt))]
-                if not response:
-                    raise ValueError(
-                        f"max_length={self.max_length} leaves no room for a response behind {len(trunk)} trunk and "
-                        f"{len(prompt)} prompt tokens. Raise max_length."
-                    )
-                logger.warning(f"Cut a response to {len(response)} tokens to fit max_length={self.max_length}.")
+        branches = [
+            (index, self._split(prompt, len(images))[1], response)
+            for index, (prompt, response) in enumerate(encoded, 1)
+        ]
+        chosen = self._fitting(branches, len(trunk), losses)
+        for index, prompt, response in chosen:
             row.append(prompt + response, 0 if single else index, len(trunk), len(response))
-        return row
+        return row if chosen else None
+
+    def _fitting(self, branches: list[tuple], trunk_length: int, losses: list[dict]) -> list[tuple]:
+        """The branches that fit into `max_length` behind the trunk; else one with the end of its response cut; else none."""
+        if self.max_length is None:
+            return branches
+        room = self.max_length - trunk_length
+        if room < 2 and trunk_length > 0:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt and a response behind {trunk_length} tokens up to the last "
+                "image. Raise max_length."
+            )
+        chosen, used = [], 0
+        for branch in branches:
+            length = len(branch[1]) + len(branch[2])
+            if used + length <= room:
+                chosen.append(branch)
+                used += length
+        if not chosen:
+            cuttable = next((branch for branch in branches if len(branch[1]) < room), None)
+            if cuttable is None:
+                losses.append(
+                    {
+                        "kind": "dropped_record",
+                        "what": f"{len(branches)} prompts, none of which leaves room for a response",
+                    }
+                )
+                return []
+            index, prompt, response = cuttable
+            chosen = [(index, prompt, response[: room - len(prompt)])]
+            losses.append({"kind": "cut_response", "what": f"{len(response)} tokens to {room - len(prompt)}"})
+        for index, prompt, response in branches:
+            if index not in [branch[0] for branch in chosen]:
+                losses.append({"kind": "dropped_annotation", "what": f"{len(prompt)} + {len(response)} tokens"})
+        return chosen
 
     def _split(self, prompt: list[int], image_count: int) -> tuple[list[int], list[int]]:
         """A prompt's trunk, up to its last image token, with images expanded, and the rest."""
@@ -185,8 +233,13 @@ class AlignVLMCollator:
 
     def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """Model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
-        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are any."""
-        rows = [row for record in records for row in self.rows(record)]
+        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are any.
+        If every record had to be skipped, there is one row of one token without a label."""
+        losses: list[dict] = []
+        rows = [row for record in self._readable(records, losses) for row in self.rows(record, losses)]
+        if not rows:
+            rows = [Row([])]
+            rows[0].append([self._pad_token_id], branch=0, first_position=0)
         if self.row_length is not None:
             rows = first_fit(rows, self.row_length)
         length = max(map(len, rows))
@@ -195,10 +248,9 @@ class AlignVLMCollator:
         def padded(name: str, value: int | bool) -> torch.Tensor:
             return torch.tensor([getattr(row, name) + [value] * (length - len(row)) for row in rows])
 
-        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         record_ids = padded("record_ids", -1)
         batch = {
-            "input_ids": padded("input_ids", pad_token_id),
+            "input_ids": padded("input_ids", self._pad_token_id),
             "attention_mask": (record_ids >= 0).long(),
             "labels": padded("labels", IGNORED),
             "position_ids": padded("position_ids", 0),
@@ -218,8 +270,26 @@ class AlignVLMCollator:
             self.mask_type,
             response_mask=batch["labels"] != IGNORED,
         )
-        images = [to_rgb(image) for row in rows for image in row.images]
+        images = [image for row in rows for image in row.images]
         if images:
             pixel_values = self.processor.image_processor(images, return_tensors="np")["pixel_values"]
             batch["pixel_values"] = torch.from_numpy(np.asarray(pixel_values))
+        if losses:
+            batch["losses_of_data"] = losses
         return batch
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def _readable(self, records: list[dict], losses: list[dict]) -> list[dict]:
+        """The records with their images decoded, without those that cannot be."""
+        readable = []
+        for record in records:
+            try:
+                readable.append({**record, "images": [read_image(image) for image in record["images"]]})
+            except BadImage as error:
+                if self.on_bad_image == "raise":
+                    raise BadImage(f"{error} Replace it, or set `on_bad_image: skip`.") from error
+                losses.append({"kind": "bad_image", "source": record.get("source", ""), "what": str(error)})
+        return readable

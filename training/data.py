@@ -1,119 +1,427 @@
-"""Sources to records: what the `sources` of a recipe name, loaded as one `datasets.Dataset` of records.
+"""Sources to one stream of records: mixtures measured in tokens, their order, and what a stage is about to read.
 
-A record is `{"images": [PIL.Image, ...], "annotations": [{"prompt": str, "response": str}, ...]}`. Adding a source is one
-function and one row of `SOURCES`.
+    python -m training.data --config training/recipes/nano/stage3.yaml --show 16
+
+prints what each source of a stage holds and writes a contact sheet of what the model will see. The kinds of data are in
+`training.sources`; images are decoded in the collator, that is, in the data loader's workers.
 """
 
-import os
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from torch.utils.data import Sampler
+from transformers.utils import logging
 
-from training import scenes
-
-
-def load_scenes(
-    data_dir: Path,
-    count: int,
-    annotations: list[str],
-    split: str = "train",
-    seed: int = 0,
-) -> Dataset:
-    """Drawn scenes with captions and questions: see `training.scenes.make_scenes`."""
-    return scenes.make_scenes(count, split, tuple(annotations), seed)
+from training.collator import AlignVLMCollator
+from training.sources import Source, read_source
 
 
-def load_scene_texts(data_dir: Path, count: int, split: str = "train", seed: int = 0) -> Dataset:
-    """Text-only records: see `training.scenes.make_texts`."""
-    return scenes.make_texts(count, split, seed)
+logger = logging.get_logger(__name__)
+
+MEASURED_RECORDS = 1000  # of a source, for its mean number of tokens
+SHUFFLE_BUFFER = 1000  # records, of a stream
 
 
-def load_jsonl(
-    data_dir: Path,
-    path: str,
-    split: str | None = None,
-    prompt: str = "Write a short caption.",
-    limit: int | None = None,
-) -> Dataset:
-    """A local jsonl file whose rows name an `image` (a path from the file's folder) and hold one of
-
-    - `captions`: a list of texts, each answered to `prompt`;
-    - `question` and `answer`: rows of one image become one record;
-    - `annotations`: a list of `{"prompt", "response"}`.
+@dataclass
+class Part:
+    """One entry of a recipe's `sources`.
 
     Args:
-        path: from `data_dir`, unless absolute.
-        split: keep the rows whose `split` is this.
-        limit: keep the first so many records.
+        share: of all tokens of the stage; None: each record once an epoch.
+        tag: a fixed text before every prompt of the source (prefix conditioning).
+        image_tokens, text_tokens: means per record, as rows hold them; measured when a share needs them.
     """
-    file = data_dir / path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"No such file: {file}. Paths of sources start at `data_dir`, which is {str(data_dir)!r}."
-        )
-    rows = load_dataset("json", data_files=str(file), split="train")
-    if split is not None:
-        rows = rows.filter(lambda value: value == split, input_columns="split")
-    by_image: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        by_image.setdefault(row["image"], []).extend(_annotations(row, prompt, file))
-    records = [
-        {"images": [_inside(file.parent, image)], "annotations": [{"kind": "", **a} for a in annotations]}
-        for image, annotations in by_image.items()
-    ]
-    if not records:
-        raise ValueError(f"{file} has no rows of split {split!r}.")
-    return Dataset.from_list(records[:limit], features=scenes.RECORD_FEATURES)
+
+    name: str
+    source: Source
+    share: float | None = None
+    tag: str = ""
+    image_tokens: float | None = None
+    text_tokens: float | None = None
+
+    @property
+    def tokens(self) -> float:
+        return self.image_tokens + self.text_tokens
+
+    def measure(self, collator: AlignVLMCollator, records: int = MEASURED_RECORDS) -> None:
+        """Sets the mean tokens per record from records spread evenly over the source (of a stream: its first)."""
+        counts = np.array([collator.token_counts(record) for record in self.sample(records)], dtype=float)
+        self.image_tokens, self.text_tokens = counts.mean(axis=0).tolist()
+
+    def sample(self, records: int) -> Iterator[dict]:
+        """Up to so many records, images undecoded, with the tag."""
+        if isinstance(self.source.rows, IterableDataset):
+            found = iter(self.source.rows.take(records))
+        else:
+            places = np.linspace(0, len(self.source) - 1, min(records, len(self.source))).round().astype(int)
+            found = (self.source[int(place)] for place in places)
+        return (tagged(record, self.name, self.tag) for record in found)
 
 
-def _annotations(row: dict, prompt: str, file: Path) -> list[dict[str, str]]:
-    if row.get("annotations"):
-        return [{"prompt": a["prompt"], "response": a["response"]} for a in row["annotations"]]
-    if row.get("captions"):
-        return [{"prompt": prompt, "response": caption.strip()} for caption in row["captions"]]
-    if row.get("question") and row.get("answer") is not None:
-        return [{"prompt": row["question"].strip(), "response": row["answer"].strip()}]
-    raise ValueError(
-        f"A row of {file} has none of `captions`, `question` and `answer`, `annotations`; it has {sorted(row)}."
-    )
+def tagged(record: dict, name: str, tag: str) -> dict:
+    """The record with its source's name, and the tag before every prompt."""
+    annotations = record["annotations"]
+    if tag:
+        annotations = [{**a, "prompt": f"{tag} {a['prompt']}".strip()} for a in annotations]
+    return {"images": record["images"], "annotations": annotations, "source": name}
 
 
-def _inside(folder: Path, path: str) -> str:
-    """The path of an image below `folder`; one that leads out of it is refused."""
-    full = os.path.normpath(folder / path)
-    if not full.startswith(os.path.normpath(folder) + os.sep):
-        raise ValueError(f"The image path {path!r} leads out of the folder {folder}.")
-    return full
+def image_sample_probability(
+    image_token_share: float, image_tokens: float, caption_tokens: float, text_tokens: float
+) -> float:
+    """The probability of drawing a record with an image so that image tokens make up a share r of all tokens.
 
-
-SOURCES: dict[str, Callable[..., Dataset]] = {
-    "scenes": load_scenes,
-    "scene_texts": load_scene_texts,
-    "jsonl": load_jsonl,
-}
-
-
-def load_sources(sources: list[dict], data_dir: str | os.PathLike = ".") -> Dataset:
-    """All sources of a recipe, one behind the other; the trainer shuffles.
+    With v image and c text tokens per record with an image, and T tokens per record without, drawing images with probability
+    p gives r = p v / (p (v + c) + (1 - p) T), so p = r T / (v - r (v + c - T)). It is feasible iff r <= v / (v + c).
+    (After "Should VLMs be Pre-trained with Image Data?", arXiv 2503.07603, whose ratios are measured in tokens.)
 
     Args:
-        sources: each `{"name": one of SOURCES, **arguments of its function}`.
-        data_dir: where relative paths of sources start.
+        image_token_share: r, from 0 to 1.
+        image_tokens, caption_tokens, text_tokens: v, c and T, means.
 
     Raises:
-        ValueError: for an unknown source name or argument (the message lists the valid ones).
+        ValueError: if r cannot be reached; the message gives the largest share that can.
     """
-    loaded = []
-    for source in sources:
-        arguments = dict(source)
-        name = arguments.pop("name", None)
-        if name not in SOURCES:
-            raise ValueError(f"Unknown source {name!r}. Valid names: {', '.join(SOURCES)}.")
-        function = SOURCES[name]
-        valid = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-        unknown = set(arguments) - set(valid)
-        if unknown:
-            raise ValueError(f"Source {name!r} does not know {sorted(unknown)}. Its arguments: {', '.join(valid)}.")
-        loaded.append(function(Path(data_dir), **arguments))
-    return concatenate_datasets(loaded)
+    largest = image_tokens / (image_tokens + caption_tokens)
+    if not 0 <= image_token_share <= largest:
+        raise ValueError(
+            f"An image_token_share of {image_token_share:g} cannot be reached: a record with an image has on average "
+            f"{image_tokens:.1f} image and {caption_tokens:.1f} text tokens. The largest feasible share is {math.floor(largest * 1e4) / 1e4:g}."
+        )
+    v, c, t, r = image_tokens, caption_tokens, text_tokens, image_token_share
+    return r * t / (v - r * (v + c - t))
+
+
+def records_per_epoch(parts: list[Part], image_token_share: float | None = None) -> list[int]:
+    """How many records of each part an epoch draws.
+
+    Without shares every record once. A part with a share s of tokens is drawn, in part or again and again, as often as makes its
+    mean tokens times its draws s of the whole, the parts without a share being read once. If all have one, they must sum to 1, and
+    the epoch ends when the first of them is through. `image_token_share` scales the records without images against all others.
+
+    Raises:
+        ValueError: for shares that are not positive, sum to more than 1, or leave nothing to the parts without one.
+    """
+    shares = [part.share for part in parts]
+    given = [share for share in shares if share is not None]
+    if any(share <= 0 for share in given):
+        raise ValueError(f"Shares must be positive; got {given}. Leave out a source that should not be read.")
+    draws: list[float]
+    if len(given) == len(parts):
+        if not math.isclose(sum(given), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"All sources have a share, and the shares sum to {sum(given):g} instead of 1. The largest feasible share of the "
+                f"last is {max(0.0, 1 - sum(given[:-1])):g}."
+            )
+        total = min(len(part.source) * part.tokens / part.share for part in parts)
+        draws = [total * part.share / part.tokens for part in parts]
+    elif given:
+        if sum(given) >= 1:
+            raise ValueError(
+                f"Shares sum to {sum(given):g}, which leaves no tokens to the sources without one. The largest feasible share of "
+                f"the last is just below {max(0.0, 1 - sum(given[:-1])):g}."
+            )
+        once = sum(len(part.source) * part.tokens for part in parts if part.share is None)
+        total = once / (1 - sum(given))
+        draws = [len(p.source) if p.share is None else total * p.share / p.tokens for p in parts]
+    else:
+        draws = [len(part.source) for part in parts]
+    return [max(1, round(draw)) for draw in _with_image_share(parts, draws, image_token_share)]
+
+
+def _with_image_share(parts: list[Part], draws: list[float], image_token_share: float | None) -> list[float]:
+    """The draws with those of the parts without images scaled to reach the share of image tokens."""
+    if image_token_share is None:
+        return draws
+    with_images = [part.image_tokens > 0 for part in parts]
+    if all(with_images) or not any(with_images):
+        raise ValueError("image_token_share needs sources with images and sources without any.")
+
+    def mean(values: list[float], images: bool) -> float:
+        weights = [draw for draw, has in zip(draws, with_images) if has is images]
+        chosen = [value for value, has in zip(values, with_images) if has is images]
+        return sum(w * v for w, v in zip(weights, chosen)) / sum(weights)
+
+    image, text = [part.image_tokens for part in parts], [part.text_tokens for part in parts]
+    p = image_sample_probability(image_token_share, mean(image, True), mean(text, True), mean(text, False))
+    if p == 0:
+        raise ValueError("An image_token_share of 0 leaves no images to train on. Leave out their sources instead.")
+    images, texts = (sum(d for d, has in zip(draws, with_images) if has is kind) for kind in (True, False))
+    factor = images * (1 - p) / p / texts
+    return [draw if has else draw * factor for draw, has in zip(draws, with_images)]
+
+
+class MixtureSampler(Sampler):
+    """The order of an epoch's records: fixed by seed and epoch, the same on resume and for any number of processes or workers.
+
+    A part of N records of which n are drawn per epoch gives, over the epochs, the next n of an endless chain of random orders of
+    its N records, so that no record comes again before all have come. The draws of all parts are mixed at random.
+
+    Args:
+        sizes: records of each part; indices run through them one part after the other.
+        draws: records an epoch takes of each.
+        has_images: of each part.
+        seed: of the order.
+        epochs: of the stage.
+        image_start_fraction: no record of a part with images comes before this fraction of the stage's records
+            (after arXiv 2503.07603, where images late in training did best).
+
+    Raises:
+        ValueError: if there are too few records without images to begin with; the message gives the largest feasible fraction.
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        draws: list[int],
+        has_images: list[bool],
+        seed: int = 0,
+        epochs: int = 1,
+        image_start_fraction: float = 0.0,
+    ):
+        self.sizes, self.draws, self.has_images = sizes, draws, has_images
+        self.seed, self.epoch = seed, 0
+        total = sum(draws)
+        texts = sum(draw for draw, images in zip(draws, has_images) if not images)
+        self.texts_first = [
+            min(max(round(image_start_fraction * epochs * total) - e * total, 0), total) for e in range(epochs)
+        ]
+        if max(self.texts_first) > texts:
+            raise ValueError(
+                f"image_start_fraction={image_start_fraction:g} needs {max(self.texts_first)} records without images at the beginning, "
+                f"and the epoch has {texts} among {total}. The largest feasible fraction is {texts / total / epochs:.4g}."
+            )
+
+    def __len__(self) -> int:
+        return sum(self.draws)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _drawn(self, part: int) -> np.ndarray:
+        """The epoch's records of a part."""
+        size, draw = self.sizes[part], self.draws[part]
+        first, last = self.epoch * draw, (self.epoch + 1) * draw
+        rounds = range(first // size, (last - 1) // size + 1)
+        chain = np.concatenate([np.random.default_rng([self.seed, part, r]).permutation(size) for r in rounds])
+        start = first - rounds.start * size
+        return chain[start : start + draw]
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        parts = rng.permutation(np.repeat(np.arange(len(self.draws)), self.draws))
+        if (count := self.texts_first[self.epoch] if self.epoch < len(self.texts_first) else 0) > 0:
+            is_text = ~np.array(self.has_images)[parts]
+            first = np.flatnonzero(is_text)[:count]
+            parts = np.concatenate([parts[first], np.delete(parts, first)])
+        order = np.empty(len(parts), dtype=np.int64)
+        offset = 0
+        for part, size in enumerate(self.sizes):
+            order[parts == part] = offset + self._drawn(part)
+            offset += size
+        return iter(order.tolist())
+
+
+@dataclass
+class Mixture:
+    """What a stage trains on.
+
+    Args:
+        parts: the recipe's sources.
+        dataset: records by index, or, when streaming, one after the other; images undecoded.
+        sampler: the order to read `dataset` in; None for a stream, which has its own.
+        draws: records per epoch of each part; None for a stream.
+    """
+
+    parts: list[Part]
+    dataset: Dataset | IterableDataset
+    sampler: MixtureSampler | None = None
+    draws: list[int] | None = None
+
+    def record(self) -> list[dict]:
+        """What was read, for the run record."""
+        entries = []
+        for index, part in enumerate(self.parts):
+            entry = {"name": part.name, **part.source.identity}
+            if self.draws is not None:
+                entry |= {"records": len(part.source), "records_per_epoch": self.draws[index]}
+            for name in ("share", "image_tokens", "text_tokens"):
+                value = getattr(part, name)
+                entry |= {} if value is None else {name: round(value, 4)}
+            entries.append(entry | ({"tag": part.tag} if part.tag else {}))
+        return entries
+
+
+def _resolve(parts: list[Part], pointers: dict[str, list[int]]) -> dict[str, list]:
+    """The records that rows of (part, record) numbers point to."""
+    records = [
+        tagged(parts[p].source[r], parts[p].name, parts[p].tag) for p, r in zip(pointers["part"], pointers["record"])
+    ]
+    return {name: [record[name] for record in records] for name in ("images", "annotations", "source")}
+
+
+def read_parts(
+    sources: list[dict], data_dir: str | Path = ".", streaming: bool = False, earlier_stages: list[dict] | None = None
+) -> list[Part]:
+    """The parts of a recipe's `sources`. `{name: rehearsal, stage: N, ...}` stands for the sources of an earlier stage, which are
+    read as that stage's entry in the run record of the model has them; its share is divided among them by their records.
+
+    Raises:
+        ValueError: also for a rehearsal of a stage the model has not been through.
+    """
+    parts = []
+    for entry in sources:
+        options = dict(entry)
+        share, tag = options.pop("share", None), options.pop("tag", "")
+        if options.get("name") != "rehearsal":
+            parts.append(Part(options.get("name"), read_source(options, data_dir, streaming), share, tag))
+            continue
+        stage = options.get("stage")
+        found = [e for e in earlier_stages or [] if e["stage"] == stage]
+        if not found or set(options) != {"name", "stage"}:
+            raise ValueError(
+                f"Cannot rehearse {entry}: expected `stage`, one of {[e['stage'] for e in earlier_stages or []]}, the stages of the "
+                "model's run record, and optionally `share` and `tag`."
+            )
+        names = [s for s in found[-1]["sources"] if s["name"] != "rehearsal"]
+        again = read_parts([{k: v for k, v in s.items() if k != "share"} for s in names], data_dir, streaming)
+        for part in again:
+            part.tag = tag or part.tag
+            if share is not None:
+                fraction = 1 / len(again) if streaming else len(part.source) / sum(len(p.source) for p in again)
+                part.share = share * fraction
+        parts += again
+    return parts
+
+
+def load_mixture(
+    sources: list[dict],
+    collator: AlignVLMCollator,
+    data_dir: str | Path = ".",
+    *,
+    seed: int = 0,
+    epochs: float = 1,
+    image_token_share: float | None = None,
+    image_start_fraction: float = 0.0,
+    streaming: bool = False,
+    stream_records: int | None = None,
+    earlier_stages: list[dict] | None = None,
+) -> Mixture:
+    """Reads a recipe's sources and fixes how they are mixed.
+
+    Args:
+        sources: each `{name, share, tag, ...}`: see `read_source` for what else, `Part` and `records_per_epoch` for share and tag.
+        collator: counts the tokens of records.
+        data_dir: where relative paths start.
+        epochs, image_start_fraction, seed: see `MixtureSampler`.
+        image_token_share: see `image_sample_probability`.
+        streaming: read rows as they are needed. Every source then needs a share, unless there is but one.
+        stream_records: of a streamed stage, all processes together: what `image_start_fraction` is a fraction of.
+        earlier_stages: the `stages` of the model's run record, for rehearsal.
+
+    Raises:
+        ValueError: for sources, shares or fractions that cannot be had; the message says what can.
+    """
+    parts = read_parts(sources, data_dir, streaming, earlier_stages)
+    if (
+        streaming
+        or image_token_share is not None
+        or image_start_fraction
+        or any(part.share is not None for part in parts)
+    ):
+        for part in parts:
+            part.measure(collator)
+    if streaming:
+        return Mixture(parts, _stream(parts, seed, image_token_share, image_start_fraction, stream_records))
+    draws = records_per_epoch(parts, image_token_share)
+    for part, draw in zip(parts, draws):
+        if draw > len(part.source):
+            logger.warning(
+                f"Source {part.name!r} has {len(part.source)} records and is read {draw / len(part.source):.1f} times an epoch."
+            )
+    sizes = [len(part.source) for part in parts]
+    pointers = Dataset.from_dict(
+        {
+            "part": np.repeat(np.arange(len(parts)), sizes),
+            "record": np.concatenate([np.arange(size) for size in sizes]),
+        }
+    )
+    has_images = [part.image_tokens is None or part.image_tokens > 0 for part in parts]
+    sampler = MixtureSampler(sizes, draws, has_images, seed, math.ceil(epochs), image_start_fraction)
+    return Mixture(parts, pointers.with_transform(partial(_resolve, parts)), sampler, draws)
+
+
+def _stream(
+    parts: list[Part], seed: int, image_token_share: float | None, image_start_fraction: float, records: int | None
+) -> IterableDataset:
+    """The parts interleaved with the probabilities their shares ask for, without end: a part that is through begins again."""
+    if len(parts) > 1 and any(part.share is None for part in parts) and image_token_share is None:
+        missing = [part.name for part in parts if part.share is None]
+        raise ValueError(
+            f"A stream's length is not known, so every source needs a share; {', '.join(missing)} has none."
+        )
+    weights = [(part.share or 1.0) / part.tokens for part in parts]
+    weights = _with_image_share(parts, weights, image_token_share)
+    streams = [part.source.rows.map(partial(tagged, name=part.name, tag=part.tag)) for part in parts]
+
+    def mixed(chosen: list[int]) -> IterableDataset:
+        probabilities = np.array([weights[i] for i in chosen])
+        stream = streams[chosen[0]]
+        if len(chosen) > 1:
+            stream = interleave_datasets(
+                [streams[i].repeat(None) for i in chosen],
+                probabilities=(probabilities / probabilities.sum()).tolist(),
+                seed=seed,
+            )
+        return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)  # behind the mixing, where `set_epoch` reaches it
+
+    everything = mixed(list(range(len(parts))))
+    if not image_start_fraction:
+        return everything
+    texts = [i for i, part in enumerate(parts) if part.image_tokens == 0]
+    if not texts or records is None:
+        raise ValueError("image_start_fraction needs a source without images and, for a stream, max_steps.")
+    return concatenate_datasets([mixed(texts).repeat(None).take(round(image_start_fraction * records)), everything])
+
+
+@dataclass
+class ShowArguments:
+    """What `python -m training.data` prints and writes."""
+
+    show: int = field(
+        default=0, metadata={"help": "Put so many records, of all sources in turn, on the contact sheet."}
+    )
+    sample: int = field(
+        default=1000, metadata={"help": "Read at most so many records of each source; 0: all of them."}
+    )
+    sheet: str = field(default="out/data.html", metadata={"help": "Where the contact sheet goes."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints what a stage's sources hold, and writes the contact sheet."""
+    from trl import TrlParser
+
+    from modeling_alignvlm import AlignVLMProcessor
+    from training.contact_sheet import describe_parts, write_contact_sheet
+    from training.stage import StageArguments, make_collator, make_mixture
+
+    arguments, show = TrlParser((StageArguments, ShowArguments)).parse_args_and_config(
+        sys.argv[1:] if argv is None else argv
+    )
+    processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
+    collator = make_collator(arguments, processor)
+    mixture = make_mixture(arguments, collator)
+    print(describe_parts(mixture, collator, show.sample))
+    if show.show:
+        write_contact_sheet(mixture, collator, show.show, Path(show.sheet))
+        print(f"\n{show.sheet}")
+
+
+if __name__ == "__main__":
+    main()

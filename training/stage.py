@@ -22,7 +22,7 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcesso
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from training.checkpoint import library_versions, read_run_record, save_checkpoint
 from training.collator import AlignVLMCollator
-from training.data import load_sources
+from training.data import Mixture, load_mixture
 from training.trainer import MODULES, AlignVLMTrainer
 
 
@@ -62,6 +62,29 @@ class StageArguments(SFTConfig):
         default=None, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
     )
     data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
+    image_token_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of image tokens among all tokens, reached by reading more or fewer text-only records."
+        },
+    )
+    image_start_fraction: float = field(
+        default=0.0, metadata={"help": "No record with an image comes before this fraction of the stage."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read data as they are needed. Needs max_steps, and a share for every source."},
+    )
+    on_bad_image: str = field(
+        default="raise", metadata={"help": "What an image that cannot be read does: `raise`, or `skip` its record."}
+    )
+    max_bad_images: float = field(
+        default=0.01,
+        metadata={"help": "With on_bad_image: skip, the share of records at which the run stops after all."},
+    )
+    evaluation_tag: str = field(
+        default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -93,6 +116,10 @@ class StageArguments(SFTConfig):
             raise ValueError(
                 f"Unknown attention_mask_type {self.attention_mask_type!r}. Valid values: {', '.join(MASK_TYPES)}."
             )
+        if self.on_bad_image not in ("raise", "skip"):
+            raise ValueError(f"on_bad_image={self.on_bad_image!r}: expected `raise` or `skip`.")
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError("A stream has no length: streaming needs max_steps.")
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
         self.remove_unused_columns = False  # the collator reads records
         self.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -103,6 +130,35 @@ class StageArguments(SFTConfig):
         """Peak learning rate of each module that trains."""
         rates = {module: getattr(self, f"{module}_learning_rate") for module in MODULES}
         return {module: rate for module, rate in rates.items() if rate is not None}
+
+
+def make_collator(arguments: StageArguments, processor: AlignVLMProcessor) -> AlignVLMCollator:
+    """The collator of a stage."""
+    return AlignVLMCollator(
+        processor,
+        mask_type=arguments.attention_mask_type,
+        max_length=arguments.max_length,
+        row_length=arguments.row_length,
+        pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
+        on_bad_image=arguments.on_bad_image,
+    )
+
+
+def make_mixture(arguments: StageArguments, collator: AlignVLMCollator) -> Mixture:
+    """What a stage trains on."""
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return load_mixture(
+        arguments.sources,
+        collator,
+        arguments.data_dir,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        epochs=arguments.num_train_epochs,
+        image_token_share=arguments.image_token_share,
+        image_start_fraction=arguments.image_start_fraction,
+        streaming=arguments.streaming,
+        stream_records=arguments.max_steps * per_step,
+        earlier_stages=read_run_record(arguments.model)["stages"],
+    )
 
 
 def run_stage(arguments: StageArguments) -> dict:
@@ -117,26 +173,25 @@ def run_stage(arguments: StageArguments) -> dict:
         attn_implementation=arguments.attn_implementation,
         dtype=torch.float32,  # master weights; fp16 and bf16 run under autocast
     )
+    collator = make_collator(arguments, processor)
     with PartialState().main_process_first():  # datasets writes its cache once
-        train_dataset = load_sources(arguments.sources, arguments.data_dir)
-        eval_dataset = load_sources(arguments.eval_sources, arguments.data_dir) if arguments.eval_sources else None
+        mixture = make_mixture(arguments, collator)
+        eval_dataset = None
+        if arguments.eval_sources:
+            eval_dataset = load_mixture(arguments.eval_sources, collator, arguments.data_dir).dataset
     trainer = AlignVLMTrainer(
         model,
         learning_rates=arguments.learning_rates,
+        sampler=mixture.sampler,
+        max_bad_images=arguments.max_bad_images,
         args=arguments,
-        data_collator=AlignVLMCollator(
-            processor,
-            mask_type=arguments.attention_mask_type,
-            max_length=arguments.max_length,
-            row_length=arguments.row_length,
-            pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
-        ),
-        train_dataset=train_dataset,
+        data_collator=collator,
+        train_dataset=mixture.dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
     if trainer.is_world_process_zero():
-        print(_describe(arguments, trainer.parameter_counts, len(train_dataset)), flush=True)
+        print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     eval_loss_before = trainer.evaluate()["eval_loss"] if eval_dataset is not None else None
     started = time.perf_counter()
@@ -152,7 +207,10 @@ def run_stage(arguments: StageArguments) -> dict:
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
         "sources": arguments.sources,
-        "records": len(train_dataset),
+        "data": mixture.record(),
+        "records": None if mixture.draws is None else sum(mixture.draws),
+        "losses_of_data": trainer.losses_of_data(),
+        "evaluation_tag": arguments.evaluation_tag,
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "seed": arguments.seed,
@@ -183,8 +241,9 @@ def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
     return last
 
 
-def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], records: int) -> str:
+def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:
     """What is frozen and what trains, for the log."""
+    records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
     lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
     for module, (trainable, total) in counts.items():
         rate = arguments.learning_rates.get(module)

@@ -1,13 +1,18 @@
 """The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
 
 import time
+from collections import Counter
 
 import torch
+from accelerate.utils import gather_object
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 from training.collator import IGNORED
 
+
+logger = logging.get_logger(__name__)
 
 MODULES = ("vision", "projector", "language")
 
@@ -37,18 +42,63 @@ class AlignVLMTrainer(SFTTrainer):
 
     Args:
         learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
+        sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
+        max_bad_images (`float`): the run stops when more than this share of the records read had an image that cannot be.
         **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
 
     The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
     counted), each over the time since the last log, and `padding_share`, the share of the rows' places that hold no token.
     """
 
-    def __init__(self, model, learning_rates: dict[str, float], **kwargs):
+    def __init__(
+        self,
+        model,
+        learning_rates: dict[str, float],
+        sampler: torch.utils.data.Sampler | None = None,
+        max_bad_images: float = 0.0,
+        **kwargs,
+    ):
+        self.sampler, self.max_bad_images = sampler, max_bad_images
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
         self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
         self._counted_since = time.perf_counter()
+
+        self._records_read = 0
+        self._losses_of_data = Counter()
+        self._bad_images: list[str] = []
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def _prepare_inputs(self, inputs):
+        """Takes what the collator had to leave out from the batch, and stops the run when too many images cannot be read."""
+        losses = inputs.pop("losses_of_data", [])
+        if self.model.training:
+            for loss in losses:
+                self._losses_of_data[loss["kind"]] += 1
+                if loss["kind"] == "bad_image":
+                    self._bad_images.append(f"{loss['source']}: {loss['what']}")
+                elif self._losses_of_data[loss["kind"]] == 1:
+                    logger.warning(
+                        f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
+                    )
+            bad = self._losses_of_data["bad_image"]
+            self._records_read += self.args.per_device_train_batch_size
+            # Below a thousand records the share says little: a few bad ones may come early.
+            if bad > self.max_bad_images * max(self._records_read, 1000):
+                raise RuntimeError(
+                    f"{bad} of {self._records_read} records had an image that cannot be read, more than max_bad_images="
+                    f"{self.max_bad_images:g}. The last: {self._bad_images[-1]}"
+                )
+        return super()._prepare_inputs(inputs)
+
+    def losses_of_data(self) -> dict:
+        """What training left out, of all processes: how many of each kind, and up to a thousand images that cannot be read."""
+        gathered = gather_object([(dict(self._losses_of_data), self._bad_images)])
+        counts = sum((Counter(found) for found, _ in gathered), Counter())
+        return {**counts, "bad_image_list": [image for _, images in gathered for image in images][:1000]}
 
     def create_optimizer(self, model=None):
         """One group per module and weight decay, each with its module's learning rate."""

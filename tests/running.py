@@ -1,0 +1,36 @@
+"""Arguments of a short stage on the tiny model, as on the command line."""
+
+import json
+from pathlib import Path
+
+
+SOURCES = [
+    {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24},
+    {"name": "scene_texts", "count": 8},
+]
+
+
+def arguments_for(model: Path, output: Path, **fields) -> list[str]:
+    """The command line of a stage; lists are written as JSON, and a field of None is left out."""
+    values = {
+        "stage": 3,
+        "model": model,
+        "output_dir": output,
+        "sources": SOURCES,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **fields,
+    }
+    return [
+        item
+        for name, value in values.items()
+        if value is not None
+        for item in (f"--{name}", json.dumps(value) if isinstance(value, list) else str(value))
+    ]

@@ -1,0 +1,370 @@
+"""Every kind of data set, from files of the schema it has on the Hub, with images made here."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value, load_dataset
+from PIL import Image as PILImage
+
+from training.images import read_image
+from training.sources import GENERATED, SOURCES, read_source
+
+
+def png(shade: int) -> bytes:
+    file = io.BytesIO()
+    PILImage.new("RGB", (6, 4), (shade, 10, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
+def embedded(shade: int) -> dict:
+    return {"bytes": png(shade), "path": f"{shade}.png"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Loose images below `images/`, of shades 0 to 5."""
+    (tmp_path / "images").mkdir()
+    for shade in range(6):
+        (tmp_path / f"images/{shade}.png").write_bytes(png(shade))
+    return tmp_path
+
+
+def parquet(folder: Path, name: str, rows: list[dict], **features) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows, features=Features(features) if features else None).to_parquet(path)
+    return name
+
+
+def lines(folder: Path, name: str, rows: list[dict]) -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def llava(folder: Path, name: str) -> dict:
+    """`conversations` in one json list, images in folders beside it."""
+    rows = [
+        {
+            "id": f"00453000{i}",
+            "image": f"images/{i}.png",
+            "conversations": [
+                {
+                    "from": "human",
+                    "value": "Give a brief description of the image.\n<image>" if i else "<image>\nWhat is this?",
+                },
+                {"from": "gpt", "value": f"shade {i}"},
+            ],
+        }
+        for i in range(3)
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    return {"data": f"{name}.json"}
+
+
+def coco(folder: Path) -> dict:
+    """yerevann/coco-karpathy: captions and file names, no images."""
+    rows = [
+        {
+            "filepath": "images",
+            "sentids": [10 * i, 10 * i + 1],
+            "filename": f"{i}.png",
+            "imgid": i,
+            "split": "restval" if i == 2 else "train",
+            "sentences": [f"shade {i}", f"still {i}"],
+            "cocoid": 1000 + i,
+            "url": f"http://images.cocodataset.org/{i}",
+        }
+        for i in range(3)
+    ]
+    parquet(folder, "coco/train-00000-of-00001.parquet", rows)
+    return {"data": "coco", "image_dir": ".", "split": "train+restval"}
+
+
+def karpathy(folder: Path) -> dict:
+    """The split file of Karpathy's own archive."""
+    images = [
+        {
+            "filepath": "images",
+            "filename": f"{i}.png",
+            "split": "train" if i < 3 else "test",
+            "imgid": i,
+            "sentids": [i],
+            "sentences": [{"tokens": ["shade"], "raw": f"shade {i}", "imgid": i, "sentid": i}],
+        }
+        for i in range(5)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return {"data": "dataset_coco.json"}
+
+
+def flickr30k(folder: Path) -> dict:
+    rows = [
+        {
+            "image": embedded(i),
+            "alt_text": ["rewritten"],
+            "original_alt_text": [f"shade {i}", f"still {i}"],
+        }
+        for i in range(3)
+    ]
+    texts = List(Value("string"))
+    parquet(
+        folder,
+        "flickr/data/train-00000-of-00001.parquet",
+        rows,
+        image=Image(),
+        alt_text=texts,
+        original_alt_text=texts,
+    )
+    return {"data": "flickr"}
+
+
+def cauldron(folder: Path) -> dict:
+    turns = [
+        {"user": "What shade?\nAnswer briefly.", "assistant": "shade {}", "source": "VQAv2"},
+        {"user": "q", "assistant": "a", "source": "VQAv2"},
+    ]
+    rows = [
+        {"images": [embedded(i)], "texts": [{**t, "assistant": t["assistant"].format(i)} for t in turns]}
+        for i in range(3)
+    ]
+    text = Value("string")
+    parquet(
+        folder,
+        "cauldron/vqav2/train-00000-of-00001.parquet",
+        rows,
+        images=List(Image()),
+        texts=List({"user": text, "assistant": text, "source": text}),
+    )
+    return {"data": "cauldron", "config": "vqav2"}
+
+
+def vqav2(folder: Path) -> dict:
+    answer = {"answer": Value("string"), "answer_confidence": Value("string"), "answer_id": Value("int64")}
+    rows = [
+        {
+            "question_type": "what",
+            "multiple_choice_answer": f"shade {i}" if q == 0 else "yes",
+            "answers": [{"answer": "no", "answer_confidence": "yes", "answer_id": 1}],
+            "image_id": i,
+            "answer_type": "other",
+            "question_id": 10 * i + q,
+            "question": f"question {q}?",
+            "image": embedded(i),
+        }
+        for i in range(3)
+        for q in range(2)
+    ]
+    text, number = Value("string"), Value("int64")
+    parquet(
+        folder,
+        "vqav2/data/validation-00000-of-00001.parquet",
+        rows,
+        question_type=text,
+        multiple_choice_answer=text,
+        answers=List(answer),
+        image_id=number,
+        answer_type=text,
+        question_id=number,
+        question=text,
+        image=Image(),
+    )
+    return {"data": "vqav2", "split": "validation"}
+
+
+def pathvqa(folder: Path) -> dict:
+    """One row per question; one of them twice."""
+    rows = [
+        {"image": embedded(i), "question": q, "answer": a}
+        for i in range(3)
+        for q, a in (("what shade?", f"shade {i}"), ("is it dark?", "yes"), ("is it dark?", "yes"))
+    ]
+    text = Value("string")
+    parquet(folder, "pathvqa/data/train-00000-of-00001.parquet", rows, image=Image(), question=text, answer=text)
+    return {"data": "pathvqa"}
+
+
+def imagefolder(folder: Path) -> dict:
+    lines(folder, "images/metadata.jsonl", [{"file_name": f"{i}.png", "text": f"shade {i}"} for i in range(3)])
+    for shade in range(3, 6):
+        (folder / f"images/{shade}.png").unlink()
+    return {"data": "images"}
+
+
+def local_records(folder: Path) -> dict:
+    rows = [{"image": f"images/{i}.png", "annotations": [{"prompt": "p", "response": f"shade {i}"}]} for i in range(3)]
+    return {"data": lines(folder, "rows.jsonl", rows)}
+
+
+def local_parquet(folder: Path) -> dict:
+    annotation = {"prompt": Value("string"), "response": Value("string"), "kind": Value("string")}
+    rows = [
+        {"images": [embedded(i)], "annotations": [{"prompt": "p", "response": f"shade {i}", "kind": "k"}]}
+        for i in range(3)
+    ]
+    return {"data": parquet(folder, "records.parquet", rows, images=List(Image()), annotations=List(annotation))}
+
+
+# For each: the source, what a recipe says, and prompt and number of annotations of the records.
+FIXTURES = {
+    "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), "Give a brief description of the image.", 1),
+    "sharegpt4v": (lambda f: llava(f, "share-captioner"), "Describe the picture in detail.", 1),
+    "coco_captions": (coco, "Write a short caption.", 2),
+    "coco_captions ": (karpathy, "Write a short caption.", 1),
+    "flickr30k_captions": (flickr30k, "Write a short caption.", 2),
+    "cauldron": (cauldron, "What shade?\nAnswer briefly.", 2),
+    "vqav2": (vqav2, "question 0?", 2),
+    "pathvqa": (pathvqa, "what shade?", 2),
+    "imagefolder": (imagefolder, "Write a short caption.", 1),
+    "local": (local_records, "p", 1),
+    "local ": (local_parquet, "p", 1),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_data_set_of_the_hubs_schema_becomes_records(name, folder, streaming):
+    """Image and response belong together: the shade of the picture is the number in the text."""
+    make, prompt, count = FIXTURES[name]
+    source = read_source({"name": name.strip(), **make(folder)}, folder, streaming)
+    records = list(source.rows if streaming else source)
+    assert len(records) == 3
+    for index, record in enumerate(records):
+        (image,) = record["images"]
+        assert read_image(image).getpixel((0, 0)) == (index, 10, 20)
+        assert record["annotations"][0]["response"] == f"shade {index}" and len(record["annotations"]) == count
+    assert records[1]["annotations"][0]["prompt"] == prompt
+    assert source.identity["data"]
+
+
+def test_every_row_of_the_table_is_tested_or_text():
+    assert {name.strip() for name in FIXTURES} == set(SOURCES) - {"text"}
+    for kind in SOURCES.values():
+        assert kind.licence and (kind.data is None or kind.licence != "unknown")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize(
+    "row, prompt, response",
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}, "Hi", "Hello"),
+        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "Be kind.\nHi", "Hello"),
+        ({"prompt": "2 + 2?", "completion": "4"}, "2 + 2?", "4"),
+        ({"question": "2 + 2?", "answer": "4", "image_id": "x"}, "2 + 2?", "4"),
+        ({"text": "Once upon a time."}, "", "Once upon a time."),
+    ],
+)  # fmt: skip
+def test_texts(tmp_path, row, prompt, response, streaming):
+    lines(tmp_path, "texts.jsonl", [row, row])
+    source = read_source({"name": "text", "data": "texts.jsonl"}, tmp_path, streaming)
+    records = list(source.rows if streaming else source)
+    assert len(records) == 2
+    assert records[0] == {"images": [], "annotations": [{"prompt": prompt, "response": response, "kind": ""}]}
+
+
+def test_a_text_file_is_read_by_paragraph(tmp_path, processor):
+    from training.collator import AlignVLMCollator
+
+    (tmp_path / "book.txt").write_text("One line\nand another.\n\nA second paragraph.\n")
+    source = read_source({"name": "text", "data": "book.txt"}, tmp_path)
+    assert [r["annotations"][0]["response"] for r in source] == ["One line\nand another.", "A second paragraph."]
+    batch = AlignVLMCollator(processor)([source[1]])  # no template: every token but the first is trained
+    assert processor.decode(batch["input_ids"][0]) == "A second paragraph.</s>"
+    assert (batch["labels"][0, 1:] == batch["input_ids"][0, 1:]).all() and batch["labels"][0, 0] == -100
+
+
+def test_labels_of_an_image_folder(folder):
+    for name in ("black_cat", "dog"):
+        (folder / "by_label" / name).mkdir(parents=True)
+        (folder / f"by_label/{name}/0.png").write_bytes(png(7))
+    source = read_source({"name": "imagefolder", "data": "by_label"}, folder)
+    assert [r["annotations"][0]["response"] for r in source] == ["black cat", "dog"]
+
+
+def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder):
+    rows = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
+    source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder)
+    assert [[a["prompt"] for a in record["annotations"]] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
+
+
+def test_splits_limits_prompts_and_tags(folder):
+    rows = [{"image": f"images/{i}.png", "captions": [f" {i} "], "split": "train" if i else "val"} for i in range(3)]
+    given = {"name": "local", "data": lines(folder, "rows.jsonl", rows)}
+    assert len(read_source({**given, "split": "train"}, folder)) == 2
+    assert len(read_source({**given, "split": "validation"}, folder)) == 1
+    assert len(read_source({**given, "split": "train", "limit": 1}, folder)) == 1
+    assert len(list(read_source({**given, "split": "train", "limit": 1}, folder, streaming=True).rows)) == 1
+    (annotation,) = read_source({**given, "prompt": "Describe."}, folder)[0]["annotations"]
+    assert annotation == {"prompt": "Describe.", "response": "1", "kind": "short_caption"}
+    with pytest.raises(ValueError, match="no rows of split 'test'"):
+        read_source({**given, "split": "test"}, folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"name": "imagenet"}, ValueError, "Unknown source 'imagenet'. Valid names: llava_pretrain"),
+        ({"name": "local"}, ValueError, "needs `data`"),
+        ({"name": "local", "data": "gone.jsonl"}, FileNotFoundError, "gone.jsonl"),
+        ({"name": "local", "data": "rows.jsonl", "promt": "x"}, ValueError, r"does not know \['promt'\].*prompt"),
+        ({"name": "scenes", "number": 3}, ValueError, r"does not know \['number'\].*count"),
+        (
+            {"name": "cauldron", "data": "rows.jsonl"},
+            ValueError,
+            r"needs a column images; rows.jsonl has \['image', 'text'\]",
+        ),
+        ({"name": "local", "data": "rows.jsonl", "image_dir": "nowhere"}, FileNotFoundError, "No such image_dir"),
+        ({"name": "local", "data": "odd.jsonl"}, ValueError, r"none of `annotations`.*it has \['image', 'words'\]"),
+        ({"name": "local", "data": "picture.png"}, ValueError, "expected a file of json"),
+        ({"name": "local", "data": "empty"}, ValueError, "holds no train-"),
+        (
+            {"name": "local", "data": "named", "split": "test"},
+            ValueError,
+            "No file in .* is named after the split 'test'",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_spent(folder, arguments, error, message):
+    lines(folder, "rows.jsonl", [{"image": "images/0.png", "text": "a"}])
+    lines(folder, "odd.jsonl", [{"image": "images/0.png", "words": "a"}])
+    (folder / "picture.png").write_bytes(png(0))
+    (folder / "empty").mkdir()
+    (folder / "named").mkdir()
+    lines(folder, "named/rows.jsonl", [{"image": "images/0.png", "text": "a"}])
+    with pytest.raises(error, match=message):
+        read_source(arguments, folder)
+
+
+def test_generated_sources_are_records():
+    assert set(GENERATED) == {"scenes", "scene_texts"}
+    source = read_source({"name": "scenes", "count": 3, "annotations": ["questions"]})
+    assert len(source) == 3 and read_image(source[0]["images"][0]).size == (64, 64)
+
+
+def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
+    """Flickr8k, DAQUAR and the text of PathVQA: every record becomes a row, every photo a picture."""
+    from training.collator import AlignVLMCollator
+
+    collator = AlignVLMCollator(processor, max_length=2048)
+    expected = {"flickr8k/captions.jsonl": (6000, 30000), "daquar/qa.jsonl": (None, None)}
+    for data, (records, annotations) in expected.items():
+        source = read_source({"name": "local", "data": data}, shared_data)
+        rows = load_dataset("json", data_files=str(shared_data / data), split="train").filter(
+            lambda s: s == "train", input_columns="split"
+        )
+        found, images = 0, set()
+        for record in source:
+            assert collator.token_counts(record)[0] == 4
+            found += len(record["annotations"])
+            images.add(record["images"][0]["path"])
+        assert images == set(rows["image"]) and len(images) == len(source)
+        if records:
+            assert (len(source), found) == (records, annotations)
+        for path in sorted(images)[:: max(1, len(images) // 800)]:
+            assert (
+                min(read_image({"bytes": None, "path": path, "folder": str((shared_data / data).parent)}).size) > 100
+            )
+    texts = read_source({"name": "text", "data": "pathvqa/qa.jsonl"}, shared_data)
+    assert len(texts) == 19755
+    assert all(collator.token_counts(texts[i])[0] == 0 for i in range(0, len(texts), 10))

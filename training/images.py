@@ -1,0 +1,78 @@
+"""Pictures as they come: from files, bytes or memory to upright RGB images, guarded against what cannot or should not be decoded."""
+
+import io
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from modeling_alignvlm import to_rgb
+
+
+MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond; a phone's 50 megapixels pass
+DRAFT_SIDE = 2048  # a JPEG more than twice as large is decoded at reduced scale, which is all an encoder will see
+
+
+class BadImage(ValueError):
+    """A picture that cannot be read; the message names it."""
+
+
+def inside(folder: str | os.PathLike, path: str) -> str:
+    """The path of an image below `folder`.
+
+    Raises:
+        BadImage: if `path` is absolute or leads out of the folder.
+    """
+    root = os.path.normpath(folder)
+    full = os.path.normpath(os.path.join(root, path))
+    if os.path.isabs(path) or not full.startswith(root + os.sep):
+        raise BadImage(f"The image path {path!r} leads out of the folder {folder}.")
+    return full
+
+
+def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
+    """Decodes one picture to upright RGB: see `modeling_alignvlm.to_rgb` for rotation, transparency, grey values and animations.
+
+    Args:
+        value: a PIL image, a path, or `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives it. The dict may also
+            hold `"folder"`, below which `path` must lie.
+
+    Raises:
+        BadImage: if the file is missing, empty, damaged or truncated, leads out of its folder, or has more than
+            `MAX_PIXELS` pixels.
+    """
+    if not isinstance(value, (Image.Image, dict)):
+        value = {"bytes": None, "path": os.fspath(value)}
+    name = describe_image(value)
+    try:
+        if isinstance(value, dict):
+            value = _open(value)
+        if value.width * value.height > MAX_PIXELS:
+            raise BadImage(
+                f"{name} has {value.width} x {value.height} pixels, more than the {MAX_PIXELS:,} that are decoded."
+            )
+        if value.format == "JPEG" and min(value.size) > 2 * DRAFT_SIDE:
+            value.draft("RGB", (DRAFT_SIDE, DRAFT_SIDE))
+        return to_rgb(value)
+    except BadImage:
+        raise
+    # Pillow's decoders raise what their format's parser happens to raise on damaged data.
+    except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImage(f"Cannot read {name}: {error}") from error
+
+
+def describe_image(value: Image.Image | dict) -> str:
+    """A name for messages: the path, or what is known."""
+    path = getattr(value, "filename", None) if isinstance(value, Image.Image) else value.get("path")
+    return f"the image {path}" if path else "an image without a path"
+
+
+def _open(value: dict) -> Image.Image:
+    if value.get("bytes") is not None:
+        return Image.open(io.BytesIO(value["bytes"]))
+    path = value.get("path")
+    if path is None:
+        raise BadImage("A record has an image with neither bytes nor a path.")
+    if value.get("folder") is not None:
+        path = inside(value["folder"], path)
+    return Image.open(io.BytesIO(Path(path).read_bytes()))
