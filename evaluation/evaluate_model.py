@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
 
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from evaluation import bootstrap
@@ -39,6 +40,7 @@ from evaluation.tasks import (
 )
 
 
+RUN_RECORD = "alignvlm_run.json"
 METRICS = Path(__file__).resolve().parent / "metrics"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "alignvlm")
 # The numbers of each metric that are means over its questions, and so get an interval: from a prediction's scores.
@@ -67,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
     p.add_argument("--limit", type=int, help="Only the first so many images (or windows of text).")
     p.add_argument("--prompt", default=CAPTION_PROMPT, help="What captions are asked for with.")
+    p.add_argument(
+        "--tag", help="A source tag before every prompt; default: the `evaluation_tag` of the checkpoint's last stage."
+    )
     p.add_argument("--blank_image", action="store_true", help="Control: every image a grey square.")
     p.add_argument("--shuffle_images", action="store_true", help="Control: every question with another image.")
     p.add_argument("--batch_size", type=int, default=32, help="Images (or windows of text) at once.")
@@ -213,11 +218,12 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
     control = _control(arguments)
     records = evaluation_set.records
     seen = shuffled_rows(records, arguments.seed) if control == "shuffle_images" else records
+    tag = _evaluation_tag(arguments.checkpoint, arguments.revision) if arguments.tag is None else arguments.tag
     decoding = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
 
     def run(units: range) -> list[list[str]]:
         images = evaluation_set.images([seen[unit] for unit in units])
-        prompts = [[question.prompt for question in records[unit].questions] for unit in units]
+        prompts = [[f"{tag} {question.prompt}".strip() for question in records[unit].questions] for unit in units]
         if control == "blank_image":
             images = blank(images)
         return answer(model, processor, images, prompts, batch_size=arguments.batch_size, **decoding)
@@ -225,7 +231,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
     def summarise(outputs: list[list[str]]) -> dict:
         return judge(records, outputs, arguments.bootstrap_samples, arguments.seed)
 
-    settings = {"data": {**evaluation_set.source, **evaluation_set.notes}, "decoding": decoding}
+    settings = {"data": {**evaluation_set.source, **evaluation_set.notes}, "tag": tag, "decoding": decoding}
     return Work(len(records), settings, run, summarise)
 
 
@@ -391,6 +397,13 @@ def _model_identity(checkpoint: str, model) -> dict:
     if not folder.is_dir():
         return {"name": checkpoint, "revision": getattr(model.config, "_commit_hash", None)}
     return {"name": folder.resolve().name, "weights_sha256": file_hash(sorted(folder.glob("*.safetensors")))}
+
+
+def _evaluation_tag(checkpoint: str, revision: str | None) -> str:
+    """The source tag the checkpoint's recipe wants before prompts, from its run record; none without a record."""
+    path = cached_file(checkpoint, RUN_RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    stages = json.loads(Path(path).read_text())["stages"] if path else []
+    return stages[-1].get("evaluation_tag", "") if stages else ""
 
 
 def _versions() -> dict[str, str]:

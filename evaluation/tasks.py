@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 
 
 CAPTION_PROMPT = "Write a short caption."
-CAPTION_COLUMNS = ("captions", "caption", "sentences", "alt_text")
+CAPTION_COLUMNS = ("captions", "caption", "sentences", "original_alt_text", "alt_text")
 # What data sets call the same split.
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evaluation.evaluate_model import compare, evaluate_checkpoint, main, parser
+from evaluation.evaluate_model import RUN_RECORD, compare, evaluate_checkpoint, main, parser
 from training import scenes
 
 
@@ -66,6 +67,21 @@ def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):
     evaluate_checkpoint(arguments)
     (checkpoint / "results/scenes.json").unlink()
     (checkpoint / "results").rmdir()
+
+
+def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data, tmp_path):
+    tagged = shutil.copytree(checkpoint, tmp_path / "tagged")
+    (tagged / RUN_RECORD).write_text(json.dumps({"stages": [{"evaluation_tag": "[old]"}, {"evaluation_tag": "[a]"}]}))
+    found = {}
+    for name, model, more in (
+        ("record", tagged, ()),
+        ("given", checkpoint, ("--tag", "[a]")),
+        ("off", tagged, ("--tag", "")),
+    ):
+        found[name] = evaluate_checkpoint(parser().parse_args(options(model, data, tmp_path / name, *more)))
+    answers = {name: [p["prediction"] for p in f["predictions"]] for name, f in (*found.items(), ("plain", result))}
+    assert found["record"]["tag"] == found["given"]["tag"] == "[a]" and found["off"]["tag"] == result["tag"] == ""
+    assert answers["record"] == answers["given"] != answers["plain"] == answers["off"]
 
 
 def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
