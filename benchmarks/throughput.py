@@ -6,11 +6,8 @@ Every system trains through its own trainer (`AlignVLMTrainer`; TRL's `SFTTraine
 pictures and words, with the same backbones of random weights, bf16 autocast and AdamW; a step is the whole step, collation and
 optimizer included. Each runs in a process of its own, in turns; the median step counts.
 
-FLOPs of a step, two per multiply-add: a linear layer of P weights costs 2 P per token forward, 2 P for the gradient of its weights
-if they train, and 2 P for the gradient of its input if anything before it trains; attention costs 4 H T² per row and layer forward
-(H hidden size, T row length: masked places are computed too) and twice that backward if anything at or before it trains. The head
-counts where it is applied: at labels, or, for LLaVA on a CPU, everywhere. `flops_share` is the step's rate over the measured rate of
-bf16 products of 4096 x 4096 matrices on the same threads.
+FLOPs are counted by `training.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
+`flops_share` is the step's rate over the measured rate of bf16 products of 4096 x 4096 matrices on the same threads.
 
 Memory is the highest resident (on CUDA: allocated) memory during a step beyond what is held at its beginning (weights and optimizer
 states): activations, gradients and temporaries.
@@ -58,32 +55,6 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step_flops(
-    vision: dict, text: dict, trains: set[str], images: int, rows: int, length: int, head_tokens: int
-) -> float:
-    """The docstring's formula."""
-
-    def factors(weights_train: bool, something_before_trains: bool) -> int:
-        return 1 + weights_train + something_before_trains
-
-    d, m, layers = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
-    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
-    linear = layers * (4 * d * d + 2 * d * m) + 3 * vision["patch_size"] ** 2 * d
-    trained = "vision" in trains
-    total = images * tokens * 2 * linear * factors(trained, trained)
-    total += images * layers * 4 * d * tokens**2 * (3 if trained else 1)
-
-    h, m, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    total += images * tokens * 2 * (d * h + h * h) * factors("projector" in trains, "projector" in trains)
-    kv = h * text["num_key_value_heads"] // text["num_attention_heads"]
-    linear = layers * (2 * h * h + 2 * h * kv + 3 * h * m)
-    trained = "language" in trains
-    total += rows * length * 2 * linear * factors(trained, True)
-    total += rows * layers * 4 * h * length**2 * 3
-    total += head_tokens * 2 * h * text["vocab_size"] * factors(trained, True)
-    return float(total)
-
-
 class MemoryPeak(threading.Thread):
     """Samples the resident memory of this process."""
 
@@ -106,6 +77,7 @@ def child(options: dict) -> dict:
 
     from benchmarks import models
     from training.collator import IGNORED, AlignVLMCollator
+    from training.plan import step_flops
     from training.scenes import RECORD_FEATURES
     from training.trainer import AlignVLMTrainer
 
@@ -191,6 +163,8 @@ def child(options: dict) -> dict:
                 train_dataset=Dataset.from_list(made, features=RECORD_FEATURES),
                 processing_class=processor,
             )
+        projector = model.model.multi_modal_projector if options["system"] == "llava" else model.model.projector
+        modules = (model.model.vision_tower, projector, model.model.language_model)
         collate = trainer.data_collator
 
         def recording(examples):
@@ -216,9 +190,7 @@ def child(options: dict) -> dict:
         "peak_memory_bytes": max(memory for _, memory in steps[1:]),
         "annotations": annotations,
         "response_tokens": options["response_tokens"] or models.WORKLOADS[options["workload"]][2],
-        "flops": step_flops(
-            vision, text, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))
-        ),
+        "flops": step_flops(modules, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))),
         **shapes,
     }
 

@@ -41,6 +41,7 @@ from evaluation.tasks import (
 
 
 RUN_RECORD = "alignvlm_run.json"
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 METRICS = Path(__file__).resolve().parent / "metrics"
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "alignvlm")
 # The numbers of each metric that are means over its questions, and so get an interval: from a prediction's scores.
@@ -200,6 +201,9 @@ def _load_checkpoint(arguments: argparse.Namespace, device: torch.device):
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype=arguments.dtype, **options)
+    found = [_file(arguments.checkpoint, f"lora/{name}", arguments.revision) for name in LORA_FILES]
+    if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
+        model.load_adapter(str(Path(found[0]).parent))
     return model.eval().to(device), processor
 
 
@@ -396,12 +400,18 @@ def _model_identity(checkpoint: str, model) -> dict:
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"name": checkpoint, "revision": getattr(model.config, "_commit_hash", None)}
-    return {"name": folder.resolve().name, "weights_sha256": file_hash(sorted(folder.glob("*.safetensors")))}
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
+    return {"name": folder.resolve().name, "weights_sha256": file_hash(weights)}
+
+
+def _file(checkpoint: str, name: str, revision: str | None) -> str | None:
+    """The local path of a file of a checkpoint folder or Hub repository; None if it has no such file."""
+    return cached_file(checkpoint, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 
 def _evaluation_tag(checkpoint: str, revision: str | None) -> str:
     """The source tag the checkpoint's recipe wants before prompts, from its run record; none without a record."""
-    path = cached_file(checkpoint, RUN_RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    path = _file(checkpoint, RUN_RECORD, revision)
     stages = json.loads(Path(path).read_text())["stages"] if path else []
     return stages[-1].get("evaluation_tag", "") if stages else ""
 

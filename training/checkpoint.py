@@ -7,9 +7,12 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
+import torch
 import transformers
+from safetensors import safe_open
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
@@ -27,19 +30,78 @@ def library_versions() -> dict[str, str]:
     return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
 
 
-def read_run_record(folder: str | os.PathLike) -> dict:
+def read_run_record(folder: str | os.PathLike, revision: str | None = None) -> dict:
     """The run record of a checkpoint; one without stages if the folder or Hub repository has none."""
-    path = transformers.utils.cached_file(str(folder), RUN_RECORD, _raise_exceptions_for_missing_entries=False)
+    path = transformers.utils.cached_file(
+        str(folder), RUN_RECORD, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     return json.loads(Path(path).read_text()) if path else {"stages": []}
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises a clear error if nothing can be written into `folder`, which is created if need be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise OSError(f"output_dir {str(folder)!r} cannot be written to: {error}. Name another folder.") from error
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The whole `checkpoint-N` folders of a run, in the order of their steps."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    return sorted(filter(is_whole, found), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The last of `whole_checkpoints`; None if there is none."""
+    return next(reversed(whole_checkpoints(output_dir)), None)
+
+
+def average_weights(checkpoints: list[Path]) -> dict[str, torch.Tensor]:
+    """The mean of the weights of several checkpoint folders, summed in float64; dtypes are those of the first."""
+    files = [sorted(folder.glob("*.safetensors")) for folder in checkpoints]
+    mean = {}
+    for parts in zip(*files, strict=True):
+        opened = [safe_open(part, framework="pt") for part in parts]
+        for name in opened[0].keys():  # noqa: SIM118 - not a dictionary
+            first = opened[0].get_tensor(name)
+            total = first.double() if first.is_floating_point() else None
+            if total is None:
+                mean[name] = first
+                continue
+            for other in opened[1:]:
+                total += other.get_tensor(name).double()
+            mean[name] = (total / len(opened)).to(first.dtype)
+    return mean
+
+
 def save_checkpoint(
-    model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, folder: str | os.PathLike, record: dict
+    model: AlignVLMForConditionalGeneration,
+    processor: AlignVLMProcessor,
+    folder: str | os.PathLike,
+    record: dict,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes a complete repository into `folder`, run record last: a folder with a record is whole."""
+    """Writes a complete repository into `folder`, run record last: a folder with a record is whole.
+
+    Args:
+        state_dict: the weights, where `model` holds only its share of them.
+    """
     folder = Path(folder)
     (folder / RUN_RECORD).unlink(missing_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
     shutil.copyfile(_licence_file(), folder / "LICENSE")
     (folder / "README.md").write_text(_card(record))

@@ -89,6 +89,9 @@ class AlignVLMCollator:
         shared_image (`bool`): False makes one row per annotation under every mask type, as other trainers do.
         on_bad_image (`str`):
             what an image that cannot be read does: `raise`, or `skip` its record.
+        name_records (`bool`):
+            put the records' names into the batch as `record_names`, a list of strings; the trainer takes them out, and tells them
+            where a loss is not finite.
 
     What is skipped, dropped or cut is told in the batch's `losses_of_data`, a list of
     `{"kind": "bad_image" | "dropped_record" | "dropped_annotation" | "cut_response", "source", "what"}`, which is there only if there
@@ -104,6 +107,7 @@ class AlignVLMCollator:
         shared_image: bool = True,
         row_length: int | None = None,
         on_bad_image: str = "raise",
+        name_records: bool = False,
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -115,6 +119,7 @@ class AlignVLMCollator:
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
+        self.name_records = name_records
         self._encode = lru_cache(maxsize=100_000)(
             self._encode_texts
         )  # questions and short answers come again and again
@@ -164,6 +169,10 @@ class AlignVLMCollator:
         for loss in losses[before:]:
             loss["source"] = record.get("source", "")
         return rows
+
+    def arrange(self, rows: list[Row]) -> list[Row]:
+        """The rows of a batch from those of its records."""
+        return rows if self.row_length is None else first_fit(rows, self.row_length)
 
     def token_counts(self, record: dict) -> tuple[int, int]:
         """The image and the text tokens of a record's rows; its images need not be readable."""
@@ -240,8 +249,7 @@ class AlignVLMCollator:
         if not rows:
             rows = [Row([])]
             rows[0].append([self._pad_token_id], branch=0, first_position=0)
-        if self.row_length is not None:
-            rows = first_fit(rows, self.row_length)
+        rows = self.arrange(rows)
         length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
 
@@ -276,6 +284,8 @@ class AlignVLMCollator:
             batch["pixel_values"] = torch.from_numpy(np.asarray(pixel_values))
         if losses:
             batch["losses_of_data"] = losses
+        if self.name_records:
+            batch["record_names"] = [_name(record) for record in records]
         return batch
 
     @property
@@ -293,3 +303,9 @@ class AlignVLMCollator:
                     raise BadImage(f"{error} Replace it, or set `on_bad_image: skip`.") from error
                 losses.append({"kind": "bad_image", "source": record.get("source", ""), "what": str(error)})
         return readable
+
+
+def _name(record: dict) -> str:
+    """What a message calls a record: its number in its source, and how its first response begins."""
+    text = record["annotations"][0]["response"] if record["annotations"] else ""
+    return f"{record.get('source', 'record')}{record.get('number', '')} ({text[:40]!r})"

@@ -263,7 +263,8 @@ def _resolve(parts: list[Part], pointers: dict[str, list[int]]) -> dict[str, lis
     records = [
         tagged(parts[p].source[r], parts[p].name, parts[p].tag) for p, r in zip(pointers["part"], pointers["record"])
     ]
-    return {name: [record[name] for record in records] for name in ("images", "annotations", "source")}
+    columns = {name: [record[name] for record in records] for name in ("images", "annotations", "source")}
+    return {**columns, "number": [f"[{number}]" for number in pointers["record"]]}
 
 
 def read_parts(
@@ -408,6 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl import TrlParser
 
     from modeling_alignvlm import AlignVLMProcessor
+    from training.checkpoint import read_run_record
     from training.contact_sheet import describe_parts, write_contact_sheet
     from training.stage import StageArguments, make_collator, make_mixture
 
@@ -416,7 +418,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     collator = make_collator(arguments, processor)
-    mixture = make_mixture(arguments, collator)
+    stages = read_run_record(arguments.model, arguments.model_revision)["stages"]
+    mixture = make_mixture(arguments, collator, stages)
     print(describe_parts(mixture, collator, show.sample))
     if show.show:
         write_contact_sheet(mixture, collator, show.show, Path(show.sheet))

@@ -6,24 +6,39 @@ What a stage trains, at which learning rates, under which mask and on which sour
 """
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
-from training.checkpoint import library_versions, read_run_record, save_checkpoint
+from training.alignment import alignment_figures, text_perplexity
+from training.checkpoint import (
+    average_weights,
+    check_writable,
+    is_whole,
+    last_whole_checkpoint,
+    library_versions,
+    read_run_record,
+    save_checkpoint,
+    whole_checkpoints,
+)
 from training.collator import AlignVLMCollator
-from training.data import Mixture, load_mixture
-from training.trainer import MODULES, AlignVLMTrainer
+from training.data import Mixture, Part, load_mixture, read_parts
+from training.lora import LORA_FOLDER, add_lora, language_linear_layers, merge_saved_lora, remove_lora, save_lora
+from training.losses import TOKEN_WEIGHTINGS
+from training.schedules import check_phases
+from training.trainer import MODULES, AlignVLMTrainer, module_of
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +62,37 @@ class StageArguments(SFTConfig):
     language_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the language model and its head. Left out: frozen."}
     )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Train LoRA layers of this rank instead of all of the language model. 0: no LoRA."},
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's products are multiplied by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
+    lora_targets: str | None = field(  # in YAML a list
+        default=None,
+        metadata={"help": "Names of the language model's linear layers that get LoRA. Left out: all but the head."},
+    )
+    lora_merge: bool = field(
+        default=True,
+        metadata={"help": "Add LoRA's products to the weights in the end. False: write them apart, into lora/."},
+    )
+    frozen_16_bit: bool = field(
+        default=False,
+        metadata={"help": "Hold frozen modules in the 16 bits of `bf16` or `fp16`; they are saved as read."},
+    )
+    infinite_schedule: str | None = field(  # in YAML a mapping
+        default=None,
+        metadata={
+            "help": "Warm-up, cooldown, constant, anneal instead of lr_scheduler_type: {cooldown, anneal, constant, final}; {} for the "
+            "defaults. See training/schedules.py."
+        },
+    )
+    average_last: int = field(
+        default=0, metadata={"help": "Write the mean of the weights of so many last checkpoints. 0: the last weights."}
+    )
+    token_weighting: str = field(
+        default="none", metadata={"help": f"Weights of response tokens: one of {', '.join(TOKEN_WEIGHTINGS)}."}
+    )
     attention_mask_type: str = field(
         default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."}
     )
@@ -60,6 +106,17 @@ class StageArguments(SFTConfig):
     )
     eval_sources: str | None = field(
         default=None, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
+    )
+    text_sources: str | None = field(
+        default=None,
+        metadata={"help": "A fixed text, as sources; the perplexity on it is recorded before and after the stage."},
+    )
+    alignment_records: int = field(
+        default=0,
+        metadata={
+            "help": "On so many records of eval_sources with an image, record the modality integration rate and the norms of image and "
+            "text embeddings before and after the stage."
+        },
     )
     data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
     image_token_share: float | None = field(
@@ -96,34 +153,56 @@ class StageArguments(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("sources", "eval_sources"):
+        for name in ("sources", "eval_sources", "text_sources", "lora_targets", "infinite_schedule"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, json.loads(value))
-        for module in MODULES:
-            rate = getattr(self, f"{module}_learning_rate")
-            if rate is not None and rate <= 0:
-                raise ValueError(
-                    f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
-                )
-        if not self.learning_rates:
-            raise ValueError(
-                f"Nothing trains: set at least one of {', '.join(f'{m}_learning_rate' for m in MODULES)}."
-            )
-        if not self.model or not self.sources:
-            raise ValueError("A stage needs `model` (a checkpoint to start from) and `sources` (what to train on).")
-        if self.attention_mask_type not in MASK_TYPES:
-            raise ValueError(
-                f"Unknown attention_mask_type {self.attention_mask_type!r}. Valid values: {', '.join(MASK_TYPES)}."
-            )
-        if self.on_bad_image not in ("raise", "skip"):
-            raise ValueError(f"on_bad_image={self.on_bad_image!r}: expected `raise` or `skip`.")
-        if self.streaming and self.max_steps <= 0:
-            raise ValueError("A stream has no length: streaming needs max_steps.")
+        for problem in self._problems():
+            raise ValueError(problem)
+        if self.infinite_schedule is not None:
+            check_phases(**self.infinite_schedule)
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
         self.remove_unused_columns = False  # the collator reads records
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong, and what would be right."""
+        for module in MODULES:
+            rate = getattr(self, f"{module}_learning_rate")
+            if rate is not None and rate <= 0:
+                yield f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
+        if not self.learning_rates:
+            yield f"Nothing trains: set at least one of {', '.join(f'{m}_learning_rate' for m in MODULES)}."
+        if not self.model or not self.sources:
+            yield "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
+        for name, valid in (
+            ("attention_mask_type", MASK_TYPES),
+            ("token_weighting", TOKEN_WEIGHTINGS),
+            ("on_bad_image", ("raise", "skip")),
+        ):
+            if getattr(self, name) not in valid:
+                yield f"Unknown {name} {getattr(self, name)!r}. Valid values: {', '.join(valid)}."
+        if self.token_weighting != "none" and (self.loss_type != "nll" or self.label_smoothing_factor > 0):
+            yield "token_weighting weighs the plain loss: leave out loss_type and label_smoothing_factor."
+        if self.streaming and self.max_steps <= 0:
+            yield "A stream has no length: streaming needs max_steps."
+        if self.lora_rank and self.language_learning_rate is None:
+            yield "lora_rank trains the language model: set language_learning_rate."
+        if self.frozen_16_bit and not (self.bf16 or self.fp16):
+            yield "frozen_16_bit needs bf16 or fp16, which say in which 16 bits."
+        if self.average_last:
+            if self.save_strategy == "no":
+                yield f"average_last={self.average_last} needs checkpoints: set save_strategy and save_steps."
+            if self.save_total_limit is not None and self.save_total_limit < self.average_last:
+                yield f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
+        if self.alignment_records and not self.eval_sources:
+            yield "alignment_records are taken from eval_sources: name some."
+
+    @property
+    def dtype_16_bit(self) -> torch.dtype | None:
+        """What autocast computes in."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -141,12 +220,16 @@ def make_collator(arguments: StageArguments, processor: AlignVLMProcessor) -> Al
         row_length=arguments.row_length,
         pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
         on_bad_image=arguments.on_bad_image,
+        name_records=True,
     )
 
 
-def make_mixture(arguments: StageArguments, collator: AlignVLMCollator) -> Mixture:
-    """What a stage trains on."""
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+def make_mixture(
+    arguments: StageArguments, collator: AlignVLMCollator, earlier_stages: list[dict], processes: int | None = None
+) -> Mixture:
+    """What a stage trains on; `earlier_stages` are those of the run record of its model."""
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    per_step *= arguments.world_size if processes is None else processes
     return load_mixture(
         arguments.sources,
         collator,
@@ -157,15 +240,12 @@ def make_mixture(arguments: StageArguments, collator: AlignVLMCollator) -> Mixtu
         image_start_fraction=arguments.image_start_fraction,
         streaming=arguments.streaming,
         stream_records=arguments.max_steps * per_step,
-        earlier_stages=read_run_record(arguments.model)["stages"],
+        earlier_stages=earlier_stages,
     )
 
 
-def run_stage(arguments: StageArguments) -> dict:
-    """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record."""
-    set_seed(arguments.seed)
-    record = read_run_record(arguments.model)
-    processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
+def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
+    """The model a stage starts from, in float32, LoRA weights of an earlier stage merged."""
     model = AlignVLMForConditionalGeneration.from_pretrained(
         arguments.model,
         revision=arguments.model_revision,
@@ -173,9 +253,24 @@ def run_stage(arguments: StageArguments) -> dict:
         attn_implementation=arguments.attn_implementation,
         dtype=torch.float32,  # master weights; fp16 and bf16 run under autocast
     )
+    merge_saved_lora(model, arguments.model, arguments.model_revision)
+    return model
+
+
+def run_stage(arguments: StageArguments) -> dict:
+    """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record."""
+    set_seed(arguments.seed)
+    check_writable(arguments.output_dir)
+    resume_from = _checkpoint_to_resume(arguments)
+    record = read_run_record(arguments.model, arguments.model_revision)
+    processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
+    model = load_model(arguments)
+    if arguments.lora_rank:
+        targets = arguments.lora_targets or language_linear_layers(model)
+        add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
     collator = make_collator(arguments, processor)
     with PartialState().main_process_first():  # datasets writes its cache once
-        mixture = make_mixture(arguments, collator)
+        mixture = make_mixture(arguments, collator, record["stages"])
         eval_dataset = None
         if arguments.eval_sources:
             eval_dataset = load_mixture(arguments.eval_sources, collator, arguments.data_dir).dataset
@@ -184,20 +279,34 @@ def run_stage(arguments: StageArguments) -> dict:
         learning_rates=arguments.learning_rates,
         sampler=mixture.sampler,
         max_bad_images=arguments.max_bad_images,
+        token_weighting=arguments.token_weighting,
+        infinite_schedule=arguments.infinite_schedule,
         args=arguments,
         data_collator=collator,
         train_dataset=mixture.dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank):
+        raise ValueError(
+            "frozen_16_bit, average_last and lora_rank need whole weights on every process: use one process or DDP."
+        )
+    if arguments.frozen_16_bit:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(arguments.dtype_16_bit)
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
-    eval_loss_before = trainer.evaluate()["eval_loss"] if eval_dataset is not None else None
+    before = _figures(arguments, trainer, collator)
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(arguments))
+    result = trainer.train(resume_from_checkpoint=resume_from)
     seconds = time.perf_counter() - started
-    eval_loss_after = trainer.evaluate()["eval_loss"] if eval_dataset is not None else None
+    averaged = whole_checkpoints(arguments.output_dir)[-arguments.average_last :] if arguments.average_last else []
+    if averaged:
+        model.load_state_dict(average_weights(averaged), strict=False)
+    after = _figures(arguments, trainer, collator)
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     entry = {
@@ -215,30 +324,105 @@ def run_stage(arguments: StageArguments) -> dict:
         "steps": trainer.state.global_step,
         "seed": arguments.seed,
         "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32",
+        **_options(arguments, [path.name for path in averaged]),
         "processes": arguments.world_size,
         "seconds": round(seconds, 1),
         "train_loss": result.training_loss,
         "logged_losses": losses,
-        "eval_loss_before": eval_loss_before,
-        "eval_loss_after": eval_loss_after,
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
         "versions": library_versions(),
     }
     record["stages"].append(entry)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # of all processes
     if trainer.is_world_process_zero():
-        save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), processor, arguments.output_dir, record)
+        shutil.rmtree(Path(arguments.output_dir) / LORA_FOLDER, ignore_errors=True)  # of an earlier run
+        if arguments.lora_rank:
+            if not arguments.lora_merge:
+                save_lora(model, Path(arguments.output_dir) / LORA_FOLDER)
+            remove_lora(model, merge=arguments.lora_merge)
+        if arguments.frozen_16_bit:
+            _restore_frozen(model, arguments)
+        save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
     trainer.accelerator.wait_for_everyone()
     return entry
 
 
+def _figures(
+    arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator
+) -> dict[str, float | None]:
+    """Loss on held-out records, perplexity on a text, and alignment figures, as far as the recipe asks for them."""
+    figures: dict[str, float | None] = {"eval_loss": None}
+    if trainer.eval_dataset is not None:
+        figures["eval_loss"] = trainer.evaluate()["eval_loss"]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with trainer.compute_loss_context_manager():
+        if arguments.text_sources:
+            text = _plain_text(read_parts(arguments.text_sources, arguments.data_dir))
+            figures["text_perplexity"] = text_perplexity(model, collator.tokenizer, text)
+        if arguments.alignment_records:
+            records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
+            with_image = list(islice((r for r in records if r["images"]), arguments.alignment_records))
+            figures |= alignment_figures(model, collator, with_image)
+    if logged := {name: value for name, value in figures.items() if name != "eval_loss"}:
+        trainer.log(logged)
+    return figures
+
+
+def _plain_text(parts: list[Part], records: int = 5000) -> str:
+    """The prompts and responses of the first records, one after the other."""
+    found = (record for part in parts for record in islice(iter(part.source), records))
+    return "\n".join(f"{a['prompt']}\n{a['response']}".strip() for record in found for a in record["annotations"])
+
+
+def _options(arguments: StageArguments, averaged: list[str]) -> dict:
+    """What of the options that are off by default is on, for the run record."""
+    lora = {name: getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets", "merge")}
+    options = {
+        "lora": lora if arguments.lora_rank else None,
+        "frozen_16_bit": arguments.frozen_16_bit,
+        "infinite_schedule": arguments.infinite_schedule,
+        "averaged": averaged,
+        "token_weighting": arguments.token_weighting if arguments.token_weighting != "none" else None,
+    }
+    return {name: value for name, value in options.items() if value or value == {}}
+
+
+def _restore_frozen(model: AlignVLMForConditionalGeneration, arguments: StageArguments) -> None:
+    """Gives frozen modules, which trained rounded to 16 bits, the weights they were read with."""
+    model.float()
+    read = load_model(arguments).state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if module_of(name) not in arguments.learning_rates:
+                parameter.copy_(read[name])
+
+
 def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
-    if arguments.resume_from_checkpoint != "last":
-        return arguments.resume_from_checkpoint
-    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    if last is None:
-        raise ValueError(
-            f"Nothing to resume: {arguments.output_dir!r} holds no checkpoint-* folder. Start without the flag."
-        )
-    return last
+    """The checkpoint the run goes on from.
+
+    Raises:
+        ValueError: if there is none, if the one named was not written to its end, or if a run that starts anew would mix its
+            checkpoints with those of another.
+    """
+    given, last = arguments.resume_from_checkpoint, last_whole_checkpoint(arguments.output_dir)
+    if given is None:
+        if last is not None:
+            raise ValueError(
+                f"{arguments.output_dir!r} holds {last.name} of an earlier run. Go on from it with --resume_from_checkpoint, or name "
+                "another output_dir."
+            )
+        return None
+    if given == "last":
+        if last is None:
+            raise ValueError(
+                f"Nothing to resume: {arguments.output_dir!r} holds no whole checkpoint-* folder. Start without the flag."
+            )
+        return str(last)
+    if not is_whole(Path(given)):
+        raise ValueError(f"Nothing to resume: {given!r} is no checkpoint-* folder that was written to its end.")
+    return given
 
 
 def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:

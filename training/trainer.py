@@ -1,7 +1,9 @@
 """The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
 
+import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -9,12 +11,18 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration
+from training.checkpoint import last_whole_checkpoint
 from training.collator import IGNORED
+from training.lora import LORA_PREFIX, has_lora
+from training.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
+from training.schedules import infinite_schedule
 
 
 logger = logging.get_logger(__name__)
 
 MODULES = ("vision", "projector", "language")
+# Under fp16 the scaler skips a step that overflows and halves its scale. It begins at 2^16, so this many in a row are no overflow.
+MAX_SKIPPED_STEPS = 20
 
 
 def module_of(parameter_name: str) -> str:
@@ -27,11 +35,17 @@ def module_of(parameter_name: str) -> str:
 def freeze_all_but(
     model: AlignVLMForConditionalGeneration, learning_rates: dict[str, float]
 ) -> dict[str, tuple[int, int]]:
-    """Lets the named modules train and freezes the others; returns each module's (trainable, total) parameter counts."""
+    """Lets the named modules train and freezes the others; returns each module's (trainable, total) parameter counts.
+
+    Of a language model with LoRA layers only these train.
+    """
     counts = dict.fromkeys(MODULES, (0, 0))
+    lora = has_lora(model)
     for name, parameter in model.named_parameters():
         module = module_of(name)
-        parameter.requires_grad_(module in learning_rates)
+        parameter.requires_grad_(
+            module in learning_rates and (module != "language" or not lora or LORA_PREFIX in name)
+        )
         trainable, total = counts[module]
         counts[module] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
     return counts
@@ -44,7 +58,12 @@ class AlignVLMTrainer(SFTTrainer):
         learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
         sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
         max_bad_images (`float`): the run stops when more than this share of the records read had an image that cannot be.
+        token_weighting (`str`): `none`, `length` or `contrast`: see `training/losses.py`.
+        infinite_schedule (`dict`, *optional*): phases of `training.schedules.infinite_factor`, instead of `lr_scheduler_type`.
         **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+
+    A step whose gradients are not finite changes nothing: without a loss scaler it stops the run, with one it does after
+    `MAX_SKIPPED_STEPS` in a row. A checkpoint that cannot be written is removed and stops the run.
 
     The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
     counted), each over the time since the last log, and `padding_share`, the share of the rows' places that hold no token.
@@ -56,9 +75,16 @@ class AlignVLMTrainer(SFTTrainer):
         learning_rates: dict[str, float],
         sampler: torch.utils.data.Sampler | None = None,
         max_bad_images: float = 0.0,
+        token_weighting: str = "none",
+        infinite_schedule: dict[str, float] | None = None,
         **kwargs,
     ):
+        if token_weighting not in TOKEN_WEIGHTINGS:
+            raise ValueError(
+                f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
+            )
         self.sampler, self.max_bad_images = sampler, max_bad_images
+        self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
@@ -68,6 +94,9 @@ class AlignVLMTrainer(SFTTrainer):
         self._records_read = 0
         self._losses_of_data = Counter()
         self._bad_images: list[str] = []
+        self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
+        self._record_names: list[str] = []
+        self._skipped_steps = 0
 
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
@@ -75,6 +104,7 @@ class AlignVLMTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs):
         """Takes what the collator had to leave out from the batch, and stops the run when too many images cannot be read."""
         losses = inputs.pop("losses_of_data", [])
+        self._record_names = inputs.pop("record_names", [])
         if self.model.training:
             for loss in losses:
                 self._losses_of_data[loss["kind"]] += 1
@@ -125,6 +155,17 @@ class AlignVLMTrainer(SFTTrainer):
             )
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.infinite_schedule is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = infinite_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                num_training_steps,
+                warmup,
+                **self.infinite_schedule,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def train(self, *args, **kwargs):
         self._counted_since = time.perf_counter()
         return super().train(*args, **kwargs)
@@ -134,24 +175,93 @@ class AlignVLMTrainer(SFTTrainer):
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
         self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_records.append((loss, self._record_names))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stops before a step that would put what is not finite into the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        step_records, self._step_records = self._step_records, []
+        if torch.isfinite(torch.as_tensor(norm)):
+            self._skipped_steps = 0
+            return norm
+        self._skipped_steps += 1
+        if self.accelerator.scaler is not None and self._skipped_steps < MAX_SKIPPED_STEPS:
+            return norm
+        # The norm is that of all processes, so all come here.
+        bad = [name for loss, names in step_records if not torch.isfinite(loss) for name in names]
+        every = [name for _, names in step_records for name in names]
+        bad, every = gather_object([bad]), gather_object([every])
+        bad_names = [name for names in bad for name in names] or [name for names in every for name in names]
+        what = "the loss" if any(bad) else "the gradient"
+        raise FloatingPointError(
+            f"In step {self.state.global_step + 1} {what} is not finite"
+            + (
+                f", nor was any gradient of the {self._skipped_steps} steps up to it"
+                if self._skipped_steps > 1
+                else ""
+            )
+            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last whole "
+            f"checkpoint is {last_whole_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
+            "in bf16 or fp32."
+        )
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RuntimeError(
+                f"{folder} could not be written: {error}. The last whole checkpoint is "
+                f"{last_whole_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is whole
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA)."""
+        """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
+
+        With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
+        """
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        labels = torch.nn.functional.pad(
-            labels[:, 1:], (0, 1), value=IGNORED
-        )  # at each place, the token that comes next
+        # At each place, the token that comes next.
+        labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         keep = labels != IGNORED
         keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
-        return super().compute_loss(
-            model,
-            {**inputs, "shift_labels": labels[keep].unsqueeze(0), "positions_to_keep": keep},
-            num_items_in_batch=num_items_in_batch,
-        )
+        inputs |= {"shift_labels": labels[keep].unsqueeze(0), "positions_to_keep": keep}
+        if self.token_weighting == "none" or not self.model.training:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        _, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        segments = response_segments(inputs["record_ids"], inputs["branch_ids"]).roll(-1, dims=1)[keep]
+        if self.token_weighting == "length":
+            weights = length_weights(segments)
+        else:
+            with torch.no_grad():
+                blind = model(**self._without_image(inputs), fused_lm_head=True)
+            weights = contrast_weights(outputs.log_probs.detach()[0], blind.log_probs[0], segments)
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -(weights * outputs.log_probs[0]).sum() / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return loss
+
+    def _without_image(self, inputs: dict) -> dict:
+        """The same rows with image tokens nobody can see."""
+        is_image = inputs["input_ids"] == self.model.config.image_token_id
+        return {
+            **inputs,
+            "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0),
+            "record_ids": inputs["record_ids"].masked_fill(is_image, -1),
+            "use_cache": False,
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:

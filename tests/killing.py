@@ -1,0 +1,67 @@
+"""Stages in child processes that are killed: by the parent, or by themselves at a certain write.
+
+The children are forked from a server that has imported everything once.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.killing", "training.stage"])
+
+
+def _run(arguments: list[str], log: Path, folder: Path, kill_at: int | None, limit: tuple[str, int] | None) -> None:
+    import torch
+    from transformers.utils import logging
+
+    from training.stage import main
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    writes = 0
+
+    def hook(event: str, details: tuple) -> None:
+        nonlocal writes
+        path = details[0] if event == "open" else None
+        if not isinstance(path, (str, os.PathLike)) or not str(path).startswith(str(folder)):
+            return
+        if not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        writes += 1
+        if limit is not None and limit[0] in str(path):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
+        if writes == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    try:
+        main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def start(
+    arguments: list[str],
+    folder: Path,
+    kill_at: int | None = None,
+    limit: tuple[str, int] | None = None,
+) -> multiprocessing.Process:
+    """Starts a stage that writes into `folder`, its output going to `folder`.log.
+
+    Args:
+        kill_at: it kills itself when it opens its so-manieth file of the folder for writing.
+        limit: from the first file whose path holds `limit[0]` on, no file may be larger than `limit[1]` bytes.
+    """
+    process = CONTEXT.Process(target=_run, args=(arguments, folder.with_suffix(".log"), folder, kill_at, limit))
+    process.start()
+    return process
