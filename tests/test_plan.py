@@ -80,7 +80,7 @@ def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
     assert sum(tokens[1:]) / sum(tokens) == pytest.approx(0.5, abs=0.05)
     assert plans[0].records == 4 * 4 * 4 and plans[0].memory["DDP buckets"] > 0
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="stage 2 .*Cannot rehearse"):
+    with pytest.raises(ValueError, match=r"stage 2 .*Cannot rehearse"):
         third = parse(*arguments_for(checkpoint, tmp_path / "3", stage=2, sources=rehearsal, **rates))
         plan_stages([third], processes=1)
 

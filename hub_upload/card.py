@@ -1,0 +1,164 @@
+"""The model card: `model_card.md` filled from the run record. What is not in the record cannot stand in the card."""
+
+import re
+import sysconfig
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+MINIMUM_TRANSFORMERS = "5.23"
+# The number of each metric that the front matter names, and what it is called there.
+HEADLINES = {
+    "cider": ("cider", "CIDEr"),
+    "pathvqa_accuracy": ("accuracy", "Accuracy"),
+    "text": ("perplexity", "Perplexity"),
+}
+TASK_TYPES = {"cider": "image-to-text", "pathvqa_accuracy": "visual-question-answering", "text": "text-generation"}
+
+
+def template_path() -> Path:
+    """`model_card.md`, in the checkout or where the installed package has it."""
+    checkout = Path(__file__).resolve().parents[1] / "model_card.md"
+    return checkout if checkout.is_file() else Path(sysconfig.get_path("data")) / "share/alignvlm/model_card.md"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository id, `user/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
+def make_card(
+    record: dict, config: dict, parameters: int, license: str = "apache-2.0", repository: str = "USER/REPOSITORY"
+) -> str:
+    """The text of a model's README.md.
+
+    Args:
+        record: the run record, with what was measured under `results` (see `hub_upload.package.results_of`).
+        config: the checkpoint's config.json.
+        parameters: number of weights.
+        license: of the weights.
+        repository: what the examples load.
+    """
+    backbones = record.get("backbones", {})
+    vision, language = (str(backbones.get(name, "unknown")) for name in ("vision", "language"))
+    data = _data(record)
+    hub_backbones = [name for name in (vision, language) if is_hub_id(name)]
+    results = record.get("results", [])
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license=license,
+        language="en",
+        tags=["alignvlm", "vision-language-model", "custom_code"],
+        base_model=hub_backbones or None,
+        base_model_relation="finetune" if hub_backbones else None,
+        datasets=sorted({entry["name"] for entry in data if is_hub_id(entry["name"])}) or None,
+        model_name=repository.split("/")[-1],
+        eval_results=_eval_results(results) or None,
+    )
+    stages = record["stages"]
+    tag = stages[-1].get("evaluation_tag") if stages else ""
+    image_size = config["vision_config"].get("image_size", 224)
+    return str(
+        ModelCard.from_template(
+            card_data,
+            template_path=str(template_path()),
+            title=repository.split("/")[-1] if repository != "USER/REPOSITORY" else "An AlignVLM model",
+            repository=repository,
+            size=f"{parameters / 1e6:,.1f}M" if parameters < 1e9 else f"{parameters / 1e9:.2f}B",
+            vision=_named(vision),
+            language=_named(language),
+            projector="two-layer" if config.get("projector_type", "mlp") == "mlp" else "linear",
+            mask_type=config.get("attention_mask_type", "image"),
+            transformers=MINIMUM_TRANSFORMERS,
+            evaluation_tag=f", and prompts that begin with `{tag}`" if tag else "",
+            stages=[_stage(stage) for stage in stages],
+            data=data,
+            results=[row for result in results for row in _rows(result)],
+            definitions=sorted({item for result in results for item in result["definitions"].items()}),
+            image_size=image_size,
+        )
+    )
+
+
+def _named(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+
+
+def _stage(stage: dict) -> dict:
+    def loss(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rates = ", ".join(f"{name} ({rate:g})" for name, rate in stage["learning_rates"].items())
+    lora = stage.get("lora")
+    return {
+        **stage,
+        "trained": rates + (f"; LoRA of rank {lora['rank']}" if lora else ""),
+        "sources": ", ".join(source["name"] for source in stage["sources"]),
+        "records": "a stream" if stage.get("records") is None else f"{stage['records']:,}",
+        "steps": f"{stage['steps']:,}",
+        "before": loss(stage.get("eval_loss_before")),
+        "after": loss(stage.get("eval_loss_after")),
+    }
+
+
+def _data(record: dict) -> list[dict]:
+    """The data of all stages, each once."""
+    found = {}
+    for stage in record["stages"]:
+        for entry in stage.get("data", []):
+            name = entry.get("data") or f"{entry['name']} (drawn by the package)"
+            found[name, entry.get("revision")] = {
+                "name": name,
+                "revision": entry.get("revision") or "-",
+                "licence": entry.get("licence") or ("Apache-2.0" if "generated" in entry else "not stated"),
+            }
+    return list(found.values())
+
+
+def _where(result: dict) -> str:
+    data = result.get("data", {})
+    return " ".join(str(data[name]) for name in ("data", "split") if data.get(name)) or result["task"]
+
+
+def _rows(result: dict) -> list[dict]:
+    rows = []
+    for metric, numbers in result["metrics"].items():
+        for name, value in numbers.items():
+            if name == "intervals" or value is None:
+                continue
+            interval = numbers.get("intervals", {}).get(name)
+            rows.append(
+                {
+                    "task": result["task"],
+                    "data": _where(result),
+                    "metric": f"`{metric}`: {name}",
+                    "value": f"{value:,}" if isinstance(value, int) else f"{value:.4f}",
+                    "interval": f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+                }
+            )
+    return rows
+
+
+def _eval_results(results: list[dict]) -> list[EvalResult]:
+    found = []
+    for result in results:
+        for metric, numbers in result["metrics"].items():
+            name, title = HEADLINES.get(metric, (metric, metric))
+            if numbers.get(name) is None:
+                continue
+            data = result.get("data", {})
+            found.append(
+                EvalResult(
+                    task_type=TASK_TYPES.get(metric, "image-text-to-text"),
+                    dataset_type=str(data.get("data") or result["task"]),
+                    dataset_name=str(data.get("data") or result["task"]),
+                    dataset_split=data.get("split"),
+                    dataset_revision=data.get("revision"),
+                    metric_type=metric,
+                    metric_name=title,
+                    metric_value=round(numbers[name], 4),
+                )
+            )
+    return found

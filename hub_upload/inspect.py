@@ -1,0 +1,139 @@
+"""What `trust_remote_code=True` would run of a repository or folder, without running it.
+
+    python -m hub_upload.inspect user/name [--revision COMMIT]
+
+Lists each Python file with its hash, its imports, and what in it is more than model code needs; and everything else that loading
+could execute: pickles, code of other repositories, `custom_generate`. It works for anyone's repository of this kind.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from hub_upload.code_rules import read_code
+from hub_upload.package import files_of, sha256_of
+
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5")
+MAPPINGS = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+)
+
+
+@dataclass
+class CodeFile:
+    """A Python file, and what is to be known of it before it runs."""
+
+    name: str
+    sha256: str
+    lines: int
+    imports: list[str]
+    problems: list[str]
+
+
+@dataclass
+class Inspection:
+    """What a repository would run."""
+
+    revision: str | None
+    auto_map: dict[str, str] = field(default_factory=dict)
+    files: list[CodeFile] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_suspicious(self) -> bool:
+        return bool(self.warnings) or any(file.problems for file in self.files)
+
+
+def inspect(name: str, revision: str | None = None) -> Inspection:
+    """Reads the code and the mappings of a folder or Hub repository; of the latter nothing else is downloaded."""
+    if Path(name).is_dir():
+        names, commit = files_of(Path(name)), None
+        paths = {file: Path(name) / file for file in names}
+    else:
+        info = HfApi().model_info(name, revision=revision)
+        names, commit = [file.rfilename for file in info.siblings], info.sha
+        wanted = [n for n in names if n.endswith(".py") or n in MAPPINGS]
+        paths = {file: Path(hf_hub_download(name, file, revision=commit)) for file in wanted}
+    found = Inspection(commit)
+    code = [file for file in names if file.endswith(".py")]
+    beside = {file for file in code if "/" not in file}
+    for file in code:
+        findings = read_code(paths[file], beside)
+        lines = paths[file].read_text(encoding="utf-8", errors="replace").count("\n")
+        found.files.append(CodeFile(file, sha256_of([paths[file]]), lines, findings.imports, findings.problems))
+        if file.startswith("custom_generate/"):
+            found.warnings.append(f"{file} runs whenever `generate` is called with trust_remote_code")
+    for file in MAPPINGS:
+        if file not in paths:
+            continue
+        try:
+            mapping = json.loads(paths[file].read_text()).get("auto_map", {})
+        except ValueError as error:
+            found.warnings.append(f"{file} is not JSON: {error}")
+            continue
+        for auto_class, targets in mapping.items():
+            for target in targets if isinstance(targets, list) else [targets]:
+                if target is None:
+                    continue
+                found.auto_map[f"{file}: {auto_class}"] = target
+                module = target.split("--")[-1].split(".")[0]
+                if "--" in target:
+                    found.warnings.append(
+                        f"{file}: {auto_class} comes from another repository, {target.split('--')[0]}"
+                    )
+                elif f"{module}.py" not in beside:
+                    found.warnings.append(f"{file}: {auto_class} names {module}.py, which is not there")
+    found.warnings += [
+        f"{file} may hold a pickle, which runs code when loaded" for file in names if file.endswith(PICKLED)
+    ]
+    return found
+
+
+def describe(name: str, found: Inspection) -> str:
+    """The inspection as text."""
+    lines = [f"{name}" + (f" at {found.revision}" if found.revision else "")]
+    if not found.files:
+        lines.append("  no Python files: trust_remote_code would run nothing of it")
+    lines += [f"  {auto_class} -> {target}" for auto_class, target in found.auto_map.items()]
+    for file in found.files:
+        lines += [
+            f"\n{file.name}  ({file.lines} lines)",
+            f"  sha256   {file.sha256}",
+            f"  imports  {', '.join(file.imports)}",
+        ]
+        lines += [f"  !  {problem}" for problem in file.problems] or ["  nothing beyond what model code needs"]
+    lines += [f"\n!  {warning}" for warning in found.warnings]
+    if found.is_suspicious:
+        lines.append("\nRead the lines marked ! before you trust it.")
+    elif found.revision:
+        lines.append(
+            f'\nTo run exactly this: from_pretrained("{name}", revision="{found.revision}", trust_remote_code=True)'
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Shows what trust_remote_code would run.")
+    parser.add_argument("name", help="A folder, or a repository of the Hub.")
+    parser.add_argument("--revision")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        found = inspect(arguments.name, arguments.revision)
+    except (HfHubHTTPError, OSError) as error:
+        raise SystemExit(f"error: {arguments.name}: {error}") from error
+    print(describe(arguments.name, found))
+    sys.exit(1 if found.is_suspicious else 0)
+
+
+if __name__ == "__main__":
+    main()

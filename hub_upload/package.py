@@ -1,0 +1,187 @@
+"""Stages a checkpoint as a clean folder: what is on the allow-list, a card, a manifest of hashes, and nothing else.
+
+    python -m hub_upload.package out/stage4 out/to_push
+
+Made twice from the same checkpoint, the folder is the same byte for byte.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hub_upload.card import make_card
+
+
+RUN_RECORD = "alignvlm_run.json"
+MANIFEST = "manifest.sha256"
+# Whole names, as regular expressions; everything else stays behind.
+ALLOWED = (
+    r"README\.md",
+    r"LICENSE",
+    r"config\.json",
+    r"generation_config\.json",
+    r"processor_config\.json",
+    r"preprocessor_config\.json",
+    r"tokenizer\.json",
+    r"tokenizer_config\.json",
+    r"special_tokens_map\.json",
+    r"added_tokens\.json",
+    r"vocab\.json",
+    r"merges\.txt",
+    r"chat_template\.jinja",
+    r"(configuration|masking|modeling|processing)_[a-z0-9_]+\.py",
+    r"model(-\d{5}-of-\d{5})?\.safetensors",
+    r"model\.safetensors\.index\.json",
+    r"lora/adapter_config\.json",
+    r"lora/adapter_model\.safetensors",
+    re.escape(RUN_RECORD),
+    re.escape(MANIFEST),
+)
+NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE", RUN_RECORD)
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a path in the repository is on the allow-list."""
+    return any(re.fullmatch(pattern, name) for pattern in ALLOWED)
+
+
+def sha256_of(files: list[Path]) -> str:
+    """The SHA-256 of the files' contents, one behind the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    """The paths of all files below a folder, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, as results name them by their hash."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
+
+
+def results_of(folder: Path) -> list[dict]:
+    """The results in a checkpoint's `results/` that were measured with the very weights it holds, without the predictions.
+
+    Controls (blank or shuffled images) and results on part of the data are left out.
+    """
+    digest = sha256_of(weights_of(folder))
+    found = []
+    for path in sorted((folder / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        same = result.get("model", {}).get("weights_sha256") == digest
+        if same and not result.get("control") and result.get("limit") is None:
+            found.append({name: value for name, value in result.items() if name != "predictions"})
+    return found
+
+
+def without_local_paths(value):
+    """A JSON value whose absolute paths are cut to their last name."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(item) for item in value]
+    if isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:\\)[^\s]*[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def package(folder: str | Path, output: str | Path, max_shard_size: str = "5GB", license: str = "apache-2.0") -> Path:
+    """Stages the checkpoint `folder` in `output`, which is emptied first; returns `output`.
+
+    Args:
+        max_shard_size: weights above it are split, as `save_pretrained` does.
+        license: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0.
+
+    Raises:
+        FileNotFoundError: if the folder is not a whole checkpoint.
+        ValueError: if `output` holds files that this function would not have written.
+    """
+    folder, output = Path(folder), Path(output)
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing or not weights_of(folder):
+        raise FileNotFoundError(
+            f"{folder} is not a whole checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
+        )
+    if output.exists():
+        if strange := [name for name in files_of(output) if not is_allowed(name)]:
+            raise ValueError(
+                f"{output} holds {strange[:3]}, which would be lost. Name a new or an earlier output folder."
+            )
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    for name in files_of(folder):
+        if is_allowed(name) and name not in (RUN_RECORD, "README.md", MANIFEST) and not (folder / name).is_symlink():
+            (output / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
+    _shard(output, max_shard_size)
+    record = json.loads((folder / RUN_RECORD).read_text())
+    record = without_local_paths({**record, "results": results_of(folder)})
+    (output / RUN_RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    config = json.loads((folder / "config.json").read_text())
+    (output / "README.md").write_text(make_card(record, config, parameter_count(output), license))
+    lines = [f"{sha256_of([output / name])}  {name}\n" for name in files_of(output)]
+    (output / MANIFEST).write_text("".join(lines))
+    return output
+
+
+def parameter_count(folder: Path) -> int:
+    """Of the weights of a folder; tied ones count once."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dictionary
+                size = 1
+                for side in weights.get_slice(name).get_shape():
+                    size *= side
+                count += size
+    return count
+
+
+def _shard(folder: Path, max_shard_size: str) -> None:
+    """Splits `model.safetensors` where it is larger than a shard may be."""
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    if not plan.is_sharded:
+        return
+    for name, members in plan.filename_to_tensors.items():
+        save_file({member: tensors[member] for member in members}, folder / name, metadata={"format": "pt"})
+    index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    file.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Stages a checkpoint as a clean folder.")
+    parser.add_argument("folder", help="The output_dir of a stage.")
+    parser.add_argument("output", help="The clean folder.")
+    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--license", default="apache-2.0", help="Of the weights.")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        output = package(arguments.folder, arguments.output, arguments.max_shard_size, arguments.license)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    for name in files_of(output):
+        print(f"{(output / name).stat().st_size:>14,}  {name}")
+
+
+if __name__ == "__main__":
+    main()
