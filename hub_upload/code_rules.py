@@ -85,6 +85,8 @@ def _import(found: Findings, module: str, name: str | None, line: int) -> None:
     found.imports.append(module if name is None else f"{module}.{name}")
     if root not in ALLOWED_IMPORTS:
         found.problems.append(f"line {line}: imports {module}, which is not on the list of what model code needs")
+    elif reached := {*module.split("."), name} & FORBIDDEN_ATTRIBUTES:
+        found.problems.append(f"line {line}: imports {', '.join(sorted(reached))}")
     elif root == "os" and name is not None and name not in ALLOWED_OF_OS:
         found.problems.append(f"line {line}: imports {name} from os")
 

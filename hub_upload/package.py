@@ -99,12 +99,19 @@ def without_local_paths(value):
     return value
 
 
-def package(folder: str | Path, output: str | Path, max_shard_size: str = "5GB", license: str = "apache-2.0") -> Path:
+def package(
+    folder: str | Path,
+    output: str | Path,
+    max_shard_size: str = "5GB",
+    license: str = "apache-2.0",
+    repository: str = "USER/REPOSITORY",
+) -> Path:
     """Stages the checkpoint `folder` in `output`, which is emptied first; returns `output`.
 
     Args:
         max_shard_size: weights above it are split, as `save_pretrained` does.
         license: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0.
+        repository: where it will lie, for the card's examples.
 
     Raises:
         FileNotFoundError: if the folder is not a whole checkpoint.
@@ -132,7 +139,7 @@ def package(folder: str | Path, output: str | Path, max_shard_size: str = "5GB",
     record = without_local_paths({**record, "results": results_of(folder)})
     (output / RUN_RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     config = json.loads((folder / "config.json").read_text())
-    (output / "README.md").write_text(make_card(record, config, parameter_count(output), license))
+    (output / "README.md").write_text(make_card(record, config, parameter_count(output), license, repository))
     lines = [f"{sha256_of([output / name])}  {name}\n" for name in files_of(output)]
     (output / MANIFEST).write_text("".join(lines))
     return output

@@ -27,9 +27,8 @@ from huggingface_hub.hf_api import RepoFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python hub_upload/push.py`
 
-from hub_upload.card import make_card
 from hub_upload.checks import check
-from hub_upload.package import MANIFEST, files_of, package, parameter_count, sha256_of
+from hub_upload.package import files_of, package, sha256_of
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them
@@ -89,32 +88,36 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
-            package(folder, staged, max_shard_size, license)
+            package(folder, staged, max_shard_size, license, repository)
         except (FileNotFoundError, ValueError) as error:
             raise PushError(str(error)) from error
-        _name_repository(staged, repository, license)
         if problems := check(staged):
             raise PushError(f"{folder} must not be pushed:\n" + "\n".join(f"  {problem}" for problem in problems))
         if dry_run:
             return None
-        return _send(staged, repository, private, revision, tag, create_pr, message or f"Upload {Path(folder).name}")
+        return send(
+            staged,
+            repository,
+            private=private,
+            revision=revision,
+            tag=tag,
+            create_pr=create_pr,
+            message=message or f"Upload {Path(folder).name}",
+        )
 
 
-def _name_repository(staged: Path, repository: str, license: str) -> None:
-    """Puts the repository's name into the card's examples, and the manifest right."""
-    import json
-
-    record = json.loads((staged / "alignvlm_run.json").read_text())
-    config = json.loads((staged / "config.json").read_text())
-    (staged / "README.md").write_text(make_card(record, config, parameter_count(staged), license, repository))
-    lines = [f"{sha256_of([staged / name])}  {name}\n" for name in files_of(staged) if name != MANIFEST]
-    (staged / MANIFEST).write_text("".join(lines))
-
-
-def _send(
-    staged: Path, repository: str, private: bool, revision: str, tag: str | None, create_pr: bool, message: str
+def send(
+    staged: str | Path,
+    repository: str,
+    *,
+    private: bool = True,
+    revision: str = "main",
+    tag: str | None = None,
+    create_pr: bool = False,
+    message: str = "Upload",
 ) -> Pushed:
-    api = HfApi()
+    """Makes the branch hold exactly the files of a packaged and checked folder, in one commit; see `push`."""
+    staged, api = Path(staged), HfApi()
     _patiently(lambda: api.create_repo(repository, private=private, exist_ok=True), repository)
     info = _patiently(lambda: api.model_info(repository), repository)
     if bool(info.private) != private:
@@ -127,7 +130,7 @@ def _send(
     for attempt in range(TRIES):
         operations = _operations(api, repository, head, staged, files)
         if not operations:
-            commit, changed, pull_request = head, False, None
+            commit, changed, pull_request = head, attempt > 0, None
             break
         try:
             made = api.create_commit(
@@ -148,12 +151,9 @@ def _send(
             # The answer may have been lost on its way back: then the branch has moved, and holds what we sent.
             now = _head(api, repository, revision)
             if now != head and _operations(api, repository, now, staged, files):
-                raise PushError(
-                    f"Someone pushed to {repository} meanwhile. Look at what they did, and push again."
-                ) from error
+                raise _explained(None, repository, status=412) from error
             head = now
-    if not create_pr or not changed:
-        _verify(api, repository, commit, staged)
+    _verify(api, repository, commit, staged)
     if tag:
         _tag(api, repository, tag, commit)
     return Pushed(repository, commit, changed, private, pull_request)
@@ -237,8 +237,8 @@ def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     return min(max(wait, float(asked)), LONGEST_WAIT) if asked.isdigit() else wait
 
 
-def _explained(error: Exception, repository: str) -> PushError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+def _explained(error: Exception | None, repository: str, status: int | None = None) -> PushError:
+    status = status or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         text = "The Hub does not know who you are. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
     elif status == 403:
@@ -251,7 +251,7 @@ def _explained(error: Exception, repository: str) -> PushError:
         text = "The Hub asks for fewer calls. Wait some minutes, and push again."
     else:
         text = f"The Hub could not be reached, or failed, {TRIES} times: {type(error).__name__}. Push again; large files already sent stay sent."
-    return PushError(f"{text} ({error.__class__.__name__}{'' if status is None else f', HTTP {status}'})")
+    return PushError(text if status is None else f"{text} (HTTP {status})")
 
 
 def main(argv: list[str] | None = None) -> None:

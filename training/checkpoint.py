@@ -14,10 +14,11 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from hub_upload.card import make_card
+from hub_upload.package import RUN_RECORD, parameter_count
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
-RUN_RECORD = "alignvlm_run.json"
 VERSIONED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "alignvlm")
 
 
@@ -104,7 +105,8 @@ def save_checkpoint(
     model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
     shutil.copyfile(_licence_file(), folder / "LICENSE")
-    (folder / "README.md").write_text(_card(record))
+    card = make_card(record, json.loads((folder / "config.json").read_text()), parameter_count(folder))
+    (folder / "README.md").write_text(card)
     unfinished = folder / f"{RUN_RECORD}.tmp"
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     unfinished.replace(folder / RUN_RECORD)
@@ -117,46 +119,3 @@ def _licence_file() -> Path:
         return checkout
     distribution = importlib.metadata.distribution("alignvlm")
     return next(Path(distribution.locate_file(file)) for file in distribution.files if file.name == "LICENSE")
-
-
-def _card(record: dict) -> str:
-    """A short card of what the run record says, no more."""
-    backbones = record.get("backbones", {})
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "tags: [alignvlm, vision-language-model]",
-        "---",
-        "",
-        "# An AlignVLM checkpoint",
-        "",
-        f"Vision encoder `{backbones.get('vision', 'unknown')}`, language model `{backbones.get('language', 'unknown')}`.",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        'answer = pipeline("image-text-to-text", model="PATH_OR_REPOSITORY", trust_remote_code=True)',
-        'messages = [{"role": "user", "content": [{"type": "image", "url": "photo.jpg"},',
-        '                                         {"type": "text", "text": "Describe the picture in detail."}]}]',
-        'print(answer(text=messages, return_full_text=False)[0]["generated_text"])',
-        "```",
-        "",
-        "`trust_remote_code=True` runs the four Python files in this folder; they read and write no files and use no network.",
-        "",
-        "| stage | trained (peak learning rate) | mask | sources | steps | loss before | loss after |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for stage in record["stages"]:
-        trained = ", ".join(f"{name} ({rate:g})" for name, rate in stage["learning_rates"].items())
-        sources = ", ".join(source["name"] for source in stage["sources"])
-        before, after = (
-            "-" if stage[key] is None else f"{stage[key]:.3f}" for key in ("eval_loss_before", "eval_loss_after")
-        )
-        lines.append(
-            f"| {stage['stage']} | {trained} | `{stage['attention_mask_type']}` | {sources} | {stage['steps']} | {before} | {after} |"
-        )
-    lines += [
-        "",
-        f"How it was made stands in `{RUN_RECORD}`. The Python files are under the Apache License 2.0 (`LICENSE`).",
-    ]
-    return "\n".join(lines) + "\n"

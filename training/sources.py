@@ -323,6 +323,8 @@ def read_source(arguments: dict, data_dir: str | Path = ".", streaming: bool = F
         raise FileNotFoundError(
             f"No such file or folder: {local}, and {data!r} is no Hub id. Paths start at data_dir={str(data_dir)!r}."
         )
+    if kind.licence != SourceType.licence:
+        identity["licence"] = kind.licence
     if common["image_dir"] is not None:
         folder = Path(data_dir) / common["image_dir"]
         if not folder.is_dir():

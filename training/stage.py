@@ -142,6 +142,12 @@ class StageArguments(SFTConfig):
     evaluation_tag: str = field(
         default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
     )
+    push_to: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repository of the Hub, user/name, that gets the checkpoint of the stage, tagged stage<N>. Private if new."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -345,8 +351,24 @@ def run_stage(arguments: StageArguments) -> dict:
         if arguments.frozen_16_bit:
             _restore_frozen(model, arguments)
         save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        if arguments.push_to:
+            _push(arguments)
     trainer.accelerator.wait_for_everyone()
     return entry
+
+
+def _push(arguments: StageArguments) -> None:
+    """Pushes the finished stage. That it fails costs nothing that was trained, so it is told and the run goes on."""
+    from hub_upload.push import PushError, push
+
+    try:
+        pushed = push(arguments.output_dir, arguments.push_to, tag=f"stage{arguments.stage}")
+    except PushError as error:
+        logger.error(
+            f"Not pushed: {error}\nTry again: python hub_upload/push.py {arguments.output_dir} {arguments.push_to}"
+        )
+    else:
+        print(f"Pushed. To load it:\n{pushed.how_to_load()}", flush=True)
 
 
 def _figures(

@@ -1,0 +1,402 @@
+"""Pushing to and loading from a Hub on this machine: the real client over HTTP, in processes of their own."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hub_upload.package import files_of, package
+from tests.hub_client import Client, ClientError
+from tests.loopback_hub import LoopbackHub
+from tests.running import arguments_for
+from training.checkpoint import read_run_record
+
+
+ROOT = Path(__file__).parents[1]
+BASE = {name: os.environ[name] for name in ("PATH", "HOME", "ALIGNVLM_TEST_DATA") if name in os.environ}
+
+
+@pytest.fixture(scope="module", params=["lfs", "xet"])
+def hub(request, tmp_path_factory):
+    with LoopbackHub(tmp_path_factory.mktemp(request.param), xet=request.param == "xet") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def lfs_hub(tmp_path_factory):
+    with LoopbackHub(tmp_path_factory.mktemp("lfs"), part_size=30_000) as hub:
+        yield hub
+
+
+def connect(hub: LoopbackHub, folder: Path, **options) -> Client:
+    client = Client({**BASE, **hub.environment(folder / "home", **options)}, folder)
+    client("hub_client:quick")
+    return client
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    client = connect(hub, tmp_path_factory.mktemp("client"))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def lfs_client(lfs_hub, tmp_path_factory):
+    client = connect(lfs_hub, tmp_path_factory.mktemp("client"))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def staged(checkpoint, tmp_path_factory) -> Path:
+    return package(checkpoint, tmp_path_factory.mktemp("staged") / "out")
+
+
+def holds(hub: LoopbackHub, repository: str, folder: Path, ref: str = "main") -> bool:
+    """Whether a branch holds exactly a folder's files."""
+    there = {name: blob for name, blob in hub.files(repository, ref).items() if name != ".gitattributes"}
+    if sorted(there) != files_of(folder):
+        return False
+    return all(
+        blob.sha256 == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        if blob.sha256
+        else hub.content(blob) == (folder / name).read_bytes()
+        for name, blob in there.items()
+    )
+
+
+def change_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    (mine / ".env").write_text("SECRET=1")
+    assert client("hub_upload.push:push", mine, "user/whole", dry_run=True) is None
+    assert "user/whole" not in hub.repositories
+    pushed = client("hub_upload.push:push", mine, "user/whole", tag="v1")
+    repository = hub.repositories["user/whole"]
+    assert pushed["commit"] == repository.refs["main"] == repository.tags["v1"] and pushed["changed"]
+    assert repository.private and repository.history() == ["Upload mine", "initial commit"]
+    assert holds(hub, "user/whole", package(mine, tmp_path / "staged", repository="user/whole"))
+    # Again: nothing to say, so nothing is said.
+    again = client("hub_upload.push:push", mine, "user/whole", tag="v1")
+    assert not again["changed"] and again["commit"] == pushed["commit"] and len(repository.history()) == 2
+    # A change, and a file somebody put there by hand.
+    blobs = dict(hub.files("user/whole"))
+    repository.commit("main", {**blobs, "stray.txt": hub.store(b"x")}, "by hand")
+    change_weights(mine)
+    third = client("hub_upload.push:push", mine, "user/whole", tag="v2")
+    assert holds(hub, "user/whole", package(mine, tmp_path / "staged", repository="user/whole"))
+    assert repository.history()[0] == "Upload mine" and len(repository.history()) == 4
+    assert repository.tags == {"v1": pushed["commit"], "v2": third["commit"]}
+    with pytest.raises(ClientError, match=r"the tag 'v1' already names .* Take another tag"):
+        client("hub_upload.push:push", mine, "user/whole", tag="v1")
+
+
+def test_branches_and_pull_requests(hub, client, staged):
+    client("hub_upload.push:send", staged, "user/branches", revision="trial")
+    assert holds(hub, "user/branches", staged, "trial") and list(hub.files("user/branches")) == [".gitattributes"]
+    proposed = client("hub_upload.push:send", staged, "user/branches", create_pr=True)
+    assert proposed["pull_request"].endswith("/user/branches/discussions/1")
+    assert holds(hub, "user/branches", staged, "refs/pr/1") and list(hub.files("user/branches")) == [".gitattributes"]
+
+
+def test_visibility_is_read_back_before_anything_is_sent(hub, client, staged):
+    hub.create("user/open", private=False)
+    with pytest.raises(
+        ClientError, match=r"user/open is public, and you asked for private. Nothing was sent.* --public"
+    ):
+        client("hub_upload.push:send", staged, "user/open")
+    assert list(hub.files("user/open")) == [".gitattributes"]
+    client("hub_upload.push:send", staged, "user/open", private=False)
+    assert holds(hub, "user/open", staged) and not hub.repositories["user/open"].private
+
+
+def test_a_folder_that_fails_the_checks_is_not_sent(hub, client, checkpoint, tmp_path):
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    with (mine / "masking_alignvlm.py").open("a") as file:
+        file.write("\nimport requests\n")
+    with pytest.raises(ClientError, match=r"must not be pushed:\n  masking_alignvlm.py: line .* imports requests"):
+        client("hub_upload.push:push", mine, "user/refused")
+    assert "user/refused" not in hub.repositories
+
+
+CALLS = [
+    ("POST", "repos/create"),
+    ("GET", r"api/models/user/[^/]+$"),
+    ("GET", "/tree/"),
+    ("POST", "validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "objects/batch"),
+    ("PUT", "/upload/"),
+    ("POST", "/commit/"),
+    ("GET", "/refs"),
+    ("POST", "/tag/"),
+]
+
+
+@pytest.mark.parametrize("method, path", CALLS, ids=lambda value: value.strip("/"))
+@pytest.mark.parametrize("status", [503, 429])
+def test_overload_on_any_call_is_waited_out(lfs_hub, lfs_client, staged, tmp_path, method, path, status):
+    name = f"user/busy-{status}-{abs(hash((method, path)))}"
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    change_weights(mine)
+    lfs_hub.faults[:] = [
+        {"method": method, "path": path, "status": status, "times": 2, "headers": {"Retry-After": "0"}}
+    ]
+    try:
+        pushed = lfs_client("hub_upload.push:send", mine, name, tag="v1")
+    except ClientError as error:
+        # Some calls the client itself does not repeat, and asks to be made again: then a second push must do.
+        pytest.fail(f"{method} {path}: {error}")
+    assert lfs_hub.faults[0]["times"] < 2, "the fault was never met"
+    assert holds(lfs_hub, name, mine) and pushed["commit"] == lfs_hub.repositories[name].tags["v1"]
+    assert len(lfs_hub.repositories[name].history()) == 2
+
+
+@pytest.mark.parametrize("method, path", [("PUT", "/upload/"), ("POST", "/commit/"), ("POST", "objects/batch")])
+def test_a_hub_that_stays_down_leaves_the_branch_as_it_was(lfs_hub, lfs_client, staged, tmp_path, method, path):
+    name = f"user/down-{abs(hash((method, path)))}"
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    lfs_client("hub_upload.push:send", mine, name)
+    before = lfs_hub.repositories[name].refs["main"]
+    change_weights(mine)
+    lfs_hub.faults[:] = [{"method": method, "path": path, "status": 500, "times": 1000}]
+    with pytest.raises(ClientError, match="The Hub could not be reached, or failed, 5 times.*Push again"):
+        lfs_client("hub_upload.push:send", mine, name)
+    assert lfs_hub.repositories[name].refs["main"] == before
+    lfs_hub.faults.clear()
+    asked = len(lfs_hub.requests)
+    lfs_client("hub_upload.push:send", mine, name)
+    assert holds(lfs_hub, name, mine)
+    if path == "/commit/":  # the blob was there already
+        assert not [r for r in lfs_hub.requests[asked:] if r["method"] == "PUT"]
+
+
+def test_a_connection_cut_during_an_upload(lfs_hub, lfs_client, staged, tmp_path):
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    change_weights(mine)
+    lfs_hub.faults[:] = [{"method": "PUT", "path": "/upload/", "cut": 5000, "times": 2}]
+    lfs_client("hub_upload.push:send", mine, "user/cut")
+    assert lfs_hub.faults[0]["times"] == 0 and holds(lfs_hub, "user/cut", mine)
+
+
+def test_an_answer_that_is_lost(lfs_hub, lfs_client, staged, tmp_path):
+    """The commit was made, but nobody said so: there is no second one."""
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "lose_answer": True}]
+    pushed = lfs_client("hub_upload.push:send", mine, "user/lost", tag="v1")
+    assert holds(lfs_hub, "user/lost", mine) and len(lfs_hub.repositories["user/lost"].history()) == 2
+    assert pushed["changed"] and pushed["commit"] == lfs_hub.repositories["user/lost"].tags["v1"]
+
+
+def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path):
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    lfs_client("hub_upload.push:send", mine, "user/busy")
+    repository = lfs_hub.repositories["user/busy"]
+
+    def push_something() -> None:
+        repository.commit("main", {**lfs_hub.files("user/busy"), "theirs.txt": lfs_hub.store(b"1")}, "theirs")
+
+    change_weights(mine)
+    lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "before": push_something}]
+    with pytest.raises(
+        ClientError, match="Someone pushed to user/busy meanwhile. Look at what they did, and push again"
+    ):
+        lfs_client("hub_upload.push:send", mine, "user/busy")
+    assert repository.history()[0] == "theirs" and "theirs.txt" in lfs_hub.files("user/busy")
+
+
+@pytest.mark.parametrize(
+    "token, name, message",
+    [
+        ("hf_nobody", "user/x", r"The Hub does not know who you are. Log in with `hf auth login`.*HTTP 401"),
+        ("hf_loopbackreader", "reader/x", r"Your token may not write to reader/x.*HTTP 403"),
+        ("hf_loopbackwriter", "other/x", r"Your token may not write to other/x.*HTTP 403"),
+        (None, "user/x", "The Hub does not know who you are"),
+    ],
+)
+def test_who_may_not_write_is_told(lfs_hub, staged, tmp_path, token, name, message):
+    lfs_hub.faults.clear()
+    client = connect(lfs_hub, tmp_path, token=token)
+    with pytest.raises(ClientError, match=message):
+        client("hub_upload.push:send", staged, name)
+    client.close()
+    assert name not in lfs_hub.repositories
+    assert "hf_" not in (tmp_path / "client.log").read_text()
+
+
+def test_killed_half_way(lfs_hub, staged, tmp_path):
+    """While a large file is on its way, and after it: the branch is as before, and no blob that arrived is sent again."""
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    lfs_hub.faults.clear()
+    first = connect(lfs_hub, tmp_path)
+    first("hub_upload.push:send", mine, "user/killed")
+    repository = lfs_hub.repositories["user/killed"]
+    before = repository.refs["main"]
+    change_weights(mine)
+    for path, client in ((r"/upload/\w+/1$", first), ("/commit/", None)):
+        client = client or connect(lfs_hub, tmp_path)
+
+        def kill(victim=client) -> None:
+            victim.process.send_signal(signal.SIGKILL)
+            time.sleep(0.2)
+
+        method = "POST" if path == "/commit/" else "PUT"
+        lfs_hub.faults[:] = [{"method": method, "path": path, "before": kill, "status": 503}]
+        with pytest.raises(RuntimeError, match="the client died"):
+            client("hub_upload.push:send", mine, "user/killed")
+        client.process.wait()
+        assert repository.refs["main"] == before
+    asked = len(lfs_hub.requests)
+    last = connect(lfs_hub, tmp_path)
+    last("hub_upload.push:send", mine, "user/killed")
+    last.close()
+    assert holds(lfs_hub, "user/killed", mine)
+    assert not [r for r in lfs_hub.requests[asked:] if r["method"] == "PUT"]
+
+
+def run(hub: LoopbackHub, folder: Path, *command, code: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**BASE, **hub.environment(folder / "home"), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkpoint, tmp_path):
+    lfs_hub.faults.clear()
+    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--tag", "v1")
+    commit = lfs_hub.repositories["user/cli"].refs["main"]
+    assert f'from_pretrained("user/cli", revision="{commit}", trust_remote_code=True)' in output
+    assert "Private" in output and "hf_loop" not in output
+    output = run(lfs_hub, tmp_path, "-m", "hub_upload.push", checkpoint, "user/cli", PYTHONPATH=str(ROOT))
+    assert "holds exactly this already; no commit was made" in output
+    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--public", code=1)
+    assert "error: user/cli is private, and you asked for public" in output and "Traceback" not in output
+    run(lfs_hub, tmp_path, "-m", "hub_upload.inspect", "user/cli", PYTHONPATH=str(ROOT))
+
+
+LOADING = """
+import json, sys
+
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_alignvlm", "training", "evaluation", "hub_upload"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+name, revision = sys.argv[1:3]
+options = {"revision": revision, "trust_remote_code": True}
+config = AutoConfig.from_pretrained(name, **options)
+processor = AutoProcessor.from_pretrained(name, **options)
+model = AutoModel.from_pretrained(name, **options)
+messages = [
+    {"role": "user", "content": [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is it?"}]}
+]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+answers = pipeline("image-text-to-text", model=name, **options)(
+    text=messages, max_new_tokens=5, do_sample=False, return_full_text=False
+)
+assert answers[0]["generated_text"] == text, (answers, text)
+first = next(iter(model.state_dict().values())).flatten()[0].item()
+model.save_pretrained("resaved")
+processor.save_pretrained("resaved")
+print("RESULT", json.dumps({"text": text, "first": first, "commit": config._commit_hash}))
+"""
+
+
+def load(hub: LoopbackHub, folder: Path, name: str, revision: str, **environment: str) -> dict:
+    output = run(hub, folder, "-I", "-c", LOADING, name, revision, **environment)
+    return json.loads(re.search(r"RESULT (.*)", output)[1])
+
+
+def test_loading_from_the_hub(hub, client, checkpoint, tmp_path):
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    first = client("hub_upload.push:push", mine, "user/loaded", tag="v1")
+    change_weights(mine)
+    second = client("hub_upload.push:push", mine, "user/loaded")
+    Image.new("RGB", (20, 12), (200, 30, 60)).save(tmp_path / "picture.png")
+    asked = len(hub.requests)
+    old = load(hub, tmp_path, "user/loaded", first["commit"])
+    new = load(hub, tmp_path, "user/loaded", "main")
+    tagged = load(hub, tmp_path, "user/loaded", "v1", HF_HUB_OFFLINE="1")  # from the cache
+    assert old == tagged or {**old, "commit": None} == {**tagged, "commit": None}
+    assert new["first"] == pytest.approx(old["first"] + 1, abs=1e-5) and new["commit"] == second["commit"]
+    assert not [r for r in hub.requests[asked:] if r["path"].startswith("/large") and r["token"]], "the token followed"
+    # Saved again, it is still a repository of its own.
+    config = json.loads((tmp_path / "resaved/config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_alignvlm.AlignVLMForConditionalGeneration"
+    assert (tmp_path / "resaved/modeling_alignvlm.py").read_text() == (checkpoint / "modeling_alignvlm.py").read_text()
+    again = load(hub, tmp_path, "./resaved", "main", HF_HUB_OFFLINE="1")
+    assert again["text"] == new["text"] and again["first"] == new["first"]
+    # Without trust, nothing runs.
+    code = "from transformers import AutoModel; AutoModel.from_pretrained('user/loaded')"
+    refusal = run(hub, tmp_path, "-I", "-c", code, code=1, HF_HOME=str(tmp_path / "fresh"))
+    assert "trust_remote_code=True" in refusal and not list((tmp_path / "fresh").rglob("modeling_alignvlm.py"))
+    shutil.rmtree(tmp_path / "home")
+
+
+def test_the_hf_command_downloads_what_was_pushed(hub, client, staged, tmp_path):
+    client("hub_upload.push:send", staged, "user/downloaded")
+    hf = Path(sys.executable).parent / "hf"
+    environment = {**BASE, **hub.environment(tmp_path / "home")}
+    command = [str(hf), "download", "user/downloaded", "--local-dir", str(tmp_path / "copy")]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    for name in files_of(staged):
+        assert (tmp_path / "copy" / name).read_bytes() == (staged / name).read_bytes()
+
+
+def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client, checkpoint, tmp_path):
+    lfs_hub.faults.clear()
+    pushed = lfs_client("hub_upload.push:push", checkpoint, "user/start")
+    fields = {
+        "model_revision": pushed["commit"],
+        "projector_learning_rate": 1e-2,
+        "max_steps": 1,
+        "push_to": "user/trained",
+    }
+    for stage, model in ((3, "user/start"), (4, str(tmp_path / "3"))):
+        fields = fields if stage == 3 else {**fields, "model_revision": None}
+        given = arguments_for(model, tmp_path / str(stage), stage=stage, **fields)
+        output = run(lfs_hub, tmp_path, ROOT / f"training/stage{stage}.py", *given)
+        assert 'from_pretrained("user/trained", revision=' in output
+    repository = lfs_hub.repositories["user/trained"]
+    assert set(repository.tags) == {"stage3", "stage4"} and repository.tags["stage4"] == repository.refs["main"]
+    assert not [name for name in lfs_hub.files("user/trained") if "optimizer" in name or "checkpoint" in name]
+    record = read_run_record(tmp_path / "4")
+    assert record["stages"][0]["model"] == "user/start" and record["stages"][0]["model_revision"] == pushed["commit"]
+    # A Hub that is down costs no training.
+    lfs_hub.faults[:] = [{"method": "POST", "path": "repos/create", "status": 403, "times": 9}]
+    given = arguments_for(checkpoint, tmp_path / "down", stage=1, **{**fields, "model_revision": None})
+    output = run(lfs_hub, tmp_path, ROOT / "training/stage1.py", *given)
+    assert "Not pushed: Your token may not write" in output and "python hub_upload/push.py" in output
+    assert read_run_record(tmp_path / "down")["stages"][-1]["steps"] == 1
+    lfs_hub.faults.clear()
