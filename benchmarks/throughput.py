@@ -337,8 +337,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="How often the systems take turns.")
     parser.add_argument("--quick", action="store_true", help="Only the first comparison.")
     parser.add_argument("--large", action="store_true", help="The 729-token shape as well.")
-    parser.add_argument("--vision_layers", type=int, default=13, help="Of the large shape, whose encoder has 27.")
-    parser.add_argument("--text_layers", type=int, default=12, help="Of the large shape, whose language model has 24.")
+    parser.add_argument("--vision_layers", type=int, default=9, help="Of the large shape, whose encoder has 27.")
+    parser.add_argument("--text_layers", type=int, default=8, help="Of the large shape, whose language model has 24.")
     parser.add_argument("--output", default="out/bench/throughput.json")
     arguments = parser.parse_args()
     arguments.attn_implementation = arguments.attn_implementation or ("eager" if arguments.device == "cpu" else "sdpa")
@@ -369,16 +369,16 @@ def main() -> None:
     if arguments.large:
         layers = {"vision_layers": arguments.vision_layers, "text_layers": arguments.text_layers}
         comparisons.append(({**options, "shape": "so400m-384+0.5b", "images": 1, **layers}, both))
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for chosen, systems in comparisons:
         rows += compare(chosen, systems, arguments.rounds, rate)
         print(table(rows[-len(systems) :]), flush=True)
+        output.write_text(json.dumps(rows, indent=2) + "\n")  # each time, so that a failure later loses nothing
     first = rows[0]
     seconds = mask_seconds(first["rows"], first["length"], arguments.device, image_tokens=196)
     print(f"Building the mask of a step: {seconds * 1000:.1f} ms, {seconds / first['step_seconds']:.2%} of the step")
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(rows, indent=2) + "\n")
     picture(rows, output.with_suffix(".png"))
     print(f"\n{table(rows)}\n{output}\n{output.with_suffix('.png')}")
 

@@ -1,5 +1,7 @@
 """Rows of records: what is trained is exactly what separate sequences would train."""
 
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -126,3 +128,12 @@ def test_real_scenes_do_not_leak_under_any_mask(processor):
     for mask_type in MASK_TYPES:
         batch = AlignVLMCollator(processor, mask_type)([dataset[i] for i in range(4)])
         assert (batch["labels"] != -100).any(-1).all()
+
+
+def test_a_collator_can_be_sent_to_a_worker_that_is_not_forked(processor):
+    records = [scenes.make_scenes(3)[i] for i in range(3)]
+    collator = AlignVLMCollator(processor, max_length=90)
+    expected = collator(records)
+    found = pickle.loads(pickle.dumps(collator))(records)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if torch.is_tensor(value))

@@ -176,7 +176,7 @@ def test_a_hub_that_stays_down_leaves_the_branch_as_it_was(lfs_hub, lfs_client, 
     before = lfs_hub.repositories[name].refs["main"]
     change_weights(mine)
     lfs_hub.faults[:] = [{"method": method, "path": path, "status": 500, "times": 1000}]
-    with pytest.raises(ClientError, match="The Hub could not be reached, or failed, 5 times.*Push again"):
+    with pytest.raises(ClientError, match=r"The Hub could not be reached, or failed, 5 times.*Push again"):
         lfs_client("hub_upload.push:send", mine, name)
     assert lfs_hub.repositories[name].refs["main"] == before
     lfs_hub.faults.clear()
@@ -215,7 +215,7 @@ def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path):
     change_weights(mine)
     lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "before": push_something}]
     with pytest.raises(
-        ClientError, match="Someone pushed to user/busy meanwhile. Look at what they did, and push again"
+        ClientError, match=r"Someone pushed to user/busy meanwhile. Look at what they did, and push again"
     ):
         lfs_client("hub_upload.push:send", mine, "user/busy")
     assert repository.history()[0] == "theirs" and "theirs.txt" in lfs_hub.files("user/busy")

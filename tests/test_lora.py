@@ -52,29 +52,35 @@ def test_merged_equals_unmerged_with_its_lora_weights(checkpoint, processor, fol
     apart = AlignVLMForConditionalGeneration.from_pretrained(folders[1])
     without = logits(apart, processor)
     apart.load_adapter(str(folders[1] / "lora"))
-    torch.testing.assert_close(logits(apart, processor), merged, rtol=1e-5, atol=1e-5)
-    assert (without - merged).abs().max() > 1e-2
+    scale = merged.abs().max()
+    assert (logits(apart, processor) - merged).abs().max() < 1e-5 * scale
+    assert (without - merged).abs().max() > 1e-2 * scale
     from peft import PeftModel
 
     apart = PeftModel.from_pretrained(
         AlignVLMForConditionalGeneration.from_pretrained(folders[1]), str(folders[1] / "lora")
     )
-    torch.testing.assert_close(logits(apart, processor), merged, rtol=1e-5, atol=1e-5)
+    assert (logits(apart, processor) - merged).abs().max() < 1e-5 * scale
     assert not (folders[0] / "lora").exists()
 
 
 def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, folders, tmp_path):
     merged, apart = (AlignVLMForConditionalGeneration.from_pretrained(folder) for folder in folders)
     assert merge_saved_lora(apart, folders[1]) and not merge_saved_lora(merged, folders[0])
-    torch.testing.assert_close(logits(apart, processor), logits(merged, processor), rtol=1e-5, atol=1e-5)
+    expected = logits(merged, processor)
+    assert (logits(apart, processor) - expected).abs().max() < 1e-5 * expected.abs().max()
     results = {}
     for folder in folders:
-        entry = main(arguments_for(folder, tmp_path / folder.name, stage=4, vision_learning_rate=1e-3, max_steps=2))
+        entry = main(
+            arguments_for(folder, tmp_path / folder.name, optim="sgd", vision_learning_rate=1e-3, max_steps=2)
+        )
         results[folder.name] = entry["logged_losses"]
-        again = main(arguments_for(folder, tmp_path / f"{folder.name} lora", stage=4, **LORA, **RATES, max_steps=2))
+        again = main(
+            arguments_for(folder, tmp_path / f"{folder.name} lora", optim="sgd", **LORA, **RATES, max_steps=2)
+        )
         results[f"{folder.name} lora"] = again["logged_losses"]
-    assert results["True"] == pytest.approx(results["False"], rel=1e-4)
-    assert results["True lora"] == pytest.approx(results["False lora"], rel=1e-4)
+    assert results["True"] == pytest.approx(results["False"], rel=1e-3)
+    assert results["True lora"] == pytest.approx(results["False lora"], rel=1e-3)
     from evaluation.evaluate_model import evaluate_checkpoint, parser
 
     predictions = []

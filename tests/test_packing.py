@@ -221,3 +221,25 @@ def test_frozen_parts_cost_no_gradients_and_the_head_works_only_at_labels(proces
     assert language * 0.9 < stage1 < language * 1.5
     assert 1.8 * vision.get_total_flops() * 0.8 < stage2 - stage1 < 2.2 * vision.get_total_flops()
     assert everything - stage2 > language * 0.5
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_rows_of_several_records_under_a_compiled_flex_kernel(make_model, processor, mask_type):
+    """The loss, and every response's log-probabilities, are those of one record per row under SDPA."""
+    rng = random.Random(3)
+    records = [random_record(rng) for _ in range(6)]
+    model = make_model(mask_type).eval()
+    found = {}
+    for kernel, row_length in (("sdpa", None), ("flex_attention", 256)):
+        torch.compiler.reset()  # see test_modeling.set_kernel
+        model.set_attn_implementation(kernel)
+        collator = AlignVLMCollator(processor, mask_type, row_length=row_length, pad_to_multiple_of=128)
+        batch = collator(records)
+        with torch.no_grad():
+            outputs = model(**batch, use_cache=False)
+        labels = batch["labels"][:, 1:]
+        log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        found[kernel] = (outputs.loss, log_probs[labels != IGNORED].sort().values, len(batch["input_ids"]))
+    assert found["flex_attention"][2] < found["sdpa"][2]
+    torch.testing.assert_close(found["flex_attention"][0], found["sdpa"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["flex_attention"][1], found["sdpa"][1], rtol=1e-4, atol=1e-4)

@@ -90,9 +90,10 @@ def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
     [
         ({"model": "nowhere/at/all"}, "stage 3 .model 'nowhere/at/all'"),
         ({"sources": [{"name": "local", "data": "none.jsonl"}]}, "stage 3 .*No such file or folder: .*none.jsonl"),
+        ({"sources": [{"name": "scenes"}]}, "stage 3 .*Source 'scenes' needs count"),
         ({"eval_sources": [{"name": "scene"}]}, "stage 3 .*Unknown source 'scene'"),
         (
-            {"sources": [{"name": "scenes", "share": 0.5}, {"name": "scene_texts", "share": 0.6}]},
+            {"sources": [{"name": s, "count": 9, "share": x} for s, x in (("scenes", 0.5), ("scene_texts", 0.6))]},
             "sum to 1.1 instead of 1",
         ),
         ({"lora_rank": 2, "lora_targets": ["qkv"], "language_learning_rate": 1e-3}, r"stage 3 .*\['qkv'\] name no"),

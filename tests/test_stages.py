@@ -204,7 +204,7 @@ RECIPES = sorted((ROOT / "training/recipes").glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipes_are_valid(path):
-    (arguments,) = TrlParser(StageArguments).parse_args_and_config(["--config", str(path)])
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
     assert path.stem == f"stage{arguments.stage}"
     assert arguments.num_train_epochs == 1 and arguments.learning_rates
 

@@ -120,13 +120,24 @@ class AlignVLMCollator:
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
         self.name_records = name_records
-        self._encode = lru_cache(maxsize=100_000)(
-            self._encode_texts
-        )  # questions and short answers come again and again
+        self._remember_texts()
         if processor.chat_template is None:
             raise ValueError(
                 "The processor has no chat template, so prompts and responses cannot be written. Set one."
             )
+
+    def _remember_texts(self) -> None:
+        self._encode = lru_cache(maxsize=100_000)(
+            self._encode_texts
+        )  # questions and short answers come again and again
+
+    def __getstate__(self) -> dict:
+        """Without what was remembered, which cannot be sent to a data worker that is not forked."""
+        return {name: value for name, value in vars(self).items() if name != "_encode"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._remember_texts()
 
     def encode(self, annotation: dict[str, str], image_count: int) -> tuple[list[int], list[int]]:
         """The token ids of one annotation's prompt (one image token per image, not yet expanded) and of its response.

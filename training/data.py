@@ -406,16 +406,12 @@ class ShowArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet."""
-    from trl import TrlParser
-
     from modeling_alignvlm import AlignVLMProcessor
     from training.checkpoint import read_run_record
     from training.contact_sheet import describe_parts, write_contact_sheet
-    from training.stage import StageArguments, make_collator, make_mixture
+    from training.stage import make_collator, make_mixture, parse_anywhere
 
-    arguments, show = TrlParser((StageArguments, ShowArguments)).parse_args_and_config(
-        sys.argv[1:] if argv is None else argv
-    )
+    arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     collator = make_collator(arguments, processor)
     stages = read_run_record(arguments.model, arguments.model_revision)["stages"]

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
-from trl import TrlParser
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from training.checkpoint import read_run_record
 from training.collator import IGNORED, AlignVLMCollator
 from training.data import Mixture, load_mixture
 from training.lora import add_lora, language_linear_layers
-from training.stage import StageArguments, make_collator, make_mixture
+from training.stage import StageArguments, make_collator, make_mixture, parse_anywhere
 from training.trainer import MODULES, freeze_all_but
 
 
@@ -325,10 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=30, help="Random batches whose shapes are measured.")
     options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
-    stages = []
-    for path in paths:
-        (arguments,) = TrlParser(StageArguments).parse_args_and_config(["--config", path, *fields])
-        stages.append(arguments)
+    stages = [parse_anywhere(["--config", path, *fields])[0] for path in paths]
     plans = plan_stages(stages, options.processes, options.sample)
     for plan in plans:
         print(describe(plan, options.gpu, options.utilisation) + "\n")

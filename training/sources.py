@@ -351,6 +351,8 @@ def _generated(name: str, options: dict, streaming: bool) -> Source:
     valid = inspect.signature(function).parameters
     if unknown := set(options) - set(valid):
         raise ValueError(f"Source {name!r} does not know {sorted(unknown)}. Its arguments: {', '.join(valid)}.")
+    if missing := [key for key, p in valid.items() if p.default is p.empty and key not in options]:
+        raise ValueError(f"Source {name!r} needs {', '.join(missing)}.")
     rows = function(**options).cast(UNDECODED_RECORD)
     return Source(rows.to_iterable_dataset() if streaming else rows, _first, identity={"generated": name, **options})
 

@@ -217,6 +217,12 @@ class StageArguments(SFTConfig):
         return {module: rate for module, rate in rates.items() if rate is not None}
 
 
+def parse_anywhere(argv: list[str], *more: type) -> tuple:
+    """`StageArguments` and `more` dataclasses from a command line, for looking only: a recipe for a GPU is read without one too."""
+    elsewhere = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
+    return TrlParser((StageArguments, *more)).parse_args_and_config([*elsewhere, *argv])
+
+
 def make_collator(arguments: StageArguments, processor: AlignVLMProcessor) -> AlignVLMCollator:
     """The collator of a stage."""
     return AlignVLMCollator(

@@ -239,7 +239,14 @@ class AlignVLMTrainer(SFTTrainer):
         if self.token_weighting == "none" or not self.model.training:
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
-        _, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+        found = []
+
+        def remembering(**kwargs):
+            found.append(model(**kwargs))
+            return found[0]
+
+        super().compute_loss(remembering, dict(inputs), num_items_in_batch=num_items_in_batch)  # for TRL's metrics
+        (outputs,) = found
         segments = response_segments(inputs["record_ids"], inputs["branch_ids"]).roll(-1, dims=1)[keep]
         if self.token_weighting == "length":
             weights = length_weights(segments)
