@@ -24,6 +24,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from evaluation import bootstrap
@@ -122,7 +123,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
         work = bind(arguments, model, processor)
     settings = {
         "task": arguments.task,
-        "model": _model_identity(arguments.checkpoint, model),
+        "model": _model_identity(arguments.checkpoint, arguments.revision),
         **work.settings,
         "control": _control(arguments),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -395,11 +396,11 @@ def _default_output(checkpoint: str) -> Path:
     return Path(checkpoint) / "results" if Path(checkpoint).is_dir() else Path("results") / checkpoint.split("/")[-1]
 
 
-def _model_identity(checkpoint: str, model) -> dict:
+def _model_identity(checkpoint: str, revision: str | None) -> dict:
     """Which weights these are: a repository's commit, or the hash of a folder's weights."""
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return {"name": checkpoint, "revision": getattr(model.config, "_commit_hash", None)}
+        return {"name": checkpoint, "revision": extract_commit_hash(_file(checkpoint, "config.json", revision), None)}
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
     return {"name": folder.resolve().name, "weights_sha256": file_hash(weights)}
 

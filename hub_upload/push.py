@@ -6,10 +6,18 @@ The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default
 complete; a second try sends no large file again.
 """
 
+import sys
+from os.path import abspath, dirname
+
+
+if (
+    __name__ == "__main__"
+):  # the folder of a script comes first in the path, and its inspect.py is not the standard one
+    sys.path[0] = dirname(dirname(abspath(__file__)))
+
 import argparse
 import hashlib
 import re
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,9 +31,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python hub_upload/push.py`
 
 from hub_upload.checks import check
 from hub_upload.package import files_of, package, sha256_of

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -70,10 +71,9 @@ def serve() -> None:
 
 
 def quick() -> None:
-    """Waits shorter between tries than a user's client does."""
-    from hub_upload import push
-
-    push.FIRST_WAIT, push.LONGEST_WAIT = 0.01, 0.05
+    """From now on nobody in this process sleeps for long, neither we nor the client between two tries."""
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_local_paths_lose_their_folders():
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"not a whole checkpoint: alignvlm_run\.json missing"):
+    with pytest.raises(FileNotFoundError, match=r"not a whole checkpoint: LICENSE, alignvlm_run\.json missing"):
         package(trained / "checkpoint-2", tmp_path / "out")
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -39,6 +39,14 @@ def read_run_record(folder: str | os.PathLike, revision: str | None = None) -> d
     return json.loads(Path(path).read_text()) if path else {"stages": []}
 
 
+def commit_of(model: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The commit a Hub repository's branch or tag stands for now; None for a folder."""
+    if Path(model).is_dir():
+        return None
+    path = transformers.utils.cached_file(str(model), "config.json", revision=revision)
+    return transformers.utils.hub.extract_commit_hash(path, None)
+
+
 def check_writable(folder: str | os.PathLike) -> None:
     """Raises a clear error if nothing can be written into `folder`, which is created if need be."""
     try:

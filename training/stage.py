@@ -26,6 +26,7 @@ from training.alignment import alignment_figures, text_perplexity
 from training.checkpoint import (
     average_weights,
     check_writable,
+    commit_of,
     is_whole,
     last_whole_checkpoint,
     library_versions,
@@ -324,7 +325,7 @@ def run_stage(arguments: StageArguments) -> dict:
     entry = {
         "stage": arguments.stage,
         "model": arguments.model,
-        "model_revision": arguments.model_revision,
+        "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
         "sources": arguments.sources,
