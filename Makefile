@@ -25,6 +25,7 @@ bench: .venv/test-ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(RUN) benchmarks/throughput.py --large
 	$(RUN) benchmarks/generation.py
+	$(RUN) benchmarks/data.py
 	@[ -z "$$ALIGNVLM_TEST_DATA" ] || $(RUN) benchmarks/cider.py
 
 clean:

@@ -3,8 +3,8 @@
     python benchmarks/true_size.py --configs FOLDER --tokenizer FOLDER [--vision NAME --language NAME]
 
 `--configs` holds folders with the configurations of the backbones, which get random weights. Recipes are those of
-`training/recipes/alignvlm_900m`, but for small batches, `use_cpu`, and drawn pictures as data. Memory is the largest anonymous
-memory of the stage's process (without mapped files) while it trains, sampled from outside.
+`training/recipes/alignvlm_900m`, but for small batches, `use_cpu`, and drawn pictures as data. Memory is the largest resident
+memory of the stage's process while it trains, sampled from outside; frozen weights are mapped files there, and count.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def run(stage: int, recipe: Path, options: list[str]) -> dict:
             except psutil.Error:
                 return
             if peak["trains"]:
-                peak["bytes"] = max(peak["bytes"], memory.rss - memory.shared)
+                peak["bytes"] = max(peak["bytes"], memory.rss)
             time.sleep(0.005)
 
     threading.Thread(target=watch, daemon=True).start()
