@@ -28,7 +28,7 @@ STAND_INS = {
     3: {"coco_captions": (113_287, 5, 4, 10), "flickr30k_captions": (29_000, 5, 4, 12), "vqav2": (82_772, 5, 7, 1)},
     4: {"pathvqa": (2_599, 8, 7, 2)},
 }
-TEXT = (20_000, 1, 15, 180)
+TEXT = (110_000, 1, 15, 180)
 
 
 def stand_in(path: Path, records: int, annotations: int, prompt: int, response: int, image: bool) -> None:
