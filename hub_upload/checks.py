@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
-from hub_upload.package import MANIFEST, RUN_RECORD, files_of, is_allowed, sha256_of
+from hub_upload.package import ABSOLUTE_PATH, MANIFEST, RUN_RECORD, files_of, is_allowed, sha256_of
 
 
 SECRETS = {
@@ -34,9 +34,7 @@ SECRETS = {
     "a password in an address": r"\bhttps?://[^/\s:@]+:[^@/\s]+@",
     "a Weights & Biases key": r"(?i)wandb[_a-z]*key\W{1,4}[0-9a-f]{40}\b",
 }
-LOCAL_PATH = (
-    r"(?<![\w./:-])(/(home|root|Users|tmp|mnt|data|workspace|scratch|srv|opt|var)/[\w./-]+|[A-Za-z]:\\\\?Users\\)"
-)
+LOCAL_PATH = r"(?<![\w./:-])(/(home|root|Users|tmp|mnt|data|work|workspace|scratch|srv|opt|var|nfs|gpfs|content|export)/[\w./-]+|[A-Za-z]:\\\\?Users\\)"
 CARD_FIELDS = ("license", "library_name", "pipeline_tag", "tags", "language")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor")
 # Vocabularies hold whatever texts held; they are data, not configuration.
@@ -182,7 +180,8 @@ def _check_texts(folder: Path) -> list[str]:
         for kind, pattern in SECRETS.items():
             if re.search(pattern, text):
                 problems.append(f"{name}: looks like it holds {kind}")
-        if name not in VOCABULARIES and (found := re.search(LOCAL_PATH, text)):
+        paths = ABSOLUTE_PATH if name.endswith(".json") else LOCAL_PATH
+        if name not in VOCABULARIES and (found := re.search(paths, text)):
             problems.append(f"{name}: holds the local path {found[0]!r}")
     return problems
 

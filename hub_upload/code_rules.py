@@ -1,6 +1,11 @@
-"""What Python files that `trust_remote_code` runs may do, read from their syntax trees; nothing here is executed."""
+"""What Python files that `trust_remote_code` runs may do, read from their syntax trees; nothing here is executed.
+
+A help for reading, not a sandbox: Python has more ways than rules.
+"""
 
 import ast
+import builtins
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,19 +15,22 @@ ALLOWED_IMPORTS = frozenset(
     "PIL __future__ abc collections copy dataclasses enum functools itertools math numpy os torch transformers typing".split()
 )
 ALLOWED_OF_OS = frozenset("PathLike path".split())
-# Names and attributes that run code, read or write files, or reach out.
+# Names, attributes and arguments that run code, read or write files, or reach out, whatever they belong to.
 FORBIDDEN_NAMES = frozenset(
     "__builtins__ __import__ __loader__ breakpoint compile delattr eval exec exit globals input locals open quit vars".split()
 )
 FORBIDDEN_ATTRIBUTES = frozenset(
-    "__builtins__ __globals__ __loader__ __subclasses__ cached_file environ fork from_file get_class_from_dynamic_module "
-    "hf_hub_download hub import_module load_state_dict_from_url popen putenv read_bytes read_text remove rmtree run_path "
-    "snapshot_download spawn system tofile unlink urlopen write_bytes write_text".split()
+    "__builtins__ __globals__ __loader__ __subclasses__ cached_file cpp_extension ctypeslib distributed environ from_file "
+    "from_pretrained fromfile genfromtxt get_class_from_dynamic_module getenv hf_hub_download hub import_module load_file "
+    "load_library load_state_dict_from_url loadtxt memmap multiprocessing package popen push_to_hub read_bytes read_text rmtree "
+    "run_path save_file savetxt savez snapshot_download system tofile trust_remote_code unlink urlopen write_bytes write_text".split()
 )
-FILE_FUNCTIONS = frozenset(f"{module}.{name}" for module in ("torch", "np", "numpy") for name in ("load", "save"))
-# Statements that only define; everything else would run when the file is imported.
-HARMLESS_CALLS = frozenset("dict field frozenset get_logger list range set tuple TypeVar".split())
-DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+FILE_MODULES, FILE_FUNCTIONS = frozenset("torch numpy".split()), frozenset("load save".split())
+# Statements that only define, and calls that only make values; everything else would run when the file is imported.
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Pass)
+HARMLESS_CALLS = frozenset(
+    "dict field frozenset get_logger list no_grad range set tuple lru_cache dataclass TypeVar wraps".split()
+)
 
 
 @dataclass
@@ -39,63 +47,122 @@ def read_code(path: Path, known_files: set[str]) -> Findings:
     Args:
         known_files: the names of the files beside it, which its relative imports may name.
     """
-    found = Findings()
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        found.problems.append(f"cannot be read as Python: {error}")
-        return found
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                _import(found, alias.name, None, node.lineno)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            _relative_import(found, node, known_files)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                _import(found, node.module, alias.name, node.lineno)
-        elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
-            found.problems.append(f"line {node.lineno}: uses {node.id}")
-        elif isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
-            found.problems.append(f"line {node.lineno}: uses .{node.attr}")
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in FILE_FUNCTIONS:
-            found.problems.append(f"line {node.lineno}: uses {ast.unparse(node)}, which reads or writes files")
-    _runs_at_import(found, tree.body)
-    found.imports = sorted(set(found.imports))
-    found.problems = list(dict.fromkeys(found.problems))
-    return found
+        return Findings(problems=[f"cannot be read as Python: {error}"])
+    reader = _Reader(known_files)
+    reader.visit(tree)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for line, text in _runs_at_import(tree.body, own):
+        reader.problems.append(f"line {line}: {text[:60]!r} runs at import")
+    return Findings(sorted(reader.imports), list(dict.fromkeys(reader.problems)))
 
 
-def _runs_at_import(found: Findings, body: list[ast.stmt]) -> None:
-    """Finds what does more than define, in a module and in its classes."""
+class _Reader(ast.NodeVisitor):
+    """Collects imports and forbidden uses; names are followed to what was imported under them."""
+
+    def __init__(self, known_files: set[str]):
+        self.known_files = known_files
+        self.imports: set[str] = set()
+        self.problems: list[str] = []
+        self.stands_for: dict[str, str] = {}
+
+    def report(self, node: ast.AST, text: str) -> None:
+        self.problems.append(f"line {node.lineno}: {text}")
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self.imports.add(alias.name)
+            self.stands_for[alias.asname or alias.name.split(".")[0]] = (
+                alias.name if alias.asname else alias.name.split(".")[0]
+            )
+            self.check_import(node, alias.name)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        module = node.module or ""
+        if node.level:  # transformers finds `from .name import x` by a regular expression, and nothing else
+            self.imports.add("." * node.level + module)
+            if node.level > 1 or not module or "." in module:
+                self.report(node, "transformers cannot follow this relative import")
+            elif f"{module}.py" not in self.known_files:
+                self.report(node, f".{module} is not in the folder")
+            return
+        for alias in node.names:
+            full = f"{module}.{alias.name}"
+            self.imports.add(full)
+            self.stands_for[alias.asname or alias.name] = full
+            self.check_import(node, full)
+
+    def check_import(self, node: ast.AST, full: str) -> None:
+        if full.split(".")[0] not in ALLOWED_IMPORTS:
+            self.report(node, f"imports {full}, which is not on the list of what model code needs")
+        else:
+            self.check_use(node, full, "imports")
+
+    def check_use(self, node: ast.AST, full: str, verb: str = "uses") -> None:
+        """A dotted name, written out in full."""
+        parts = full.split(".")
+        if reached := [part for part in parts[1:] if part in FORBIDDEN_ATTRIBUTES]:
+            self.report(node, f"{verb} {full}, where .{reached[0]} is more than model code needs")
+        elif parts[0] in FILE_MODULES and parts[-1] in FILE_FUNCTIONS:
+            self.report(node, f"{verb} {full}, which reads or writes files")
+        elif parts[0] == "os" and len(parts) > 1 and parts[1] not in ALLOWED_OF_OS:
+            self.report(node, f"{verb} {full}; of os only {', '.join(sorted(ALLOWED_OF_OS))} are allowed")
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in FORBIDDEN_NAMES:
+            self.report(node, f"uses {node.id}")
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        names, inner = [node.attr], node.value
+        while isinstance(inner, ast.Attribute):
+            names.append(inner.attr)
+            inner = inner.value
+        root = self.stands_for.get(inner.id, inner.id) if isinstance(inner, ast.Name) else "?"
+        self.check_use(node, ".".join([root, *reversed(names)]))
+        self.visit(inner)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg in FORBIDDEN_ATTRIBUTES:
+            self.report(node.value, f"passes {node.arg}")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name in ("getattr", "setattr") and len(node.args) > 1:
+            wanted = node.args[1]
+            of_self = isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
+            if isinstance(wanted, ast.Constant):
+                self.check_use(node, f"?.{wanted.value}")
+            elif not of_self:
+                self.report(node, f"{name} of a name that is computed")
+        self.generic_visit(node)
+
+
+def _runs_at_import(body: list[ast.stmt], own: set[str]) -> Iterator[tuple[int, str]]:
+    """The lines and texts of what does more than define, in a module and in its classes; `own` are names the file defines."""
     for node in body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if not isinstance(node, (*DEFINITIONS, ast.Pass)) and not is_text:
-            found.problems.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0][:60]!r} runs at import")
+        if not isinstance(node, DEFINITIONS) and not is_text:
+            yield node.lineno, ast.unparse(node).splitlines()[0]
+            continue
+        evaluated: list[ast.AST | None] = []
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            evaluated = [node.value]
+        elif isinstance(node, ast.FunctionDef):
+            evaluated = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults]
         elif isinstance(node, ast.ClassDef):
-            _runs_at_import(found, node.body)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            for call in (inner for inner in ast.walk(node.value) if isinstance(inner, ast.Call)):
-                if ast.unparse(call.func).split(".")[-1] not in HARMLESS_CALLS:
-                    found.problems.append(f"line {call.lineno}: {ast.unparse(call)[:60]!r} runs at import")
+            evaluated = [*node.decorator_list, *node.bases, *(keyword.value for keyword in node.keywords)]
+            yield from _runs_at_import(node.body, own)
+        for decorator in getattr(node, "decorator_list", []):
+            if isinstance(decorator, ast.Name) and (decorator.id in own or _runs(decorator.id)):
+                yield decorator.lineno, f"@{ast.unparse(decorator)}"
+        for call in (inner for value in evaluated if value is not None for inner in ast.walk(value)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] not in HARMLESS_CALLS:
+                yield call.lineno, ast.unparse(call)
 
 
-def _import(found: Findings, module: str, name: str | None, line: int) -> None:
-    root = module.split(".")[0]
-    found.imports.append(module if name is None else f"{module}.{name}")
-    if root not in ALLOWED_IMPORTS:
-        found.problems.append(f"line {line}: imports {module}, which is not on the list of what model code needs")
-    elif reached := {*module.split("."), name} & FORBIDDEN_ATTRIBUTES:
-        found.problems.append(f"line {line}: imports {', '.join(sorted(reached))}")
-    elif root == "os" and name is not None and name not in ALLOWED_OF_OS:
-        found.problems.append(f"line {line}: imports {name} from os")
-
-
-def _relative_import(found: Findings, node: ast.ImportFrom, known_files: set[str]) -> None:
-    """The loader of remote code finds `from .name import x` by a regular expression, and nothing else."""
-    target = node.module or ""
-    found.imports.append("." * node.level + target)
-    if node.level > 1 or not target or "." in target:
-        found.problems.append(f"line {node.lineno}: transformers cannot follow this relative import")
-    elif f"{target}.py" not in known_files:
-        found.problems.append(f"line {node.lineno}: .{target} is not in the folder")
+def _runs(name: str) -> bool:
+    """Whether a name is a builtin other than those that make methods."""
+    return hasattr(builtins, name) and name not in ("classmethod", "property", "staticmethod")

@@ -9,6 +9,7 @@ could execute: pickles, code of other repositories, `custom_generate`. It works 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,26 +78,41 @@ def inspect(name: str, revision: str | None = None) -> Inspection:
         if file not in paths:
             continue
         try:
-            mapping = json.loads(paths[file].read_text()).get("auto_map", {})
+            content = json.loads(paths[file].read_text())
         except ValueError as error:
             found.warnings.append(f"{file} is not JSON: {error}")
             continue
-        for auto_class, targets in mapping.items():
-            for target in targets if isinstance(targets, list) else [targets]:
-                if target is None:
-                    continue
-                found.auto_map[f"{file}: {auto_class}"] = target
-                module = target.split("--")[-1].split(".")[0]
-                if "--" in target:
-                    found.warnings.append(
-                        f"{file}: {auto_class} comes from another repository, {target.split('--')[0]}"
-                    )
-                elif f"{module}.py" not in beside:
-                    found.warnings.append(f"{file}: {auto_class} names {module}.py, which is not there")
+        if file == "adapter_config.json" and content.get("base_model_name_or_path"):
+            base = content["base_model_name_or_path"]
+            found.warnings.append(f"{file} makes transformers load {base}, and its code, in place of this repository")
+        for name, target in _targets(content):
+            found.auto_map[f"{file}: {name}"] = target
+            module = target.split("--")[-1].split(".")[0]
+            if "--" in target:
+                found.warnings.append(f"{file}: {name} comes from another repository, {target.split('--')[0]}")
+            elif f"{module}.py" not in beside:
+                found.warnings.append(f"{file}: {name} names {module}.py, which is not there")
     found.warnings += [
         f"{file} may hold a pickle, which runs code when loaded" for file in names if file.endswith(PICKLED)
     ]
     return found
+
+
+def _targets(content: dict) -> Iterator[tuple[str, str]]:
+    """The classes that a configuration makes transformers load from Python files, by what asks for them."""
+    mapping = content.get("auto_map", {})
+    named = (
+        mapping.items() if isinstance(mapping, dict) else [("AutoTokenizer", mapping)]
+    )  # a list: an old tokenizer's
+    pipelines = content.get("custom_pipelines", {})
+    for name, options in pipelines.items() if isinstance(pipelines, dict) else []:
+        named = [*named, (f"pipeline {name}", options.get("impl") if isinstance(options, dict) else options)]
+    for name, targets in named:
+        yield from (
+            (name, target)
+            for target in (targets if isinstance(targets, list) else [targets])
+            if isinstance(target, str)
+        )
 
 
 def describe(name: str, found: Inspection) -> str:
@@ -129,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         found = inspect(arguments.name, arguments.revision)
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise SystemExit(f"error: {arguments.name}: {error}") from error
     print(describe(arguments.name, found))
     sys.exit(1 if found.is_suspicious else 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hub_upload.card import make_card
 
@@ -40,8 +40,6 @@ ALLOWED = (
     r"(configuration|masking|modeling|processing)_[a-z0-9_]+\.py",
     r"model(-\d{5}-of-\d{5})?\.safetensors",
     r"model\.safetensors\.index\.json",
-    r"lora/adapter_config\.json",
-    r"lora/adapter_model\.safetensors",
     re.escape(RUN_RECORD),
     re.escape(MANIFEST),
 )
@@ -88,14 +86,18 @@ def results_of(folder: Path) -> list[dict]:
     return found
 
 
+# An absolute path, or one in a home folder, wherever it stands in a text; addresses are none.
+ABSOLUTE_PATH = r"(?<![\w.:/\\~-])(?:~?(?:/[^\s'\"/:,;()<>{}|]+){2,}|[A-Za-z]:(?:[\\/]+[^\s'\"/\\:,;()<>{}|]+)+)"
+
+
 def without_local_paths(value):
-    """A JSON value whose absolute paths are cut to their last name."""
+    """A JSON value whose absolute paths are cut to their last name, also inside of sentences."""
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_local_paths(item) for item in value]
-    if isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:\\)[^\s]*[/\\]", value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if isinstance(value, str):
+        return re.sub(ABSOLUTE_PATH, lambda found: re.split(r"[/\\]", found[0])[-1], value)
     return value
 
 
@@ -115,7 +117,7 @@ def package(
 
     Raises:
         FileNotFoundError: if the folder is not a whole checkpoint.
-        ValueError: if `output` holds files that this function would not have written.
+        ValueError: if `output` is not empty and was not made by this function.
     """
     folder, output = Path(folder), Path(output)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
@@ -123,17 +125,20 @@ def package(
         raise FileNotFoundError(
             f"{folder} is not a whole checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
-    if output.exists():
-        if strange := [name for name in files_of(output) if not is_allowed(name)]:
+    if output.exists() and any(output.iterdir()):
+        strange = [name for name in files_of(output) if not is_allowed(name)]
+        if strange or not (output / MANIFEST).is_file() or output.resolve() == folder.resolve():
             raise ValueError(
-                f"{output} holds {strange[:3]}, which would be lost. Name a new or an earlier output folder."
+                f"{output} was not made by packaging{f': {strange[:3]} in it' if strange else ''}, and would be lost. Name a new folder."
             )
         shutil.rmtree(output)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     for name in files_of(folder):
         if is_allowed(name) and name not in (RUN_RECORD, "README.md", MANIFEST) and not (folder / name).is_symlink():
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, output / name)
+    if (folder / "lora").is_dir():
+        _merge_lora(folder / "lora", output)
     _shard(output, max_shard_size)
     record = json.loads((folder / RUN_RECORD).read_text())
     record = without_local_paths({**record, "results": results_of(folder)})
@@ -158,13 +163,36 @@ def parameter_count(folder: Path) -> int:
     return count
 
 
+def _merge_lora(lora: Path, output: Path) -> None:
+    """Adds the LoRA products that a stage left apart to the weights in `output`: W + alpha / rank * B A (arXiv 2106.09685).
+
+    Nobody who loads a repository would look for them.
+    """
+    config = json.loads((lora / "adapter_config.json").read_text())
+    apart = load_file(lora / "adapter_model.safetensors")
+    prefixes = {name.removesuffix(".lora_A.weight") for name in apart if name.endswith(".lora_A.weight")}
+    found = set()
+    for file in output.glob("*.safetensors"):
+        tensors = load_file(file)
+        for prefix in prefixes & {f"base_model.model.{name}".removesuffix(".weight") for name in tensors}:
+            product = apart[f"{prefix}.lora_B.weight"].double() @ apart[f"{prefix}.lora_A.weight"].double()
+            name = prefix.removeprefix("base_model.model.") + ".weight"
+            scaled = product * (config["lora_alpha"] / config["r"])
+            tensors[name] = (tensors[name].double() + scaled).to(tensors[name].dtype)
+            found.add(prefix)
+        save_file(tensors, file, metadata={"format": "pt"})
+    if found != prefixes:
+        raise ValueError(
+            f"{lora} holds LoRA weights of layers the checkpoint does not have: {sorted(prefixes - found)[:3]}."
+        )
+
+
 def _shard(folder: Path, max_shard_size: str) -> None:
     """Splits `model.safetensors` where it is larger than a shard may be."""
     file = folder / "model.safetensors"
     if not file.is_file():
         return
-    with safe_open(file, framework="pt") as weights:
-        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    tensors = load_file(file)
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     if not plan.is_sharded:
         return

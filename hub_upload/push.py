@@ -17,10 +17,10 @@ if (
 
 import argparse
 import hashlib
-import re
 import tempfile
 import time
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hub_upload.checks import check
 from hub_upload.package import files_of, package, sha256_of
@@ -64,7 +65,7 @@ def push(
     folder: str | Path,
     repository: str,
     *,
-    private: bool = True,
+    private: bool | None = True,
     revision: str = "main",
     tag: str | None = None,
     create_pr: bool = False,
@@ -77,7 +78,7 @@ def push(
 
     Args:
         repository: `user/name`; created if it does not exist.
-        private: of a new repository; an existing one must be so already.
+        private: of a new repository; an existing one must be so already. None: private if new, else as it is.
         revision: the branch; created from main if it does not exist.
         tag: set on the commit.
         create_pr: propose the change instead of making it.
@@ -86,16 +87,15 @@ def push(
     Raises:
         PushError: if the folder must not be pushed, or the Hub did not take it; the message says what to do.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise PushError(f"{repository!r} names no repository. Expected user/name.")
+    check_name(repository)
     if create_pr and tag:
         raise PushError("A pull request has no commit to tag yet. Leave out --tag.")
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
             package(folder, staged, max_shard_size, license, repository)
-        except (FileNotFoundError, ValueError) as error:
-            raise PushError(str(error)) from error
+        except (OSError, ValueError) as error:
+            raise PushError(f"{folder} cannot be packaged: {error}") from error
         if problems := check(staged):
             raise PushError(f"{folder} must not be pushed:\n" + "\n".join(f"  {problem}" for problem in problems))
         if dry_run:
@@ -111,11 +111,21 @@ def push(
         )
 
 
+def check_name(repository: str) -> None:
+    """Raises a `PushError` if the Hub would not take the name of a repository."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise PushError(f"{repository!r} names no repository: {error}") from error
+    if "/" not in repository:
+        raise PushError(f"{repository!r} names no repository. Expected user/name.")
+
+
 def send(
     staged: str | Path,
     repository: str,
     *,
-    private: bool = True,
+    private: bool | None = True,
     revision: str = "main",
     tag: str | None = None,
     create_pr: bool = False,
@@ -123,9 +133,9 @@ def send(
 ) -> Pushed:
     """Makes the branch hold exactly the files of a packaged and checked folder, in one commit; see `push`."""
     staged, api = Path(staged), HfApi()
-    _patiently(lambda: api.create_repo(repository, private=private, exist_ok=True), repository)
+    _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
     info = _patiently(lambda: api.model_info(repository), repository)
-    if bool(info.private) != private:
+    if private is not None and bool(info.private) != private:
         now, wanted = ("private", "public") if info.private else ("public", "private")
         raise PushError(
             f"{repository} is {now}, and you asked for {wanted}. Nothing was sent. Change it in its settings, or push with --{now}."
@@ -148,7 +158,7 @@ def send(
             )
             commit, changed, pull_request = made.oid, True, made.pr_url
             break
-        except (HTTPError, OSError, RuntimeError) as error:  # the last of hf_xet
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of hf_xet, and of the card's validation
             wait = _seconds_to_wait(error, attempt)
             if wait is None or attempt == TRIES - 1:
                 raise _explained(error, repository) from error
@@ -161,7 +171,7 @@ def send(
     _verify(api, repository, commit, staged)
     if tag:
         _tag(api, repository, tag, commit)
-    return Pushed(repository, commit, changed, private, pull_request)
+    return Pushed(repository, commit, changed, bool(info.private), pull_request)
 
 
 def _head(api: HfApi, repository: str, revision: str) -> str:
@@ -235,6 +245,10 @@ def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     response = getattr(error, "response", None)
     if isinstance(error, LocalTokenNotFoundError) or (response is None and isinstance(error, HfHubHTTPError)):
         return None
+    if isinstance(error, ValueError) and not isinstance(
+        error, JSONDecodeError
+    ):  # the latter is an overloaded server's page
+        return None
     if response is not None and response.status_code != 429 and response.status_code < 500:
         return None
     wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
@@ -254,9 +268,15 @@ def _explained(error: Exception | None, repository: str, status: int | None = No
         text = f"Someone pushed to {repository} meanwhile. Look at what they did, and push again."
     elif status == 429:
         text = "The Hub asks for fewer calls. Wait some minutes, and push again."
+    elif (status is not None and status < 500) or (
+        isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
+    ):
+        text = "The Hub does not take this."
     else:
-        text = f"The Hub could not be reached, or failed, {TRIES} times: {type(error).__name__}. Push again; large files already sent stay sent."
-    return PushError(text if status is None else f"{text} (HTTP {status})")
+        text = f"The Hub could not be reached, or failed, {TRIES} times ({type(error).__name__}). Push again; large files that arrived stay."
+    said = getattr(error, "server_message", None) or (str(error) if isinstance(error, ValueError) else "")
+    details = ", ".join(filter(None, [f"HTTP {status}" if status else "", f"it said: {said}" if said else ""]))
+    return PushError(f"{text} ({details})" if details else text)
 
 
 def main(argv: list[str] | None = None) -> None:

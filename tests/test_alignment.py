@@ -1,6 +1,5 @@
 """Alignment figures against scipy and plain computations, and as a stage records them."""
 
-import json
 import math
 
 import numpy as np
@@ -97,4 +96,6 @@ def test_a_stage_records_them_before_and_after(checkpoint, tmp_path):
     # A projector changes what images look like, and nothing of text.
     assert projector["text_perplexity_after"] == pytest.approx(projector["text_perplexity_before"])
     assert projector["image_embedding_norm_after"] != pytest.approx(projector["image_embedding_norm_before"])
-    assert json.dumps(projector)
+    texts = {**fields, "eval_sources": [{"name": "scene_texts", "count": 3}]}
+    with pytest.raises(ValueError, match=r"alignment_records: eval_sources hold no record with an image"):
+        main(arguments_for(checkpoint, tmp_path / "c", projector_learning_rate=1e-2, **texts))

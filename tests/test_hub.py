@@ -127,8 +127,17 @@ def test_visibility_is_read_back_before_anything_is_sent(hub, client, staged):
     ):
         client("hub_upload.push:send", staged, "user/open")
     assert list(hub.files("user/open")) == [".gitattributes"]
-    client("hub_upload.push:send", staged, "user/open", private=False)
+    client("hub_upload.push:send", staged, "user/open", private=None)
     assert holds(hub, "user/open", staged) and not hub.repositories["user/open"].private
+    with pytest.raises(ClientError, match=r"PushError: 'user/my--model' names no repository"):
+        client("hub_upload.push:push", staged, "user/my--model")
+
+
+def test_what_the_hub_says_is_told(lfs_hub, lfs_client, staged, tmp_path):
+    lfs_hub.faults[:] = [{"method": "POST", "path": "/tag/", "status": 400}]
+    with pytest.raises(ClientError, match=r"The Hub does not take this. \(HTTP 400, it said: a fault of the test"):
+        lfs_client("hub_upload.push:send", staged, "user/told", tag="bad tag")
+    lfs_hub.faults.clear()
 
 
 def test_a_folder_that_fails_the_checks_is_not_sent(hub, client, checkpoint, tmp_path):
@@ -407,7 +416,7 @@ def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client
     lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "status": 403, "times": 9}]
     given = arguments_for(checkpoint, tmp_path / "down", stage=1, **{**fields, "model_revision": None})
     output = run(lfs_hub, tmp_path, ROOT / "training/stage1.py", *given)
-    assert "Not pushed: Your token may not write" in output and "python hub_upload/push.py" in output
+    assert "The push did not succeed: Your token may not write" in output and "python hub_upload/push.py" in output
     assert read_run_record(tmp_path / "down")["stages"][-1]["steps"] == 1
     lfs_hub.faults.clear()
 

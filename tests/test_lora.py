@@ -83,11 +83,24 @@ def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, fo
     assert results["True lora"] == pytest.approx(results["False lora"], rel=1e-3)
     from evaluation.evaluate_model import evaluate_checkpoint, parser
 
+    (tmp_path / "data").mkdir()
+    scenes.make_scenes(6, "test").to_parquet(tmp_path / "data/test.parquet")
     predictions = []
     for folder in folders:
-        options = [str(folder), "--task", "scenes", "--limit", "6", "--output_dir", str(tmp_path), "--use_cpu"]
+        options = [
+            str(folder),
+            "--task",
+            "scenes",
+            "--data",
+            str(tmp_path / "data"),
+            "--limit",
+            "6",
+            "--output_dir",
+            str(tmp_path),
+            "--use_cpu",
+        ]
         found = evaluate_checkpoint(
-            parser().parse_args([*options, "--max_new_tokens", "6", "--bootstrap_samples", "5"])
+            parser().parse_args([*options, "--use_cpu", "--max_new_tokens", "6", "--bootstrap_samples", "5"])
         )
         predictions.append([prediction["prediction"] for prediction in found["predictions"]])
     assert predictions[0] == predictions[1]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -82,6 +83,19 @@ def test_made_twice_it_is_the_same(trained, packaged, tmp_path):
     assert all((again / name).read_bytes() == (packaged / name).read_bytes() for name in files_of(packaged))
 
 
+def test_lora_weights_left_apart_are_merged(checkpoint, tmp_path):
+    fields = {"language_learning_rate": 1e-1, "lora_rank": 2, "max_steps": 2}
+    for merge in (True, False):
+        run_stage(arguments_for(checkpoint, tmp_path / str(merge), lora_merge=merge, **fields))
+        package(tmp_path / str(merge), tmp_path / f"packaged {merge}")
+    merged, apart = (load_file(tmp_path / f"packaged {merge}/model.safetensors") for merge in (True, False))
+    base = load_file(tmp_path / "False/model.safetensors")
+    for name, value in merged.items():
+        torch.testing.assert_close(apart[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert sum(not torch.equal(value, merged[name]) for name, value in base.items()) > 5
+    assert not (tmp_path / "packaged False/lora").exists()
+
+
 def test_large_weights_are_split_and_still_load(trained, tmp_path):
     out = package(trained, tmp_path / "out", max_shard_size="40KB")
     shards = sorted(out.glob("model-*.safetensors"))
@@ -135,14 +149,22 @@ def test_a_card_of_hub_backbones_and_data(packaged):
     assert "its projector has random weights" in untrained
 
 
-def test_local_paths_lose_their_folders():
-    value = {
-        "model": "/home/me/out/stage3",
-        "list": ["C:\\Users\\me\\x.json", "coco/train", "a/b.jsonl", 3, None],
-        "url": "https://x/y",
-    }
-    expected = {"model": "stage3", "list": ["x.json", "coco/train", "a/b.jsonl", 3, None], "url": "https://x/y"}
-    assert without_local_paths(value) == expected
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("/home/me/out/stage3", "stage3"),
+        ("C:\\Users\\me\\x.json", "x.json"),
+        ("~/data/x.jpg", "x.jpg"),
+        ("photos: Cannot read '/work/data/x.jpg': [Errno 2]", "photos: Cannot read 'x.jpg': [Errno 2]"),
+        ("coco/train", "coco/train"),
+        ("a/b.jsonl", "a/b.jsonl"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("yes / no", "yes / no"),
+        ("1/2/3", "1/2/3"),
+    ],
+)
+def test_local_paths_lose_their_folders(text, expected):
+    assert without_local_paths({"a": [text, 3, None]}) == {"a": [expected, 3, None]}
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
@@ -154,6 +176,14 @@ def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"thesis\.tex.* would be lost"):
         package(trained, mine)
     assert (mine / "thesis.tex").exists()
+    other = tmp_path / "other"  # another checkpoint, all of whose files have names a package has
+    other.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(trained / name, other)
+    for output in (other, trained):
+        with pytest.raises(ValueError, match=r"was not made by packaging.* would be lost. Name a new folder"):
+            package(trained, output)
+        assert (output / "model.safetensors").is_file()
     with pytest.raises(SystemExit, match=r"error: .*not a whole checkpoint"):
         main([str(tmp_path), str(tmp_path / "out")])
 

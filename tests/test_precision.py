@@ -32,6 +32,18 @@ def test_frozen_modules_in_16_bits_give_the_same_loss_and_are_saved_as_read(chec
     assert read_run_record(tmp_path / "True")["stages"][-1]["frozen_16_bit"] is True
 
 
+def test_a_base_in_16_bits_under_lora_is_saved_as_read(checkpoint, tmp_path):
+    fields = {"language_learning_rate": 1e-3, "lora_rank": 2, "bf16": True, "frozen_16_bit": True, "max_steps": 2}
+    main(arguments_for(checkpoint, tmp_path / "apart", lora_merge=False, **fields))
+    before, after = weights(checkpoint), weights(tmp_path / "apart")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    main(arguments_for(checkpoint, tmp_path / "merged", lora_targets=["q_proj"], **fields))
+    merged = weights(tmp_path / "merged")
+    changed = {name for name, value in before.items() if not torch.equal(value, merged[name])}
+    assert changed and all("q_proj" in name and module_of(name) == "language" for name in changed)
+    assert all((merged[name] - before[name]).abs().max() < 1e-2 for name in changed)
+
+
 def test_a_stage_in_16_bits_resumes(checkpoint, tmp_path):
     fields = {"projector_learning_rate": 1e-2, "bf16": True, "frozen_16_bit": True}
     fields |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -88,6 +100,8 @@ def test_averages_of_sharded_weights(make_model, tmp_path):
     "fields, message",
     [
         ({"frozen_16_bit": True}, "frozen_16_bit needs bf16 or fp16"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor needs"),
+        ({"push_to": "user/my--model"}, "'user/my--model' names no repository"),
         ({"average_last": 2}, "average_last=2 needs checkpoints"),
         ({"average_last": 4, "save_strategy": "steps", "save_total_limit": 3}, "save_total_limit=3 keeps less"),
         ({"lora_rank": 4, "language_learning_rate": None}, "set language_learning_rate"),
@@ -100,7 +114,7 @@ def test_options_that_do_not_go_together_are_named(fields, message):
     given = arguments_for(
         "model", "out", **{"projector_learning_rate": 1e-3, "language_learning_rate": 1e-3, **fields}
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         TrlParser(StageArguments).parse_args_and_config(given)
 
 

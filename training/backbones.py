@@ -24,7 +24,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from training.checkpoint import library_versions, save_checkpoint
+from training.checkpoint import commit_of, library_versions, save_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -171,16 +171,21 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     record = {
         "backbones": {
-            "vision": arguments.vision,
-            "vision_revision": arguments.vision_revision,
-            "language": arguments.language,
-            "language_revision": arguments.language_revision,
+            "vision": _recorded_name(arguments.vision),
+            "vision_revision": commit_of(arguments.vision, arguments.vision_revision),
+            "language": _recorded_name(arguments.language),
+            "language_revision": commit_of(arguments.language, arguments.language_revision),
         },
         "versions": library_versions(),
         "stages": [],
     }
     save_checkpoint(model, processor, arguments.output_dir, record)
     return model, processor
+
+
+def _recorded_name(name: str) -> str:
+    """A Hub id, or the name of a local folder, which must not look like one."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,7 +49,6 @@ def remove_lora(model: nn.Module, merge: bool) -> None:
 
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
         if merge:
-            layer.get_base_layer().float()  # a frozen layer may be in 16 bit
             layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -246,7 +246,7 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
     """Plans stages of which each may start from what one before it will have written.
 
     Raises:
-        ValueError, OSError: for what a run would stumble over; the message names the stage.
+        ValueError: for what a run would stumble over; the message names the stage.
     """
     known: dict[Path, tuple] = {}
     plans = []
@@ -263,7 +263,7 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
             config, processor, done = known[folder]
             plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
-            raise type(error)(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
+            raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
         entry = {"stage": arguments.stage, "sources": arguments.sources}
         known[Path(arguments.output_dir).resolve()] = (config, processor, [*done, entry])
     return plans

@@ -20,6 +20,7 @@ from transformers import set_seed
 from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
+from hub_upload.push import check_name, push
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from training.alignment import alignment_figures, text_perplexity
@@ -39,7 +40,7 @@ from training.data import Mixture, Part, load_mixture, read_parts
 from training.lora import LORA_FOLDER, add_lora, language_linear_layers, merge_saved_lora, remove_lora, save_lora
 from training.losses import TOKEN_WEIGHTINGS
 from training.schedules import check_phases
-from training.trainer import MODULES, AlignVLMTrainer, module_of
+from training.trainer import MODULES, AlignVLMTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -164,6 +165,8 @@ class StageArguments(SFTConfig):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, json.loads(value))
+        if self.push_to:
+            check_name(self.push_to)
         for problem in self._problems():
             raise ValueError(problem)
         if self.infinite_schedule is not None:
@@ -190,8 +193,10 @@ class StageArguments(SFTConfig):
         ):
             if getattr(self, name) not in valid:
                 yield f"Unknown {name} {getattr(self, name)!r}. Valid values: {', '.join(valid)}."
-        if self.token_weighting != "none" and (self.loss_type != "nll" or self.label_smoothing_factor > 0):
-            yield "token_weighting weighs the plain loss: leave out loss_type and label_smoothing_factor."
+        if self.label_smoothing_factor > 0:
+            yield "label_smoothing_factor needs the logits of all words at once, which stages do not compute. Leave it out."
+        if self.token_weighting != "none" and self.loss_type != "nll":
+            yield "token_weighting weighs the plain loss: leave out loss_type."
         if self.streaming and self.max_steps <= 0:
             yield "A stream has no length: streaming needs max_steps."
         if self.lora_rank and self.language_learning_rate is None:
@@ -305,9 +310,11 @@ def run_stage(arguments: StageArguments) -> dict:
         raise ValueError(
             "frozen_16_bit, average_last and lora_rank need whole weights on every process: use one process or DDP."
         )
+    rounded = []
     if arguments.frozen_16_bit:
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
+                rounded.append(name)
                 parameter.data = parameter.data.to(arguments.dtype_16_bit)
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
@@ -351,12 +358,12 @@ def run_stage(arguments: StageArguments) -> dict:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None  # of all processes
     if trainer.is_world_process_zero():
         shutil.rmtree(Path(arguments.output_dir) / LORA_FOLDER, ignore_errors=True)  # of an earlier run
+        if rounded:
+            _restore(model, rounded, arguments)
         if arguments.lora_rank:
             if not arguments.lora_merge:
                 save_lora(model, Path(arguments.output_dir) / LORA_FOLDER)
             remove_lora(model, merge=arguments.lora_merge)
-        if arguments.frozen_16_bit:
-            _restore_frozen(model, arguments)
         save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
         if arguments.push_to:
             _push(arguments)
@@ -366,13 +373,13 @@ def run_stage(arguments: StageArguments) -> dict:
 
 def _push(arguments: StageArguments) -> None:
     """Pushes the finished stage. That it fails costs nothing that was trained, so it is told and the run goes on."""
-    from hub_upload.push import PushError, push
-
+    tag = f"stage{arguments.stage}"
     try:
-        pushed = push(arguments.output_dir, arguments.push_to, tag=f"stage{arguments.stage}")
-    except PushError as error:
+        pushed = push(arguments.output_dir, arguments.push_to, private=None, tag=tag)
+    except Exception as error:  # whatever it is
+        again = f"python hub_upload/push.py {arguments.output_dir} {arguments.push_to} --tag {tag}"
         logger.error(
-            f"Not pushed: {error}\nTry again: python hub_upload/push.py {arguments.output_dir} {arguments.push_to}"
+            f"The push did not succeed: {error}\nThe checkpoint is whole in {arguments.output_dir}. Try again: {again}"
         )
     else:
         print(f"Pushed. To load it:\n{pushed.how_to_load()}", flush=True)
@@ -383,7 +390,8 @@ def _figures(
 ) -> dict[str, float | None]:
     """Loss on held-out records, perplexity on a text, and alignment figures, as far as the recipe asks for them."""
     figures: dict[str, float | None] = {"eval_loss": None}
-    if trainer.eval_dataset is not None:
+    # DeepSpeed evaluates only what it has begun to train, unless it is ZeRO-3.
+    if trainer.eval_dataset is not None and not (trainer.is_deepspeed_enabled and trainer.deepspeed is None):
         figures["eval_loss"] = trainer.evaluate()["eval_loss"]
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
@@ -393,6 +401,10 @@ def _figures(
         if arguments.alignment_records:
             records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
             with_image = list(islice((r for r in records if r["images"]), arguments.alignment_records))
+            if not with_image:
+                raise ValueError(
+                    "alignment_records: eval_sources hold no record with an image. Name some, or leave it out."
+                )
             figures |= alignment_figures(model, collator, with_image)
     if logged := {name: value for name, value in figures.items() if name != "eval_loss"}:
         trainer.log(logged)
@@ -418,14 +430,14 @@ def _options(arguments: StageArguments, averaged: list[str]) -> dict:
     return {name: value for name, value in options.items() if value or value == {}}
 
 
-def _restore_frozen(model: AlignVLMForConditionalGeneration, arguments: StageArguments) -> None:
-    """Gives frozen modules, which trained rounded to 16 bits, the weights they were read with."""
+def _restore(model: AlignVLMForConditionalGeneration, rounded: list[str], arguments: StageArguments) -> None:
+    """Gives parameters that were rounded to 16 bits the values they were read with."""
     model.float()
     read = load_model(arguments).state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if module_of(name) not in arguments.learning_rates:
-                parameter.copy_(read[name])
+            if name in rounded:
+                parameter.copy_(read[name.replace(".base_layer.", ".")])  # LoRA puts the layer it is added to there
 
 
 def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
@@ -436,14 +448,14 @@ def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
             checkpoints with those of another.
     """
     given, last = arguments.resume_from_checkpoint, last_whole_checkpoint(arguments.output_dir)
-    if given is None:
+    if given in (None, False):
         if last is not None:
             raise ValueError(
                 f"{arguments.output_dir!r} holds {last.name} of an earlier run. Go on from it with --resume_from_checkpoint, or name "
                 "another output_dir."
             )
         return None
-    if given == "last":
+    if given in ("last", True):
         if last is None:
             raise ValueError(
                 f"Nothing to resume: {arguments.output_dir!r} holds no whole checkpoint-* folder. Start without the flag."
