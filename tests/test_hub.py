@@ -218,7 +218,8 @@ def test_an_answer_that_is_lost(lfs_hub, lfs_client, staged, tmp_path):
     assert pushed["changed"] and pushed["commit"] == lfs_hub.repositories["user/lost"].tags["v1"]
 
 
-def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path):
+@pytest.mark.parametrize("fault", [{}, {"status": 503}], ids=["", "and the Hub is busy"])
+def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path, fault):
     mine = shutil.copytree(staged, tmp_path / "mine")
     lfs_client("hub_upload.push:send", mine, "user/busy")
     repository = lfs_hub.repositories["user/busy"]
@@ -227,7 +228,7 @@ def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path):
         repository.commit("main", {**lfs_hub.files("user/busy"), "theirs.txt": lfs_hub.store(b"1")}, "theirs")
 
     change_weights(mine)
-    lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "before": push_something}]
+    lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "before": push_something, **fault}]
     with pytest.raises(
         ClientError, match=r"Someone pushed to user/busy meanwhile. Look at what they did, and push again"
     ):

@@ -247,7 +247,8 @@ class AlignVLMTrainer(SFTTrainer):
 
         super().compute_loss(remembering, dict(inputs), num_items_in_batch=num_items_in_batch)  # for TRL's metrics
         (outputs,) = found
-        segments = response_segments(inputs["record_ids"], inputs["branch_ids"]).roll(-1, dims=1)[keep]
+        # A label and the place it is predicted at belong to the same response: a branch's first token has no label.
+        segments = response_segments(inputs["record_ids"], inputs["branch_ids"])[keep]
         if self.token_weighting == "length":
             weights = length_weights(segments)
         else:
@@ -263,12 +264,7 @@ class AlignVLMTrainer(SFTTrainer):
     def _without_image(self, inputs: dict) -> dict:
         """The same rows with image tokens nobody can see."""
         is_image = inputs["input_ids"] == self.model.config.image_token_id
-        return {
-            **inputs,
-            "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0),
-            "record_ids": inputs["record_ids"].masked_fill(is_image, -1),
-            "use_cache": False,
-        }
+        return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
