@@ -218,6 +218,23 @@ def test_an_answer_that_is_lost(lfs_hub, lfs_client, staged, tmp_path):
     assert pushed["changed"] and pushed["commit"] == lfs_hub.repositories["user/lost"].tags["v1"]
 
 
+def test_what_the_hub_holds_is_read_back(lfs_hub, lfs_client, staged, tmp_path):
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    lfs_client("hub_upload.push:send", mine, "user/readback")
+    commits = lfs_hub.repositories["user/readback"].commits
+
+    def damage() -> None:  # when the tree is asked for again, after the commit
+        if len(commits) == 3:
+            next(reversed(commits.values())).files["config.json"] = lfs_hub.store(b"{}")
+
+    change_weights(mine)
+    lfs_hub.faults[:] = [{"method": "GET", "path": "/tree/", "before": damage, "times": 9}]
+    with pytest.raises(ClientError, match=r"does not hold what was sent: differing \['config.json'\]"):
+        lfs_client("hub_upload.push:send", mine, "user/readback", tag="v1")
+    assert lfs_hub.repositories["user/readback"].tags == {}
+    lfs_hub.faults.clear()
+
+
 @pytest.mark.parametrize("fault", [{}, {"status": 503}], ids=["", "and the Hub is busy"])
 def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path, fault):
     mine = shutil.copytree(staged, tmp_path / "mine")
