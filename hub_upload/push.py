@@ -209,7 +209,7 @@ def _verify(api: HfApi, repository: str, commit: str, staged: Path) -> None:
     missing = [path for path in found.missing_paths if path != KEPT]
     if found.mismatches or found.extra_paths or missing:
         raise PushError(
-            f"{repository} does not hold what was sent: differing {[m.path for m in found.mismatches]}, lacking {found.extra_paths}, "
+            f"{repository} does not hold what was sent: differing {[mismatch['path'] for mismatch in found.mismatches]}, lacking {found.extra_paths}, "
             f"too many {missing}. Push again."
         )
 

@@ -276,9 +276,9 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     trained, total = (sum(counts[i] for counts in plan.parameters.values()) for i in (0, 1))
     lines = [
         f"Stage {arguments.stage}: {arguments.model} -> {arguments.output_dir}",
-        f"  {total / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M train: "
+        f"  {total / 1e6:,.4g}M parameters, {trained / 1e6:,.4g}M train: "
         + ", ".join(
-            f"{module} {plan.parameters[module][0] / 1e6:,.1f}M at {arguments.learning_rates[module]:g}"
+            f"{module} {plan.parameters[module][0] / 1e6:,.4g}M at {arguments.learning_rates[module]:g}"
             for module in MODULES
             if module in arguments.learning_rates
         ),
@@ -287,7 +287,7 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         drawn = "a stream"
         if plan.mixture.draws is not None:
             draws = plan.mixture.draws[index]
-            drawn = f"{draws:,} of {len(part.source):,} records, {draws * part.tokens / 1e6:,.1f}M tokens"
+            drawn = f"{draws:,} of {len(part.source):,} records, {draws * part.tokens / 1e6:,.4g}M tokens"
         lines.append(
             f"  {part.name:<20} {drawn} ({part.image_tokens:.0f} image + {part.text_tokens:.0f} text tokens a record)"
         )
@@ -298,7 +298,7 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     hours = plan.flops / (rate * utilisation * plan.processes) / 3600
     lines += [
         f"  {plan.records:,} records, {plan.steps:,} steps of {per_step} records; rows up to {longest} tokens, {padding:.0%} padding",
-        f"  {plan.step_flops / 1e12:,.1f} TFLOP a step, {plan.flops / 1e18:,.2f} EFLOP in all: {hours:,.2f} hours on {plan.processes} x {gpu} "
+        f"  {plan.step_flops / 1e12:,.4g} TFLOP a step, {plan.flops / 1e18:,.3g} EFLOP in all: {hours:,.2g} hours on {plan.processes} x {gpu} "
         f"at {utilisation:.0%} of {rate / 1e12:,.0f} TFLOP/s",
     ]
     needed = sum(plan.memory.values())
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(plan, options.gpu, options.utilisation) + "\n")
     hours = sum(plan.flops for plan in plans) / (GPUS[options.gpu][0] * options.utilisation * options.processes) / 3600
     print(
-        f"In all {sum(plan.flops for plan in plans) / 1e18:,.2f} EFLOP, {hours:,.2f} hours on {options.processes} x {options.gpu}."
+        f"In all {sum(plan.flops for plan in plans) / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}."
     )
 
 
