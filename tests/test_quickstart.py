@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,11 @@ def test_quickstart_leaves_four_stages_and_a_summary_and_repeats_itself(small_re
     assert summary["description"].startswith("Describe the picture in detail.  ->")  # said by the child process
     report = capsys.readouterr().out
     assert "projector, language" in report and "image blanked" in report
-    assert "CIDEr" in report
+    assert "CIDEr" in report and "nan" not in report
+    for before, after in pairwise(summary["stages"]):
+        # The other figures are on each stage's own held-out records.
+        assert after["text_perplexity_before"] == pytest.approx(before["text_perplexity_after"], rel=1e-3)
+        assert after["mir_after"] and after["image_embedding_norm_after"]
 
     again = run(tmp_path / "second", small_recipe)
     for key in ("accuracy", "accuracy_blank_image", "accuracy_by_kind", "cider", "description"):

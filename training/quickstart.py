@@ -6,6 +6,7 @@ Leaves `stage0` ... `stage4` and `summary.json` in the output folder. Stage 4 is
 """
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -112,13 +113,15 @@ def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
 def table(stages: list[dict], last: dict[str, float], blank: dict[str, float]) -> str:
     """The report: a row per stage, then the last one's numbers by name, with the pictures and without."""
     lines = [
-        f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr':>7}"
+        f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr':>7} "
+        f"{'text perplexity':>15} {'MIR':>6}"
     ]
     for stage in stages:
         trained = ", ".join(stage["learning_rates"])
         lines.append(
             f"{stage['stage']:<6} {trained:<30} {stage['seconds']:>8.1f} {stage['eval_loss_before']:>12.3f} "
-            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f} {stage['cider']:>7.3f}"
+            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f} {stage['cider']:>7.3f} "
+            f"{stage.get('text_perplexity_after', math.nan):>15.2f} {stage.get('mir_after', math.nan):>6.2f}"
         )
     lines.append(f"\n{'held-out scenes':<20} {'':>9} {'image blanked':>14}")
     for kind, value in last.items():
