@@ -396,7 +396,7 @@ def _figures(
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
         if arguments.text_sources:
-            text = _plain_text(read_parts(arguments.text_sources, arguments.data_dir))
+            text = _text_of(read_parts(arguments.text_sources, arguments.data_dir), collator.processor)
             figures["text_perplexity"] = text_perplexity(model, collator.tokenizer, text)
         if arguments.alignment_records:
             records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
@@ -411,10 +411,15 @@ def _figures(
     return figures
 
 
-def _plain_text(parts: list[Part], records: int = 5000) -> str:
-    """The prompts and responses of the first records, one after the other."""
-    found = (record for part in parts for record in islice(iter(part.source), records))
-    return "\n".join(f"{a['prompt']}\n{a['response']}".strip() for record in found for a in record["annotations"])
+def _text_of(parts: list[Part], processor: AlignVLMProcessor, records: int = 5000) -> str:
+    """The first records one after the other: exchanges as the chat template writes them, plain text as it is."""
+    texts = []
+    for part in parts:
+        for annotation in (a for record in islice(iter(part.source), records) for a in record["annotations"]):
+            roles = {"user": annotation["prompt"], "assistant": annotation["response"]}
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in roles.items()]
+            texts.append(processor.apply_chat_template(messages) if annotation["prompt"] else annotation["response"])
+    return "\n".join(text.strip() for text in texts)
 
 
 def _options(arguments: StageArguments, averaged: list[str]) -> dict:
