@@ -321,6 +321,19 @@ def test_rehearsal_reads_the_sources_of_an_earlier_stage(checkpoint, tmp_path):
         run(stage_arguments(tmp_path / "stage1", tmp_path / "x", sources=[{**rehearsal, "stage": 7}], max_steps=1))
 
 
+def test_rehearsal_keeps_the_proportions_of_the_earlier_stage(processor):
+    """Whatever the sizes of its sources: here a tenth of text, of which there is more than of anything else."""
+    collator = AlignVLMCollator(processor)
+    sources = [CAPTIONS, {"name": "scene_texts", "count": 3000, "share": 0.1}]
+    stages = [{"stage": 3, "sources": sources}]
+    mixture = load_mixture(
+        [QUESTIONS, {"name": "rehearsal", "stage": 3, "share": 0.5}], collator, earlier_stages=stages
+    )
+    tokens = [part.tokens * draws for part, draws in zip(mixture.parts, mixture.draws)]
+    assert sum(tokens[1:]) / sum(tokens) == pytest.approx(0.5, abs=0.02)
+    assert tokens[2] / sum(tokens[1:]) == pytest.approx(0.1, abs=0.01)
+
+
 class TestLeftOut:
     @pytest.fixture
     def photos(self, tmp_path):

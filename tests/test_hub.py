@@ -133,6 +133,14 @@ def test_visibility_is_read_back_before_anything_is_sent(hub, client, staged):
         client("hub_upload.push:push", staged, "user/my--model")
 
 
+def test_a_repository_that_cannot_be_seen_is_told(lfs_hub, lfs_client, staged):
+    headers = {"X-Error-Code": "RepoNotFound"}
+    lfs_hub.faults[:] = [{"method": "GET", "path": "models/user/unseen", "status": 404, "headers": headers}]
+    with pytest.raises(ClientError, match=r"user/unseen does not exist, or your token may not see it. \(HTTP 404"):
+        lfs_client("hub_upload.push:send", staged, "user/unseen")
+    lfs_hub.faults.clear()
+
+
 def test_what_the_hub_says_is_told(lfs_hub, lfs_client, staged, tmp_path):
     lfs_hub.faults[:] = [{"method": "POST", "path": "/tag/", "status": 400}]
     with pytest.raises(ClientError, match=r"The Hub does not take this. \(HTTP 400, it said: a fault of the test"):

@@ -155,7 +155,7 @@ def test_a_card_of_hub_backbones_and_data(packaged):
         ("/home/me/out/stage3", "stage3"),
         ("C:\\Users\\me\\x.json", "x.json"),
         ("~/data/x.jpg", "x.jpg"),
-        ("photos: Cannot read '/work/data/x.jpg': [Errno 2]", "photos: Cannot read 'x.jpg': [Errno 2]"),
+        ("photos: Cannot read '/lustre/data/x.jpg': [Errno 2]", "photos: Cannot read 'x.jpg': [Errno 2]"),
         ("coco/train", "coco/train"),
         ("a/b.jsonl", "a/b.jsonl"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),

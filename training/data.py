@@ -268,10 +268,15 @@ def _resolve(parts: list[Part], pointers: dict[str, list[int]]) -> dict[str, lis
 
 
 def read_parts(
-    sources: list[dict], data_dir: str | Path = ".", streaming: bool = False, earlier_stages: list[dict] | None = None
+    sources: list[dict],
+    collator: AlignVLMCollator,
+    data_dir: str | Path = ".",
+    streaming: bool = False,
+    earlier_stages: list[dict] | None = None,
 ) -> list[Part]:
     """The parts of a recipe's `sources`. `{name: rehearsal, stage: N, ...}` stands for the sources of an earlier stage, which are
-    read as that stage's entry in the run record of the model has them; its share is divided among them by their records.
+    read as that stage's entry in the run record of the model has them; its share is divided among them as the tokens of that stage
+    were (of a stream: as its shares say).
 
     Raises:
         ValueError: also for a rehearsal of a stage the model has not been through.
@@ -291,14 +296,23 @@ def read_parts(
                 "model's run record, and optionally `share` and `tag`."
             )
         names = [s for s in found[-1]["sources"] if s["name"] != "rehearsal"]
-        again = read_parts([{k: v for k, v in s.items() if k != "share"} for s in names], data_dir, streaming)
-        for part in again:
+        again = read_parts(names, collator, data_dir, streaming)
+        for part, proportion in zip(again, _proportions(again, collator, streaming)):
             part.tag = tag or part.tag
-            if share is not None:
-                fraction = 1 / len(again) if streaming else len(part.source) / sum(len(p.source) for p in again)
-                part.share = share * fraction
+            part.share = None if share is None else share * proportion
         parts += again
     return parts
+
+
+def _proportions(parts: list[Part], collator: AlignVLMCollator, streaming: bool) -> list[float]:
+    """Each part's share of the tokens of a stage that reads these parts."""
+    if streaming:
+        weights = [part.share or 1.0 for part in parts]
+    else:
+        for part in parts:
+            part.measure(collator)
+        weights = [draws * part.tokens for part, draws in zip(parts, records_per_epoch(parts))]
+    return [weight / sum(weights) for weight in weights]
 
 
 def load_mixture(
@@ -329,7 +343,7 @@ def load_mixture(
     Raises:
         ValueError: for sources, shares or fractions that cannot be had; the message says what can.
     """
-    parts = read_parts(sources, data_dir, streaming, earlier_stages)
+    parts = read_parts(sources, collator, data_dir, streaming, earlier_stages)
     if (
         streaming
         or image_token_share is not None

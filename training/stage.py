@@ -365,9 +365,9 @@ def run_stage(arguments: StageArguments) -> dict:
                 save_lora(model, Path(arguments.output_dir) / LORA_FOLDER)
             remove_lora(model, merge=arguments.lora_merge)
         save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
-        if arguments.push_to:
-            _push(arguments)
     trainer.accelerator.wait_for_everyone()
+    if arguments.push_to and trainer.is_world_process_zero():  # nobody has to wait for it
+        _push(arguments)
     return entry
 
 
@@ -396,7 +396,7 @@ def _figures(
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
         if arguments.text_sources:
-            text = _text_of(read_parts(arguments.text_sources, arguments.data_dir), collator.processor)
+            text = _text_of(read_parts(arguments.text_sources, collator, arguments.data_dir), collator.processor)
             figures["text_perplexity"] = text_perplexity(model, collator.tokenizer, text)
         if arguments.alignment_records:
             records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
