@@ -10,9 +10,8 @@ import sys
 from os.path import abspath, dirname
 
 
-if (
-    __name__ == "__main__"
-):  # the folder of a script comes first in the path, and its inspect.py is not the standard one
+# The folder of a script comes first in the path, and its inspect.py is not the standard one.
+if __name__ == "__main__":
     sys.path[0] = dirname(dirname(abspath(__file__)))
 
 import argparse
