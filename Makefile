@@ -20,7 +20,7 @@ lint: .venv/test-ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# On a CPU about three quarters of an hour; `benchmarks/throughput.py --quick` has the main comparison.
+# An hour and a half on a CPU; `benchmarks/throughput.py --quick` has the main comparison.
 bench: .venv/test-ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(RUN) benchmarks/throughput.py --large

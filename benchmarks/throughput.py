@@ -4,10 +4,11 @@
 
 Every system trains through its own trainer (`AlignVLMTrainer`; TRL's `SFTTrainer` with TRL's own collator for LLaVA) on the same
 pictures and words, with the same backbones of random weights, bf16 autocast and AdamW; a step is the whole step, collation and
-optimizer included. Each runs in a process of its own, in turns; the median step counts.
+optimizer included. Each runs in a process of its own, in turns (`--rounds`); the median step counts.
 
 FLOPs are counted by `training.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
-`flops_share` is the step's rate over the measured rate of bf16 products of 4096 x 4096 matrices on the same threads.
+`flops_share` is the step's rate over the machine's: that of bf16 products of 4096 x 4096 matrices on the same threads, measured
+before and after every step, because the speed of a shared machine changes from minute to minute.
 
 Memory is the highest resident (on CUDA: allocated) memory during a step beyond what is held at its beginning (weights and optimizer
 states): activations, gradients and temporaries.
@@ -37,17 +38,23 @@ STAGES = {
 }
 
 
-def matrix_product_rate(device: str, size: int = 4096) -> float:
-    """FLOP/s of bf16 products, the best of five."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        _synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        _synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+class MatrixProducts:
+    """The machine's rate: bf16 products of square matrices, which are kept from one measurement to the next."""
+
+    def __init__(self, device: str, size: int = 4096):
+        self.device, self.flops = device, 2 * size**3
+        self.a, self.b, self.out = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+    def rate(self) -> float:
+        """FLOP/s, the best of three products."""
+        best = float("inf")
+        for _ in range(3):
+            _synchronize(self.device)
+            started = time.perf_counter()
+            torch.mm(self.a, self.b, out=self.out)
+            _synchronize(self.device)
+            best = min(best, time.perf_counter() - started)
+        return self.flops / best
 
 
 def _synchronize(device: str) -> None:
@@ -90,25 +97,33 @@ def child(options: dict) -> dict:
     )
     rates = STAGES[options["stage"]]
     device, peak, shapes = options["device"], MemoryPeak(), {}
-    marks: list[tuple[float, int]] = []
+    machine = MatrixProducts(device)
+    seconds, rates_of_machine, memory = [], [], []
 
     class Clock(TrainerCallback):
+        """Steps from the end of the one before, so that collation, which lies between two, counts."""
+
+        def on_train_begin(self, *args, **kwargs):
+            self.start()
+
         def on_step_begin(self, *args, **kwargs):
             _synchronize(device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
+                self.held = torch.cuda.memory_allocated()
             else:
-                held = peak.process.memory_info().rss
-                peak.peak = held
-            marks.append((time.perf_counter(), held))
+                peak.peak = self.held = peak.process.memory_info().rss
 
         def on_step_end(self, *args, **kwargs):
             _synchronize(device)
-            top = torch.cuda.max_memory_allocated() if device == "cuda" else peak.peak
-            steps.append((time.perf_counter(), top - marks[-1][1]))
+            seconds.append(time.perf_counter() - self.started)
+            memory.append((torch.cuda.max_memory_allocated() if device == "cuda" else peak.peak) - self.held)
+            self.start()
 
-    steps: list[tuple[float, int]] = []
+        def start(self):
+            rates_of_machine.append(machine.rate())
+            self.started = time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
         per_step = len(made) if options["system"] != "llava" else sum(len(r["annotations"]) for r in made)
         arguments = SFTConfig(
@@ -182,12 +197,11 @@ def child(options: dict) -> dict:
         if device == "cpu":
             peak.start()
         trainer.train()
-    # Collation of the next batch lies between the end of one step and the beginning of the next: count from end to end.
-    seconds = [later[0] - earlier[0] for earlier, later in pairwise(steps)]
     annotations = sum(len(r["annotations"]) for r in made)
     return {
         "seconds": seconds,
-        "peak_memory_bytes": max(memory for _, memory in steps[1:]),
+        "machine_flops": [(before + after) / 2 for before, after in pairwise(rates_of_machine)],
+        "peak_memory_bytes": max(memory[1:]),
         "annotations": annotations,
         "response_tokens": options["response_tokens"] or models.WORKLOADS[options["workload"]][2],
         "flops": step_flops(modules, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))),
@@ -239,32 +253,32 @@ def mask_seconds(rows: int, length: int, device: str, image_tokens: int) -> floa
 
 
 def table(rows: list[dict]) -> str:
-    """The measurements, a line each."""
+    """The measurements, a line each; `machine` is its rate in GFLOP/s."""
     lines = [
         f"{'shape':<16} {'workload':<10} {'per image':>9} {'trains':<7} {'system':<9} {'annot./s':>9} {'tokens/s':>9} "
-        f"{'peak GB':>8} {'TFLOP':>7} {'share':>6} {'x LLaVA':>8} {'memory':>7}"
+        f"{'peak GB':>8} {'TFLOP':>7} {'machine':>7} {'share':>6} {'x LLaVA':>8} {'memory':>7}"
     ]
     for row in rows:
         ratio, memory = (f"{row[name]:.2f}" if row[name] else "-" for name in ("ratio_to_llava", "memory_to_llava"))
         lines.append(
             f"{row['shape']:<16} {row['workload']:<10} {row['annotations_per_image']:>9.1f} {row['stage']:<7} {row['system']:<9} "
             f"{row['annotations_per_s']:>9.2f} {row['tokens_per_s']:>9.0f} {row['peak_memory_bytes'] / 1e9:>8.2f} "
-            f"{row['flops'] / 1e12:>7.2f} {row['flops_share']:>6.1%} {ratio:>8} {memory:>7}"
+            f"{row['flops'] / 1e12:>7.2f} {row['machine_flops_per_s'] / 1e9:>7.0f} {row['flops_share']:>6.1%} {ratio:>8} {memory:>7}"
         )
     return "\n".join(lines)
 
 
-def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -> list[dict]:
+def compare(options: dict, systems: tuple[str, ...], rounds: int) -> list[dict]:
     """The rows of one comparison: the systems take turns, and each one's median step counts."""
-    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    steps: dict[str, list[tuple[float, float]]] = {system: [] for system in systems}
     found = {}
     for _ in range(rounds):
         for system in systems:
             found[system] = measure({**options, "system": system})
-            seconds[system] += found[system]["seconds"][1:]  # the first step after the start warms caches
+            steps[system] += zip(found[system]["seconds"][2:], found[system]["machine_flops"][2:])  # two warm up
     rows = []
     for system in systems:
-        step = statistics.median(seconds[system])
+        step = statistics.median(seconds for seconds, _ in steps[system])
         memory = measure({**options, "system": system, "steps": 2}, memory=True)["peak_memory_bytes"]
         rows.append(
             {
@@ -280,7 +294,9 @@ def compare(options: dict, systems: tuple[str, ...], rounds: int, rate: float) -
                 "step_seconds": step,
                 "peak_memory_bytes": memory,
                 "flops": found[system]["flops"],
-                "flops_share": found[system]["flops"] / step / rate,
+                "flops_share": statistics.median(found[system]["flops"] / (s * rate) for s, rate in steps[system]),
+                "machine_flops_per_s": statistics.median(rate for _, rate in steps[system]),
+                "steps": [seconds for seconds, _ in steps[system]],
                 "rows": found[system]["rows"],
                 "length": found[system]["length"],
             }
@@ -334,7 +350,9 @@ def main() -> None:
     parser.add_argument("--row_length", type=int, help="Rows of several records, for flex_attention.")
     parser.add_argument("--images", type=int, default=6, help="Pictures per step.")
     parser.add_argument("--steps", type=int, default=4, help="Per process; the first two are not counted.")
-    parser.add_argument("--rounds", type=int, default=1, help="How often the systems take turns.")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="How often the systems take turns, where targets are set."
+    )
     parser.add_argument("--quick", action="store_true", help="Only the first comparison.")
     parser.add_argument("--large", action="store_true", help="The 729-token shape as well.")
     parser.add_argument("--vision_layers", type=int, default=9, help="Of the large shape, whose encoder has 27.")
@@ -342,8 +360,6 @@ def main() -> None:
     parser.add_argument("--output", default="out/bench/throughput.json")
     arguments = parser.parse_args()
     arguments.attn_implementation = arguments.attn_implementation or ("eager" if arguments.device == "cpu" else "sdpa")
-    rate = matrix_product_rate(arguments.device)
-    print(f"{torch.get_num_threads()} threads, bf16 matrix products: {rate / 1e9:.0f} GFLOP/s", flush=True)
     options = {
         "shape": "b16-224+135m",
         "workload": "captions",
@@ -358,22 +374,22 @@ def main() -> None:
         },
     }
     both = ("packed", "llava")
-    comparisons = [(options, SYSTEMS)]
+    comparisons = [(options, SYSTEMS, arguments.rounds)]
     if not arguments.quick:
-        comparisons += [({**options, "workload": "questions", "images": 5}, both)]
-        comparisons += [({**options, "stage": stage}, both) for stage in ("stage1", "stage2")]
+        comparisons += [({**options, "workload": "questions", "images": 5}, both, 1)]
+        comparisons += [({**options, "stage": stage}, both, 1) for stage in ("stage1", "stage2")]
         growths = {"annotations": (1, 2, 10), "images": (1, 3, 12), "response_tokens": (10, 40, 80)}
         comparisons += [
-            ({**options, name: value}, ("packed",)) for name, values in growths.items() for value in values
+            ({**options, name: value}, ("packed",), 1) for name, values in growths.items() for value in values
         ]
     if arguments.large:
         layers = {"vision_layers": arguments.vision_layers, "text_layers": arguments.text_layers}
-        comparisons.append(({**options, "shape": "so400m-384+0.5b", "images": 1, **layers}, both))
+        comparisons.append(({**options, "shape": "so400m-384+0.5b", "images": 1, **layers}, both, arguments.rounds))
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    for chosen, systems in comparisons:
-        rows += compare(chosen, systems, arguments.rounds, rate)
+    for chosen, systems, rounds in comparisons:
+        rows += compare(chosen, systems, rounds)
         print(table(rows[-len(systems) :]), flush=True)
         output.write_text(json.dumps(rows, indent=2) + "\n")  # each time, so that a failure later loses nothing
     first = rows[0]
