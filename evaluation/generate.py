@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from modeling_alignvlm import TokenLayout, to_rgb
+from modeling_alignvlm import CACHE_NAME, TokenLayout, to_rgb
 
 
 @torch.inference_mode()
@@ -113,7 +113,7 @@ def _from_shared_trunks(model, processor, rows, pixel_values, batch_size: int, o
     """Prefills the trunk of each entry once, then generates behind copies of that cache, `batch_size` prompts at a time."""
     first_rows = {entry: trunk for entry, trunk, _ in reversed(rows)}
     trunks = torch.tensor([first_rows[entry] for entry in sorted(first_rows)], device=model.device)  # (entries, trunk)
-    prefilled = model.model(input_ids=trunks, pixel_values=pixel_values, use_cache=True).past_key_values
+    prefilled = getattr(model.model(input_ids=trunks, pixel_values=pixel_values, use_cache=True), CACHE_NAME)
     generated = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
@@ -123,7 +123,7 @@ def _from_shared_trunks(model, processor, rows, pixel_values, batch_size: int, o
         cache.batch_select_indices(entry_of.repeat_interleave(options.get("num_beams", 1)))
         input_ids = torch.cat([trunks[entry_of], prompt_ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(trunks[entry_of]), prompt_mask], dim=1)
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **options)
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **{CACHE_NAME: cache}, **options)
         generated += list(output[:, input_ids.shape[1] :])
     return generated
 

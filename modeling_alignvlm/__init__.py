@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_alignvlm import AlignVLMConfig
 from .masking_alignvlm import TokenLayout, attention_rule, check_no_leak, dense_mask, leaking_edges
-from .modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMModel
+from .modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, AlignVLMModel
 from .processing_alignvlm import AlignVLMProcessor, to_rgb
 
 
@@ -19,6 +19,7 @@ AlignVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextT
 AlignVLMProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
+    "CACHE_NAME",
     "AlignVLMConfig",
     "AlignVLMForConditionalGeneration",
     "AlignVLMModel",

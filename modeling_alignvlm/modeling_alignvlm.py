@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .configuration_alignvlm import AlignVLMConfig
@@ -20,6 +20,9 @@ from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule
 
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
+ROW_INPUTS = ("mm_token_type_ids", *LAYOUT_INPUTS)  # one value per token
+# What this release of transformers calls a cache: `cache` since 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -30,14 +33,9 @@ class AlignVLMModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class AlignVLMCausalLMOutputWithPast(ModelOutput):
+class AlignVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` (scalar, if labels were given), `logits` of shape `(batch, length, vocabulary)` and the model's outputs."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor] | None = None
-    attentions: tuple[Tensor] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -75,7 +73,7 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True  # only for the mask type `causal`: see `_refuse_flash_attention`
@@ -175,6 +173,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         branch_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         positions_to_keep: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> AlignVLMModelOutputWithPast:
         """
@@ -185,15 +184,20 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             attention_mask (`torch.Tensor`):
                 `(batch, cached + length)`, 0 at padding; or a ready bool mask of shape `(batch, 1, length, keys)`, True
                 where attention is allowed, which then replaces every rule below.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`):
+                instead of `input_ids`; without `pixel_values` the image features are taken to be in place.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`):
-                1 at image tokens; needed with `inputs_embeds`, else read off `input_ids`.
+                1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
-                their tokens. The mask types `prefix` and `mutual` need `prompt_mask`.
+                their tokens. The mask types `prefix` and `mutual` need `prompt_mask`, except behind cached tokens, where
+                what is new comes after the first response.
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return as `last_hidden_state` only these positions, as one row `(1, kept, hidden)`: a trainer whose head
                 works on hidden states need not project what has no label.
+            cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
+        cache = past_key_values if cache is None else cache
         self._refuse_flash_attention(self.config, self.language_model.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -203,38 +207,40 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        begins_rows = _begins_rows(cache, tokens.shape[1])
         is_image = None
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-        elif input_ids is not None:
-            is_image = input_ids == self.config.image_token_id
+        elif input_ids is not None and (pixel_values is not None or begins_rows):
+            is_image = input_ids == self.config.image_token_id  # behind a cache: text, whatever a model has written
+        has_images = image_ids is not None or (is_image is not None and bool(is_image.any()))
         features = None
         if pixel_values is not None:
             if is_image is None:
                 raise ValueError("`pixel_values` with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
             features = self.get_image_features(pixel_values).pooler_output
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
-        elif self.training and torch.is_grad_enabled():
-            inputs_embeds = inputs_embeds + self._weightless_image()
-        if pixel_values is None and input_ids is not None and _is_prefill(past_key_values) and is_image.any():
+        elif input_ids is not None and is_image is not None and has_images:
             raise ValueError(
                 f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given."
             )
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._weightless_image()
 
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
         if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = self._ready_mask(attention_mask, inputs_embeds, past_key_values)
-        elif self._needs_layout(pixel_values, image_ids, past_key_values, **layout_inputs):
-            layout = self._layout(inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs)
-            attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, past_key_values)
+            attention_mask = self._ready_mask(attention_mask, inputs_embeds, cache)
+        elif self._needs_layout(has_images, begins_rows, **layout_inputs):
+            layout = self._layout(inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs)
+            attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, cache)
         # else: text behind text, where the language model's own causal mask is the rule
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         last_hidden_state = outputs.last_hidden_state
@@ -242,18 +248,17 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             last_hidden_state = last_hidden_state[positions_to_keep].unsqueeze(0)
         return AlignVLMModelOutputWithPast(
             last_hidden_state=last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _needs_layout(self, pixel_values, image_ids, past_key_values, record_ids, branch_ids, prompt_mask) -> bool:
+    def _needs_layout(self, has_images: bool, begins_rows: bool, record_ids, branch_ids, prompt_mask) -> bool:
         """Whether anything in this call departs from the plain causal mask of the language model."""
         mask_type = self.config.attention_mask_type
-        is_prefill = _is_prefill(past_key_values)
-        has_images = pixel_values is not None or image_ids is not None
-        if prompt_mask is None and ((mask_type == "prefix" and is_prefill) or (mask_type == "mutual" and has_images)):
+        needs_prompt = mask_type == "prefix" or (mask_type == "mutual" and has_images)
+        if needs_prompt and prompt_mask is None and begins_rows:
             raise ValueError(
                 f"The mask type {mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
                 "first response. (`generate` fills it in for a prompt; the collator of `training` for training rows.)"
@@ -262,16 +267,14 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             return True
         return mask_type != "causal" and (has_images or prompt_mask is not None)
 
-    def _layout(
-        self, inputs_embeds, is_image, attention_mask, past_key_values, image_ids, **layout_inputs
-    ) -> TokenLayout:
+    def _layout(self, inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs) -> TokenLayout:
         """The layout of this call's tokens, `(batch, length)`, from what is given and what the tokens tell."""
         shape = inputs_embeds.shape[:2]
         for name, value in {"image_ids": image_ids, "mm_token_type_ids": is_image, **layout_inputs}.items():
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but the tokens have {tuple(shape)}.")
         if attention_mask is not None:
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if cache is None else cache.get_seq_length()
             if attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1] + int(past_length):
                 raise ValueError(
                     f"`attention_mask` has shape {tuple(attention_mask.shape)}; expected ({shape[0]}, "
@@ -280,15 +283,21 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             attention_mask = attention_mask[:, past_length : past_length + shape[1]]
         if is_image is None:
             is_image = torch.zeros(shape, dtype=torch.bool, device=inputs_embeds.device)
+        counts = is_image.sum(-1)
+        if image_ids is None and bool((counts % self.config.image_seq_length).any()):
+            raise ValueError(
+                f"Rows hold {', '.join(map(str, counts.tolist()))} image tokens, and an image takes "
+                f"{self.config.image_seq_length}: part of an image is missing. Truncate before or behind images."
+            )
         layout = TokenLayout.from_image_mask(is_image, self.config.image_seq_length, attention_mask, **layout_inputs)
         if image_ids is not None:
             layout.image_ids = image_ids
         return layout
 
-    def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, past_key_values: Cache | None):
+    def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, cache: Cache | None):
         """A dense mask given by the caller, in the form the attention kernel reads."""
         batch, length = inputs_embeds.shape[:2]
-        kv_length = length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+        kv_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         if mask.shape != (batch, 1, length, kv_length) or mask.dtype != torch.bool:
             raise ValueError(
                 f"A ready `attention_mask` must be bool of shape {(batch, 1, length, kv_length)}, True where attention is "
@@ -297,7 +306,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         config = self.language_model.config
         return attention_mask_for(lambda b, h, q, k: mask[b, 0, q, k], config, inputs_embeds, kv_length)
 
-    def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, past_key_values):
+    def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, cache):
         """The layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
         config = self.language_model.config
         if is_flash_attention_requested(config):
@@ -307,9 +316,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             )
         length = inputs_embeds.shape[1]
         past_length, total_length = 0, length
-        if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
-            total_length = max(past_key_values.get_mask_sizes(length, 0)[0], int(past_length) + length)
+        if cache is not None:
+            past_length = cache.get_seq_length()
+            total_length = max(cache.get_mask_sizes(length, 0)[0], int(past_length) + length)
             layout = layout.placed_in_cache(past_length, total_length, attention_mask)
         rule = attention_rule(layout, self.config.attention_mask_type)
 
@@ -321,8 +330,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         masks = {}
         for layer_type in dict.fromkeys(layer_types):
             kv_length, kv_offset = length, 0
-            if past_key_values is not None:
-                kv_length, kv_offset = past_key_values.get_mask_sizes(length, layer_types.index(layer_type))
+            if cache is not None:
+                kv_length, kv_offset = cache.get_mask_sizes(length, layer_types.index(layer_type))
             if layer_type == "full_attention":
                 layer_rule = rule
             elif layer_type == "sliding_attention":
@@ -338,8 +347,12 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         return masks if len(masks) > 1 else masks[layer_types[0]]
 
 
-def _is_prefill(past_key_values: Cache | None) -> bool:
-    return past_key_values is None or not past_key_values.is_initialized
+def _begins_rows(cache: Cache | None, length: int) -> bool:
+    """Whether `length` new tokens are the first of their rows. A cache's length, which may have to come from the device, is read
+    only where several tokens come at once: a single one is the next step of a generation."""
+    if cache is None or not cache.is_initialized:
+        return True
+    return length > 1 and int(cache.get_seq_length()) == 0
 
 
 def _within_window(rule, layout: TokenLayout, position_ids: Tensor | None, past_length, window: int):
@@ -391,6 +404,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         prompt_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> AlignVLMCausalLMOutputWithPast:
         """As `AlignVLMModel.forward`, and:
@@ -406,7 +420,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             image_ids=image_ids,
@@ -430,48 +444,77 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         return AlignVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict:
-        """Layout inputs belong to the prefill; everything given to `generate` comes before the first response."""
+        """Gives the token types and layout inputs to the prefill (without a cache: to every step), for the tokens it is given.
+
+        New tokens behind a kept cache take the last values of each row; images whose tokens are in the cache are left out.
+        Candidates behind the prompt (prompt lookup, an assistant) are text.
+        """
+        cache = kwargs.get(CACHE_NAME)
+        is_first_iteration = is_first_iteration or cache is None or not cache.is_initialized  # of an assistant too
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        without_cache = kwargs.get("use_cache") is False
-        if is_first_iteration or without_cache:
-            length = (inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]).shape[1]
-            for name in LAYOUT_INPUTS:  # without a cache every step sees the whole row again, the new tokens behind it
-                if inputs.get(name) is not None and inputs[name].shape[1] < length:
-                    inputs[name] = _extend_layout_input(name, inputs[name], length)
-        else:
-            for name in LAYOUT_INPUTS:
-                inputs.pop(name, None)
-        return inputs
+        if not is_first_iteration:
+            return {name: value for name, value in inputs.items() if name not in ROW_INPUTS}
+        embedded = inputs.get("input_ids") is None
+        total = (inputs_embeds if embedded else input_ids).shape[1]
+        length = inputs["inputs_embeds" if embedded else "input_ids"].shape[1]
+        rows = {name: _extended(name, kwargs[name], total) for name in ROW_INPUTS if kwargs.get(name) is not None}
+        if inputs.get("pixel_values") is not None and "mm_token_type_ids" in rows:
+            is_image = rows["mm_token_type_ids"] == 1
+            cached, given = (self._images_per_row(part) for part in (is_image[:, :-length], is_image))
+            if sum(given) == len(inputs["pixel_values"]):  # else only the new ones were given
+                rows_of_images = inputs["pixel_values"].split(given)
+                inputs["pixel_values"] = torch.cat([row[skip:] for row, skip in zip(rows_of_images, cached)])
+            if len(inputs["pixel_values"]) == 0:
+                del inputs["pixel_values"]
+        return inputs | {name: value[:, -length:] for name, value in rows.items()}
+
+    def _images_per_row(self, is_image: Tensor) -> list[int]:
+        return (is_image.sum(-1) // self.config.image_seq_length).tolist()
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Notes once where the prompt's images are, and that an uncached prompt comes before the first response."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if self.config.attention_mask_type in ("prefix", "mutual") and model_kwargs.get("prompt_mask") is None:
-            tokens = model_kwargs.get("inputs_embeds", inputs)
-            model_kwargs["prompt_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if name == "input_ids" and model_kwargs.get("mm_token_type_ids") is None:
+            model_kwargs["mm_token_type_ids"] = (inputs == self.config.image_token_id).long()
+        needs_prompt = (
+            self.config.attention_mask_type in ("prefix", "mutual") and model_kwargs.get("prompt_mask") is None
+        )
+        if needs_prompt and _begins_rows(model_kwargs.get(CACHE_NAME), inputs.shape[1]):
+            model_kwargs["prompt_mask"] = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         return inputs, name, model_kwargs
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if model_kwargs.get("inputs_embeds") is not None and generation_config.use_cache is False:
+            raise ValueError(
+                "`generate` gives `inputs_embeds` to the first step only, so without a cache later steps would not see the prompt. "
+                "Leave out use_cache=False, or pass `input_ids`."
+            )
+        if generation_config.prefill_chunk_size is not None and self.config.attention_mask_type == "prefix":
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt into pieces that cannot look ahead, and the "
+                "mask type 'prefix' lets every token of a prompt do so. Leave it out."
+            )
+        return generation_config, model_kwargs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs
     ):
-        """Beams: images are repeated row by row, since rows may hold different numbers of them."""
+        """Beams and several samples: images are repeated row by row, since rows may hold different numbers of them."""
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
-            is_image = (
-                kwargs["mm_token_type_ids"] == 1 if input_ids is None else input_ids == self.config.image_token_id
-            )
-            images_per_row = (is_image.sum(-1) // self.config.image_seq_length).tolist()
-            rows = pixel_values.split(images_per_row)
+            rows = pixel_values.split(self._images_per_row(kwargs["mm_token_type_ids"] == 1))
             pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         if pixel_values is not None:
@@ -484,16 +527,16 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         return attention_mask
 
 
-def _extend_layout_input(name: str, value: Tensor, length: int) -> Tensor:
-    """Layout of generated tokens: text, no longer prompt, of the record and branch of the last prompt token."""
-    missing = length - value.shape[1]
+def _extended(name: str, value: Tensor, length: int) -> Tensor:
+    """A row input with the values of further tokens: text, no longer prompt, of the record and branch of the last token."""
+    missing = max(length - value.shape[1], 0)
     if name == "image_ids":
         tail = value.new_full((value.shape[0], missing), -1)
-    elif name == "prompt_mask":
+    elif name in ("prompt_mask", "mm_token_type_ids"):
         tail = value.new_zeros((value.shape[0], missing))
     else:
         tail = value[:, -1:].expand(-1, missing)
     return torch.cat([value, tail], dim=1)
 
 
-__all__ = ["AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]
+__all__ = ["CACHE_NAME", "AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]

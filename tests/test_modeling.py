@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
+from modeling_alignvlm import CACHE_NAME, AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 
 
@@ -116,14 +116,14 @@ def test_multi_token_continuation_of_a_cache_equals_one_pass(make_model, rows):
         first = model(
             input_ids=inputs["input_ids"][:, :7],
             pixel_values=inputs["pixel_values"][:1],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
         second = model(
             input_ids=inputs["input_ids"][:, 7:],
             pixel_values=inputs["pixel_values"][1:],
             attention_mask=inputs["attention_mask"],
-            past_key_values=first.past_key_values,
+            **{CACHE_NAME: getattr(first, CACHE_NAME)},
         )
         torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-5, rtol=1e-5)
 
@@ -151,8 +151,9 @@ def test_beams_keep_each_row_with_its_own_images(make_model, rows):
     many = rows(*given, side="left")
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     options |= {"output_scores": True, "return_dict_in_generate": True}
+    types = (many["input_ids"] == model.config.image_token_id).long()
     _, expanded = model._expand_inputs_for_generation(
-        3, input_ids=many["input_ids"], pixel_values=many["pixel_values"]
+        3, input_ids=many["input_ids"], pixel_values=many["pixel_values"], mm_token_type_ids=types
     )
     order = [0, 0, 0, 1, 2, 1, 2, 1, 2]  # each beam of a row, one after the other, with all of that row's images
     assert torch.equal(expanded["pixel_values"], many["pixel_values"][order])
