@@ -227,6 +227,15 @@ def test_bad_arguments_are_named(checkpoint, tmp_path, extra, message):
     assert not (tmp_path / RUN_RECORD).exists()
 
 
+@pytest.mark.parametrize("split", ["CP", "SP"])
+def test_split_sequences_are_refused(checkpoint, tmp_path, monkeypatch, split):
+    """As `accelerate launch` asks for them; accelerate would drop every mask that is not causal."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{split}_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{split.lower()}_size=2.*drop attention masks"):
+        main(arguments_for(checkpoint, tmp_path, projector_learning_rate=1e-3))
+
+
 def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
     recipe = tmp_path / "stage1.yaml"
     recipe.write_text("stage: 1\nprojektor_learning_rate: 1.0e-3\n")

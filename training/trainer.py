@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import ParallelismConfig
+from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -51,6 +52,21 @@ def freeze_all_but(
     return counts
 
 
+def refuse_split_sequences(parallelism_config: ParallelismConfig | None) -> None:
+    """Raises a `ValueError` if rows would be split among processes (context or sequence parallelism).
+
+    The attention of split rows knows only the plain causal mask and drops any other without a word: images would be causal again,
+    and the branches of a row would see each other.
+    """
+    if parallelism_config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        parallelism_config = ParallelismConfig()  # as `accelerate launch` has put it into the environment
+    if parallelism_config is not None and (parallelism_config.cp_enabled or parallelism_config.sp_enabled):
+        raise ValueError(
+            f"cp_size={parallelism_config.cp_size}, sp_size={parallelism_config.sp_size}: context and sequence parallelism drop attention "
+            "masks. Use DDP, FSDP or ZeRO, and activation checkpointing or smaller batches where memory is short."
+        )
+
+
 class AlignVLMTrainer(SFTTrainer):
     """Trains a stage.
 
@@ -83,6 +99,7 @@ class AlignVLMTrainer(SFTTrainer):
             raise ValueError(
                 f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
             )
+        refuse_split_sequences(kwargs["args"].parallelism_config)
         self.sampler, self.max_bad_images = sampler, max_bad_images
         self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
         self.learning_rates = learning_rates
