@@ -251,7 +251,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _needs_layout(self, has_images: bool, begins_rows: bool, record_ids, branch_ids, prompt_mask) -> bool:
@@ -447,7 +447,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
