@@ -134,13 +134,14 @@ def join(
     if language.config.is_encoder_decoder:
         raise ValueError(f"{kind} has an encoder of its own. Use a decoder alone.")
     model = AlignVLMForConditionalGeneration(config).eval()
+    base = language.base_model if language.base_model is not language else language.get_decoder()
     try:
-        model.model.language_model.load_state_dict(language.base_model.state_dict())
+        model.model.language_model.load_state_dict(base.state_dict())
         model.lm_head.load_state_dict({"weight": language.get_output_embeddings().weight})
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"{kind} cannot be rebuilt inside AlignVLM, as a base model of transformers' AutoModel and a matrix as its head: "
-            f"{str(error).splitlines()[0]}"
+            f"{kind} cannot be rebuilt inside AlignVLM, as what AutoModel makes of its config ({type(model.model.language_model).__name__}) "
+            f"and a matrix: {type(base).__name__} and {type(language.get_output_embeddings()).__name__} have other weights."
         ) from error
     missing = model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False).missing_keys
     if missing:
@@ -148,7 +149,10 @@ def join(
 
     probe = torch.tensor([[token for token in range(17) if token != image_token_id]])
     expected = language.eval()(probe).logits
-    actual = model(input_ids=probe).logits
+    try:
+        actual = model(input_ids=probe).logits
+    except Exception as error:  # whatever a language model of others raises
+        raise ValueError(f"{kind} does not run inside AlignVLM: {type(error).__name__}: {error}") from error
     if not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4):
         raise ValueError(
             f"Inside AlignVLM {kind[0].lower() + kind[1:]} gives other logits than alone (largest difference "
@@ -171,9 +175,8 @@ def check_positions(model: AlignVLMForConditionalGeneration, needed: int, what: 
     if positions is None or needed <= positions:
         return
     row = torch.zeros(1, needed, dtype=torch.long, device=model.device)
-    row += model.config.image_token_id == 0
     try:
-        model(input_ids=row, use_cache=False)
+        model.model.language_model(input_ids=row, use_cache=False)
     except Exception as error:  # whatever a language model of others raises
         raise ValueError(
             f"The language model {text.model_type!r} has {positions} positions, but {what} {needed}. Take one with more, an encoder "

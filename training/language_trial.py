@@ -25,6 +25,14 @@ TRIAL_LENGTH = len(KINDS)
 NEW_TOKENS = 3
 
 
+# What messages call the attempts.
+ATTEMPTS = {
+    "_try_who_sees_whom": "a row with images",
+    "_try_generation": "generation",
+    "_try_packing": "a packed row",
+}
+
+
 class PromiseBroken(Exception):
     """What the language model does other than the mask type, the packing or the cache demands."""
 
@@ -79,8 +87,8 @@ def _first_failure(model: AlignVLMForConditionalGeneration, attempts: tuple) -> 
         except PromiseBroken as broken:
             return str(broken)
         except Exception as error:  # whatever a language model of others raises
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"{attempt.__name__.removeprefix('_try_').replace('_', ' ')}: {type(error).__name__}: {first_line[:200]}"
+            first_line = (str(error).strip() or "without a message").splitlines()[0]
+            return f"{ATTEMPTS[attempt.__name__]} raises {type(error).__name__}: {first_line[:200]}"
     return None
 
 
