@@ -100,7 +100,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def __init__(self, config: AlignVLMConfig):
         config.check_mask_type()
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        try:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+        except ValueError:  # the attention kernel asked for is the language model's; convolutions have none
+            self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.projector = AlignVLMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -249,6 +252,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         elif self._needs_layout(has_images, begins_rows, **layout_inputs):
             layout = self._layout(inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs)
             attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, cache)
+            if position_ids is None:  # as usual; OPT would count them in a 2D mask
+                past_length = 0 if cache is None else cache.get_seq_length()
+                position_ids = past_length + torch.arange(tokens.shape[1], device=inputs_embeds.device)[None]
         # else: text behind text, where the language model's own causal mask is the rule
 
         outputs = self.language_model(

@@ -134,6 +134,7 @@ def join(
     if language.config.is_encoder_decoder:
         raise ValueError(f"{kind} has an encoder of its own. Use a decoder alone.")
     model = AlignVLMForConditionalGeneration(config).eval()
+    model.generation_config.use_cache = True  # MPT's config says no
     base = language.base_model if language.base_model is not language else language.get_decoder()
     try:
         model.model.language_model.load_state_dict(base.state_dict())
@@ -147,7 +148,10 @@ def join(
     if missing:
         raise ValueError(f"The vision encoder {vision.name_or_path!r} lacks the weights {missing}.")
 
-    probe = torch.tensor([[token for token in range(17) if token != image_token_id]])
+    needed = config.image_seq_length + TRIAL_LENGTH
+    check_positions(model, needed, f"an image of {config.image_seq_length} tokens and some text need")
+    words = [token for token in range(17) if token != image_token_id]
+    probe = torch.tensor([words[: stated_positions(language.config)]])
     expected = language.eval()(probe).logits
     try:
         actual = model(input_ids=probe).logits
@@ -159,7 +163,6 @@ def join(
             f"{(actual - expected).abs().max():.2e}): its head does more than a matrix product, or its base model needs more than "
             "embeddings."
         )
-    check_positions(model, config.image_seq_length + TRIAL_LENGTH, f"an image of {config.image_seq_length} tokens and some text need")
     return model
 
 

@@ -8,10 +8,10 @@ the rows it is made of. Nothing is read from names or flags of the language mode
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from modeling_alignvlm import AlignVLMForConditionalGeneration, TokenLayout
+from modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, TokenLayout
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from modeling_alignvlm.masking_alignvlm import dense_mask
 
@@ -50,6 +50,25 @@ def stated_positions(text_config: PreTrainedConfig) -> int | None:
     """The positions that a language model's config tells of; None if it tells of none."""
     names = ("max_position_embeddings", "max_seq_len")
     return next((value for name in names if isinstance(value := getattr(text_config, name, None), int)), None)
+
+
+def last_position(language_model: PreTrainedModel) -> int | None:
+    """The number of positions of a language model that looks them up in a table; None if it computes them (RoPE, ALiBi).
+
+    A table is an embedding of positions or a buffer with a row for each: read off the module, on any device, meta too.
+    """
+    positions = stated_positions(language_model.config)
+    if positions is None:
+        return None
+    words = language_model.get_input_embeddings()
+    tables = [
+        module.num_embeddings
+        for module in language_model.modules()
+        if isinstance(module, nn.Embedding) and module is not words
+    ]
+    tables += [buffer.shape[-2] for buffer in language_model.buffers() if buffer.ndim > 1]
+    # OPT and its kin count from 2.
+    return positions if any(positions <= size <= positions + 2 for size in tables) else None
 
 
 @torch.no_grad()
@@ -183,6 +202,7 @@ def _try_generation(model: AlignVLMForConditionalGeneration) -> None:
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
+        use_cache=True,
         output_logits=True,
         return_dict_in_generate=True,
         pad_token_id=0,
@@ -238,7 +258,7 @@ def _try_packing(model: AlignVLMForConditionalGeneration) -> None:
 def _try_shared_cache(model, rows: Tensor, separate: Tensor, layout: TokenLayout, trunk: int) -> None:
     """Questions of different lengths, left-padded behind one prefilled trunk, have the logits of whole rows."""
     inputs = {"image_ids": layout.image_ids[:, :trunk], "mm_token_type_ids": (layout.image_ids[:, :trunk] >= 0).long()}
-    cache = model.model(inputs_embeds=rows[:1, :trunk], use_cache=True, **inputs).past_key_values
+    cache = getattr(model.model(inputs_embeds=rows[:1, :trunk], use_cache=True, **inputs), CACHE_NAME)
     cache.batch_repeat_interleave(2)
     padding = 2
     questions = rows[:, trunk:].clone()
@@ -250,7 +270,7 @@ def _try_shared_cache(model, rows: Tensor, separate: Tensor, layout: TokenLayout
         inputs_embeds=questions,
         attention_mask=attention_mask,
         position_ids=positions,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         mm_token_type_ids=torch.zeros_like(positions),
         prompt_mask=torch.zeros_like(positions, dtype=torch.bool),
     )
