@@ -44,8 +44,12 @@ TINY = {
     **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
     **dict.fromkeys("decoder_attention_heads linear_num_value_heads mamba_n_heads".split(), 4),
     **dict.fromkeys("num_key_value_heads linear_num_key_heads attn_layer_period".split(), 2),
-    **dict.fromkeys("intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim dff".split(), 64),
-    **dict.fromkeys("moe_intermediate_size expert_dim shared_expert_intermediate_size moe_ffn_hidden_size".split(), 32),
+    **dict.fromkeys(
+        "intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim encoder_ffn_dim dff".split(), 64
+    ),
+    **dict.fromkeys(
+        "moe_intermediate_size expert_dim shared_expert_intermediate_size moe_ffn_hidden_size".split(), 32
+    ),
     **dict.fromkeys("head_dim qk_nope_head_dim v_head_dim d_kv linear_key_head_dim linear_value_head_dim".split(), 8),
     **dict.fromkeys("global_head_dim kv_channels".split(), 8),
     **dict.fromkeys("qk_rope_head_dim rotary_dim index_head_dim".split(), 4),
@@ -80,6 +84,16 @@ VARIANTS = (
     {"num_key_value_heads": 4},
     {"head_dim": None, "v_head_dim": None, "max_position_embeddings": None, "num_key_value_heads": 4},
 )
+# What a type needs besides, or instead.
+SPECIAL = {
+    "bamba": {"attn_layer_indices": [1]},
+    "donut-swin": {"window_size": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "swin": {"window_size": 2},
+}
 VISION_VARIANTS = (
     {},
     {"num_attention_heads": None, "num_hidden_layers": None},
@@ -96,6 +110,7 @@ class Finding:
     kept: list[str] = field(default_factory=list)
     packing: bool = False
     features: str = ""
+    tried: bool = True
     reason: str = ""
 
 
@@ -156,18 +171,15 @@ def tiny_model(make: Callable, config: PreTrainedConfig):
     return model
 
 
-def first_that_runs(attempt: Callable, sizes: dict, variants: tuple[dict, ...]):
-    """`attempt(sizes)` with the first variant of the sizes under which it raises nothing; else the first one's error."""
+def first_that_can_be_made(attempt: Callable, model_type: str, sizes: dict, variants: tuple[dict, ...]):
+    """`attempt(sizes)` with the first variant of the sizes of which a tiny model can be made; else the first one's error."""
     first_error = None
     for variant in variants:
-        changed = {name: value for name, value in {**sizes, **variant}.items() if value is not None}
+        changed = {**sizes, **variant, **SPECIAL.get(model_type, {})}
         try:
-            with time_limit(SECONDS):
-                return attempt(changed)
-        except Exception as error:  # whatever a model of others raises
+            return attempt({name: value for name, value in changed.items() if value is not None})
+        except NoTinyModel as error:
             first_error = first_error or error
-            if isinstance(error, (CompositeModel, TimeoutError)):
-                break
     raise first_error
 
 
@@ -177,19 +189,26 @@ def language_finding(model_type: str) -> Finding:
 
     def attempt(sizes: dict):
         language = tiny_model(AutoModelForCausalLM.from_config, tiny_config(model_type, sizes))
+        try:
+            with torch.no_grad():
+                language(torch.arange(3, 20)[None])
+        except Exception as error:
+            raise NoTinyModel(f"does not run by itself: {_first_line(error)}") from error
         return join(tiny_encoder(), language, VOCABULARY - 1, EncoderMeasure((16, 16), (2, 2), 32))
 
     try:
-        model = first_that_runs(attempt, TINY, VARIANTS)
         with time_limit(SECONDS):
+            model = first_that_can_be_made(attempt, model_type, TINY, VARIANTS)
             trial = try_language_model(model)
     except Exception as error:
-        finding.reason = _first_line(error)
+        finding.tried = not isinstance(error, (NoTinyModel, CompositeModel, TimeoutError))
+        finding.reason = _first_line(error).replace(f"he language model '' ({model_type}) ", "")
         return finding
     finding.kept, finding.packing = trial.mask_types, trial.packing
     whats: dict[str, list[str]] = {}
     for what, reason in trial.reasons.items():
-        whats.setdefault(reason, []).append(what)
+        reason = reason.replace(f"'{what}'", "it")
+        whats.setdefault(reason.split(", which no attention mask")[0], []).append(what)
     finding.reason = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in whats.items())
     return finding
 
@@ -207,12 +226,20 @@ def encoder_finding(model_type: str) -> Finding:
 
     def attempt(sizes: dict):
         encoder = tiny_model(AutoModel.from_config, tiny_config(model_type, sizes))
-        return measure_encoder(model_type, encoder, processor)
+        try:
+            return measure_encoder(model_type, encoder, processor)
+        except ValueError as error:
+            refusals.append(error)
+            raise NoTinyModel(str(error)) from error
 
+    refusals: list[ValueError] = []
     try:
-        measure = first_that_runs(attempt, TINY_VISION, VISION_VARIANTS)
+        with time_limit(SECONDS):
+            measure = first_that_can_be_made(attempt, model_type, TINY_VISION, VISION_VARIANTS)
     except Exception as error:
-        finding.reason = _first_line(error)
+        finding.tried = bool(refusals)
+        why = _first_line(refusals[0] if refusals else error)
+        finding.reason = why.replace(f"The vision encoder {model_type!r} ({model_type}) ", "")
         return finding
     finding.features = "{} x {}".format(*measure.grid)
     return finding
@@ -239,10 +266,84 @@ def _first_line(error: BaseException) -> str:
     return f"{name}{text.splitlines()[0][:200]}"
 
 
+LANGUAGE_HEADER = f"| type | {' | '.join(f'`{name}`' for name in MASK_TYPES)} | packing | why not |\n|{'---|' * 7}"
+ENCODER_HEADER = f"| type | image tokens of {IMAGE_SIZE} x {IMAGE_SIZE} pixels | why not |\n|---|---|---|"
+
+
+def language_row(finding: Finding) -> str:
+    """A line of the table of language models."""
+    marks = ["yes" if mask_type in finding.kept else "-" for mask_type in MASK_TYPES]
+    marks.append("yes" if finding.packing else "-")
+    return f"| {finding.model_type} | {' | '.join(marks)} | {_cell(finding.reason)} |"
+
+
+def encoder_row(finding: Finding) -> str:
+    """A line of the table of encoders."""
+    return f"| {finding.model_type} | {finding.features or '-'} | {_cell(finding.reason)} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def page(languages: list[Finding], encoders: list[Finding]) -> str:
+    """The text of docs/models.md."""
+    lines = [INTRODUCTION.format(transformers=transformers.__version__)]
+    for title, findings, header, row in (
+        ("Language models", languages, LANGUAGE_HEADER, language_row),
+        ("Vision encoders", encoders, ENCODER_HEADER, encoder_row),
+    ):
+        tried = [finding for finding in findings if finding.tried]
+        good = [finding for finding in tried if finding.features or len(finding.kept) == len(MASK_TYPES)]
+        lines += [
+            f"## {title}",
+            "",
+            f"{len(good)} of {len(tried)} types that were tried can be used"
+            + (" with every mask type." if row is language_row else "."),
+            "",
+            header,
+            *map(
+                row, sorted(tried, key=lambda finding: (not finding.features and not finding.kept, finding.model_type))
+            ),
+            "",
+            "Not tried, because no tiny model of the type could be made here; assembly tries the real one:",
+            "",
+            *(f"- {finding.model_type}: {finding.reason}" for finding in findings if not finding.tried),
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+INTRODUCTION = """\
+# Which language models and vision encoders can be used
+
+`python -m training.backbones` sends pictures through the image processor and the encoder to measure how many tokens an image takes,
+and tries the language model inside AlignVLM: text as before, who sees whom under each mask type, generation with a cache from
+padded rows against rows alone without, packed rows against separate ones, questions behind a prefilled image. What does not hold is
+refused, with a sentence that names it and what works instead; a language model that holds all but packing is used without it (one
+annotation per row, one whole prompt per question), and `config.json` says `"packing": false`.
+
+The tables come from tiny models with random weights of each type registered in transformers {transformers}, made and tried by
+[`write_models_page.py`](write_models_page.py); [`tests/test_models_page.py`](../tests/test_models_page.py) repeats a selection. A real
+checkpoint may differ from its type's tiny model (Falcon with ALiBi, for instance, keeps only `causal`, without packing): assembly tries
+the checkpoint itself.
+
+Of an image-text model (CLIP, SigLIP and so on) the vision half is taken. Encoders that make a map of features (ResNet, ConvNeXt) are
+flattened, one token per place. Every picture must take equally many tokens: where an image processor keeps the form of pictures, or makes
+another size than the encoder takes, give `--image_size`. A language model that looks its positions up in a table (GPT-2, OPT) needs
+enough of them for an image and some text, and a stage of it needs a `max_length` that is no larger.
+"""
+
+
 def main() -> None:
+    """Writes the page; a line per type on the way."""
+    found = []
     for make, names in ((language_finding, language_types()), (encoder_finding, encoder_types())):
+        found.append([])
         for name in names:
-            print(asdict(make(name)), flush=True)
+            found[-1].append(make(name))
+            print(asdict(found[-1][-1]), flush=True)
+    PAGE.write_text(page(*found))
 
 
 if __name__ == "__main__":

@@ -118,9 +118,7 @@ def test_really_pretrained_weights(vision, shared_data, tmp_path):
 
 def test_a_really_pretrained_encoder_of_feature_maps(shared_data, tmp_path):
     """MobileNetV2 at 224 pixels: 7 x 7 places, in rows, each with the channels the classifier was trained on."""
-    mobilenet, stories = (
-        str(shared_data / "weights" / name) for name in ("mobilenet_v2_1.0_224", "stories260k")
-    )
+    mobilenet, stories = (str(shared_data / "weights" / name) for name in ("mobilenet_v2_1.0_224", "stories260k"))
     assemble(BackboneArguments(mobilenet, stories, str(tmp_path)))
     model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
     processor = AlignVLMProcessor.from_pretrained(tmp_path)

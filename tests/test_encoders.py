@@ -247,5 +247,7 @@ def test_checkpoints_of_format_1_load_unchanged(checkpoint, tmp_path, processor)
 
 
 def test_a_config_that_tells_no_grid_is_refused():
-    with pytest.raises(ValueError, match=r"'resnet' has no 'image_size'. Give image_size, image_grid and vision_hidden"):
+    with pytest.raises(
+        ValueError, match=r"'resnet' has no 'image_size'. Give image_size, image_grid and vision_hidden"
+    ):
         AlignVLMConfig(vision_config={"model_type": "resnet"})

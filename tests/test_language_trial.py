@@ -132,7 +132,9 @@ def test_the_trial_sees_what_each_language_model_keeps(kind):
 def test_what_cannot_be_kept_is_refused_with_what_can(vision, language, tmp_path):
     folder = language("gpt_neo")
     arguments = BackboneArguments(vision, folder, str(tmp_path / "stage0"))
-    with pytest.raises(ValueError, match=r"\(gpt_neo\) cannot keep attention_mask_type='image'.*What it keeps: --atten"):
+    with pytest.raises(
+        ValueError, match=r"\(gpt_neo\) cannot keep attention_mask_type='image'.*What it keeps: --atten"
+    ):
         assemble(arguments)
     assert not (tmp_path / "stage0").exists()
     arguments.attention_mask_type = "causal"
@@ -150,7 +152,7 @@ def test_a_language_model_of_another_form_is_refused(vision, tmp_path):
     tokenizer = make_tokenizer(())
     BertLMHeadModel(BertConfig(**SIZES, vocab_size=len(tokenizer), is_decoder=True)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertModel.* have other weights"):
+    with pytest.raises(ValueError, match=r"BertModel.* have other weights"):
         assemble(BackboneArguments(vision, str(tmp_path), str(tmp_path / "stage0")))
 
 
@@ -192,7 +194,7 @@ def test_without_packing_answers_are_those_of_one_question_at_a_time(mpt):
 
 def test_positions_that_end_before_an_image_are_found_at_assembly(vision, language, tmp_path):
     assemble(BackboneArguments(vision, language("gpt2", n_positions=20), str(tmp_path / "stage0")))
-    with pytest.raises(ValueError, match="has 12 positions, but an image of 4 tokens and some text need 1[0-9]"):
+    with pytest.raises(ValueError, match=r"has 12 positions, but an image of 4 tokens and some text need 1[0-9]"):
         assemble(BackboneArguments(vision, language("gpt2", n_positions=12), str(tmp_path / "stage0")))
     rope = language("llama", max_position_embeddings=12)
     assemble(BackboneArguments(vision, rope, str(tmp_path / "stage0")))
@@ -202,7 +204,7 @@ def test_rows_longer_than_the_positions_are_found_before_the_stage(vision, langu
     assemble(BackboneArguments(vision, language("gpt2", n_positions=64), str(tmp_path / "stage0")))
     given = arguments_for(tmp_path / "stage0", tmp_path / "run", projector_learning_rate=1e-3, max_length=65)
     for start in (run_stage, lambda given: plan_stages([parse(given)], processes=1)):
-        with pytest.raises(ValueError, match="max_length=65 .*'gpt2' has positions, 64. Set max_length: 64 or less"):
+        with pytest.raises(ValueError, match=r"max_length=65 .*'gpt2' has positions, 64. Set max_length: 64 or less"):
             start(given)
     given[given.index("65")] = "64"
     plan_stages([parse(given)], processes=1)

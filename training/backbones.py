@@ -94,7 +94,9 @@ class BackboneArguments:
     attention_mask_type: str = field(default="image", metadata={"help": "`causal`, `image`, `prefix` or `mutual`."})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."},
+        metadata={
+            "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
@@ -185,7 +187,9 @@ def check_positions(model: AlignVLMForConditionalGeneration, needed: int, what: 
             f"The language model {text.model_type!r} has {positions} positions, but {what} {needed}. Take one with more, an encoder "
             "with fewer features, or a pixel_shuffle_factor of 2 or more."
         ) from error
-    logger.warning(f"The language model {text.model_type!r} was trained on rows of up to {positions} tokens; {what} {needed}.")
+    logger.warning(
+        f"The language model {text.model_type!r} was trained on rows of up to {positions} tokens; {what} {needed}."
+    )
 
 
 def choose_mask_type(model: AlignVLMForConditionalGeneration, name: str) -> None:

@@ -60,7 +60,9 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int =
         features = _features(name, encoder, pixel_values, layer)
         again = _features(name, encoder, pixel_values.flip(0), layer).flip(0)
         if not features.isfinite().all():
-            raise ValueError(f"The features of the vision encoder {name!r} ({encoder.config.model_type}) are not finite.")
+            raise ValueError(
+                f"The features of the vision encoder {name!r} ({encoder.config.model_type}) are not finite."
+            )
         if not torch.allclose(features, again, atol=1e-3 * features.std().item(), rtol=1e-3):
             raise ValueError(
                 f"The vision encoder {name!r} ({encoder.config.model_type}) makes other features of the same picture each time, as "
