@@ -7,6 +7,7 @@ tried (`training.language_trial`), encoders measured (`training.encoder_measure`
 selection of types.
 """
 
+import re
 import signal
 import sys
 import warnings
@@ -89,6 +90,7 @@ SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
     "donut-swin": {"window_size": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -202,12 +204,12 @@ def language_finding(model_type: str) -> Finding:
             trial = try_language_model(model)
     except Exception as error:
         finding.tried = not isinstance(error, (NoTinyModel, CompositeModel, TimeoutError))
-        finding.reason = _first_line(error).replace(f"he language model '' ({model_type}) ", "")
+        finding.reason = _without_subject(_first_line(error))
         return finding
     finding.kept, finding.packing = trial.mask_types, trial.packing
     whats: dict[str, list[str]] = {}
     for what, reason in trial.reasons.items():
-        reason = reason.replace(f"'{what}'", "it")
+        reason = _without_subject(reason.replace(f"'{what}'", "it"))
         whats.setdefault(reason.split(", which no attention mask")[0], []).append(what)
     finding.reason = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in whats.items())
     return finding
@@ -238,8 +240,7 @@ def encoder_finding(model_type: str) -> Finding:
             measure = first_that_can_be_made(attempt, model_type, TINY_VISION, VISION_VARIANTS)
     except Exception as error:
         finding.tried = bool(refusals)
-        why = _first_line(refusals[0] if refusals else error)
-        finding.reason = why.replace(f"The vision encoder {model_type!r} ({model_type}) ", "")
+        finding.reason = _without_subject(_first_line(refusals[0] if refusals else error))
         return finding
     finding.features = "{} x {}".format(*measure.grid)
     return finding
@@ -260,10 +261,15 @@ def encoder_types() -> list[str]:
     return sorted(name for name in listed if name in CONFIG_MAPPING and CONFIG_MAPPING[name] in MODEL_MAPPING)
 
 
+def _without_subject(reason: str) -> str:
+    """A sentence about the model that the row is about."""
+    return re.sub(r"[Tt]he (language model|vision encoder) '[^']*'( \([^)]*\))? ", "it ", reason)
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or "nothing more is known"
-    name = "" if isinstance(error, (NoTinyModel, ValueError)) else f"{type(error).__name__}: "
-    return f"{name}{text.splitlines()[0][:200]}"
+    name = "" if isinstance(error, (NoTinyModel, CompositeModel, ValueError)) else f"{type(error).__name__}: "
+    return f"{name}{text.splitlines()[0][:200].rstrip(':')}"
 
 
 LANGUAGE_HEADER = f"| type | {' | '.join(f'`{name}`' for name in MASK_TYPES)} | packing | why not |\n|{'---|' * 7}"
@@ -283,7 +289,8 @@ def encoder_row(finding: Finding) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Without the sizes of differences, which depend on the machine."""
+    return re.sub(r" \((largest difference|by) [^)]*\)", "", text).replace("|", "\\|")
 
 
 def page(languages: list[Finding], encoders: list[Finding]) -> str:

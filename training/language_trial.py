@@ -123,11 +123,14 @@ def _layout(device, kinds: str = KINDS) -> TokenLayout:
 
 
 def _embeddings(model: AlignVLMForConditionalGeneration, seed: int, count: int = 1) -> Tensor:
-    """Embeddings of random words, images too, `(count, TRIAL_LENGTH, hidden)`: what the language model knows to read."""
+    """Embeddings of random words, `(count, TRIAL_LENGTH, hidden)`, and at image places means of two: what the language model knows
+    to read, but no words."""
     generator = torch.Generator().manual_seed(seed)
     known = min(model.config.image_token_id, 1000) or 1
-    input_ids = torch.randint(known, (count, TRIAL_LENGTH), generator=generator)
-    return model.get_input_embeddings()(input_ids.to(model.device))
+    input_ids = torch.randint(known, (2, count, TRIAL_LENGTH), generator=generator)
+    words, others = model.get_input_embeddings()(input_ids.to(model.device))
+    is_image = torch.tensor([kind in "ij" for kind in KINDS], device=model.device)[:, None]
+    return torch.where(is_image, (words + others) / 2, words)
 
 
 def _logits(model: AlignVLMForConditionalGeneration, embeddings: Tensor, layout: TokenLayout, **inputs) -> Tensor:
@@ -187,7 +190,8 @@ def _try_generation(model: AlignVLMForConditionalGeneration) -> None:
     prompt = KINDS.index("r")
     padding = 2
     lengths = [prompt - padding, prompt]  # the first row lacks the end of its text
-    embeddings = rows.new_zeros(2, prompt, rows.shape[-1])
+    padded = torch.zeros(2, prompt, dtype=torch.long, device=rows.device)
+    embeddings = model.get_input_embeddings()(padded)
     attention_mask = torch.zeros(2, prompt, dtype=torch.long, device=rows.device)
     image_ids = torch.full((2, prompt), -1, device=rows.device)
     for index, length in enumerate(lengths):
