@@ -156,7 +156,7 @@ def tiny_config(model_type: str, sizes: dict) -> PreTrainedConfig:
 
 
 def tiny_model(make: Callable, config: PreTrainedConfig):
-    """A model with random weights that are large enough for wrong masks to show."""
+    """A model with random weights, biases and scales too, that are large enough for wrong masks and left out parts to show."""
     try:
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in make(config).parameters())
@@ -170,6 +170,8 @@ def tiny_model(make: Callable, config: PreTrainedConfig):
         if parameter.ndim > 1:
             fan_in = parameter.shape[-1] if parameter.ndim < 4 else parameter[0].numel()
             torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+        else:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 

@@ -150,7 +150,7 @@ class AlignVLMConfig(PreTrainedConfig):
         if self.image_size is not None:
             height, width = self.image_size
             return height, width
-        return (self._of_vision_config("image_size"),) * 2
+        return (self._stated("image_size", getattr(self.vision_config, "image_size", None)),) * 2
 
     @property
     def feature_grid(self) -> tuple[int, int]:
@@ -158,15 +158,16 @@ class AlignVLMConfig(PreTrainedConfig):
         if self.image_grid is not None:
             height, width = self.image_grid
             return height, width
-        return (self._of_vision_config("image_size") // self._of_vision_config("patch_size"),) * 2
+        patch_size = self._stated("patch_size", getattr(self.vision_config, "patch_size", None))
+        return (self._stated("image_size", getattr(self.vision_config, "image_size", None)) // patch_size,) * 2
 
     @property
     def feature_size(self) -> int:
         """Width of the encoder's features."""
-        return self.vision_hidden_size or self._of_vision_config("hidden_size")
+        return self.vision_hidden_size or self._stated("hidden_size", getattr(self.vision_config, "hidden_size", None))
 
-    def _of_vision_config(self, key: str) -> int:
-        value = getattr(self.vision_config, key, None)
+    def _stated(self, key: str, value: int | list[int] | None) -> int:
+        """A value of the vision config, which must be there."""
         if value is None:
             raise ValueError(
                 f"The configuration of the vision encoder {self.vision_config.model_type!r} has no {key!r}. Give image_size, "
