@@ -61,7 +61,12 @@ ENCODERS = {
         [4, 4],
         16,
     ),
-    "efficientnet": (EfficientNetConfig(width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=24), 64, [2, 2], 24),
+    "efficientnet": (
+        EfficientNetConfig(width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128),
+        64,
+        [2, 2],
+        128,
+    ),
 }
 MAPS = ("mobilenet_v2", "convnext", "resnet", "efficientnet")
 
@@ -248,6 +253,6 @@ def test_checkpoints_of_format_1_load_unchanged(checkpoint, tmp_path, processor)
 
 def test_a_config_that_tells_no_grid_is_refused():
     with pytest.raises(
-        ValueError, match=r"'resnet' has no 'image_size'. Give image_size, image_grid and vision_hidden"
+        ValueError, match=r"'resnet' has no 'patch_size'. Give image_size, image_grid and vision_hidden"
     ):
         AlignVLMConfig(vision_config={"model_type": "resnet"})
