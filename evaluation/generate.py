@@ -64,6 +64,9 @@ def answer(
                 flat = [to_rgb(image) for entry in entries for image in shown[entry]]
                 pixel_values = processor.image_processor(flat, return_tensors="pt")["pixel_values"].to(model.device)
             shares_trunk = model.config.attention_mask_type in ("causal", "image") and pixel_values is not None
+            shares_trunk = shares_trunk and getattr(
+                model.config, "packing", True
+            )  # code of format 1 has no such field
             generate = _from_shared_trunks if shares_trunk else _from_image_features
             rows = [(entries.index(entry), trunk, prompt) for entry, (trunk, prompt) in asked]
             generated = generate(model, processor, rows, pixel_values, batch_size, options)

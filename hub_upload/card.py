@@ -59,7 +59,8 @@ def make_card(
     )
     stages = record["stages"]
     tag = stages[-1].get("evaluation_tag") if stages else ""
-    image_size = config["vision_config"].get("image_size", 224)
+    image_size = config.get("image_size") or config["vision_config"].get("image_size", 224)
+    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
     return str(
         ModelCard.from_template(
             card_data,
@@ -77,7 +78,7 @@ def make_card(
             data=data,
             results=[row for result in results for row in _rows(result)],
             definitions=sorted({item for result in results for item in result["definitions"].items()}),
-            image_size=image_size,
+            image_size=f"{height} x {width}",
         )
     )
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
-FORMAT_VERSION = 1  # raised whenever an older version of this file could no longer read a checkpoint
+FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
 MASK_TYPES = ("causal", "image", "prefix", "mutual")
 PROJECTOR_TYPES = ("linear", "mlp")
 AUTO_MAP = {
@@ -25,8 +25,8 @@ class AlignVLMConfig(PreTrainedConfig):
     """
     Args:
         vision_config (`dict` or `PreTrainedConfig`):
-            Configuration of the vision encoder, of any registered model type that yields one token per patch (SigLIP,
-            CLIP, DINOv2, ViT, ...). Defaults to a SigLIP encoder.
+            Configuration of the vision encoder, of any registered model type that yields one feature per place of an
+            image, as a sequence (SigLIP, CLIP, DINOv2, ViT, ...) or as a map (ResNet, ConvNeXt, ...). Defaults to SigLIP.
         text_config (`dict` or `PreTrainedConfig`):
             Configuration of the language model, of any registered causal LM. Defaults to Qwen2.
         projector_type (`str`): `"mlp"` (two layers) or `"linear"`.
@@ -39,11 +39,22 @@ class AlignVLMConfig(PreTrainedConfig):
             Which later tokens a token may see too: `"causal"` (none), `"image"` (those of the same image), `"prefix"`
             (all before the first response) or `"mutual"` (`"image"`, and image tokens see the prompt).
         image_token_id (`int`): the id of the placeholder that image features replace.
+        image_size (`list[int]`, *optional*): height and width in pixels of what the image processor makes.
+        image_grid (`list[int]`, *optional*): rows and columns of the features that the encoder makes of it.
+        vision_hidden_size (`int`, *optional*):
+            width of these features. The three are measured when a checkpoint is assembled; left out, they are the vision
+            config's `image_size`, `image_size // patch_size` and `hidden_size`, of a square input.
+        supported_mask_types (`list[str]`, *optional*):
+            the mask types that the language model was seen to keep when the checkpoint was assembled; left out: all.
+        packing (`bool`):
+            whether rows may hold several annotations of an image or several records, and questions share a prefilled image.
+            False for language models that do not honour `position_ids` or carry a state from token to token.
         tie_word_embeddings (`bool`): whether head and embeddings share weights; defaults to the text config's value.
 
     Raises:
         ValueError: for an unknown key or value (the message lists the valid ones), for a checkpoint written by a later
-            version, and for patch grids that the pixel shuffle factor does not divide.
+            version, for feature grids that the pixel shuffle factor does not divide, and for an encoder whose config does
+            not tell the grid while `image_grid` is left out.
     """
 
     model_type = "alignvlm"
@@ -57,6 +68,11 @@ class AlignVLMConfig(PreTrainedConfig):
     vision_feature_layer: int = -1
     attention_mask_type: str = "image"
     image_token_id: int | None = None
+    image_size: list[int] | None = None
+    image_grid: list[int] | None = None
+    vision_hidden_size: int | None = None
+    supported_mask_types: list[str] | None = None
+    packing: bool = True
     tie_word_embeddings: bool | None = None
     format_version: int = FORMAT_VERSION
 
@@ -66,6 +82,7 @@ class AlignVLMConfig(PreTrainedConfig):
                 f"This checkpoint was written by a later version of AlignVLM (format {self.format_version}; this code "
                 f"reads up to {FORMAT_VERSION}). Update the package, or load it with the code in its own folder."
             )
+        self.format_version = FORMAT_VERSION  # what is written from here has all fields
         unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
         if unknown:
             raise ValueError(
@@ -89,10 +106,21 @@ class AlignVLMConfig(PreTrainedConfig):
                 f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
                 "tokens. Add the image token to the tokenizer and resize the embeddings first."
             )
-        if self.pixel_shuffle_factor < 1 or self.patch_grid % self.pixel_shuffle_factor:
+        self.check_mask_type()
+        height, width = self.feature_grid
+        factor = self.pixel_shuffle_factor
+        if factor < 1 or height % factor or width % factor:
             raise ValueError(
-                f"pixel_shuffle_factor={self.pixel_shuffle_factor} must be at least 1 and divide the patch grid of "
-                f"{self.patch_grid} x {self.patch_grid}."
+                f"pixel_shuffle_factor={factor} must be at least 1 and divide the feature grid of {height} x {width}."
+            )
+
+    def check_mask_type(self) -> None:
+        """Raises a `ValueError` if the language model was seen not to keep `attention_mask_type`."""
+        kept = self.supported_mask_types
+        if kept is not None and self.attention_mask_type not in kept:
+            raise ValueError(
+                f"The language model {self.text_config.model_type!r} cannot keep attention_mask_type="
+                f"{self.attention_mask_type!r}: that was seen when it was assembled. It keeps: {', '.join(kept)}."
             )
 
     @classmethod
@@ -117,16 +145,41 @@ class AlignVLMConfig(PreTrainedConfig):
         return CONFIG_MAPPING[model_type](**value)
 
     @property
-    def patch_grid(self) -> int:
-        """Patches along one side of the encoder's square input."""
-        sizes = (self.vision_config.image_size, self.vision_config.patch_size)
-        image_size, patch_size = (max(size) if isinstance(size, (list, tuple)) else size for size in sizes)
-        return image_size // patch_size
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the encoder's input in pixels."""
+        if self.image_size is not None:
+            height, width = self.image_size
+            return height, width
+        return (self._stated("image_size", getattr(self.vision_config, "image_size", None)),) * 2
+
+    @property
+    def feature_grid(self) -> tuple[int, int]:
+        """Rows and columns of the encoder's features, one at each place of the image."""
+        if self.image_grid is not None:
+            height, width = self.image_grid
+            return height, width
+        patch_size = self._stated("patch_size", getattr(self.vision_config, "patch_size", None))
+        return (self._stated("image_size", getattr(self.vision_config, "image_size", None)) // patch_size,) * 2
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the encoder's features."""
+        return self.vision_hidden_size or self._stated("hidden_size", getattr(self.vision_config, "hidden_size", None))
+
+    def _stated(self, key: str, value: int | list[int] | None) -> int:
+        """A value of the vision config, which must be there."""
+        if value is None:
+            raise ValueError(
+                f"The configuration of the vision encoder {self.vision_config.model_type!r} has no {key!r}. Give image_size, "
+                "image_grid and vision_hidden_size, as `training.backbones` measures them."
+            )
+        return max(value) if isinstance(value, (list, tuple)) else value
 
     @property
     def image_seq_length(self) -> int:
         """Tokens that one image takes in the language model."""
-        return (self.patch_grid // self.pixel_shuffle_factor) ** 2
+        height, width = self.feature_grid
+        return height * width // self.pixel_shuffle_factor**2
 
     def to_dict(self) -> dict:
         """As in transformers, but the same before and after a round trip: `auto_map` in full, and one dtype for all parts."""

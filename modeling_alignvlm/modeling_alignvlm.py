@@ -40,12 +40,13 @@ class AlignVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class AlignVLMProjector(nn.Module):
-    """Maps patch features `(images, patches, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
+    """Maps features `(images, places, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
         self.factor = config.pixel_shuffle_factor
-        in_features = config.vision_config.hidden_size * self.factor**2
+        self.grid = config.feature_grid
+        in_features = config.feature_size * self.factor**2
         out_features = config.text_config.hidden_size
         if config.projector_type == "linear":
             self.layers = nn.Linear(in_features, out_features)
@@ -56,15 +57,15 @@ class AlignVLMProjector(nn.Module):
                 nn.Linear(out_features, out_features),
             )
 
-    def pixel_shuffle(self, patches: Tensor) -> Tensor:
-        """Stacks each square of `factor x factor` patches into one token, row by row."""
-        images, length, hidden = patches.shape
-        side = round(length**0.5) // self.factor
-        squares = patches.reshape(images, side, self.factor, side, self.factor, hidden).transpose(2, 3)
-        return squares.reshape(images, side * side, self.factor**2 * hidden)
+    def pixel_shuffle(self, features: Tensor) -> Tensor:
+        """Stacks each square of `factor x factor` places into one token, row by row."""
+        images, _, hidden = features.shape
+        rows, columns = (side // self.factor for side in self.grid)
+        squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
+        return squares.reshape(images, rows * columns, self.factor**2 * hidden)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.layers(self.pixel_shuffle(patches) if self.factor > 1 else patches)
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(self.pixel_shuffle(features) if self.factor > 1 else features)
 
 
 class AlignVLMPreTrainedModel(PreTrainedModel):
@@ -97,11 +98,24 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     """Vision encoder, projector and language model without a head."""
 
     def __init__(self, config: AlignVLMConfig):
+        config.check_mask_type()
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        try:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
+        except ValueError:  # the attention kernel asked for is the language model's; convolutions have none
+            self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.projector = AlignVLMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "AlignVLMModel":
+        """As in PyTorch, but batch norms of the encoder keep their pretrained statistics: a stage that freezes it must not
+        change them, and features of an image must not depend on its neighbours in the batch."""
+        super().train(mode)
+        for module in self.vision_tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -117,7 +131,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
 
         Returns:
-            `last_hidden_state`: patch features `(images, patches, vision_hidden)`, class and register tokens dropped;
+            `last_hidden_state`: features `(images, places, vision_hidden)`, class and register tokens dropped and feature
+            maps flattened row by row;
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
         """
         if pixel_values.ndim != 4:
@@ -129,20 +144,22 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values.to(self.vision_tower.dtype), output_hidden_states=layer != -1, return_dict=True
         )
         features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        extra_tokens = features.shape[1] - self.config.patch_grid**2  # class and register tokens stand in front
+        if features.ndim == 4:  # a map (images, vision_hidden, height, width)
+            features = features.flatten(2).transpose(1, 2)
+        height, width = self.config.feature_grid
+        extra_tokens = features.shape[1] - height * width  # class and register tokens stand in front
         if features.ndim != 3 or extra_tokens < 0:
             raise ValueError(
-                f"The encoder {self.config.vision_config.model_type!r} returned features of shape {tuple(features.shape)}; "
-                f"expected (images, at least {self.config.patch_grid**2} patches, hidden)."
+                f"The encoder {self.config.vision_config.model_type!r} made features of shape {tuple(features.shape)} of pixel "
+                f"values of shape {tuple(pixel_values.shape)}; expected (images, at least {height * width} places, hidden)."
             )
-        patches = features[:, extra_tokens:]
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=self.projector(patches))
+        features = features[:, extra_tokens:]
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
 
     def _weightless_image(self) -> Tensor:
         """Zero, from a blank image: in training it keeps the image side in the graph of a batch of text alone. Where only that
         side trains there would be no graph at all, and processes whose batches have images would wait for this one."""
-        vision = self.config.vision_config
-        shape = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        shape = (1, getattr(self.config.vision_config, "num_channels", 3), *self.config.input_size)
         device = next(self.projector.parameters()).device
         return 0.0 * self.get_image_features(torch.zeros(shape, device=device)).pooler_output.mean()
 
@@ -227,12 +244,17 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._weightless_image()
 
+        if not self.config.packing:
+            record_ids = branch_ids = self._refuse_packed_rows(record_ids, branch_ids)
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = self._ready_mask(attention_mask, inputs_embeds, cache)
         elif self._needs_layout(has_images, begins_rows, **layout_inputs):
             layout = self._layout(inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs)
             attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, cache)
+            if position_ids is None:  # as usual; OPT would count them in a 2D mask
+                past_length = 0 if cache is None else cache.get_seq_length()
+                position_ids = past_length + torch.arange(tokens.shape[1], device=inputs_embeds.device)[None]
         # else: text behind text, where the language model's own causal mask is the rule
 
         outputs = self.language_model(
@@ -253,6 +275,15 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             image_hidden_states=features,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def _refuse_packed_rows(self, record_ids: Tensor | None, branch_ids: Tensor | None) -> None:
+        """Where each row is one record without branches, `attention_mask` says all that these two do."""
+        for name, value in (("record_ids", record_ids), ("branch_ids", branch_ids)):
+            if value is not None and value.max() > 0:
+                raise ValueError(
+                    f"`{name}` tells of packed rows, which the language model {self.config.text_config.model_type!r} cannot keep "
+                    "apart (config.packing is False). Give one record with one annotation per row."
+                )
 
     def _needs_layout(self, has_images: bool, begins_rows: bool, record_ids, branch_ids, prompt_mask) -> bool:
         """Whether anything in this call departs from the plain causal mask of the language model."""

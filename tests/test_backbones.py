@@ -1,8 +1,11 @@
 """Assembling a stage-0 checkpoint: weights kept, image token added, other architectures refused in words."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPConfig,
@@ -103,7 +106,7 @@ def test_a_head_that_is_more_than_a_product_is_noticed(vision, text_tokenizer, t
 
 
 def test_really_pretrained_weights(vision, shared_data, tmp_path):
-    """The stories model keeps telling stories, and an encoder of feature maps is refused with a sentence."""
+    """The stories model keeps telling stories."""
     stories = shared_data / "weights/stories260k"
     model, processor = assemble(BackboneArguments(str(vision), str(stories), str(tmp_path)))
     alone, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
@@ -111,6 +114,22 @@ def test_really_pretrained_weights(vision, shared_data, tmp_path):
     options = {"max_new_tokens": 30, "do_sample": False}
     expected = tokenizer.decode(alone.generate(**inputs, **options)[0])
     assert processor.tokenizer.decode(model.generate(**inputs, **options)[0]) == expected and "there was a" in expected
-    mobilenet = shared_data / "weights/mobilenet_v2_1.0_224"
-    with pytest.raises(ValueError, match="does not cut images into patches"):
-        assemble(BackboneArguments(str(mobilenet), str(stories), str(tmp_path)))
+
+
+def test_a_really_pretrained_encoder_of_feature_maps(shared_data, tmp_path):
+    """MobileNetV2 at 224 pixels: 7 x 7 places, in rows, each with the channels the classifier was trained on."""
+    mobilenet, stories = (str(shared_data / "weights" / name) for name in ("mobilenet_v2_1.0_224", "stories260k"))
+    assemble(BackboneArguments(mobilenet, stories, str(tmp_path)))
+    model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    processor = AlignVLMProcessor.from_pretrained(tmp_path)
+    assert (model.config.image_grid, model.config.image_size) == ([7, 7], [224, 224])
+    assert processor.image_seq_length == model.config.image_seq_length == 49
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8))
+    batch = processor(images=picture, text="<image> Once upon a time", return_tensors="pt")
+    with torch.no_grad():
+        alone = AutoModel.from_pretrained(mobilenet)(batch["pixel_values"]).last_hidden_state
+        features = model.get_image_features(batch["pixel_values"]).last_hidden_state
+        for place in (0, 8, 48):
+            torch.testing.assert_close(features[0, place], alone[0, :, place // 7, place % 7])
+    answer = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] == batch["input_ids"].shape[1] + 5

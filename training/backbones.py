@@ -3,7 +3,8 @@
     python -m training.backbones --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen2.5-0.5B --output_dir out/stage0
 
 Both are kept as they are; the image token is added to the tokenizer, the embeddings are resized if it does not fit, and the
-projector between them is new. That the language model still answers text as before is checked, not assumed.
+projector between them is new. What the encoder makes of an image is measured (`training.encoder_measure`), and what the language model
+keeps inside AlignVLM is tried (`training.language_trial`), not assumed; docs/models.md lists what was seen of which model.
 """
 
 import sys
@@ -25,6 +26,8 @@ from trl import TrlParser
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from training.checkpoint import commit_of, library_versions, save_checkpoint
+from training.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
+from training.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
 
 
 logger = logging.get_logger(__name__)
@@ -89,79 +92,170 @@ class BackboneArguments:
         default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
     )
     attention_mask_type: str = field(default="image", metadata={"help": "`causal`, `image`, `prefix` or `mutual`."})
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
 
 def load_vision_encoder(name: str, revision: str | None = None) -> PreTrainedModel:
-    """A vision encoder in float32; of an image-text model (SigLIP, CLIP) its vision half.
-
-    Raises:
-        ValueError: if the model yields feature maps or one vector instead of a sequence of patches.
-    """
+    """A vision encoder in float32; of an image-text model (SigLIP, CLIP) its vision half."""
     config = AutoConfig.from_pretrained(name, revision=revision)
     config = getattr(config, "vision_config", config)
-    if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-        raise ValueError(
-            f"The vision encoder {name!r} of type {config.model_type!r} does not cut images into patches, and AlignVLM needs "
-            "one feature per patch. Use a SigLIP, CLIP, DINOv2 or ViT type encoder."
-        )
     encoder_class = type(AutoModel.from_config(config))
     return encoder_class.from_pretrained(name, config=config, revision=revision, dtype=torch.float32)
+
+
+@torch.no_grad()
+def join(
+    vision: PreTrainedModel, language: PreTrainedModel, image_token_id: int, measure: EncoderMeasure, **fields
+) -> AlignVLMForConditionalGeneration:
+    """An AlignVLM model with the weights of a vision encoder and a causal language model, and a new projector.
+
+    Args:
+        measure: of the vision encoder.
+        **fields: further fields of `AlignVLMConfig`.
+
+    Raises:
+        ValueError: if either has weights that do not fit, if images and some text need more positions than the language model has,
+            or if it answers text otherwise than alone (a head this package does not rebuild).
+    """
+    kind = f"The language model {language.name_or_path!r} ({language.config.model_type})"
+    config = AlignVLMConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_id=image_token_id,
+        image_size=list(measure.input_size),
+        image_grid=list(measure.grid),
+        vision_hidden_size=measure.hidden_size,
+        **fields,
+    )
+    if language.config.is_encoder_decoder:
+        raise ValueError(f"{kind} has an encoder of its own. Use a decoder alone.")
+    model = AlignVLMForConditionalGeneration(config).eval()
+    model.generation_config.use_cache = True  # MPT's config says no
+    base = language.base_model if language.base_model is not language else language.get_decoder()
+    try:
+        model.model.language_model.load_state_dict(base.state_dict())
+        model.lm_head.load_state_dict({"weight": language.get_output_embeddings().weight})
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{kind} cannot be rebuilt inside AlignVLM, as what AutoModel makes of its config ({type(model.model.language_model).__name__}) "
+            f"and a matrix: {type(base).__name__} and {type(language.get_output_embeddings()).__name__} have other weights."
+        ) from error
+    missing = model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"The vision encoder {vision.name_or_path!r} lacks the weights {missing}.")
+
+    needed = config.image_seq_length + TRIAL_LENGTH
+    check_positions(model, needed, f"an image of {config.image_seq_length} tokens and some text need")
+    words = [token for token in range(17) if token != image_token_id]
+    probe = torch.tensor([words[: stated_positions(language.config)]])
+    expected = language.eval()(probe).logits
+    try:
+        actual = model(input_ids=probe).logits
+    except Exception as error:  # whatever a language model of others raises
+        raise ValueError(f"{kind} does not run inside AlignVLM: {type(error).__name__}: {error}") from error
+    if not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4):
+        raise ValueError(
+            f"Inside AlignVLM {kind[0].lower() + kind[1:]} gives other logits than alone (largest difference "
+            f"{(actual - expected).abs().max():.2e}): its head does more than a matrix product, or its base model needs more than "
+            "embeddings."
+        )
+    return model
+
+
+@torch.no_grad()
+def check_positions(model: AlignVLMForConditionalGeneration, needed: int, what: str) -> None:
+    """Tries whether rows of `needed` tokens go through a language model whose config tells of fewer positions.
+
+    Raises:
+        ValueError: if they do not. `what` begins the sentence: "an image and some text need".
+    """
+    text = model.config.text_config
+    positions = stated_positions(text)
+    if positions is None or needed <= positions:
+        return
+    row = torch.zeros(1, needed, dtype=torch.long, device=model.device)
+    try:
+        model.model.language_model(input_ids=row, use_cache=False)
+    except Exception as error:  # whatever a language model of others raises
+        raise ValueError(
+            f"The language model {text.model_type!r} has {positions} positions, but {what} {needed}. Take one with more, an encoder "
+            "with fewer features, or a pixel_shuffle_factor of 2 or more."
+        ) from error
+    logger.warning(
+        f"The language model {text.model_type!r} was trained on rows of up to {positions} tokens; {what} {needed}."
+    )
+
+
+def choose_mask_type(model: AlignVLMForConditionalGeneration, name: str) -> None:
+    """Tries the language model, and writes into the config what it keeps.
+
+    Raises:
+        ValueError: if that is not `attention_mask_type`. The message says what else can be had.
+    """
+    config = model.config
+    trial = try_language_model(model)
+    wanted = config.attention_mask_type
+    if wanted not in trial.mask_types:
+        kept = [f"--attention_mask_type {kind}" for kind in trial.mask_types]
+        offer = f"What it keeps: {', '.join(kept)}{'' if trial.packing else ' (without packing)'}." if kept else ""
+        raise ValueError(
+            f"The language model {name!r} ({config.text_config.model_type}) cannot keep attention_mask_type={wanted!r}: "
+            f"{trial.reasons[wanted]}. {offer or 'It keeps no other either: use another language model.'}"
+        )
+    config.supported_mask_types, config.packing = trial.mask_types, trial.packing
+    if not trial.packing:
+        logger.warning(
+            f"The language model {name!r} ({config.text_config.model_type}) cannot pack rows: {trial.reasons['packing']}. Each row "
+            "will hold one annotation, and each question is answered from a whole prompt."
+        )
 
 
 def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGeneration, AlignVLMProcessor]:
     """Builds model and processor from pretrained backbones, and writes them to `output_dir`.
 
     Raises:
-        ValueError: if the vision encoder has no patches, the tokenizer already uses the image token for something else, or
-            the language model does not answer text as before (a head this package does not rebuild).
+        ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
+            for something else, and a language model that does not answer text as before or cannot keep the mask type.
     """
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
+    if arguments.image_size is not None:
+        set_image_size(image_processor, arguments.image_size)
+    measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(arguments.language, revision=arguments.language_revision)
-    image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
 
-    known_image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    probe = torch.tensor([[token for token in range(17) if token != known_image_token]])
-    with torch.no_grad():
-        expected = language.eval()(probe).logits
     set_seed(arguments.seed)  # before anything new is drawn
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > language.get_input_embeddings().weight.shape[0]:
         language.resize_token_embeddings(len(tokenizer))
-
-    config = AlignVLMConfig(
-        vision_config=vision.config,
-        text_config=language.config,
+    model = join(
+        vision,
+        language,
+        tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        measure,
         projector_type=arguments.projector_type,
         pixel_shuffle_factor=arguments.pixel_shuffle_factor,
         vision_feature_layer=arguments.vision_feature_layer,
         attention_mask_type=arguments.attention_mask_type,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
-    model = AlignVLMForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(language.base_model.state_dict())
-    model.lm_head.load_state_dict({"weight": language.get_output_embeddings().weight})
-    missing = model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False).missing_keys
-    if missing:
-        raise ValueError(f"The vision encoder {arguments.vision!r} lacks the weights {missing}.")
-    with torch.no_grad():
-        actual = model.eval()(probe).logits[..., : expected.shape[-1]]
-    if not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4):
-        raise ValueError(
-            f"Inside AlignVLM the language model {arguments.language!r} ({language.config.model_type}) gives other logits than "
-            f"alone (largest difference {(actual - expected).abs().max():.2e}): its head does more than a matrix product."
-        )
+    choose_mask_type(model, arguments.language)
 
     chatml = "<|im_end|>" in tokenizer.get_vocab()
     processor = AlignVLMProcessor(
         image_processor,
         tokenizer,
-        image_seq_length=config.image_seq_length,
+        image_seq_length=model.config.image_seq_length,
         image_token=IMAGE_TOKEN,
         chat_template=CHATML_TEMPLATE if chatml else PLAIN_TEMPLATE,
     )

@@ -420,14 +420,15 @@ class ShowArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet."""
-    from modeling_alignvlm import AlignVLMProcessor
+    from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
     from training.checkpoint import read_run_record
     from training.contact_sheet import describe_parts, write_contact_sheet
     from training.stage import make_collator, make_mixture, parse_anywhere
 
     arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
-    collator = make_collator(arguments, processor)
+    config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    collator = make_collator(arguments, processor, config)
     stages = read_run_record(arguments.model, arguments.model_revision)["stages"]
     mixture = make_mixture(arguments, collator, stages)
     print(describe_parts(mixture, collator, show.sample))

@@ -7,6 +7,7 @@ list, which need not exist yet.
 """
 
 import argparse
+import copy
 import glob
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -23,7 +25,7 @@ from training.checkpoint import read_run_record
 from training.collator import IGNORED, AlignVLMCollator
 from training.data import Mixture, load_mixture
 from training.lora import add_lora, language_linear_layers
-from training.stage import StageArguments, make_collator, make_mixture, parse_anywhere
+from training.stage import StageArguments, check_row_length, make_collator, make_mixture, parse_anywhere
 from training.trainer import MODULES, freeze_all_but
 
 
@@ -40,6 +42,33 @@ PROCESS_BYTES = 0.5e9  # libraries and their state
 TOKENS_OF_HEAD, WORDS_OF_HEAD = 4096, 8192  # of a tile of TRL's fused head
 
 
+@dataclass
+class ImageCost:
+    """What one image costs the encoder: FLOPs forward, the values its layers put out, and the tokens the projector makes of it."""
+
+    flops: float
+    values: int
+    tokens: int
+
+    @classmethod
+    def of(cls, vision: PreTrainedConfig, input_size: tuple[int, int], tokens: int) -> "ImageCost":
+        """Counted by PyTorch as an image of `input_size` pixels goes through an encoder without weights."""
+        values = 0
+
+        def count(module, inputs, output):
+            nonlocal values
+            values += output.numel() if isinstance(output, torch.Tensor) else 0
+
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(vision, attn_implementation="eager").eval()
+            for module in encoder.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder(torch.empty(1, getattr(vision, "num_channels", 3), *input_size))
+        return cls(float(counter.get_total_flops()), values, tokens)
+
+
 def step_flops(
     modules: tuple[nn.Module, nn.Module, nn.Module],
     trains: set[str],
@@ -48,10 +77,11 @@ def step_flops(
     length: int,
     head_tokens: int,
     recompute: bool = False,
+    image: "ImageCost | None" = None,
 ) -> float:
     """FLOPs of a training step, two per multiply-add.
 
-    A matrix of P weights costs 2 P per token forward, 2 P for the gradient of its weights if they train, and 2 P for the gradient of its
+    Of the encoder what PyTorch counts, twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the gradient of its weights if they train, and 2 P for the gradient of its
     input if anything before it trains; attention costs 4 H T^2 per row and layer forward (H hidden size, T row length: masked
     places are computed too) and twice that backward if anything at or before it trains. The head counts where it is applied.
 
@@ -60,21 +90,19 @@ def step_flops(
         trains: which of `MODULES`.
         images, rows, length, head_tokens: of a step; `length` is that of the padded rows.
         recompute: with gradient checkpointing, layers that go backward go forward twice.
+        image: what one costs the encoder; left out, measured of the square that the vision config tells of.
     """
-    weights = [
+    projector_weights, language_weights = (
         sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, Conv1D)))
-        for module in modules
-    ]
+        for module in modules[1:]
+    )
     vision, text = modules[0].config, modules[2].config
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    image_tokens = images * tokens
+    image = image or ImageCost.of(vision, (vision.image_size,) * 2, (vision.image_size // vision.patch_size) ** 2)
     trained = "vision" in trains
-    passes = 3 + recompute if trained else 1
-    total = image_tokens * 2 * weights[0] * passes
-    total += images * vision.num_hidden_layers * 4 * vision.hidden_size * tokens**2 * passes
-    total += image_tokens * 2 * weights[1] * (3 if "projector" in trains else 1 + trained)
+    total = images * image.flops * (3 + recompute if trained else 1)
+    total += images * image.tokens * 2 * projector_weights * (3 if "projector" in trains else 1 + trained)
     trained = "language" in trains
-    total += rows * length * 2 * weights[2] * (2 + trained + recompute)
+    total += rows * length * 2 * language_weights * (2 + trained + recompute)
     total += rows * text.num_hidden_layers * 4 * text.hidden_size * length**2 * (3 + recompute)
     total += head_tokens * 2 * text.hidden_size * text.vocab_size * (2 + trained)
     return float(total)
@@ -135,14 +163,19 @@ def batches_of(
 
 
 def memory_of(
-    model: AlignVLMForConditionalGeneration, arguments: StageArguments, batch: Batch, processes: int
+    model: AlignVLMForConditionalGeneration,
+    arguments: StageArguments,
+    batch: Batch,
+    processes: int,
+    image: ImageCost,
 ) -> dict[str, float]:
     """Estimated bytes of a process at the height of a step, by what takes them.
 
     Weights are 4 bytes each (frozen ones 2 with `frozen_16_bit`), gradients of trained ones 4, AdamW's states 8, DDP's buckets 4, and the
     16-bit copies that autocast keeps of trained matrices 2. For the backward pass a layer holds its input (4 bytes a value) and, without
     gradient checkpointing, what its operations need: 14 values of hidden and 3 of intermediate size per token (16 bits under autocast,
-    else 32) and, with eager attention, its probabilities (10 bytes each); with gradient checkpointing one layer does. TRL's head
+    else 32) and, with eager attention, its probabilities (10 bytes each); with gradient checkpointing one layer does. An encoder that is
+    no stack of equal layers keeps what its modules put out. TRL's head
     works in tiles of 4,096 tokens and 8,192 words, and adds up its weights' gradient in float32.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -150,19 +183,15 @@ def memory_of(
     every = sum(p.numel() for p in model.parameters())
     half = 2 if arguments.dtype_16_bit is not None else 4
     vision, text = model.config.vision_config, model.config.text_config
-    vision_tokens = batch.images * (vision.image_size // vision.patch_size) ** 2
-    activations = 0.0
-    towers = [
-        (
-            vision,
-            vision_tokens,
-            batch.images,
-            vision_tokens // max(batch.images, 1),
-            "vision" in arguments.learning_rates,
-        ),
-        (text, batch.rows * batch.length, batch.rows, batch.length, True),
-    ]
-    largest = 0.0
+    height, width = model.config.feature_grid
+    places, trains_vision = height * width, "vision" in arguments.learning_rates
+    activations, largest = 0.0, 0.0
+    towers = [(text, batch.rows * batch.length, batch.rows, batch.length, True)]
+    sizes = (getattr(vision, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if all(isinstance(size, int) for size in sizes):
+        towers.append((vision, batch.images * places, batch.images, places, trains_vision))
+    else:
+        activations += batch.images * image.values * half * trains_vision
     for config, tokens, rows, length, backward in towers:
         intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         of_layer = tokens * half * (14 * config.hidden_size + 3 * intermediate)
@@ -201,13 +230,16 @@ def plan_stage(
     sample: int = 30,
 ) -> Plan:
     """Plans one stage; every source is opened, and `sample` random batches are measured."""
+    config = copy.deepcopy(config)
+    config.attention_mask_type = arguments.attention_mask_type
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
+        check_row_length(arguments, model)
         if arguments.lora_rank:
             targets = arguments.lora_targets or language_linear_layers(model)
             add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
     parameters = freeze_all_but(model, arguments.learning_rates)
-    collator = make_collator(arguments, processor)
+    collator = make_collator(arguments, processor, config)
     mixture = make_mixture(arguments, collator, earlier_stages, processes)
     for sources in (arguments.eval_sources, arguments.text_sources):
         if sources:
@@ -221,10 +253,12 @@ def plan_stage(
     if arguments.max_steps <= 0:
         records = sum(mixture.draws) * arguments.num_train_epochs
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
+    image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
     flops = [
         step_flops(
             *(modules, set(arguments.learning_rates), batch.images, batch.rows, batch.length, batch.labels),
             recompute=bool(arguments.gradient_checkpointing),
+            image=image,
         )
         for batch in batches
     ]
@@ -237,7 +271,7 @@ def plan_stage(
         round(records),
         max(1, round(records / per_step)),
         processes,
-        memory_of(model, arguments, largest, processes),
+        memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
     )
 

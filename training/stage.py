@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
@@ -37,6 +37,7 @@ from training.checkpoint import (
 )
 from training.collator import AlignVLMCollator
 from training.data import Mixture, Part, load_mixture, read_parts
+from training.language_trial import last_position
 from training.lora import LORA_FOLDER, add_lora, language_linear_layers, merge_saved_lora, remove_lora, save_lora
 from training.losses import TOKEN_WEIGHTINGS
 from training.schedules import check_phases
@@ -229,17 +230,39 @@ def parse_anywhere(argv: list[str], *more: type) -> tuple:
     return TrlParser((StageArguments, *more)).parse_args_and_config([*elsewhere, *argv])
 
 
-def make_collator(arguments: StageArguments, processor: AlignVLMProcessor) -> AlignVLMCollator:
-    """The collator of a stage."""
+def make_collator(
+    arguments: StageArguments, processor: AlignVLMProcessor, config: PreTrainedConfig
+) -> AlignVLMCollator:
+    """The collator of a stage that starts from a model of this config.
+
+    Raises:
+        ValueError: if the language model cannot pack rows and `row_length` asks for it.
+    """
+    if arguments.row_length is not None and not config.packing:
+        raise ValueError(
+            f"row_length={arguments.row_length} packs rows, which the language model {config.text_config.model_type!r} cannot keep "
+            "apart (packing is false in its config.json). Leave it out."
+        )
     return AlignVLMCollator(
         processor,
         mask_type=arguments.attention_mask_type,
         max_length=arguments.max_length,
+        shared_image=config.packing,
         row_length=arguments.row_length,
         pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
         on_bad_image=arguments.on_bad_image,
         name_records=True,
     )
+
+
+def check_row_length(arguments: StageArguments, model: AlignVLMForConditionalGeneration) -> None:
+    """Raises a `ValueError` if rows may be longer than the language model has positions; RoPE and ALiBi have no last one."""
+    positions = last_position(model.model.language_model)
+    if positions is not None and (arguments.max_length is None or arguments.max_length > positions):
+        raise ValueError(
+            f"max_length={arguments.max_length} allows rows of more tokens than the language model "
+            f"{model.config.text_config.model_type!r} has positions, {positions}. Set max_length: {positions} or less."
+        )
 
 
 def make_mixture(
@@ -283,10 +306,11 @@ def run_stage(arguments: StageArguments) -> dict:
     record = read_run_record(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    check_row_length(arguments, model)
     if arguments.lora_rank:
         targets = arguments.lora_targets or language_linear_layers(model)
         add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
-    collator = make_collator(arguments, processor)
+    collator = make_collator(arguments, processor, model.config)
     with PartialState().main_process_first():  # datasets writes its cache once
         mixture = make_mixture(arguments, collator, record["stages"])
         eval_dataset = None

@@ -1,0 +1,161 @@
+"""Measures what a vision encoder makes of an image: sends pictures through its image processor and through the encoder.
+
+What the config says is not asked: its image size may be another one than the image processor's, and features may be patches,
+windows merged several times over, or a map.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+SHAPES = ((240, 320), (320, 240), (300, 300))  # height and width of the pictures sent through
+EXTRA_TOKENS = 16  # class and register tokens that may stand before the features; encoders have 0, 1, 2, 5 or 9
+
+
+@dataclass
+class EncoderMeasure:
+    """Of one image: `input_size` is height and width in pixels, `grid` rows and columns of features of `hidden_size` values."""
+
+    input_size: tuple[int, int]
+    grid: tuple[int, int]
+    hidden_size: int
+
+
+def pictures() -> list[Image.Image]:
+    """Noise in landscape, portrait and square form."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
+
+
+def set_image_size(image_processor, side: int) -> None:
+    """Lets an image processor make squares of `side` pixels: by its crop where it crops, else by resizing both sides."""
+    square = {"height": side, "width": side}
+    crops = bool(getattr(image_processor, "do_center_crop", False))
+    image_processor.size = {"shortest_edge": side} if crops else square
+    image_processor.do_resize = True
+    if crops or hasattr(image_processor, "crop_size"):
+        image_processor.crop_size = square
+
+
+@torch.no_grad()
+def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int = -1) -> EncoderMeasure:
+    """Measures an encoder.
+
+    Args:
+        name: what messages call it.
+        layer: which `hidden_states` are taken; -1 for the final output.
+
+    Raises:
+        ValueError: if pictures of different forms do not become equally many features, if the encoder does not take what the
+            image processor makes, or if its features are no places of the image or not the same twice.
+    """
+    training = encoder.training
+    encoder.eval()
+    try:
+        pixel_values = _pixel_values(name, image_processor)
+        features = _features(name, encoder, pixel_values, layer)
+        again = _features(name, encoder, pixel_values.flip(0), layer).flip(0)
+        if not features.isfinite().all():
+            raise ValueError(
+                f"The features of the vision encoder {name!r} ({encoder.config.model_type}) are not finite."
+            )
+        if not torch.allclose(features, again, atol=1e-3 * features.std().item(), rtol=1e-3):
+            raise ValueError(
+                f"The vision encoder {name!r} ({encoder.config.model_type}) makes other features of the same picture each time, as "
+                "ViT-MAE does, which masks and shuffles patches at random. Its weights are those of a ViT: load them with "
+                "`ViTModel.from_pretrained`, save that, and name it instead."
+            )
+    finally:
+        encoder.train(training)
+    size = tuple(pixel_values.shape[-2:])
+    if features.ndim == 4:
+        _check_channels_first(name, encoder, pixel_values, features, layer)
+        return EncoderMeasure(size, tuple(features.shape[2:]), features.shape[1])
+    grid = _grid(encoder.config, size, features.shape[1])
+    if grid is None:
+        raise ValueError(
+            f"The vision encoder {name!r} ({encoder.config.model_type}) makes {features.shape[1]} features of a picture of {size[0]} x "
+            f"{size[1]} pixels: no grid of places with at most {EXTRA_TOKENS} class and register tokens before it. Use an encoder "
+            "with one feature per place."
+        )
+    return EncoderMeasure(size, grid, features.shape[2])
+
+
+def _pixel_values(name: str, image_processor) -> Tensor:
+    """`(pictures, channels, height, width)`, the same for pictures of any form."""
+    made = []
+    for picture in pictures():
+        try:
+            values = image_processor(picture, return_tensors="np")["pixel_values"]
+        except Exception as error:  # whatever an image processor of others raises
+            raise ValueError(
+                f"The image processor of {name!r} ({type(image_processor).__name__}) cannot make pixel values of one RGB picture of "
+                f"{picture.height} x {picture.width} pixels: {error}"
+            ) from error
+        made.append(np.asarray(values))
+    shapes = [values.shape for values in made]
+    if any(len(shape) != 4 or shape[0] != 1 for shape in shapes):
+        raise ValueError(
+            f"The image processor of {name!r} ({type(image_processor).__name__}) makes pixel values of shape {shapes[0]} of one "
+            "picture; AlignVLM needs (1, channels, height, width), one view of each picture."
+        )
+    if len(set(shapes)) > 1:
+        sizes = ", ".join(f"{h} x {w} becomes {s[2]} x {s[3]}" for (h, w), s in zip(SHAPES, shapes))
+        raise ValueError(
+            f"The image processor of {name!r} ({type(image_processor).__name__}) makes pictures of different sizes: {sizes} pixels. "
+            "Every picture must take equally many tokens: give --image_size, the side of the square that all are resized to."
+        )
+    return torch.from_numpy(np.concatenate(made))
+
+
+def _features(name: str, encoder: nn.Module, pixel_values: Tensor, layer: int) -> Tensor:
+    """The encoder's features, a sequence `(images, tokens, hidden)` or a map `(images, hidden, height, width)`."""
+    kind = encoder.config.model_type
+    try:
+        outputs = encoder(pixel_values.to(encoder.dtype), output_hidden_states=layer != -1, return_dict=True)
+        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    except Exception as error:  # whatever an encoder of others raises
+        own = getattr(encoder.config, "image_size", None)
+        remedy = f" Its config says image_size={own}: try --image_size {own}." if own is not None else ""
+        raise ValueError(
+            f"The vision encoder {name!r} ({kind}) does not take what its image processor makes, pixel values of "
+            f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: {type(error).__name__}: {error}.{remedy}"
+        ) from error
+    if features.ndim not in (3, 4) or features.shape[0] != pixel_values.shape[0]:
+        raise ValueError(
+            f"The vision encoder {name!r} ({kind}) makes features of shape {tuple(features.shape)} of {pixel_values.shape[0]} "
+            "pictures; AlignVLM needs (images, places, hidden) or (images, hidden, height, width)."
+        )
+    return features
+
+
+def _check_channels_first(name: str, encoder: nn.Module, pixel_values: Tensor, features: Tensor, layer: int) -> None:
+    """A map's places grow with the picture, its channels do not. An encoder of one size only is taken at its word."""
+    taller = nn.functional.pad(pixel_values, (0, 0, 0, pixel_values.shape[-2]), mode="replicate")
+    try:
+        other = _features(name, encoder, taller, layer)
+    except ValueError:
+        return
+    if other.ndim == 4 and other.shape[1] != features.shape[1] and other.shape[-1] == features.shape[-1]:
+        raise ValueError(
+            f"The vision encoder {name!r} ({encoder.config.model_type}) makes maps of shape {tuple(features.shape)}, which are not "
+            "(images, hidden, height, width). Use an encoder whose maps have the channels first."
+        )
+
+
+def _grid(config, input_size: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of a sequence of `tokens` features: by patches if that fits, else the largest grid of the input's form."""
+    patch = getattr(config, "patch_size", None)
+    if patch is not None:
+        rows, columns = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        grid = input_size[0] // rows, input_size[1] // columns
+        if 0 <= tokens - grid[0] * grid[1] <= EXTRA_TOKENS:
+            return grid
+    ratio = input_size[0] / input_size[1]
+    columns = int((tokens / ratio) ** 0.5 + 1e-6)
+    grid = round(columns * ratio), columns
+    return grid if columns and 0 <= tokens - grid[0] * grid[1] <= EXTRA_TOKENS else None
