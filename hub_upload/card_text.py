@@ -74,9 +74,7 @@ def renewed_metadata(theirs: dict, ours: dict, license_given: bool = False) -> d
     Raises:
         ValueError: if neither license is the stricter one.
     """
-    merged = {**theirs, **ours}
-    if "model-index" not in ours:
-        merged.pop("model-index", None)
+    merged = {**ours, **{name: value for name, value in theirs.items() if name not in (*ours, "model-index")}}
     if theirs.get("language"):
         merged["language"] = theirs["language"]
     tags = theirs.get("tags") or []
@@ -91,4 +89,4 @@ def renewed_metadata(theirs: dict, ours: dict, license_given: bool = False) -> d
             )
     else:
         chosen = new or old
-    return {name: value for name, value in merged.items() if name not in FIELDS} | chosen
+    return {name: value for name, value in merged.items() if name not in FIELDS or name in chosen} | chosen

@@ -212,7 +212,7 @@ def send(
             f"{repository} is {now}, and you asked for {wanted}. Nothing was sent. Change it in its settings, or push with --{now}."
         )
     rules = {"license_given": license_given, "overwrite_card": overwrite_card, "delete_others": delete_others}
-    head = info.sha if dry_run else _head(api, repository, revision)
+    head = _head(api, repository, revision, make=not dry_run) or info.sha
     first = change = _compare(api, repository, head, staged, **rules)
     pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
     pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
@@ -251,11 +251,13 @@ def send(
     return pushed
 
 
-def _head(api: HfApi, repository: str, revision: str) -> str:
-    """The commit of the branch, which is made if need be."""
+def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str | None:
+    """The commit of the branch, which is made if need be; None if there is none and it is not to be made."""
     try:
         return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
     except RevisionNotFoundError:
+        if not make:
+            return None
         _patiently(lambda: api.create_branch(repository, branch=revision, exist_ok=True), repository)
         return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
 
