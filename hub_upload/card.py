@@ -6,8 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hub_upload.card_text import GENERATED, join_card, split_card
+from hub_upload.licences import HALVES, licence_name, licence_of
+
 
 MINIMUM_TRANSFORMERS = "5.23"
+PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, which does not know where it will lie
 # The number of each metric that the front matter names, and what it is called there.
 HEADLINES = {
     "cider": ("cider", "CIDEr"),
@@ -28,18 +32,20 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
-def make_card(
-    record: dict, config: dict, parameters: int, license: str = "apache-2.0", repository: str = "USER/REPOSITORY"
-) -> str:
-    """The text of a model's README.md.
+def make_card(record: dict, config: dict, parameters: int, repository: str = PLACEHOLDER) -> str:
+    """The text of a model's README.md. Its license is that of `licence_of`; where it is not known, the card claims none.
 
     Args:
-        record: the run record, with what was measured under `results` (see `hub_upload.package.results_of`).
+        record: the run record, with what was measured under `results` (see `hub_upload.package.results_of`), the license somebody gave
+            under `licence`, and the releases it was loaded with under `loaded_with`.
         config: the checkpoint's config.json.
         parameters: number of weights.
-        license: of the weights.
         repository: what the examples load.
     """
+    try:
+        licence = licence_of(record)
+    except ValueError:
+        licence = {}
     backbones = record.get("backbones", {})
     vision, language = (str(backbones.get(name, "unknown")) for name in ("vision", "language"))
     data = _data(record)
@@ -48,7 +54,7 @@ def make_card(
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        license=license,
+        **licence,
         language="en",
         tags=["alignvlm", "vision-language-model", "custom_code"],
         base_model=hub_backbones or None,
@@ -61,11 +67,11 @@ def make_card(
     tag = stages[-1].get("evaluation_tag") if stages else ""
     image_size = config.get("image_size") or config["vision_config"].get("image_size", 224)
     height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
-    return str(
+    text = str(
         ModelCard.from_template(
             card_data,
             template_path=str(template_path()),
-            title=repository.split("/")[-1] if repository != "USER/REPOSITORY" else "An AlignVLM model",
+            title=repository.split("/")[-1] if repository != PLACEHOLDER else "An AlignVLM model",
             repository=repository,
             size=f"{parameters / 1e6:,.1f}M" if parameters < 1e9 else f"{parameters / 1e9:.2f}B",
             vision=_named(vision),
@@ -73,6 +79,13 @@ def make_card(
             projector="two-layer" if config.get("projector_type", "mlp") == "mlp" else "linear",
             mask_type=config.get("attention_mask_type", "image"),
             transformers=MINIMUM_TRANSFORMERS,
+            loaded_with=_releases(record.get("loaded_with", {})),
+            made_with=_releases((stages[-1] if stages else record).get("versions", {})),
+            licence=licence_name(licence) if licence else None,
+            licence_given=bool(record.get("licence")),
+            backbone_licences=[
+                f"{words} {licence_name(backbones.get(f'{half}_licence'))}" for half, words in HALVES.items()
+            ],
             evaluation_tag=f", and prompts that begin with `{tag}`" if tag else "",
             stages=[_stage(stage) for stage in stages],
             data=data,
@@ -81,6 +94,14 @@ def make_card(
             image_size=f"{height} x {width}",
         )
     )
+    return join_card(*split_card(text), GENERATED)
+
+
+def _releases(versions: dict[str, str]) -> str:
+    """The releases of what a checkpoint is loaded with, in words."""
+    names = {"transformers": "`transformers`", "torch": "`torch`", "python": "Python"}
+    found = [f"{words} {versions[name]}" for name, words in names.items() if versions.get(name)]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def _named(name: str) -> str:

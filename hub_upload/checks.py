@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
-from hub_upload.package import ABSOLUTE_PATH, MANIFEST, RUN_RECORD, files_of, is_allowed, sha256_of
+from hub_upload.package import ABSOLUTE_PATH, MANIFEST, RUN_RECORD, files_of, is_allowed, read_manifest, sha256_of
 
 
 SECRETS = {
@@ -41,7 +41,7 @@ AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoP
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 LOADS = """
-import json, sys
+import json, platform, sys
 
 class NotHere:
     def find_spec(self, name, path=None, target=None):
@@ -49,7 +49,7 @@ class NotHere:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotHere())
-import torch
+import torch, transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -69,7 +69,9 @@ inputs = processor.apply_chat_template(
 )
 tokens = model.generate(**inputs, max_new_tokens=4, min_new_tokens=1, do_sample=False)
 finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
-print("RESULT " + json.dumps({"wrong": wrong, "new": tokens.shape[1] - inputs["input_ids"].shape[1], "finite": finite}))
+releases = {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()}
+new = tokens.shape[1] - inputs["input_ids"].shape[1]
+print("RESULT " + json.dumps({"wrong": wrong, "new": new, "finite": finite, "releases": releases}))
 """
 
 
@@ -85,7 +87,7 @@ def check(folder: str | Path, load: bool = True) -> list[str]:
     problems = [*_check_files(folder), *_check_manifest(folder), *_check_weights(folder), *_check_auto_map(folder)]
     problems += [*_check_code(folder), *_check_texts(folder), *_check_card(folder)]
     # Code that breaks the rules is not run.
-    return problems + (_check_loading(folder) if load and not problems else [])
+    return problems + (try_loading(folder)[0] if load and not problems else [])
 
 
 def _check_files(folder: Path) -> list[str]:
@@ -105,10 +107,7 @@ def _check_manifest(folder: Path) -> list[str]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return [f"{MANIFEST}: missing; make the folder by hub_upload.package"]
-    listed = {}
-    for line in manifest.read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
+    listed = read_manifest(manifest.read_text())
     present = set(files_of(folder)) - {MANIFEST}
     problems = [f"{name}: in {MANIFEST}, but not in the folder" for name in sorted(set(listed) - present)]
     problems += [f"{name}: not in {MANIFEST}" for name in sorted(present - set(listed))]
@@ -195,6 +194,9 @@ def _check_card(folder: Path) -> list[str]:
     problems = [f"README.md: its metadata lack {name}" for name in CARD_FIELDS if not data.get(name)]
     if data.get("base_model") and not data.get("base_model_relation"):
         problems.append("README.md: base_model without base_model_relation")
+    if data.get("license") == "other":
+        wanted = [name for name in ("license_name", "license_link") if not data.get(name)]
+        problems += [f"README.md: license other without {name}" for name in wanted]
     record = _read_json(folder, RUN_RECORD, [])
     values = {
         round(value, 4)
@@ -211,7 +213,8 @@ def _check_card(folder: Path) -> list[str]:
     return problems
 
 
-def _check_loading(folder: Path) -> list[str]:
+def try_loading(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Loads a folder in a process of its own and asks it about an image: the problems, and the releases that process had."""
     with tempfile.TemporaryDirectory() as home:
         environment = {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "PATH": os.environ.get("PATH", "")}
         done = subprocess.run(
@@ -223,7 +226,7 @@ def _check_loading(folder: Path) -> list[str]:
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode != 0 or not lines:
-        return [f"does not load by the Auto classes in a fresh process: {done.stderr.strip()[-600:]}"]
+        return [f"does not load by the Auto classes in a fresh process: {done.stderr.strip()[-600:]}"], {}
     result = json.loads(lines[-1].removeprefix("RESULT "))
     problems = [
         f"weights do not match the configuration: {kind} {names[:3]}" for kind, names in result["wrong"].items()
@@ -232,7 +235,7 @@ def _check_loading(folder: Path) -> list[str]:
         problems.append("some weights are not finite")
     if result["new"] < 1:
         problems.append("says nothing about a picture")
-    return problems
+    return problems, result["releases"]
 
 
 def main(argv: list[str] | None = None) -> None:

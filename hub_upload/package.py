@@ -17,7 +17,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hub_upload.card import make_card
+from hub_upload.card import PLACEHOLDER, make_card
+from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
+from hub_upload.licences import given_licence, licence_of
 
 
 RUN_RECORD = "alignvlm_run.json"
@@ -105,19 +107,25 @@ def package(
     folder: str | Path,
     output: str | Path,
     max_shard_size: str = "5GB",
-    license: str = "apache-2.0",
-    repository: str = "USER/REPOSITORY",
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    repository: str = PLACEHOLDER,
+    overwrite_card: bool = False,
 ) -> Path:
     """Stages the checkpoint `folder` in `output`, which is emptied first; returns `output`.
 
     Args:
         max_shard_size: weights above it are split, as `save_pretrained` does.
-        license: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0.
+        license, license_name, license_link: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0. Left out:
+            the strictest of the backbones'.
         repository: where it will lie, for the card's examples.
+        overwrite_card: write the card anew where the folder's was edited by hand. Otherwise its text stays, and its metadata are renewed.
 
     Raises:
         FileNotFoundError: if the folder is not a whole checkpoint.
-        ValueError: if `output` is not empty and was not made by this function.
+        ValueError: if `output` is not empty and was not made by this function, the licence is not known, or the folder's card has metadata
+            that cannot be read.
     """
     folder, output = Path(folder), Path(output)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
@@ -125,6 +133,11 @@ def package(
         raise FileNotFoundError(
             f"{folder} is not a whole checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
+    record = json.loads((folder / RUN_RECORD).read_text())
+    record = without_local_paths({**record, "results": results_of(folder)})
+    if given := given_licence(license, license_name, license_link):
+        record["licence"] = given
+    licence_of(record)  # asks for one that is not known
     if output.exists() and any(output.iterdir()):
         strange = [name for name in files_of(output) if not is_allowed(name)]
         if strange or not (output / MANIFEST).is_file() or output.resolve() == folder.resolve():
@@ -140,14 +153,55 @@ def package(
     if (folder / "lora").is_dir():
         _merge_lora(folder / "lora", output)
     _shard(output, max_shard_size)
-    record = json.loads((folder / RUN_RECORD).read_text())
-    record = without_local_paths({**record, "results": results_of(folder)})
-    (output / RUN_RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    config = json.loads((folder / "config.json").read_text())
-    (output / "README.md").write_text(make_card(record, config, parameter_count(output), license, repository))
-    lines = [f"{sha256_of([output / name])}  {name}\n" for name in files_of(output)]
-    (output / MANIFEST).write_text("".join(lines))
+    there = None if overwrite_card or not (folder / "README.md").is_file() else (folder / "README.md").read_text()
+    _write_texts(output, record, repository, there, license_given=bool(given))
     return output
+
+
+def note_releases(output: Path, releases: dict[str, str], repository: str = PLACEHOLDER) -> None:
+    """Puts the releases that a packaged folder was loaded with into its run record and card."""
+    record = json.loads((output / RUN_RECORD).read_text())
+    _write_texts(output, {**record, "loaded_with": releases}, repository, (output / "README.md").read_text())
+
+
+def _write_texts(output: Path, record: dict, repository: str, there: str | None, license_given: bool = False) -> None:
+    """Writes run record, card and manifest. Of the card that is there, a text edited by hand and metadata of its own stay."""
+    (output / RUN_RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    config = json.loads((output / "config.json").read_text())
+    card = make_card(record, config, parameter_count(output), repository)
+    (output / "README.md").write_text(card if there is None else renewed_card(there, card, repository, license_given))
+    _write_manifest(output, changed=(RUN_RECORD, "README.md"))
+
+
+def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_given: bool = False) -> str:
+    """The new `card` of a folder, with the text of the one that is there if somebody edited it, and with metadata of its own.
+
+    Raises:
+        ValueError: if its metadata cannot be read, or name a licence that is neither stricter nor less strict than ours.
+    """
+    data, body = split_card(card)
+    try:
+        data = renewed_metadata(split_card(there)[0], data, license_given)
+        author = author_of(there)
+    except ValueError as error:
+        raise ValueError(f"README.md: {error} (--overwrite_card writes it anew.)") from error
+    if author == GENERATED:
+        return join_card(data, body, GENERATED)
+    return join_card(data, body_of(there).replace(PLACEHOLDER, repository), FOLDER)
+
+
+def _write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
+    """Writes the hash of every other file of a packaged folder; of those not `changed` it is taken from the manifest that is there."""
+    known = read_manifest((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+    known = {name: digest for name, digest in known.items() if name not in changed}
+    names = [name for name in files_of(folder) if name != MANIFEST]
+    lines = [f"{known.get(name) or sha256_of([folder / name])}  {name}\n" for name in names]
+    (folder / MANIFEST).write_text("".join(lines))
+
+
+def read_manifest(text: str) -> dict[str, str]:
+    """The hash of each file that a manifest lists."""
+    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
 
 
 def parameter_count(folder: Path) -> int:
@@ -203,15 +257,27 @@ def _shard(folder: Path, max_shard_size: str) -> None:
     file.unlink()
 
 
+def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """The options of packaging that concern the card."""
+    parser.add_argument(
+        "--license", help="Of the weights, by the Hub's name. Left out: the strictest of the backbones."
+    )
+    parser.add_argument("--license_name", help="With --license other: its name.")
+    parser.add_argument("--license_link", help="With --license other: where to read it.")
+    parser.add_argument(
+        "--overwrite_card", action="store_true", help="Write the card anew where it was edited by hand."
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Stages a checkpoint as a clean folder.")
     parser.add_argument("folder", help="The output_dir of a stage.")
     parser.add_argument("output", help="The clean folder.")
     parser.add_argument("--max_shard_size", default="5GB")
-    parser.add_argument("--license", default="apache-2.0", help="Of the weights.")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    add_card_options(parser)
+    options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     try:
-        output = package(arguments.folder, arguments.output, arguments.max_shard_size, arguments.license)
+        output = package(options.pop("folder"), options.pop("output"), **options)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     for name in files_of(output):

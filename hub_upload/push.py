@@ -3,7 +3,8 @@
     python hub_upload/push.py out/stage4 user/my-alignvlm [--public] [--tag v1] [--dry_run]
 
 The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either as before or
-complete; a second try sends no large file again.
+complete; a second try sends no large file again. Only the files of the checkpoint that was there are replaced; what else the repository
+holds stays, an edited card too.
 """
 
 import sys
@@ -16,9 +17,10 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -32,12 +34,36 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hub_upload.checks import check
-from hub_upload.package import files_of, package, sha256_of
+from hub_upload.card_text import (
+    FOLDER,
+    GENERATED,
+    HAND,
+    author_of,
+    body_of,
+    is_marked,
+    join_card,
+    renewed_metadata,
+    split_card,
+)
+from hub_upload.checks import check, try_loading
+from hub_upload.package import (
+    MANIFEST,
+    add_card_options,
+    files_of,
+    is_allowed,
+    note_releases,
+    package,
+    read_manifest,
+    sha256_of,
+)
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them
-KEPT = ".gitattributes"  # the Hub's own
+THE_HUBS = ".gitattributes"
+CARD = "README.md"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".tflite")
+# What transformers would use beside our files, so that what loads is not what was checked.
+INTERFERING = ("adapter_config.json", "custom_generate/generate.py", "chat_template.json")
 TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0  # seconds
 
 
@@ -47,17 +73,40 @@ class PushError(RuntimeError):
 
 @dataclass
 class Pushed:
-    """What a push left on the Hub."""
+    """What a push left on the Hub, or in a dry run would leave; `commit` is None then.
+
+    `removed` and `kept` are the files that the repository held besides; `card` says whose text its README.md has, if somebody edited it.
+    """
 
     repository: str
-    commit: str
+    commit: str | None
     changed: bool
     private: bool
     pull_request: str | None = None
+    removed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    card: str | None = None
 
     def how_to_load(self) -> str:
         """The line that loads exactly this."""
         return f'AutoModelForImageTextToText.from_pretrained("{self.repository}", revision="{self.commit}", trust_remote_code=True)'
+
+    def notes(self) -> list[str]:
+        """What a user should know of the files that were there, a sentence each."""
+        dry = self.commit is None
+        notes = []
+        if self.removed:
+            notes.append(f"{'Would delete' if dry else 'Deleted'} on {self.repository}: {', '.join(self.removed)}")
+        if self.kept:
+            notes.append(
+                f"{'Would keep' if dry else 'Kept'} on {self.repository}, where it is no part of the checkpoint: {', '.join(self.kept)}. "
+                "--delete_others deletes it."
+            )
+        if self.card:
+            notes.append(
+                f"README.md keeps the text that {self.card}; its metadata are renewed. --overwrite_card writes it anew."
+            )
+        return notes
 
 
 def push(
@@ -69,10 +118,14 @@ def push(
     tag: str | None = None,
     create_pr: bool = False,
     dry_run: bool = False,
-    license: str = "apache-2.0",
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    overwrite_card: bool = False,
+    delete_others: bool = False,
     max_shard_size: str = "5GB",
     message: str | None = None,
-) -> Pushed | None:
+) -> Pushed:
     """Packages, checks and pushes the checkpoint `folder`.
 
     Args:
@@ -81,7 +134,10 @@ def push(
         revision: the branch; created from main if it does not exist.
         tag: set on the commit.
         create_pr: propose the change instead of making it.
-        dry_run: stop before anything is sent; returns None.
+        dry_run: look at the repository, and stop before anything is sent.
+        license, license_name, license_link: of the weights. Left out: the strictest of the backbones'.
+        overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays.
+        delete_others: delete what the repository holds besides the checkpoint. Otherwise it stays.
 
     Raises:
         PushError: if the folder must not be pushed, or the Hub did not take it; the message says what to do.
@@ -92,13 +148,15 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
-            package(folder, staged, max_shard_size, license, repository)
+            package(folder, staged, max_shard_size, license, license_name, license_link, repository, overwrite_card)
         except (OSError, ValueError) as error:
             raise PushError(f"{folder} cannot be packaged: {error}") from error
-        if problems := check(staged):
+        problems, releases = check(staged, load=False), {}
+        if not problems:
+            problems, releases = try_loading(staged)
+        if problems:
             raise PushError(f"{folder} must not be pushed:\n" + "\n".join(f"  {problem}" for problem in problems))
-        if dry_run:
-            return None
+        note_releases(staged, releases, repository)
         return send(
             staged,
             repository,
@@ -106,6 +164,10 @@ def push(
             revision=revision,
             tag=tag,
             create_pr=create_pr,
+            dry_run=dry_run,
+            license_given=bool(license),
+            overwrite_card=overwrite_card,
+            delete_others=delete_others,
             message=message or f"Upload {Path(folder).name}",
         )
 
@@ -128,34 +190,48 @@ def send(
     revision: str = "main",
     tag: str | None = None,
     create_pr: bool = False,
+    dry_run: bool = False,
+    license_given: bool = False,
+    overwrite_card: bool = False,
+    delete_others: bool = False,
     message: str = "Upload",
 ) -> Pushed:
-    """Makes the branch hold exactly the files of a packaged and checked folder, in one commit; see `push`."""
+    """Makes the branch hold the files of a packaged and checked folder, in one commit; see `push`."""
     staged, api = Path(staged), HfApi()
-    _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
-    info = _patiently(lambda: api.model_info(repository), repository)
+    if not dry_run:
+        _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
+    try:
+        info = _patiently(lambda: api.model_info(repository), repository)
+    except PushError as error:
+        if dry_run and isinstance(error.__cause__, RepositoryNotFoundError):
+            return Pushed(repository, None, True, private is not False)
+        raise
     if private is not None and bool(info.private) != private:
         now, wanted = ("private", "public") if info.private else ("public", "private")
         raise PushError(
             f"{repository} is {now}, and you asked for {wanted}. Nothing was sent. Change it in its settings, or push with --{now}."
         )
-    head = _head(api, repository, revision)
-    files = files_of(staged)
+    rules = {"license_given": license_given, "overwrite_card": overwrite_card, "delete_others": delete_others}
+    head = _head(api, repository, revision, make=not dry_run) or info.sha
+    first = change = _compare(api, repository, head, staged, **rules)
+    pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
+    pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
     for attempt in range(TRIES):
-        operations = _operations(api, repository, head, staged, files)
-        if not operations:
-            commit, changed, pull_request = head, attempt > 0, None
+        if dry_run:
+            return pushed
+        if not change.operations:
+            pushed.commit, pushed.changed = head, attempt > 0
             break
         try:
             made = api.create_commit(
                 repository,
-                operations,
+                change.operations,
                 commit_message=message,
                 revision=revision,
                 parent_commit=head,
                 create_pr=create_pr,
             )
-            commit, changed, pull_request = made.oid, True, made.pr_url
+            pushed.commit, pushed.pull_request = made.oid, made.pr_url
             break
         except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of hf_xet, and of the card's validation
             wait = _seconds_to_wait(error, attempt)
@@ -164,52 +240,176 @@ def send(
             time.sleep(wait)
             # The answer may have been lost on its way back: then the branch has moved, and holds what we sent.
             now = _head(api, repository, revision)
-            if now != head and _operations(api, repository, now, staged, files):
-                raise _explained(None, repository, status=412) from error
+            if now != head:
+                change = _compare(api, repository, now, staged, **rules)
+                if change.operations or set(change.kept) - set(first.kept):
+                    raise _explained(None, repository, status=412) from error
             head = now
-    _verify(api, repository, commit, staged)
+    _verify(api, repository, pushed.commit, change)
     if tag:
-        _tag(api, repository, tag, commit)
-    return Pushed(repository, commit, changed, bool(info.private), pull_request)
+        _tag(api, repository, tag, pushed.commit)
+    return pushed
 
 
-def _head(api: HfApi, repository: str, revision: str) -> str:
-    """The commit of the branch, which is made if need be."""
+def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str | None:
+    """The commit of the branch, which is made if need be; None if there is none and it is not to be made."""
     try:
         return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
     except RevisionNotFoundError:
+        if not make:
+            return None
         _patiently(lambda: api.create_branch(repository, branch=revision, exist_ok=True), repository)
         return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
 
 
-def _operations(api: HfApi, repository: str, commit: str, staged: Path, files: list[str]) -> list:
-    """What makes the repository hold exactly `files`: additions of what differs, and deletions."""
-    tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    changed = [name for name in files if name not in there or not _same(staged / name, there[name])]
-    if not changed and not set(there) - set(files) - {KEPT}:
-        return []
-    additions = [CommitOperationAdd(name, staged / name) for name in changed]
-    return additions + [CommitOperationDelete(name) for name in sorted(set(there) - set(files) - {KEPT})]
+@dataclass
+class _Change:
+    """What a commit changes: the contents of the checkpoint's files, the operations, and what becomes of other files."""
+
+    contents: dict[str, Path | bytes]
+    operations: list
+    removed: list[str]
+    kept: list[str]
+    card: str | None
 
 
-def _same(file: Path, entry: RepoFile) -> bool:
-    """Whether a local file is what the Hub holds: by SHA-256 for large files, else by git's hash of the content."""
-    if entry.size != file.stat().st_size:
+def _compare(
+    api: HfApi,
+    repository: str,
+    commit: str,
+    staged: Path,
+    license_given: bool,
+    overwrite_card: bool,
+    delete_others: bool,
+) -> _Change:
+    """What is to be done at a commit of the repository.
+
+    Raises:
+        PushError: if it holds another kind of model, or what would be loaded in place of ours.
+    """
+    there = _tree(api, repository, commit)
+
+    def read(name: str) -> str | None:
+        if name not in there:
+            return None
+        if _same(staged / name, there[name]):
+            return (staged / name).read_text()
+        return _read(api, repository, commit, name)
+
+    is_ours = _check_kind(repository, read("config.json"), there)
+    listed = read_manifest(read(MANIFEST) or "")
+    contents: dict[str, Path | bytes] = {name: staged / name for name in files_of(staged)}
+    card, whose = (staged / CARD).read_text(), None
+    if author_of(card) == FOLDER:
+        whose = "was edited in the folder (or written by an older release)"
+    if not overwrite_card and (on_the_hub := read(CARD)) is not None:
+        as_pushed = listed.get(CARD) == hashlib.sha256(on_the_hub.encode()).hexdigest()
+        if is_marked(on_the_hub) or not as_pushed:  # else written by a release that made no mark
+            try:
+                card, kept = _card_for(card, on_the_hub, license_given)
+            except ValueError as error:
+                raise PushError(
+                    f"The README.md of {repository}: {error} (--overwrite_card writes it anew.)"
+                ) from error
+            whose = "was edited on the Hub" if kept else whose
+            contents[CARD] = card.encode()
+            contents[MANIFEST] = _with_hash(staged, contents[CARD])
+    others = sorted(set(there) - set(contents) - {THE_HUBS})
+    # What an earlier push brought, or a checkpoint consists of: a stale index or shard would be loaded in place of the new weights.
+    stale = [
+        name for name in others if is_ours and (name in listed or (is_allowed(name) and not name.endswith(".py")))
+    ]
+    removed = others if delete_others else stale
+    kept = [name for name in others if name not in removed]
+    if found := [name for name in kept if name in INTERFERING]:
+        raise PushError(
+            f"{repository} holds {', '.join(found)}, which transformers would load beside this checkpoint. Remove it there, or push with "
+            "--delete_others, which deletes " + ", ".join(kept) + "."
+        )
+    changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
+    operations = [CommitOperationAdd(name, contents[name]) for name in changed]
+    operations += [CommitOperationDelete(name) for name in removed]
+    return _Change(contents, operations, removed, kept, whose)
+
+
+def _check_kind(repository: str, config: str | None, there: dict[str, RepoFile]) -> bool:
+    """Whether a repository holds a model of our kind; False if it holds no model.
+
+    Raises:
+        PushError: if it holds another kind.
+    """
+    advice = "A push would replace that model. Name another repository."
+    if config is None:
+        if weights := [name for name in there if name.endswith(WEIGHTS)]:
+            raise PushError(f"{repository} holds weights that are no AlignVLM model's ({weights[0]}). {advice}")
         return False
+    try:
+        kind = json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
+        kind = None
+    if kind != "alignvlm":
+        raise PushError(
+            f"{repository} holds a model of another kind (model_type {kind!r} in its config.json). {advice}"
+        )
+    return True
+
+
+def _card_for(ours: str, on_the_hub: str, license_given: bool) -> tuple[str, bool]:
+    """The card to push where one is there already, and whether its text is the one that is there."""
+    data, body = split_card(ours)
+    data = renewed_metadata(split_card(on_the_hub)[0], data, license_given)
+    author, on_the_hubs_author = author_of(ours), author_of(on_the_hub)
+    replaced = on_the_hubs_author == GENERATED or on_the_hubs_author == author == FOLDER
+    if replaced or body_of(on_the_hub) == body_of(ours):
+        return join_card(data, body, author), False
+    return join_card(data, body_of(on_the_hub), HAND), True
+
+
+def _with_hash(staged: Path, card: bytes) -> bytes:
+    """The manifest of a packaged folder, with the hash of another card."""
+    listed = read_manifest((staged / MANIFEST).read_text()) | {CARD: hashlib.sha256(card).hexdigest()}
+    return "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
+
+
+def _tree(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
+    """The files of a commit, by their paths."""
+    tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _read(api: HfApi, repository: str, commit: str, name: str) -> str:
+    """A text file of a commit."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = _patiently(
+            lambda: api.hf_hub_download(repository, name, revision=commit, local_dir=temporary), repository
+        )
+        return Path(path).read_bytes().decode(errors="replace")
+
+
+def _same(content: Path | bytes, entry: RepoFile) -> bool:
+    """Whether a content is what the Hub holds: by SHA-256 for large files, else by git's hash of the content."""
+    if isinstance(content, Path):
+        if not content.is_file() or entry.size != content.stat().st_size:
+            return False
+        if entry.lfs is not None:
+            return entry.lfs.sha256 == sha256_of([content])
+        content = content.read_bytes()
     if entry.lfs is not None:
-        return entry.lfs.sha256 == sha256_of([file])
-    content = file.read_bytes()
+        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
     return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _verify(api: HfApi, repository: str, commit: str, staged: Path) -> None:
-    found = _patiently(lambda: api.verify_repo_checksums(repository, revision=commit, local_dir=staged), repository)
-    missing = [path for path in found.missing_paths if path != KEPT]
-    if found.mismatches or found.extra_paths or missing:
+def _verify(api: HfApi, repository: str, commit: str, change: _Change) -> None:
+    """Raises a `PushError` if a commit does not hold what was sent."""
+    there = _tree(api, repository, commit)
+    lacking = sorted(set(change.contents) - set(there))
+    differing = [
+        name for name, entry in there.items() if name in change.contents and not _same(change.contents[name], entry)
+    ]
+    too_many = sorted(set(change.removed) & set(there))
+    if differing or lacking or too_many:
         raise PushError(
-            f"{repository} does not hold what was sent: differing {[mismatch['path'] for mismatch in found.mismatches]}, lacking {found.extra_paths}, "
-            f"too many {missing}. Push again."
+            f"{repository} does not hold what was sent: differing {differing}, lacking {lacking}, too many {too_many}. Push again."
         )
 
 
@@ -288,8 +488,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision", default="main", help="Branch.")
     parser.add_argument("--tag", help="Set on the commit.")
     parser.add_argument("--create_pr", action="store_true", help="Propose the change instead of making it.")
-    parser.add_argument("--dry_run", action="store_true", help="Package and check only.")
-    parser.add_argument("--license", default="apache-2.0", help="Of the weights, for the card.")
+    parser.add_argument("--dry_run", action="store_true", help="Package, check, look at the repository; send nothing.")
+    parser.add_argument(
+        "--delete_others", action="store_true", help="Delete what the repository holds besides the checkpoint."
+    )
+    add_card_options(parser)
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--message", help="Of the commit.")
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
@@ -297,7 +500,9 @@ def main(argv: list[str] | None = None) -> None:
         pushed = push(options.pop("folder"), options.pop("repository"), **options)
     except PushError as error:
         raise SystemExit(f"error: {error}") from error
-    if pushed is None:
+    for note in pushed.notes():
+        print(note)
+    if pushed.commit is None:
         print("Dry run: all checks passed; nothing was sent.")
         return
     if pushed.pull_request:

@@ -106,9 +106,9 @@ def checkpoint(tmp_path_factory, make_model, processor) -> Path:
     from training.checkpoint import save_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "stage0"
-    save_checkpoint(
-        make_model(), processor, folder, {"backbones": {"vision": "tiny", "language": "tiny"}, "stages": []}
-    )
+    free = {"license": "apache-2.0"}
+    backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
+    save_checkpoint(make_model(), processor, folder, {"backbones": backbones, "stages": []})
     return folder
 
 

@@ -110,6 +110,10 @@ license: apache-2.0"""
             replace_in_card("license: apache-2.0", "base_model: a/b\nlicense: apache-2.0"),
             "without base_model_relation",
         ),
+        (
+            replace_in_card("license: apache-2.0", "license: other\nlicense_link: x"),
+            "license other without license_name",
+        ),
         (replace_in_card("license: apache-2.0", "license: [1"), "README.md: "),
         (replace_in_card("license: apache-2.0", RESULT), "cider = 1.234 is not in alignvlm_run.json"),
     ],

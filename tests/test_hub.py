@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -16,11 +17,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from evaluation import generate
-from hub_upload.package import files_of, package
+from hub_upload.package import files_of, note_releases, package
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.hub_client import Client, ClientError
 from tests.loopback_hub import LoopbackHub
@@ -95,8 +99,19 @@ def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
     repository = hub.repositories["user/whole"]
     assert pushed["commit"] == repository.refs["main"] == repository.tags["v1"] and pushed["changed"]
     assert repository.private and repository.history() == ["Upload mine", "initial commit"]
+    assert pushed["removed"] == pushed["kept"] == [] and pushed["card"] is None
     staged = package(mine, tmp_path / "staged", repository="user/whole")
+    record = json.loads(hub.content(hub.files("user/whole")["alignvlm_run.json"]))
+    releases = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    assert record["loaded_with"] == releases
+    note_releases(staged, releases, repository="user/whole")
     assert holds(hub, "user/whole", staged)
+    sentence = "Loaded and asked about an image with `transformers` {transformers}, `torch` {torch} and Python {python} before"
+    assert sentence.format(**releases) in (staged / "README.md").read_text()
     # Again: nothing to say, so nothing is said.
     again = client("hub_upload.push:send", staged, "user/whole", tag="v1")
     assert not again["changed"] and again["commit"] == pushed["commit"] and len(repository.history()) == 2
@@ -104,12 +119,168 @@ def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
     repository.commit("main", {**hub.files("user/whole"), "stray.txt": hub.store(b"x")}, "by hand")
     change_weights(mine)
     package(mine, staged, repository="user/whole")
-    third = client("hub_upload.push:send", staged, "user/whole", tag="v2", message="third")
-    assert holds(hub, "user/whole", staged)
+    third = client("hub_upload.push:send", staged, "user/whole", tag="v2", message="third", delete_others=True)
+    assert holds(hub, "user/whole", staged) and third["removed"] == ["stray.txt"]
     assert repository.history() == ["third", "by hand", "Upload mine", "initial commit"]
     assert repository.tags == {"v1": pushed["commit"], "v2": third["commit"]}
     with pytest.raises(ClientError, match=r"the tag 'v1' already names .* Take another tag"):
         client("hub_upload.push:send", staged, "user/whole", tag="v1")
+
+
+def text_of(hub: LoopbackHub, repository: str, name: str) -> str:
+    return hub.content(hub.files(repository)[name]).decode()
+
+
+def put(hub: LoopbackHub, name: str, **files: str | bytes) -> None:
+    """Somebody's commit to a repository; `__` in a name stands for a dot."""
+    contents = {path.replace("__", "."): content for path, content in files.items()}
+    blobs = {path: hub.store(c.encode() if isinstance(c, str) else c) for path, c in contents.items()}
+    hub.repositories[name].commit("main", {**hub.files(name), **blobs}, "by hand")
+
+
+def test_what_else_a_repository_holds_stays(lfs_hub, lfs_client, checkpoint, staged, tmp_path):
+    """Only what the checkpoint that was there consisted of goes: a stale index or shard would be loaded in place of the new weights."""
+    split = package(checkpoint, tmp_path / "split", max_shard_size="40KB")
+    lfs_client("hub_upload.push:send", split, "user/others")
+    theirs = {
+        "cat__png": b"x",
+        "model-q4__gguf": b"x",
+        "vocab__json": "{}",
+        "modeling_mine__py": "x = 1",
+        "a/b__txt": "x",
+    }
+    put(lfs_hub, "user/others", **theirs)
+    pushed = lfs_client("hub_upload.push:send", staged, "user/others")
+    shards = sorted(name for name in files_of(split) if name not in files_of(staged))
+    assert len(shards) > 2 and pushed["removed"] == sorted([*shards, "vocab.json"])  # a tokenizer would read it
+    assert pushed["kept"] == ["a/b.txt", "cat.png", "model-q4.gguf", "modeling_mine.py"]
+    assert sorted(lfs_hub.files("user/others")) == sorted([".gitattributes", *files_of(staged), *pushed["kept"]])
+    same = lfs_client("hub_upload.push:send", staged, "user/others")
+    assert not same["changed"] and same["kept"] == pushed["kept"] and same["removed"] == []
+    look = lfs_client("hub_upload.push:send", staged, "user/others", delete_others=True, dry_run=True)
+    assert look["removed"] == pushed["kept"] and look["commit"] is None and not holds(lfs_hub, "user/others", staged)
+    assert lfs_client("hub_upload.push:send", staged, "user/others", delete_others=True)["removed"] == pushed["kept"]
+    assert holds(lfs_hub, "user/others", staged)
+
+
+def test_a_dry_run_makes_nothing(lfs_hub, lfs_client, staged):
+    assert lfs_client("hub_upload.push:send", staged, "user/unmade", dry_run=True)["commit"] is None
+    assert "user/unmade" not in lfs_hub.repositories
+    lfs_hub.create("user/unbranched")
+    assert lfs_client("hub_upload.push:send", staged, "user/unbranched", dry_run=True, revision="b")["changed"]
+    assert list(lfs_hub.repositories["user/unbranched"].refs) == ["main"]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"config__json": '{"model_type": "llama"}', "model__safetensors": b"x"},
+            r"another kind \(model_type 'llama'",
+        ),
+        ({"config__json": '{"architecture": "resnet"}'}, r"another kind \(model_type None"),
+        ({"config__json": "no json"}, r"another kind \(model_type None"),
+        ({"unet/diffusion_pytorch_model__safetensors": b"x"}, r"no AlignVLM model's \(unet/diffusion"),
+        ({"llama-q4__gguf": b"x"}, r"no AlignVLM model's \(llama-q4.gguf\)"),
+    ],
+    ids=["llama", "timm", "broken", "diffusers", "gguf"],
+)
+def test_a_repository_of_another_kind_is_refused(lfs_hub, lfs_client, staged, files, message):
+    lfs_hub.create("user/kind")
+    put(lfs_hub, "user/kind", **files)
+    before = lfs_hub.files("user/kind")
+    with pytest.raises(ClientError, match=rf"user/kind holds .*{message}.*Name another repository"):
+        lfs_client("hub_upload.push:send", staged, "user/kind", delete_others=True)
+    assert lfs_hub.files("user/kind") == before
+
+
+def test_what_would_be_loaded_beside_the_checkpoint_is_refused(lfs_hub, lfs_client, staged):
+    lfs_client("hub_upload.push:send", staged, "user/beside")
+    put(lfs_hub, "user/beside", adapter_config__json="{}", cat__png=b"x")
+    with pytest.raises(ClientError, match=r"holds adapter_config.json, which .* deletes adapter_config.json, cat.png"):
+        lfs_client("hub_upload.push:send", staged, "user/beside")
+    lfs_client("hub_upload.push:send", staged, "user/beside", delete_others=True)
+    assert holds(lfs_hub, "user/beside", staged)
+
+
+def test_a_card_edited_on_the_hub_stays(lfs_hub, lfs_client, checkpoint, staged, tmp_path):
+    def send(folder: Path, **options) -> dict:
+        return lfs_client("hub_upload.push:send", folder, "user/card", **options)
+
+    def card() -> tuple[dict, str]:
+        _, front, body = text_of(lfs_hub, "user/card", "README.md").split("---\n", 2)
+        return yaml.safe_load(front), body
+
+    send(staged)
+    generated = text_of(lfs_hub, "user/card", "README.md")
+    # Metadata alone, as the Hub's own form changes them: the text is still ours, and is renewed.
+    changed = generated.replace("license: apache-2.0", "license: cc-by-nc-4.0\nthumbnail: cat.png").replace(
+        "- alignvlm", "- cats"
+    )
+    put(lfs_hub, "user/card", README__md=changed)
+    mine = shutil.copytree(staged, tmp_path / "mine")
+    note_releases(mine, {"transformers": "9.9"}, repository="user/card")
+    assert send(mine)["card"] is None
+    data, body = card()
+    assert "with `transformers` 9.9 before" in body
+    assert (
+        data["license"] == "cc-by-nc-4.0"
+        and data["thumbnail"] == "cat.png"
+        and {"cats", "alignvlm"} <= {*data["tags"]}
+    )
+    # The text too.
+    put(
+        lfs_hub,
+        "user/card",
+        README__md=text_of(lfs_hub, "user/card", "README.md").replace("Limits and risks", "My cat's limits"),
+    )
+    for license_given in (True, False):  # a licence that is named wins
+        pushed = send(staged, license_given=license_given)
+        data, body = card()
+        assert pushed["card"] == "was edited on the Hub" and "My cat's limits" in body
+        assert data["license"] == "apache-2.0" and data["thumbnail"] == "cat.png"
+        digest = hashlib.sha256(text_of(lfs_hub, "user/card", "README.md").encode()).hexdigest()
+        assert f"{digest}  README.md" in text_of(lfs_hub, "user/card", "manifest.sha256")
+    assert not pushed["changed"]
+    # Edited in the folder as well: the Hub's stays, since the folder's is not lost.
+    edited = shutil.copytree(checkpoint, tmp_path / "edited")
+    (edited / "README.md").write_text(
+        (edited / "README.md").read_text().replace("Limits and risks", "The folder's limits")
+    )
+    from_folder = package(edited, tmp_path / "from folder", repository="user/card")
+    assert send(from_folder)["card"] == "was edited on the Hub" and "My cat's limits" in card()[1]
+    # Unless one says so.
+    assert send(staged, overwrite_card=True)["card"] is None and holds(lfs_hub, "user/card", staged)
+    # One edited in the folder replaces ours, and itself, but ours does not replace it.
+    assert "edited in the folder" in send(from_folder)["card"] and "The folder's limits" in card()[1]
+    assert send(staged)["card"] == "was edited on the Hub" and "The folder's limits" in card()[1]
+
+
+def test_cards_that_we_did_not_write_stay_and_those_of_older_releases_go(lfs_hub, lfs_client, staged):
+    lfs_hub.create("user/card2")
+    put(lfs_hub, "user/card2", README__md="My plans for this model.\r\n")
+    lfs_client("hub_upload.push:send", staged, "user/card2")
+    found = text_of(lfs_hub, "user/card2", "README.md")
+    assert "My plans for this model." in found and "license: apache-2.0" in found and "Limits" not in found
+    old = (staged / "README.md").read_text().split("<!--")[0].replace("Limits and risks", "Old limits")
+    manifest = f"{hashlib.sha256(old.encode()).hexdigest()}  README.md\n"
+    put(lfs_hub, "user/card2", README__md=old, manifest__sha256=manifest)
+    lfs_client("hub_upload.push:send", staged, "user/card2")
+    assert holds(lfs_hub, "user/card2", staged)
+    put(lfs_hub, "user/card2", README__md="---\nlicense: [\n---\n")
+    with pytest.raises(ClientError, match=r"(?s)README.md of user/card2: its metadata are no YAML.*--overwrite_card"):
+        lfs_client("hub_upload.push:send", staged, "user/card2")
+
+
+def test_a_licence_is_read_from_the_hub(lfs_hub, lfs_client):
+    lfs_hub.create("user/backbone")
+    put(lfs_hub, "user/backbone", README__md="---\nlicense: other\nlicense_name: qwen\nlicense_link: LICENSE\n---\n")
+    found = lfs_client("hub_upload.licences:read_licence", "user/backbone")
+    link = "https://huggingface.co/user/backbone/blob/main/LICENSE"
+    assert found == {"license": "other", "license_name": "qwen", "license_link": link}
+    lfs_hub.create("user/bare")
+    assert lfs_client("hub_upload.licences:read_licence", "user/bare") is None
+    assert lfs_client("hub_upload.licences:read_licence", "user/nothing") is None
 
 
 def test_branches_and_pull_requests(hub, client, staged):
@@ -325,16 +496,22 @@ def run(hub: LoopbackHub, folder: Path, *command, code: int = 0, **environment: 
 
 def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkpoint, tmp_path):
     lfs_hub.faults.clear()
-    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--dry_run")
-    assert "nothing was sent" in output and "user/cli" not in lfs_hub.repositories
     output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--tag", "v1")
-    commit = lfs_hub.repositories["user/cli"].refs["main"]
+    repository = lfs_hub.repositories["user/cli"]
+    commit = repository.refs["main"]
     assert f'from_pretrained("user/cli", revision="{commit}", trust_remote_code=True)' in output
-    assert "Private" in output and "hf_loop" not in output
-    output = run(lfs_hub, tmp_path, "-m", "hub_upload.push", checkpoint, "user/cli", PYTHONPATH=str(ROOT))
+    assert "Private" in output and "hf_loop" not in output and "Kept" not in output
+    with_notes = {**lfs_hub.files("user/cli"), "notes.txt": lfs_hub.store(b"x")}
+    repository.commit("main", with_notes, "by hand")
+    again = ("-m", "hub_upload.push", checkpoint, "user/cli")
+    output = run(lfs_hub, tmp_path, *again, PYTHONPATH=str(ROOT))
     assert "holds exactly this already; no commit was made" in output
-    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--public", code=1)
-    assert "error: user/cli is private, and you asked for public" in output and "Traceback" not in output
+    assert "Kept on user/cli, where it is no part of the checkpoint: notes.txt. --delete_others deletes it" in output
+    output = run(lfs_hub, tmp_path, *again, "--delete_others", "--dry_run", PYTHONPATH=str(ROOT))
+    assert "Would delete on user/cli: notes.txt" in output and "nothing was sent" in output
+    assert lfs_hub.files("user/cli") == with_notes
+    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/my--model", code=1)
+    assert "error: 'user/my--model' names no repository" in output and "Traceback" not in output
     run(lfs_hub, tmp_path, "-m", "hub_upload.inspect", "user/cli", PYTHONPATH=str(ROOT))
 
 
@@ -419,9 +596,9 @@ def test_the_hf_command_downloads_what_was_pushed(hub, client, staged, tmp_path)
         assert (tmp_path / "copy" / name).read_bytes() == (staged / name).read_bytes()
 
 
-def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client, checkpoint, tmp_path):
+def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client, checkpoint, staged, tmp_path):
     lfs_hub.faults.clear()
-    pushed = lfs_client("hub_upload.push:push", checkpoint, "user/start")
+    pushed = lfs_client("hub_upload.push:send", staged, "user/start")
     fields = {
         "model_revision": pushed["commit"],
         "projector_learning_rate": 1e-2,

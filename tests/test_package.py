@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hub_upload.card import make_card
-from hub_upload.checks import check
-from hub_upload.package import files_of, main, package, sha256_of, weights_of, without_local_paths
+from hub_upload.card import MINIMUM_TRANSFORMERS, make_card
+from hub_upload.card_text import FOLDER, GENERATED, author_of
+from hub_upload.checks import check, try_loading
+from hub_upload.package import files_of, main, note_releases, package, sha256_of, weights_of, without_local_paths
 from tests.running import arguments_for
+from training.checkpoint import save_checkpoint
 from training.stage import main as run_stage
 
 
@@ -72,7 +75,7 @@ def test_only_what_belongs_there_is_taken_along(trained, packaged):
 
 
 def test_it_passes_every_check(packaged):
-    assert check(packaged) == []
+    assert check(packaged, load=False) == []  # loading: see test_large_weights_are_split_and_still_load
 
 
 def test_made_twice_it_is_the_same(trained, packaged, tmp_path):
@@ -105,7 +108,16 @@ def test_large_weights_are_split_and_still_load(trained, tmp_path):
     assert parts.keys() == whole.keys() and all((parts[name] == whole[name]).all() for name in whole)
     with safe_open(shards[0], framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert check(out) == []
+    assert check(out, load=False) == []
+    problems, releases = try_loading(out)
+    assert problems == [] and releases["transformers"] == transformers.__version__
+    # What it was loaded with stands in record and card, and the manifest is still true.
+    card = (out / "README.md").read_text()
+    note_releases(out, releases)
+    assert check(out, load=False) == []
+    assert json.loads((out / "alignvlm_run.json").read_text())["loaded_with"] == releases
+    sentence = f"`transformers` {MINIMUM_TRANSFORMERS} or newer. Loaded and asked about an image with `transformers` "
+    assert sentence + releases["transformers"] in (out / "README.md").read_text() and sentence not in card
 
 
 def test_the_card_has_what_is_on_record_and_nothing_else(packaged):
@@ -147,6 +159,34 @@ def test_a_card_of_hub_backbones_and_data(packaged):
     assert "None are on record" in text and "model-index" not in front
     untrained = make_card({"stages": []}, config, 10)
     assert "its projector has random weights" in untrained
+
+
+def test_a_card_edited_in_the_folder_keeps_its_text(checkpoint, make_model, processor, tmp_path):
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    readme = mine / "README.md"
+    written = readme.read_text()
+    # Metadata alone: the text is ours, and is written anew.
+    readme.write_text(written.replace("tags:", "thumbnail: cat.png\ntags:\n- cats"))
+    text = (package(mine, tmp_path / "out", repository="user/mine") / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["thumbnail"] == "cat.png" and "cats" in front["tags"] and "alignvlm" in front["tags"]
+    assert front["model_name"] == "mine" and '"user/mine"' in text and author_of(text) == GENERATED
+    # The text too: it stays through packaging and another stage in the same folder, with metadata of ours.
+    readme.write_text(readme.read_text().replace("## Limits and risks", "## My cat's limits"))
+    save_checkpoint(make_model(), processor, mine, json.loads((mine / "alignvlm_run.json").read_text()))
+    text = (package(mine, tmp_path / "out", repository="user/mine") / "README.md").read_text()
+    assert "My cat's limits" in text and '"user/mine"' in text and "Limits and risks" not in text
+    assert yaml.safe_load(text.split("---")[1]) == front and author_of(text) == FOLDER
+    note_releases(tmp_path / "out", {"torch": "9"}, "user/mine")
+    assert (tmp_path / "out/README.md").read_text() == text and check(tmp_path / "out", load=False) == []
+    fresh = (package(mine, tmp_path / "out", overwrite_card=True) / "README.md").read_text()
+    assert fresh == (package(checkpoint, tmp_path / "out") / "README.md").read_text()
+    # One that cannot be read does not end a training, but cannot be packaged.
+    readme.write_text("---\nlicense: [\n---\nMine")
+    save_checkpoint(make_model(), processor, mine, json.loads((mine / "alignvlm_run.json").read_text()))
+    assert readme.read_text().endswith("Mine") and (mine / "alignvlm_run.json").is_file()
+    with pytest.raises(ValueError, match=r"(?s)README.md: its metadata are no YAML.*--overwrite_card writes it anew"):
+        package(mine, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import evaluate
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import examples
 
 
 FOLDER = Path(__file__).parents[1] / "evaluation/metrics/pathvqa_accuracy"
@@ -79,6 +84,60 @@ def test_every_number_by_hand(accuracy):
     assert [item["correct"] for item in per_item] == [True, False, True, False, False, False]
     assert [item["yes_no"] for item in per_item] == [True, True, True, False, False, False]
     assert per_item[3] == {"yes_no": False, "correct": False, "recall": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "correct"),
+    [
+        ("", "A", False),
+        (" \n", "A", False),
+        ("the", "A", False),
+        (".", "A", False),
+        ("liver", "A", False),
+        ("A", "A", True),
+        ("a.", "A", True),
+        ("Yes", "yes", True),
+        ("the a", "A", False),
+        ("", "the", False),
+        ("The", "the", True),
+        ("+", "+", True),  # deleted in the normal form: compared as it is written
+        ("-", "+", False),
+        ("", "+", False),
+        ("", "", False),
+        (".", ".", True),
+        ("the liver", "Liver.", True),
+    ],
+)
+def test_an_empty_answer_is_wrong(accuracy, prediction, reference, correct):
+    found = accuracy.compute(predictions=[prediction], references=[reference])
+    assert found["accuracy"] == float(correct)
+    if reference != "yes" and prediction != "the a":  # which holds the word "a"
+        assert found["free_form_recall"] == found["free_form_f1"] == float(correct)
+
+
+def test_answers_without_a_normal_form_are_not_all_the_same_for_the_majority(accuracy):
+    found = accuracy.compute(predictions=["x"] * 6, references=["A", "A", "the", "+", "", ""])
+    assert found["majority_accuracy"] == pytest.approx(2 / 6)  # "A"; nothing is right for an empty reference
+    assert accuracy.compute(predictions=["x"], references=[""])["majority_accuracy"] == 0.0
+
+
+# Of the characters and words that the rules treat, so that equal and empty normal forms are frequent.
+pieces = st.sampled_from(
+    ["a", "A", "an", "the", " ", "\n", ".", ",", "-", "+", "'", "1", "one", "dont", "yes", "No", "x"]
+)
+texts = st.one_of(st.text(), st.lists(pieces, max_size=4).map("".join))
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(texts, texts)
+def test_wherever_the_reference_has_a_normal_form_the_value_is_the_official_one(accuracy, prediction, reference):
+    judge = sys.modules[type(accuracy).__module__]._judge
+    correct = judge(prediction, reference)["correct"]
+    if vqa.normalise(reference):
+        assert correct == (vqa.normalise(prediction) == vqa.normalise(reference))
+    else:
+        assert correct <= bool(prediction.strip())
+        assert judge(reference, reference)["correct"] == bool(reference.strip())
 
 
 def test_repeated_words_count_as_often_as_they_occur(accuracy):

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import TrlParser
 
+from hub_upload.licences import read_licence
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from training.checkpoint import commit_of, library_versions, save_checkpoint
 from training.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
@@ -267,8 +268,10 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         "backbones": {
             "vision": _recorded_name(arguments.vision),
             "vision_revision": commit_of(arguments.vision, arguments.vision_revision),
+            "vision_licence": read_licence(arguments.vision, arguments.vision_revision),
             "language": _recorded_name(arguments.language),
             "language_revision": commit_of(arguments.language, arguments.language_revision),
+            "language_licence": read_licence(arguments.language, arguments.language_revision),
         },
         "versions": library_versions(),
         "stages": [],

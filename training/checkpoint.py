@@ -15,9 +15,11 @@ import transformers
 from safetensors import safe_open
 
 from hub_upload.card import make_card
-from hub_upload.package import RUN_RECORD, parameter_count
+from hub_upload.package import RUN_RECORD, parameter_count, renewed_card
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
+
+logger = transformers.utils.logging.get_logger(__name__)
 
 VERSIONED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "alignvlm")
 
@@ -105,6 +107,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a complete repository into `folder`, run record last: a folder with a record is whole.
 
+    A README.md that was edited by hand keeps its text.
+
     Args:
         state_dict: the weights, where `model` holds only its share of them.
     """
@@ -114,7 +118,11 @@ def save_checkpoint(
     processor.save_pretrained(folder)
     shutil.copyfile(_licence_file(), folder / "LICENSE")
     card = make_card(record, json.loads((folder / "config.json").read_text()), parameter_count(folder))
-    (folder / "README.md").write_text(card)
+    readme = folder / "README.md"
+    try:
+        readme.write_text(renewed_card(readme.read_text(), card) if readme.is_file() else card)
+    except ValueError as error:  # too late to stop; packaging will ask for it to be mended
+        logger.warning(f"{readme} was left as it is: {error}")
     unfinished = folder / f"{RUN_RECORD}.tmp"
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     unfinished.replace(folder / RUN_RECORD)

@@ -104,6 +104,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
     _train("vision encoder", [encoder, head], 1.5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
+    _write_card(folder, "image-feature-extraction", "A nano vision encoder, trained from nothing on drawn scenes.")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
@@ -181,3 +182,10 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
     _train("language model", [model], 1.5e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _write_card(folder, "text-generation", "A nano language model, trained from nothing on texts about drawn scenes.")
+
+
+def _write_card(folder: Path, task: str, text: str) -> None:
+    """A README.md that states the licence: whatever is made of these weights may be as free as they are."""
+    metadata = f"license: apache-2.0\nlibrary_name: transformers\npipeline_tag: {task}"
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{text}\n")

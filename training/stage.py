@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
+from hub_upload.licences import licence_of
 from hub_upload.push import check_name, push
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
@@ -149,6 +150,12 @@ class StageArguments(SFTConfig):
         default=None,
         metadata={
             "help": "Repository of the Hub, user/name, that gets the checkpoint of the stage, tagged stage<N>. Private if new."
+        },
+    )
+    push_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, for the card that push_to writes. Left out: the strictest of the backbones'."
         },
     )
     resume_from_checkpoint: str | None = field(
@@ -304,6 +311,8 @@ def run_stage(arguments: StageArguments) -> dict:
     check_writable(arguments.output_dir)
     resume_from = _checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
+    if arguments.push_to and not arguments.push_license:
+        licence_of(record)  # asks now for one that is not known, not after the training
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
     check_row_length(arguments, model)
@@ -399,14 +408,15 @@ def _push(arguments: StageArguments) -> None:
     """Pushes the finished stage. That it fails costs nothing that was trained, so it is told and the run goes on."""
     tag = f"stage{arguments.stage}"
     try:
-        pushed = push(arguments.output_dir, arguments.push_to, private=None, tag=tag)
+        pushed = push(arguments.output_dir, arguments.push_to, private=None, tag=tag, license=arguments.push_license)
     except Exception as error:  # whatever it is
         again = f"python hub_upload/push.py {arguments.output_dir} {arguments.push_to} --tag {tag}"
+        again += f" --license {arguments.push_license}" if arguments.push_license else ""
         logger.error(
             f"The push did not succeed: {error}\nThe checkpoint is whole in {arguments.output_dir}. Try again: {again}"
         )
     else:
-        print(f"Pushed. To load it:\n{pushed.how_to_load()}", flush=True)
+        print("\n".join([*pushed.notes(), "Pushed. To load it:", pushed.how_to_load()]), flush=True)
 
 
 def _figures(

@@ -5,7 +5,7 @@ from collections import Counter
 import datasets
 import evaluate
 
-from .vqa_normalisation import normalise
+from .vqa_normalisation import comparable
 
 
 _DESCRIPTION = """
@@ -90,9 +90,9 @@ class PathVQAAccuracy(evaluate.Metric):
         free_form = [item for item in items if not item["yes_no"]]
         result = {}
         for kind, group in zip(KINDS, (items, yes_no, free_form)):
-            answers = Counter(item["reference"] for item in group)
+            answers = Counter(item["reference"] for item in group if item["reference"])
             result[f"{kind}accuracy"] = _mean(group, "correct")
-            result[f"majority_{kind}accuracy"] = max(answers.values()) / len(group) if group else None
+            result[f"majority_{kind}accuracy"] = max(answers.values(), default=0) / len(group) if group else None
             result[f"{kind}count"] = len(group)
         result["free_form_recall"] = _mean(free_form, "recall")
         result["free_form_f1"] = _mean(free_form, "f1")
@@ -105,19 +105,15 @@ class PathVQAAccuracy(evaluate.Metric):
 def _judge(prediction: str, reference: str) -> dict:
     """All that is known of one answer."""
     plain_prediction, plain_reference = prediction.strip().lower(), reference.strip().lower()
-    given, right = normalise(prediction), normalise(reference)
+    given, right = comparable(prediction, reference)
     given_words, right_words = given.split(), right.split()
     shared = sum((Counter(given_words) & Counter(right_words)).values())
-    if not given_words or not right_words:  # nothing to share: right only if both are empty
-        recall = f1 = float(given == right)
-    else:
-        recall, f1 = shared / len(right_words), 2 * shared / (len(given_words) + len(right_words))
     return {
         "reference": right,
         "yes_no": plain_reference in ("yes", "no"),
-        "correct": given == right,
-        "recall": recall,
-        "f1": f1,
+        "correct": bool(right) and given == right,
+        "recall": shared / len(right_words) if right_words else 0.0,
+        "f1": 2 * shared / (len(given_words) + len(right_words)) if right_words else 0.0,
         "contained": plain_reference in plain_prediction,
         "strict": plain_reference == plain_prediction,
     }

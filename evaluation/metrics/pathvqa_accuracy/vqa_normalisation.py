@@ -50,8 +50,8 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
-def normalise(answer: str) -> str:
-    """The answer as the official VQA evaluation compares it.
+def normalise(answer: str, keep_articles: bool = False) -> str:
+    """The answer as the official VQA evaluation compares it; with `keep_articles`, before it removes articles.
 
     1. New lines and tabs become spaces; surrounding white space goes.
     2. Each of `PUNCTUATION` is deleted if it stands next to a space anywhere in the answer, or if the answer has a comma between
@@ -67,4 +67,16 @@ def normalise(answer: str) -> str:
         text = text.replace(mark, "" if beside_a_space or has_digit_comma else " ")
     text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if keep_articles or word not in ARTICLES)
+
+
+def comparable(prediction: str, reference: str) -> tuple[str, str]:
+    """Both answers in the form in which they are compared: the normal form, or the first weaker one that leaves something of the reference.
+
+    The weaker forms keep articles (a reference "A"), or are as written, lower-cased and without surrounding white space (a
+    reference "+"). The reference's form is empty only if the reference is.
+    """
+    for form in (normalise, lambda answer: normalise(answer, keep_articles=True)):
+        if right := form(reference):
+            return form(prediction), right
+    return prediction.strip().lower(), reference.strip().lower()
