@@ -108,7 +108,7 @@ def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
         "transformers": transformers.__version__,
     }
     assert record["loaded_with"] == releases
-    note_releases(staged, releases, repository="user/whole")
+    note_releases(staged, record["loaded_with"], repository="user/whole")
     assert holds(hub, "user/whole", staged)
     sentence = "Loaded and asked about an image with `transformers` {transformers}, `torch` {torch} and Python {python} before"
     assert sentence.format(**releases) in (staged / "README.md").read_text()
