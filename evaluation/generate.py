@@ -34,22 +34,39 @@ def answer(
 
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
-        images: per entry one PIL image, or a sequence of none or several, which stand before the prompt.
+        images: per entry one image (PIL or an array, see `to_rgb`), or a list of none or several, which stand before the prompt.
         prompts: for each entry of `images`, its prompts.
         batch_size: prompts answered at once.
         progress: the title of a progress bar; none without it.
-        **generation_options: for `model.generate`, such as `num_beams`. Greedy decoding by default.
+        **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. Whatever is not given is as the
+            model's `generation_config` says, except that there is one answer per prompt.
 
     Returns:
         The answers, nested as `prompts`, stripped of surrounding white space; the same as of one prompt at a time.
 
     Raises:
-        ValueError: if there are not as many lists of prompts as images, or a prompt holds the image placeholder.
+        ValueError: if there are not as many lists of prompts as images, a prompt holds the image placeholder, or several answers
+            per prompt are asked for.
     """
     if len(images) != len(prompts):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} lists of prompts; each image needs one list.")
-    shown = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in images]
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, **generation_options}
+    given_config = generation_options.get("generation_config")
+    for name, only in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        asked = generation_options.get(name, getattr(given_config, name, None))
+        if asked not in (None, only):
+            raise ValueError(
+                f"`answer` gives one text per prompt, which {name}={asked!r} does not. Call `model.generate` itself, or ask each "
+                "prompt several times with do_sample=True."
+            )
+    shown = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    options = {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": (given_config or model.generation_config).num_beams or 1,
+        **generation_options,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+    }
     answers: list[list[str]] = [[] for _ in prompts]
     total = sum(map(len, prompts))
     with tqdm(total=total, desc=progress, disable=progress is None) as bar:
@@ -123,7 +140,7 @@ def _from_shared_trunks(model, processor, rows, pixel_values, batch_size: int, o
         entry_of = torch.tensor([entry for entry, _, _ in batch], device=model.device)
         prompt_ids, prompt_mask = _left_padded([prompt for _, _, prompt in batch], processor, model.device)
         cache = copy.deepcopy(prefilled)  # generating goes on writing into it
-        cache.batch_select_indices(entry_of.repeat_interleave(options.get("num_beams", 1)))
+        cache.batch_select_indices(entry_of.repeat_interleave(options["num_beams"]))
         input_ids = torch.cat([trunks[entry_of], prompt_ids], dim=1)
         attention_mask = torch.cat([torch.ones_like(trunks[entry_of]), prompt_mask], dim=1)
         output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **{CACHE_NAME: cache}, **options)

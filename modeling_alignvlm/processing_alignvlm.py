@@ -1,49 +1,111 @@
-"""The AlignVLM processor: pictures and texts in, the model's inputs out.
+"""The AlignVLM processor: images and texts in, the model's inputs out.
 
-Every image placeholder in a text becomes `image_seq_length` image tokens; every picture, whatever its mode or orientation,
-becomes RGB and then pixel values. On request the processor also returns the dense attention mask the model would build.
+Every image placeholder in a text becomes `image_seq_length` image tokens; every image, whatever its type, mode or orientation,
+becomes an 8-bit RGB image and then pixel values. Texts of unequal lengths are padded on the left, as generation needs it. On request
+the processor also returns the dense attention mask the model would build.
 """
 
 import os
+import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 
 from .masking_alignvlm import TokenLayout, dense_mask
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image of any PIL image.
+ROLES = ("system", "user", "assistant")
+PART_TYPES = ("text", "image", "image_url")
 
-    The EXIF rotation is applied, transparency is laid on white, 16 and 32 bit grey values are scaled to 8 bit, and of an
-    animation the current frame is taken.
+
+def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
+    """An upright 8-bit RGB image of a PIL image or an array.
+
+    The EXIF rotation is applied, transparency is laid on white, and of an animation the current frame is taken. Values become 8-bit by
+    dtype and range: booleans are black and white; integers are 0..255 or, if one is larger, 0..65535; floating numbers are 0..1 or,
+    if one is at least 2, 0..255.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            an array has the shape `(height, width)`, `(height, width, channels)` or `(channels, height, width)`, with 1 channel
+            (grey), 2 (grey, alpha), 3 (red, green, blue) or 4 (and alpha). Where both ends could be channels, they are
+            first in a tensor, as torchvision writes them, and last in any other array, as PIL does.
+        input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`, for arrays of three dimensions.
 
     Raises:
-        ValueError: if the picture cannot be decoded (truncated or corrupt).
+        ValueError: if the image cannot be decoded (truncated or corrupt), or an array has another shape, dtype or range.
     """
+    if not isinstance(image, Image.Image):
+        return to_rgb(_from_array(image, input_data_format))
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
-            values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-            if image.mode == "F":
-                values = values * (255 if values.max() <= 1 else 1)
-            else:
-                values = values / (257 if values.max() > 255 else 1)
-            return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
+            values = np.asarray(image)
+        elif image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        else:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what their format's parser happens to raise on damaged data
         name = getattr(image, "filename", "") or "an image in memory"
         raise ValueError(f"Cannot decode {name}: {error}. The file is damaged; replace it or leave it out.") from error
+    return Image.fromarray(_to_8_bit(values)).convert("RGB")
+
+
+def _from_array(array, input_data_format: str | None) -> Image.Image:
+    """A PIL image of grey values, colours or either with transparency, by the number of channels."""
+    preferred = "channels_first" if isinstance(array, torch.Tensor) else "channels_last"
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    array = np.asarray(array)
+    ends = {"channels_first": 0, "channels_last": -1}
+    if input_data_format not in (None, *ends):
+        raise ValueError(f"input_data_format={str(input_data_format)!r} is unknown; use one of {', '.join(ends)}.")
+    fitting = [name for name in ends if array.ndim == 3 and array.shape[ends[name]] <= 4]
+    chosen = input_data_format or (preferred if preferred in fitting else next(iter(fitting), None))
+    if array.size == 0 or not (array.ndim == 2 or chosen in fitting):
+        given = f" as {input_data_format}" if input_data_format else ""
+        raise ValueError(
+            f"Cannot take an array of shape {array.shape}{given} for an image. Give (height, width), (height, width, channels) "
+            "or (channels, height, width) with 1 to 4 channels."
+        )
+    values = _to_8_bit(array)
+    if array.ndim == 3:
+        values = np.moveaxis(values, ends[chosen], -1)
+    values = np.ascontiguousarray(values.squeeze(-1) if values.ndim == 3 and values.shape[-1] == 1 else values)
+    return Image.fromarray(values)
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Values of an image as `uint8`; those less than half an 8-bit step outside their range are rounded to its end."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    low, high = (float(values.min()), float(values.max())) if values.dtype.kind in "iuf" else (np.nan, np.nan)
+    step = 1 / 255
+    if values.dtype.kind == "f" and -step / 2 < low and high < 1 + step / 2:
+        scale = 255
+    elif low > -0.5 and high < 255.5 and (values.dtype.kind != "f" or high >= 2):
+        scale = 1
+    elif low >= 0 and high <= 65535 and values.dtype.kind != "f":
+        scale = 1 / 257
+    else:
+        raise ValueError(
+            f"Cannot take values of dtype {values.dtype} from {low:g} to {high:g} for an image. Give floating numbers from 0 to 1 or "
+            "from 0 to 255, integers from 0 to 255 or to 65535, or booleans. What is normalised already goes to the model as "
+            "`pixel_values`; what interpolation carried over the ends must be clamped first."
+        )
+    return (values.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
 class AlignVLMProcessor(ProcessorMixin):
-    """Wraps an image processor and a tokenizer into one.
+    """Wraps an image processor and a tokenizer into one. The tokenizer pads on the left from then on, whatever its files say:
+    behind padding on the right a decoder would generate from the wrong token.
 
     Args:
         image_processor: the vision encoder's image processor.
@@ -71,19 +133,22 @@ class AlignVLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer does not know the image token {image_token!r}. Add it as a special token."
             )
+        tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images=None, text=None, dense_mask_type: str | None = None, **kwargs) -> BatchFeature:
         """Prepares a batch.
 
         Args:
-            images: a picture, a list of them (in the order of the placeholders), or one list per text; a picture is a PIL
-                image, an array, a path, a URL or a base64 string.
+            images: an image, a list of them (in the order of the placeholders), or one list per text; an image is a PIL
+                image, an array (see `to_rgb` for shapes and ranges; four dimensions are a list of images), a path, a URL or a
+                base64 string.
             text (`str` or `list[str]`): with one `image_token` per image.
             dense_mask_type (`str`, *optional*):
                 return `attention_mask` as the dense bool mask `(batch, 1, length, length)` of this mask type, with the
                 whole text counted as prompt. Needs `return_tensors="pt"`, and padding in batches of unequal lengths.
-            **kwargs: for tokenizer and image processor, such as `padding`, `padding_side`, `return_tensors`.
+            **kwargs: for tokenizer and image processor, such as `padding`, `padding_side` (left, if not said otherwise),
+                `return_tensors`, `input_data_format`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) of shape `(batch, length)`, and
@@ -106,38 +171,96 @@ class AlignVLMProcessor(ProcessorMixin):
             batch["attention_mask"] = dense_mask(layout, dense_mask_type)
         return batch
 
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """As in transformers, but nothing of a conversation vanishes silently.
+
+        Args:
+            conversation: a list of messages `{"role", "content"}`, or a list of such lists. The content is a text, or a list of
+                `{"type": "text", "text"}` and `{"type": "image"}`, the latter with `image`, `path`, `url` or `base64` where the
+                conversation is tokenized too; OpenAI's `image_url` parts are images.
+            chat_template (`str`, *optional*): a template in place of the processor's.
+            **kwargs: as in transformers; what is for `__call__`, such as `padding`, is in `processor_kwargs`.
+
+        Raises:
+            ValueError: for an empty conversation and a part that is neither text nor image; and for roles other than system, user and
+                assistant, further fields of a message (such as `tool_calls`), `tools` and `documents`, unless the template reads them.
+        """
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template) or ""
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and not re.search(rf"\b{name}\b", template):
+                raise ValueError(f"The chat template does not read `{name}`. Leave them out.")
+        conversation = getattr(conversation, "messages", conversation)
+        if len(conversation) == 0:
+            raise ValueError("The conversation is empty: it has no messages.")
+        batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        for messages in conversation if batched else [conversation]:
+            for index, message in enumerate(getattr(messages, "messages", messages)):
+                if not isinstance(message, dict):  # an object of OpenAI's client, say
+                    message = message.model_dump() if hasattr(message, "model_dump") else vars(message)
+                _check_message(message, index, template)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks counts text by text, then flattens the images and makes them RGB."""
+        for name, given in (("videos", videos), ("audio", audio)):
+            if given is not None:
+                raise ValueError(f"AlignVLM takes images and text, not `{name}`.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         if texts == []:
             raise ValueError("The batch is empty: `text` is an empty list.")
-        if texts is not None and all(isinstance(sample, str) for sample in texts):
+        flat = _flatten(images)
+        if kwargs.get("sanitize_control_tokens"):
+            pass  # placeholders that a user typed are marked as text, and transformers counts the others
+        elif texts is not None and all(isinstance(sample, str) for sample in texts):
             nested = isinstance(images, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in images)
             counts = [sample.count(self.image_token) for sample in texts]
             if nested and len(images) == len(texts):
-                self._check_counts(counts, [len(sample) for sample in images])
+                self._check_counts(counts, [len(_flatten(sample)) for sample in images])
             else:
-                self._check_counts([sum(counts)], [len(_flatten(images))])
-        pictures = [self._open(image) for image in _flatten(images)]
+                self._check_counts([sum(counts)], [len(flat)])
+        options = {**(kwargs.get("images_kwargs") or {}), **kwargs}
+        pictures = [self._open(image, options) for image in flat]
         return pictures or None, texts, videos, audio
 
     def _check_counts(self, placeholders: list[int], images: list[int]) -> None:
         for index, (expected, given) in enumerate(zip(placeholders, images)):
-            if expected != given:
-                where = f"text {index}" if len(placeholders) > 1 else "the text"
+            where = f"text {index}" if len(placeholders) > 1 else "the text"
+            found = f"Found {expected} {self.image_token!r} placeholder(s) in {where} but {given} image(s)."
+            if expected < given:
                 raise ValueError(
-                    f"Found {expected} {self.image_token!r} placeholder(s) in {where} but {given} image(s). Give one image per "
-                    f"placeholder; if a user typed {self.image_token!r}, remove it from the text first."
+                    f"{found} Write {self.image_token!r} once per image, where it belongs in the text, or give messages with "
+                    'an {"type": "image"} part per image, which the chat template writes in.'
+                )
+            if expected > given:
+                raise ValueError(
+                    f"{found} Give one image per placeholder; if a user typed {self.image_token!r}, remove it from the text "
+                    "first."
                 )
 
-    def _open(self, image):
-        """A picture as the image processor wants it; URLs and base64 strings are read the way transformers reads them."""
+    def _open(self, image, options: dict) -> Image.Image:
+        """An RGB image; URLs and base64 strings are read the way transformers reads them."""
         if isinstance(image, (str, os.PathLike)):
             try:
                 image = Image.open(image) if os.path.isfile(image) else self.image_processor.fetch_images(str(image))
-            except (OSError, ValueError, UnidentifiedImageError) as error:
-                raise ValueError(f"Cannot read the image {str(image)[:200]!r}: {error}") from error
-        return to_rgb(image) if isinstance(image, Image.Image) else image
+            except Exception as error:  # also whatever the library that fetches URLs raises
+                reason = str(error).replace(str(image), "...")[:500]
+                raise ValueError(f"Cannot read the image {str(image)[:200]!r}: {reason}") from error
+        if not isinstance(image, Image.Image):
+            if not hasattr(image, "__array__"):
+                raise ValueError(
+                    f"Cannot take a {type(image).__name__} for an image. Give a PIL image, an array, a path, a URL or a base64 "
+                    "string."
+                )
+            if options.get("do_rescale") is False:
+                raise ValueError(
+                    "do_rescale=False is not for arrays: floating numbers from 0 to 1 are known by their range. Leave it out."
+                )
+        return to_rgb(image, options.get("input_data_format"))
+
+    def _process_images(self, images, input_data_format=None, **kwargs):
+        """As in transformers; `input_data_format` was for arrays, which are RGB images by now."""
+        return super()._process_images(images, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
@@ -154,12 +277,43 @@ class AlignVLMProcessor(ProcessorMixin):
 
 
 def _flatten(images) -> list:
-    """One flat list of pictures, from a picture, a list, or nested lists."""
+    """One flat list of images, from an image, a list, nested lists, or arrays of four dimensions."""
     if images is None:
         return []
-    if isinstance(images, (list, tuple)):
-        return [picture for item in images for picture in _flatten(item)]
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return [image for item in images for image in _flatten(item)]
     return [images]
+
+
+def _check_message(message: dict, index: int, template: str) -> None:
+    """Refuses what the template would drop or the model has never seen."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES and not re.search(rf"""['"]{re.escape(str(role))}['"]""", template):
+        raise ValueError(f"Message {index} has the role {role!r}; the chat template knows {', '.join(ROLES)}.")
+    further = []
+    for name, value in message.items():
+        empty = value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
+        if name not in ("role", "content") and not empty:
+            further.append(name)
+            if not re.search(rf"""\bm\w*(\.|\[['"]|\.get\(['"]){re.escape(name)}\b""", template):
+                raise ValueError(
+                    f"Message {index} ({role}) has {name!r}, which the chat template does not read. Remove it, or write it into the "
+                    "content."
+                )
+    if content is None and not further:
+        raise ValueError(f"Message {index} ({role}) has no content.")
+    for part in [] if content is None or isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in PART_TYPES:
+            given = f"a part of type {kind!r}" if isinstance(part, dict) else f"a {type(part).__name__} as a part"
+            raise ValueError(
+                f"Message {index} ({role}) has {given}; AlignVLM takes the types {', '.join(PART_TYPES)}. Write it as one of these, or "
+                "leave it out."
+            )
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"Message {index} ({role}) has a text part whose 'text' is {part.get('text')!r}, not a string."
+            )
 
 
 __all__ = ["AlignVLMProcessor", "to_rgb"]

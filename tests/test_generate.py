@@ -1,8 +1,10 @@
 """Batched answers equal answers one by one."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from evaluation.generate import answer
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
@@ -90,3 +92,40 @@ def test_entries_may_have_no_image_or_several(make_model, processor):
 def test_a_prompt_with_the_image_placeholder_is_named(make_model, processor):
     with pytest.raises(ValueError, match=r"'What is <image>\?' holds the placeholder"):
         answer(make_model(), processor, [Image.new("RGB", (16, 16))], [["What is <image>?"]])
+
+
+@pytest.mark.parametrize("mask_type", ["image", "prefix"])
+def test_several_answers_per_prompt_are_refused(make_model, processor, mask_type):
+    """Flattened, the second answer to one prompt would be taken for the first to the next."""
+    model, images = make_model(mask_type), [Image.new("RGB", (16, 16), colour) for colour in COLOURS[:2]]
+    for options in (
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)},
+    ):
+        with pytest.raises(ValueError, match="one text per prompt, which num_return_sequences=2 does not"):
+            answer(model, processor, images, [["Why?"], ["How many?"]], **options)
+    with pytest.raises(ValueError, match="return_dict_in_generate=True"):
+        answer(model, processor, images, [["Why?"], ["How many?"]], return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("mask_type", ["image", "prefix"])
+def test_the_generation_config_of_a_checkpoint_holds(make_model, processor, mask_type):
+    """Its beams, on both paths; but one answer per prompt."""
+    model, images = make_model(mask_type), [Image.new("RGB", (16, 16), colour) for colour in COLOURS[:2]]
+    prompts = [["Why?", "What colour is it?"], ["How many?"]]
+    greedy = answer(model, processor, images, prompts, max_new_tokens=6)
+    beams = answer(model, processor, images, prompts, max_new_tokens=6, num_beams=3)
+    assert greedy != beams
+    model.generation_config.update(num_beams=3, num_return_sequences=2, return_dict_in_generate=True)
+    assert answer(model, processor, images, prompts, max_new_tokens=6) == beams
+    given = GenerationConfig(**{**model.generation_config.to_dict(), "num_beams": 1, "num_return_sequences": 1})
+    given.return_dict_in_generate = False
+    assert answer(model, processor, images, prompts, max_new_tokens=6, generation_config=given) == greedy
+
+
+def test_images_may_be_arrays(make_model, processor):
+    model, image = make_model(), Image.new("RGB", (16, 16), COLOURS[0])
+    fractions = torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
+    prompts = [["Why?"], ["Why?"], ["Why?"]]
+    first, second, third = answer(model, processor, [image, np.asarray(image), [fractions]], prompts, max_new_tokens=6)
+    assert first == second == third

@@ -34,13 +34,23 @@ from training.language_trial import TRIAL_LENGTH, stated_positions, try_language
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
-# Both write the parts of a message in order, an image as its placeholder; `generation` marks what the assistant says.
+# Both write the parts of a message in order, an image as its placeholder; `generation` marks what the assistant says. What they have
+# no place for is refused: the processor does it with more words, this is for a tokenizer used alone.
 _PARTS = """\
 {%- macro parts(message, gap) -%}
+{%- if message.role not in ['system', 'user', 'assistant'] -%}
+{{ raise_exception('The roles are system, user and assistant, not ' ~ message.role) }}
+{%- endif -%}
+{%- for field in message if field not in ['role', 'content'] and message[field] -%}
+{{ raise_exception('A message has a role and a content, not ' ~ field) }}
+{%- endfor -%}
 {%- if message.content is string -%}{{ gap + message.content }}
 {%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}<image>{%- elif part.type == 'text' -%}{{ gap + part.text }}{%- endif -%}
+{%- if part.type == 'image' -%}<image>
+{%- elif part.type == 'text' -%}{{ gap + part.text }}
+{%- else -%}{{ raise_exception('The parts of a message are of type text or image, not ' ~ part.type) }}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
