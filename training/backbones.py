@@ -24,7 +24,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from training.checkpoint import commit_of, library_versions, save_checkpoint
+from training.checkpoint import check_model, commit_of, library_versions, save_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -116,6 +116,11 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         ValueError: if the vision encoder has no patches, the tokenizer already uses the image token for something else, or
             the language model does not answer text as before (a head this package does not rebuild).
     """
+    for name, revision in (
+        (arguments.vision, arguments.vision_revision),
+        (arguments.language, arguments.language_revision),
+    ):
+        check_model(name, revision)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32

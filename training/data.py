@@ -354,6 +354,9 @@ def load_mixture(
         ValueError: for sources, shares or fractions that cannot be had; the message says what can.
     """
     parts = read_parts(sources, collator, data_dir, streaming, earlier_stages, max_bad_rows)
+    for part in parts:
+        if bad := part.source.bad_rows:
+            logger.warning(f"Source {part.name!r}: {len(bad)} bad rows are left out. The first: {bad[0]}")
     if (
         streaming
         or image_token_share is not None
@@ -432,11 +435,12 @@ class ShowArguments:
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet."""
     from modeling_alignvlm import AlignVLMProcessor
-    from training.checkpoint import read_run_record
+    from training.checkpoint import check_model, read_run_record
     from training.contact_sheet import describe_parts, write_contact_sheet
     from training.stage import make_collator, make_mixture, parse_anywhere
 
     arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
+    check_model(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     collator = make_collator(arguments, processor)
     stages = read_run_record(arguments.model, arguments.model_revision)["stages"]

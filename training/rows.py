@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 
@@ -156,6 +157,20 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1 and Path(name).suffix not in FILE_TYPES
+
+
+def hub_commit(data: str, revision: str | None = None) -> str:
+    """The commit that a branch or tag of a data set on the Hub stands for now.
+
+    Raises:
+        FileNotFoundError: if the Hub gives none; the name may have been meant as that of a folder.
+    """
+    try:
+        return HfApi().dataset_info(data, revision=revision).sha
+    except OSError as error:
+        raise FileNotFoundError(
+            f"No such file or folder: {data}, and the Hub gives no data set of that name: {error}"
+        ) from error
 
 
 def is_karpathy(file: Path) -> bool:

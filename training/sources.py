@@ -27,6 +27,7 @@ from training.rows import (
     captions,
     entry,
     exchanges,
+    hub_commit,
     is_hub_id,
     items,
     load_files,
@@ -159,9 +160,8 @@ def _form(row: dict) -> Callable[..., list[dict]]:
         return turns_annotations
     if row.get("conversations"):
         return conversation_annotations
-    if any(row.get(name) is not None for name in IMAGE):
-        if any(row.get(name) is not None for name in (*CAPTION_COLUMNS, "text")):
-            return caption_annotations
+    if all(any(row.get(name) is not None for name in names) for names in (IMAGE, (*CAPTION_COLUMNS, "text"))):
+        return caption_annotations
     raise BadRow(
         "The row has none of `annotations`, `question` and `answer`, `texts`, `conversations`, or an image with captions "
         f"({', '.join((*CAPTION_COLUMNS, 'text'))}); it has {sorted(name for name, value in row.items() if value is not None)}."
@@ -445,7 +445,7 @@ class _Rows:
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> _Rows:
     """Rows of a Hub data set at a commit that is stated, so that a run can be repeated."""
     if not huggingface_hub.constants.is_offline_mode():
-        revision = huggingface_hub.HfApi().dataset_info(data, revision=revision).sha
+        revision = hub_commit(data, revision)
     rows = load_dataset(
         data, config, data_files=file, split="train" if file else split, revision=revision, streaming=streaming
     )
@@ -564,7 +564,7 @@ def _bad_rows(rows: Dataset, to_record: Callable[[list[dict]], dict]) -> dict[in
     index = 0
     for batch in checked.iter(batch_size=1000):
         for values in zip(*batch.values()):
-            row = dict.fromkeys(embedded, {}) | dict(zip(batch, values))  # an empty mapping stands for an image
+            row = {name: {} for name in embedded} | dict(zip(batch, values))  # an empty mapping stands for an image
             try:
                 to_record([row])
             except BadRow as error:
