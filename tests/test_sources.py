@@ -402,7 +402,7 @@ def test_bad_rows_are_found_wherever_rows_come_from(folder):
         with pytest.raises(BadRow, match=place):
             list(read_source({"name": "pathvqa", "data": "qa"}, folder, streaming).rows)
     (folder / "list.json").write_text(json.dumps([QUESTION, {**QUESTION, "answer": 1}]))
-    with pytest.raises(BadRow, match="^list.json, entry 2: "):
+    with pytest.raises(BadRow, match=r"^list.json, entry 2: "):
         read_source({"name": "local", "data": "list.json"}, folder)
     (folder / "broken.jsonl").write_text(json.dumps(QUESTION) + '\n{"image": "images/1.png", "question": \n')
     for streaming in (False, True):
