@@ -32,13 +32,17 @@ from evaluation.generate import answer
 from evaluation.tasks import (
     CAPTION_PROMPT,
     TASKS,
+    BadRows,
     Record,
     blank,
     file_hash,
     load_task,
+    plain_texts,
     read_rows,
     shuffled_rows,
 )
+from training.checkpoint import check_model
+from training.rows import ON_BAD_ROW
 
 
 RUN_RECORD = "alignvlm_run.json"
@@ -70,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
     p.add_argument("--limit", type=int, help="Only the first so many images (or windows of text).")
+    p.add_argument(
+        "--on_bad_row",
+        choices=ON_BAD_ROW,
+        default="raise",
+        help="What a row does whose texts cannot be used or whose image cannot be read.",
+    )
     p.add_argument("--prompt", default=CAPTION_PROMPT, help="What captions are asked for with.")
     p.add_argument(
         "--tag", help="A source tag before every prompt; default: the `evaluation_tag` of the checkpoint's last stage."
@@ -116,6 +126,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     """
     if arguments.checkpoint is None or arguments.task is None:
         raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
+    check_model(arguments.checkpoint, arguments.revision)
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     with state.main_process_first():  # so that remote code and data are fetched and converted once
         model, processor = _load_checkpoint(arguments, state.device)
@@ -219,6 +230,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
         arguments.prompt,
         arguments.keep_duplicates,
         arguments.limit,
+        arguments.on_bad_row,
     )
     control = _control(arguments)
     records = evaluation_set.records
@@ -340,10 +352,11 @@ def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:
     if path.suffix == ".txt":
         content = path.read_bytes()
         return content.decode(), {"data": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-    rows, source, _ = read_rows(arguments.data, arguments.split, arguments.data_revision)
+    rows, source, _, place = read_rows(arguments.data, arguments.split, arguments.data_revision)
     if "text" not in rows.column_names:
         raise ValueError(f"{arguments.data} has no column `text`; its columns: {rows.column_names}.")
-    return "\n\n".join(rows["text"]), source
+    bad = BadRows(arguments.on_bad_row, place)
+    return "\n\n".join(plain_texts(rows, bad)), {**source, **bad.notes()}
 
 
 def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> dict[str, dict]:
@@ -376,6 +389,8 @@ def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> di
 def report(result: dict) -> str:
     """The numbers of a result, a line each."""
     lines = [f"{result['task']}" + (f" ({result['control']})" if result["control"] else "")]
+    if left_out := result["data"].get("bad_rows"):
+        lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
     for numbers in result["metrics"].values():
         for name, value in numbers.items():
             if name == "intervals":
@@ -433,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name:<28} {found['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {found['p']:.3f}")
         else:
             evaluate_checkpoint(arguments)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -271,14 +271,17 @@ class TestStreams:
         """Neither as accelerate shards a stream nor as `datasets` does."""
         source = {**QUESTIONS, "annotations": ["detailed_caption", "questions"]}
         stream = load_mixture([source], collator, streaming=True).dataset
-        whole = sorted(json.dumps(r["annotations"]) for r in stream)
+        count = 40 * ranks
 
-        def seen(shards):
-            return sorted(json.dumps(r["annotations"]) for shard in shards for r in shard)
+        def seen(records):
+            return [json.dumps(r["annotations"]) for r in records]
 
-        by_rank = [list(IterableDatasetShard(stream, 5, num_processes=ranks, process_index=r)) for r in range(ranks)]
-        assert set(seen(by_rank)) == set(whole) and len(seen(by_rank)) - len(whole) < 5 * ranks
-        assert seen(split_dataset_by_node(stream, r, ranks) for r in range(ranks)) == whole
+        whole = seen(islice(stream, count))
+        shards = [IterableDatasetShard(stream, 5, num_processes=ranks, process_index=r) for r in range(ranks)]
+        by_rank = [seen(islice(shard, 40)) for shard in shards]
+        assert flat(by_rank[rank][i : i + 5] for i in range(0, 40, 5) for rank in range(ranks)) == whole
+        nodes = [split_dataset_by_node(stream, r, ranks) for r in range(ranks)]
+        assert seen(flat(zip(*(islice(node, 40) for node in nodes)))) == whole
 
     def test_texts_come_first(self, collator):
         stream = self.load(collator, image_start_fraction=0.5, stream_records=100).dataset
@@ -400,7 +403,47 @@ class TestLeftOut:
             "cut_response": 1,
             "dropped_record": 1,
             "bad_image_list": [],
+            "bad_row_list": [],
         }
+
+    @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+    def test_a_bad_row_stops_the_run_by_name_or_is_skipped_and_recorded(
+        self, checkpoint, photos, tmp_path, streaming, capfd
+    ):
+        """Long before it is its turn, where the rows are indexed; in a stream when it is, in whichever worker."""
+        rows = [{"image": f"{index}.png", "captions": ["" if index == 2 else "c"]} for index in (0, 1, 2, 4)]
+        (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {
+            "max_steps": 3,
+            "num_train_epochs": None,
+            "streaming": streaming,
+            "dataloader_num_workers": int(streaming),
+        }
+        with pytest.raises(ValueError, match=r"rows.jsonl, line 3: `captions\[0\]` is empty"):
+            run(self.arguments(checkpoint, photos, tmp_path / "a", **options))
+        entry = run(self.arguments(checkpoint, photos, tmp_path / "b", on_bad_row="skip", **options))
+        found = entry["losses_of_data"]
+        assert found["bad_row"] == len(found["bad_row_list"]) >= 1 and entry["steps"] == 3
+        assert set(found["bad_row_list"]) == {
+            "local: rows.jsonl, line 3: `captions[0]` is empty. Fill it in, or remove the row."
+        }
+        assert streaming or found["bad_row"] == 1
+        if not streaming:
+            main(
+                [
+                    *self.arguments(checkpoint, photos, tmp_path / "d", on_bad_row="skip"),
+                    "--sheet",
+                    str(tmp_path / "x.html"),
+                ]
+            )
+            assert re.search(r"1 bad rows, left out:\n +rows.jsonl, line 3: ", capfd.readouterr().out)
+        if streaming:
+            with pytest.raises(
+                RuntimeError, match=r"came of rows that cannot be used, more than max_bad_rows=1e-05.*line 3"
+            ):
+                run(
+                    self.arguments(checkpoint, photos, tmp_path / "c", on_bad_row="skip", max_bad_rows=1e-5, **options)
+                )
 
 
 def test_batches_of_text_alone_train_too(checkpoint, tmp_path):
@@ -458,7 +501,8 @@ def test_streamed_parquet_is_read_as_needed(tmp_path, collator):
         scenes.make_scenes(20, seed=shard).to_parquet(tmp_path / f"train-{shard:05d}-of-00004.parquet")
     mixture = load_mixture([{"name": "local", "data": "."}], collator, tmp_path, streaming=True)
     assert mixture.dataset.n_shards == 4
-    loader = DataLoader(mixture.dataset, batch_size=4, num_workers=2, collate_fn=lambda records: records)
+    once = mixture.parts[0].source.rows  # the mixture has no end
+    loader = DataLoader(once, batch_size=4, num_workers=2, collate_fn=lambda records: records)
     records = [record for batch in loader for record in batch]
     plain = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train")
     assert sorted(json.dumps([a["response"] for a in r["annotations"]]) for r in records) == sorted(

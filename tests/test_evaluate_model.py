@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluation.evaluate_model import RUN_RECORD, compare, evaluate_checkpoint, main, parser
@@ -191,10 +192,47 @@ def test_text_perplexity_is_that_of_the_model_alone(checkpoint, tmp_path):
     assert low <= numbers["perplexity"] <= high
 
 
+def test_bad_rows_are_left_out_if_asked_and_noted_in_the_file(checkpoint, tmp_path, capsys):
+    rows = [{"image": f"{index}.png", "question": "What?", "answer": "a"} for index in range(3)]
+    rows[1]["answer"] = None
+    for index in range(3):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(checkpoint), "--task", "local", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 2: `answer` is None.*--on_bad_row skip"):
+        main(arguments)
+    assert not (tmp_path / "results").exists()  # nothing was asked
+    main([*arguments, "--on_bad_row", "skip"])
+    result = json.loads((tmp_path / "results/local.json").read_text())
+    assert len(result["predictions"]) == 1 and result["data"]["bad_rows"] == 2
+    assert [problem.split(":")[0] for problem in result["data"]["bad_row_list"]] == [
+        "rows.jsonl, line 2",
+        "rows.jsonl, line 3",
+    ]
+    assert "bad rows, left out" in capsys.readouterr().out
+
+
+def test_rows_of_text_are_checked_too(checkpoint, tmp_path):
+    rows = [{"text": "One line. "}, {"text": ""}, {"text": None}, {"text": "And another."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(checkpoint), "--task", "text_perplexity", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 3: `text` is None"):
+        main(arguments)
+    main([*arguments, "--on_bad_row", "skip"])
+    result = json.loads((tmp_path / "text_perplexity.json").read_text())
+    tokens = AutoProcessor.from_pretrained(checkpoint).tokenizer("One line. \n\n\n\nAnd another.")["input_ids"]
+    assert result["metrics"]["text"]["tokens"] == len(tokens) - 1 and result["data"]["bad_rows"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "Give a checkpoint and a --task"),
+        (["out/nano/stage4", "--task", "scenes"], "No such folder: 'out/nano/stage4'"),
+        (["CHECKPOINT", "--task", "scenes", "--data", "out/my/scenes"], "No such file or folder: out/my/scenes"),
         (["CHECKPOINT", "--task", "scenes"], "needs data"),
         (["CHECKPOINT", "--task", "text_perplexity"], "needs --data"),
         (["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--blank_image", "--shuffle_images"], "two controls"),

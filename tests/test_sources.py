@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
 from training.images import read_image
+from training.rows import BadRow
 from training.sources import GENERATED, SOURCES, read_source
 
 
@@ -260,7 +262,8 @@ def test_texts(tmp_path, row, prompt, response, streaming):
     source = read_source({"name": "text", "data": "texts.jsonl"}, tmp_path, streaming)
     records = list(source.rows if streaming else source)
     assert len(records) == 2
-    assert records[0] == {"images": [], "annotations": [{"prompt": prompt, "response": response, "kind": ""}]}
+    assert records[0]["images"] == []
+    assert records[0]["annotations"] == [{"prompt": prompt, "response": response, "kind": ""}]
 
 
 def test_a_text_file_is_read_by_paragraph(tmp_path, processor):
@@ -286,6 +289,143 @@ def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder)
     rows = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
     source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder)
     assert [[a["prompt"] for a in record["annotations"]] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
+
+
+def said(*turns: tuple[str, str], role: str = "from", content: str = "value") -> list[dict]:
+    return [{role: speaker, content: words} for speaker, words in turns]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_every_row_of_an_image_is_kept_whatever_its_form(folder, streaming):
+    turns = [
+        {"user": "What?", "assistant": "turn", "source": "x"},
+        {"user": "And?", "assistant": "next", "source": "x"},
+    ]
+    forms = [
+        {"conversations": said(("human", "<image>\nWhat is it?"), ("gpt", "first"))},
+        {"conversations": said(("human", "And this?"), ("gpt", "second"))},
+        {"texts": turns},
+        {"question": "q?", "answer": "a"},
+        {"question": "q?", "answer": "a"},  # an exact repetition is taken once
+        {"annotations": [{"prompt": "p", "response": "r"}]},
+        {"captions": ["c", "d"]},
+    ]
+    rows = [{"image": "images/0.png", **form} for form in forms] + [{"image": "images/1.png", **forms[0]}]
+    source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder, streaming)
+    records = list(source.rows if streaming else source)
+    assert [[a["response"] for a in record["annotations"]] for record in records] == [
+        ["first", "second", "turn", "next", "a", "r", "c", "d"],
+        ["first"],
+    ]
+
+
+CONVERSATIONS = [
+    ([("assistant", "Hello! Ask me."), ("user", "What?"), ("assistant", "A cat.")], [("What?", "A cat.")]),
+    ([("system", "Be brief."), ("user", "What?"), ("assistant", "A cat.")], [("Be brief.\nWhat?", "A cat.")]),
+    ([("user", "Look."), ("user", "What?"), ("assistant", "A cat.")], [("Look.\nWhat?", "A cat.")]),
+    ([("user", "What?"), ("assistant", "A cat."), ("assistant", "Grey.")], [("What?", "A cat.\nGrey.")]),
+    ([("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), ("user", "3?")], [("1?", "one"), ("2?", "two")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("turns, expected", CONVERSATIONS)
+def test_exchanges_are_paired_by_who_speaks(folder, turns, expected, streaming):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    llava = {"image": "images/0.png", "conversations": said(*((names[speaker], words) for speaker, words in turns))}
+    chat = {"messages": said(*turns, role="role", content="content")}
+    for name, row, pairs in (
+        ("llava_pretrain", llava, expected),
+        ("local", llava, expected),
+        ("text", chat, expected[:1]),
+    ):
+        source = read_source({"name": name, "data": lines(folder, f"{name}.jsonl", [row])}, folder, streaming)
+        (record,) = source.rows if streaming else source
+        assert [(a["prompt"], a["response"]) for a in record["annotations"]] == pairs
+
+
+QUESTION = {"image": "images/0.png", "question": "q?", "answer": "a"}
+CAPTIONS = {"image": "images/0.png", "captions": ["c", "d"]}
+CHAT = {"messages": said(("user", "u"), ("assistant", "a"), role="role", content="content")}
+LLAVA = {"image": "images/0.png", "conversations": said(("human", "<image>h"), ("gpt", "g"))}
+# For each: the source, a good row, a bad one, and what is said of it.
+BAD_ROWS = {
+    "null": ("local", QUESTION, {"answer": None}, r"`answer` is None \(NoneType\), not a text"),
+    "int": ("local", QUESTION, {"answer": 3}, r"`answer` is 3 \(int\), not a text"),
+    "float": ("local", QUESTION, {"answer": 2.5}, r"`answer` is 2.5 \(float\), not a text"),
+    "bool": ("local", QUESTION, {"answer": True}, r"`answer` is True \(bool\), not a text"),
+    "list": ("local", QUESTION, {"answer": ["a", "b"]}, r"`answer` is \['a', 'b'\] \(list\), not a text"),
+    "mapping": ("pathvqa", QUESTION, {"answer": {"a": "b"}}, r"`answer` is \{'a': 'b'\} \(dict\), not a text"),
+    "empty": ("pathvqa", QUESTION, {"answer": "  "}, "`answer` is empty"),
+    "placeholder": ("local", QUESTION, {"answer": "the <image> shows"}, "`answer` holds the image placeholder <image>"),
+    "question": ("local", QUESTION, {"question": 7}, r"`question` is 7 \(int\)"),
+    "empty question": ("local", QUESTION, {"question": ""}, "`question` is empty"),
+    "caption": ("local", CAPTIONS, {"captions": ["c", ""]}, r"`captions\[1\]` is empty"),
+    "captions": ("local", CAPTIONS, {"captions": []}, "`captions` is \\[\\]; expected a list"),
+    "no image": ("flickr30k_captions", CAPTIONS, {"image": None}, "A caption without an image"),
+    "odd image": ("local", QUESTION, {"image": 3}, r"An image is 3 \(int\), neither a path"),
+    "message": ("text", CHAT, {"messages": said(("user", "u"), ("assistant", None), role="role", content="content")}, r"`messages\[1\].content` is None"),
+    "unknown role": ("text", CHAT, {"messages": said(("tool", "u"), ("assistant", "x"), role="role", content="content")}, r"`messages\[0\].role` is 'tool'. Valid"),
+    "nobody asked": ("local", LLAVA, {"conversations": said(("gpt", "g"))}, "no prompt of the user with a response"),
+    "turn": ("local", LLAVA, {"conversations": said(("human", "h"), ("gpt", 4))}, r"`conversations\[1\].value` is 4 \(int\)"),
+    "response": ("local", {"annotations": [{"prompt": "p", "response": "r"}]}, {"annotations": [{"prompt": "p"}]}, r"`annotations\[0\].response` is None"),
+    "nothing": ("local", QUESTION, {"question": None, "answer": None}, "has none of `annotations`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_or_skipped_when_it_is_read(folder, kind, streaming):
+    """File and line, also behind rows of another split; its neighbours stay, those of the same image too."""
+    name, good, change, message = BAD_ROWS[kind]
+    rows = [{**good, "split": "val"}, good, {**good, **change}, {**good, "image": "images/1.png"}]
+    rows = [{"split": "train", **row} for row in rows]
+    arguments = {"name": name, "data": lines(folder, "rows.jsonl", rows)}
+    with pytest.raises(BadRow, match=f"^rows.jsonl, line 3: .*{message}"):
+        list(read_source(arguments, folder, streaming).rows)
+    source = read_source(arguments, folder, streaming, max_bad_rows=0.01)
+    records = list(source.rows if streaming else source)
+    problems = [record["bad_row"] for record in records if record["bad_row"]] if streaming else source.bad_rows
+    (problem,) = problems
+    assert re.search(f"^rows.jsonl, line 3: .*{message}", problem)
+    expected = list(read_source({**arguments, "data": lines(folder, "good.jsonl", rows[1:2] + rows[3:])}, folder))
+    assert [r["annotations"] for r in records if r["annotations"]] == [r["annotations"] for r in expected]
+
+
+def test_bad_rows_are_found_wherever_rows_come_from(folder):
+    rows = [{"image": embedded(i), "question": "q?", "answer": None if i == 2 else "a"} for i in range(3)]
+    features = {"image": Image(), "question": Value("string"), "answer": Value("string")}
+    parquet(folder, "qa/train-00000-of-00002.parquet", rows[:2], **features)
+    parquet(folder, "qa/train-00001-of-00002.parquet", [*rows[:1], rows[2]], **features)
+    place = r"^train-00001-of-00002.parquet, row 1 \(counted from 0\): `answer` is None"
+    for streaming in (False, True):
+        with pytest.raises(BadRow, match=place):
+            list(read_source({"name": "pathvqa", "data": "qa"}, folder, streaming).rows)
+    (folder / "list.json").write_text(json.dumps([QUESTION, {**QUESTION, "answer": 1}]))
+    with pytest.raises(BadRow, match=r"^list.json, entry 2: "):
+        read_source({"name": "local", "data": "list.json"}, folder)
+    (folder / "broken.jsonl").write_text(json.dumps(QUESTION) + '\n{"image": "images/1.png", "question": \n')
+    for streaming in (False, True):
+        with pytest.raises(BadRow, match=r"^broken.jsonl, line 2: not JSON .*Expecting value"):
+            list(read_source({"name": "local", "data": "broken.jsonl"}, folder, streaming).rows)
+
+
+def test_too_many_bad_rows_are_not_skipped(folder):
+    bad = {**QUESTION, "answer": 1}
+    data = lines(folder, "rows.jsonl", [QUESTION] * 20 + [bad] * 11)
+    with pytest.raises(
+        BadRow, match=r"11 of 31 rows of rows.jsonl cannot be used, more than max_bad_rows=0.01.*line 21"
+    ):
+        read_source({"name": "local", "data": data}, folder, max_bad_rows=0.01)
+    assert len(read_source({"name": "local", "data": data}, folder, max_bad_rows=0.02).bad_rows) == 11
+    with pytest.raises(BadRow, match="1 of 1 rows"):
+        read_source({"name": "local", "data": lines(folder, "one.jsonl", [bad])}, folder, max_bad_rows=0.01)
+
+
+def test_a_plain_folder_of_images_says_what_it_lacks(folder):
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"images is a folder of images that says nothing.*metadata\.jsonl"):
+            read_source({"name": "imagefolder", "data": "images"}, folder, streaming)
 
 
 def test_splits_limits_prompts_and_tags(folder):
@@ -315,7 +455,11 @@ def test_splits_limits_prompts_and_tags(folder):
             r"needs a column images; rows.jsonl has \['image', 'text'\]",
         ),
         ({"name": "local", "data": "rows.jsonl", "image_dir": "nowhere"}, FileNotFoundError, "No such image_dir"),
-        ({"name": "local", "data": "odd.jsonl"}, ValueError, r"none of `annotations`.*it has \['image', 'words'\]"),
+        (
+            {"name": "local", "data": "odd.jsonl"},
+            ValueError,
+            r"odd.jsonl, line 1.*none of `annotations`.*has \['image', 'words'\]",
+        ),
         ({"name": "local", "data": "picture.png"}, ValueError, "expected a file of json"),
         ({"name": "local", "data": "empty"}, ValueError, "holds no train-"),
         (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,7 +17,7 @@ from trl import TrlParser
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import SOURCES, arguments_for
 from training import scenes
-from training.checkpoint import RUN_RECORD, read_run_record
+from training.checkpoint import PROGRESS, RUN_RECORD, read_progress, read_run_record
 from training.collator import AlignVLMCollator
 from training.images import read_image
 from training.sources import read_source
@@ -159,9 +160,143 @@ def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path):
     expected, actual = weights(whole), weights(resumed)
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     assert again["logged_losses"] == straight["logged_losses"]
+    # The record is that of all pieces, not of the last one.
+    assert again["train_loss"] == straight["train_loss"] == pytest.approx(sum(straight["logged_losses"]) / 6, rel=1e-4)
+    assert (straight["resumed_at"], again["resumed_at"]) == ([], [3])
+    before = read_progress(whole / "checkpoint-3")["seconds"]
+    assert 0 < before < straight["seconds"] + 0.1 and again["seconds"] > before
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="Nothing to resume"):
         main([*arguments_for(checkpoint, tmp_path / "new", **fields), "--resume_from_checkpoint"])
+
+
+STREAM = [{"name": "scenes", "annotations": ["questions"], "count": 10}]
+SAVING = {
+    "language_learning_rate": 1e-2,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def streamed(checkpoint, tmp_path_factory) -> Path:
+    """A finished run of 24 records from a stream of ten."""
+    folder = tmp_path_factory.mktemp("streamed") / "run"
+    main(arguments_for(checkpoint, folder, sources=STREAM, streaming=True, **SAVING))
+    return folder
+
+
+def copied(run: Path, folder: Path, step: int) -> Path:
+    """An output folder with one checkpoint of a run, as a kill leaves it."""
+    folder.mkdir()
+    shutil.copytree(run / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_a_stream_that_began_again_equals_an_uninterrupted_run(checkpoint, streamed, tmp_path, step):
+    folder = copied(streamed, tmp_path / "run", step)
+    fields = arguments_for(checkpoint, folder, sources=STREAM, streaming=True, **SAVING)
+    again = main([*fields, "--resume_from_checkpoint"])
+    straight = read_run_record(streamed)["stages"][-1]
+    assert again["logged_losses"] == straight["logged_losses"] and again["steps"] == 6
+    assert again["train_loss"] == straight["train_loss"]
+    expected, actual = weights(streamed), weights(folder)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("num_train_epochs", [None, 2])
+def test_a_finished_run_is_not_started_again_nor_taken_a_step_too_far(checkpoint, tmp_path, num_train_epochs, capfd):
+    """Whether its steps end within an epoch or with one."""
+    fields = {**SAVING, "per_device_train_batch_size": 16, "save_steps": 4}  # two steps an epoch
+    fields |= {"max_steps": 3, "save_steps": 3} if num_train_epochs is None else {"max_steps": -1}
+    fields = arguments_for(checkpoint, tmp_path / "run", num_train_epochs=num_train_epochs, **fields)
+    straight = main(fields)
+    steps = straight["steps"]
+    assert steps == (3 if num_train_epochs is None else 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=rf"run' is finished: {steps} of {steps} steps are taken"):
+        main([*fields, "--resume_from_checkpoint"])
+    written = weights(tmp_path / "run")
+    assert read_run_record(tmp_path / "run")["stages"][-1]["train_loss"] == straight["train_loss"]
+    # Killed after its last step, before it had written its folder: it writes it, and takes no step.
+    (tmp_path / "run" / RUN_RECORD).unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = main([*fields, "--resume_from_checkpoint"])
+    assert (again["steps"], again["train_loss"]) == (steps, straight["train_loss"])
+    assert again["logged_losses"] == straight["logged_losses"]
+    assert all(torch.equal(value, written[name]) for name, value in weights(tmp_path / "run").items())
+
+
+OTHER = [{**STREAM[0], "count": 11}]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"per_device_train_batch_size": 2}, "global_batch_size was 4 and is 2"),
+        ({"gradient_accumulation_steps": 2}, "global_batch_size was 4 and is 8"),
+        ({"sources": OTHER}, r"sources\[0\].count was 10 and is 11"),
+        ({"sources": [*STREAM, *STREAM]}, "sources was .* and is"),
+        ({"data_seed": 7}, "seed was 42 and is 7"),
+        ({"streaming": False}, "streaming was True and is False"),
+    ],
+    ids=["batch size", "accumulation", "source", "more sources", "seed", "indexed"],
+)
+def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, change, message):
+    folder = copied(streamed, tmp_path / "run", 2)
+    fields = {**SAVING, "sources": STREAM, "streaming": True, **change}
+    if len(fields["sources"]) > 1:
+        fields["sources"] = [{**source, "share": 0.5} for source in fields["sources"]]
+    with pytest.raises(ValueError, match=f"read other data: .*{message}.*--allow_other_data true"):
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+def test_resuming_with_other_data_can_be_allowed_and_the_same_batch_may_be_cut_otherwise(
+    checkpoint, streamed, tmp_path, caplog
+):
+    fields = {**SAVING, "sources": STREAM, "streaming": True, "save_strategy": "no"}
+    resume = ["--resume_from_checkpoint", "--allow_other_data", "true"]
+    folder = copied(streamed, tmp_path / "other", 5)
+    assert main([*arguments_for(checkpoint, folder, **{**fields, "sources": OTHER}), *resume])["steps"] == 6
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = copied(streamed, tmp_path / "same", 5)
+    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert main([*arguments_for(checkpoint, folder, **fields), resume[0]])["steps"] == 6
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(checkpoint, streamed, tmp_path):
+    folder = copied(streamed, tmp_path / "run", 5)
+    (folder / "checkpoint-5" / PROGRESS).unlink()
+    fields = {**SAVING, "sources": STREAM, "streaming": True}
+    entry = main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+    assert entry["steps"] == 6 and entry["train_loss"] == pytest.approx(entry["logged_losses"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["out/nano/stage2", "./stage2", "/tmp/none/stage2", "out/stage2"])
+@pytest.mark.parametrize("command", ["stage", "data", "plan", "backbones"])
+def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
+    """Also one that could be the name of a model on the Hub, which is not asked here."""
+    from training import backbones, data, plan
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    arguments = arguments_for(model, tmp_path, projector_learning_rate=1e-3)
+    recipe = tmp_path / "stage.yaml"
+    recipe.write_text(
+        f"stage: 1\nmodel: {model}\noutput_dir: x\nprojector_learning_rate: 1.0e-3\nsources: [{{name: scenes, count: 4}}]\n"
+    )
+    call = {
+        "stage": lambda: main(arguments),
+        "data": lambda: data.main(arguments),
+        "plan": lambda: plan.main(["--config", str(recipe)]),
+        "backbones": lambda: backbones.main(["--vision", model, "--language", model, "--output_dir", str(tmp_path)]),
+    }[command]
+    with pytest.raises((FileNotFoundError, ValueError), match=f"No such folder: '{model}'"):
+        call()
 
 
 def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):

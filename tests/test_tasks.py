@@ -4,12 +4,14 @@ import io
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from evaluation.tasks import blank, load_task, question_records, shuffled_rows
+from evaluation.tasks import BadRows, blank, load_task, question_records, shuffled_rows
 from training import scenes
+from training.rows import BadRow
 
 
 def png(colour) -> dict:
@@ -102,7 +104,7 @@ def test_pathvqa_has_as_many_questions_as_the_field_counts(shared_data):
             features=Features({"image": Image(decode=False), "question": Value("string"), "answer": Value("string")}),
         )
         for keep, expected in ((True, with_duplicates), (False, without)):
-            records, notes = question_records(data, "", keep)
+            records, notes = question_records(data, "", keep, BadRows("raise", str))
             assert sum(len(record.questions) for record in records) == expected
             assert notes["exact_duplicates"] == with_duplicates - without
 
@@ -131,6 +133,51 @@ def test_another_split_is_not_taken_for_the_one_asked_for(tmp_path):
     assert load_task("local", "test", str(tmp_path / "train-00000-of-00001.parquet")).notes["images"] == 1
 
 
+QUESTION = {"image": "a.png", "question": "What?", "answer": "a cat"}
+CAPTION = {"image": "a.png", "captions": ["a cat", "a grey cat"]}
+ANNOTATED = {"image": "a.png", "annotations": [{"prompt": "What?", "response": "a cat", "kind": "answer"}]}
+BAD_ROWS = {
+    "null": (QUESTION, {"answer": None}, "`answer` is None"),
+    "int": (QUESTION, {"answer": 3}, r"`answer` is 3 \(int\)"),
+    "bool": (QUESTION, {"answer": True}, r"`answer` is True \(bool\)"),
+    "list": (QUESTION, {"answer": ["a", "b"]}, r"`answer` is \['a', 'b'\]"),
+    "placeholder": (QUESTION, {"question": "<image> What?"}, "`question` holds the image placeholder"),
+    "empty caption": (CAPTION, {"captions": ["a cat", " "]}, r"`captions\[1\]` is empty"),
+    "no caption": (CAPTION, {"captions": None}, "No caption"),
+    "response": (
+        ANNOTATED,
+        {"annotations": [{"prompt": "What?", "response": 1}]},
+        r"`annotations\[0\].response` is 1",
+    ),
+    "no image": (QUESTION, {"image": None}, "`image` is empty"),
+    "no picture": (CAPTION, {"image": None}, "neither bytes nor a path"),
+    "missing image": (QUESTION, {"image": "gone.png"}, r"Cannot read the image .*gone\.png"),
+    "truncated image": (QUESTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
+    "truncated caption image": (CAPTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_found_before_anything_is_asked(tmp_path, kind):
+    good, change, message = BAD_ROWS[kind]
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    PILImage.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "whole.png").unlink()
+    rows = [{**good, "split": "val"}, {**good, "split": "test"}, {**good, "split": "test", **change}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadRow, match=f"^rows.jsonl, line 3: .*{message}.*--on_bad_row skip"):
+        load_task("local", "test", str(tmp_path / "rows.jsonl"))
+    found = load_task("local", "test", str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    assert found.notes["images"] == 1 and found.notes["bad_rows"] == 1
+    (problem,) = found.notes["bad_row_list"]
+    assert problem.startswith("rows.jsonl, line 3: ")
+    assert [image.size for image in found.images(found.records)] == [(8, 6)]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(ValueError, match=r"None of the 1 rows .* can be used|No such image|No column of captions"):
+        load_task("local", "test", str(tmp_path / "bad.jsonl"), on_bad_row="skip")
+
+
 def test_scenes_are_captioned_and_questioned(tmp_path):
     scenes.make_scenes(2, "test").to_parquet(tmp_path / "test.parquet")
     found = load_task("scenes", "test", str(tmp_path))
@@ -138,11 +185,15 @@ def test_scenes_are_captioned_and_questioned(tmp_path):
     assert found.images(found.records)[1].size == (64, 64)
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Unknown task 'coco'.*coco_captions"):
         load_task("coco", "test")
     with pytest.raises(ValueError, match="'scenes' needs data"):
         load_task("scenes", "test")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for missing in ("out/data/rows.jsonl", "data/rows.jsonl", str(tmp_path / "gone"), "data/gone"):
+        with pytest.raises(FileNotFoundError, match="No such file or folder: "):
+            load_task("local", "test", missing)
     with pytest.raises(ValueError, match="holds no"):
         load_task("local", "test", str(tmp_path))
     Dataset.from_list(

@@ -26,7 +26,7 @@ from trl import TrlParser
 
 from hub_upload.licences import read_licence
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from training.checkpoint import commit_of, library_versions, save_checkpoint
+from training.checkpoint import check_model, commit_of, library_versions, save_checkpoint
 from training.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
 from training.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
 
@@ -234,6 +234,11 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
             for something else, and a language model that does not answer text as before or cannot keep the mask type.
     """
+    for name, revision in (
+        (arguments.vision, arguments.vision_revision),
+        (arguments.language, arguments.language_revision),
+    ):
+        check_model(name, revision)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
     if arguments.image_size is not None:

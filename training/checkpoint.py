@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from hub_upload.card import make_card
@@ -21,6 +22,7 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcesso
 
 logger = transformers.utils.logging.get_logger(__name__)
 
+PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had read and taken up to it
 VERSIONED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "alignvlm")
 
 
@@ -39,6 +41,36 @@ def read_run_record(folder: str | os.PathLike, revision: str | None = None) -> d
         str(folder), RUN_RECORD, revision=revision, _raise_exceptions_for_missing_entries=False
     )
     return json.loads(Path(path).read_text()) if path else {"stages": []}
+
+
+def read_progress(checkpoint: str | os.PathLike) -> dict | None:
+    """What `AlignVLMTrainer.progress` was when a `checkpoint-N` folder was written; None if it does not say."""
+    path = Path(checkpoint) / PROGRESS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
+    """Checks that a model is there before anything is loaded.
+
+    Raises:
+        FileNotFoundError: if `name` is neither a folder nor a model of the Hub that can be read; the message says which of them it can
+            be.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}). Name a folder with a model, as a stage or "
+            "`python -m training.backbones` writes it, or a model of the Hub as user/name."
+        ) from error
+    try:
+        transformers.utils.cached_file(str(name), "config.json", revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}), and the Hub gives no model of that name: {error}"
+        ) from error
 
 
 def commit_of(model: str | os.PathLike, revision: str | None = None) -> str | None:

@@ -94,7 +94,7 @@ class AlignVLMCollator:
             where a loss is not finite.
 
     What is skipped, dropped or cut is told in the batch's `losses_of_data`, a list of
-    `{"kind": "bad_image" | "dropped_record" | "dropped_annotation" | "cut_response", "source", "what"}`, which is there only if there
+    `{"kind": "bad_row" | "bad_image" | "dropped_record" | "dropped_annotation" | "cut_response", "source", "what"}`, which is there only if there
     is something to tell; the trainer takes it out, counts and records it.
     """
 
@@ -307,6 +307,9 @@ class AlignVLMCollator:
         """The records with their images decoded, without those that cannot be."""
         readable = []
         for record in records:
+            if record.get("bad_row"):  # of a stream, which cannot be checked before it is read
+                losses.append({"kind": "bad_row", "source": record.get("source", ""), "what": record["bad_row"]})
+                continue
             try:
                 readable.append({**record, "images": [read_image(image) for image in record["images"]]})
             except BadImage as error:

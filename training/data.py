@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Part:
     def sample(self, records: int) -> Iterator[dict]:
         """Up to so many records, images undecoded, with the tag."""
         if isinstance(self.source.rows, IterableDataset):
-            found = iter(self.source.rows.take(records))
+            found = islice((record for record in self.source.rows if not record.get("bad_row")), records)
         else:
             places = np.linspace(0, len(self.source) - 1, min(records, len(self.source))).round().astype(int)
             found = (self.source[int(place)] for place in places)
@@ -69,7 +70,7 @@ def tagged(record: dict, name: str, tag: str) -> dict:
     annotations = record["annotations"]
     if tag:
         annotations = [{**a, "prompt": f"{tag} {a['prompt']}".strip()} for a in annotations]
-    return {"images": record["images"], "annotations": annotations, "source": name}
+    return {"images": record["images"], "annotations": annotations, "source": name, "bad_row": record.get("bad_row")}
 
 
 def image_sample_probability(
@@ -244,6 +245,11 @@ class Mixture:
     sampler: MixtureSampler | None = None
     draws: list[int] | None = None
 
+    @property
+    def bad_rows(self) -> list[str]:
+        """What is wrong with the rows that were left out, each with its source and place; those of a stream are not known yet."""
+        return [f"{part.name}: {problem}" for part in self.parts for problem in part.source.bad_rows]
+
     def record(self) -> list[dict]:
         """What was read, for the run record."""
         entries = []
@@ -273,6 +279,7 @@ def read_parts(
     data_dir: str | Path = ".",
     streaming: bool = False,
     earlier_stages: list[dict] | None = None,
+    max_bad_rows: float | None = None,
 ) -> list[Part]:
     """The parts of a recipe's `sources`. `{name: rehearsal, stage: N, ...}` stands for the sources of an earlier stage, which are
     read as that stage's entry in the run record of the model has them; its share is divided among them as the tokens of that stage
@@ -286,7 +293,8 @@ def read_parts(
         options = dict(entry)
         share, tag = options.pop("share", None), options.pop("tag", "")
         if options.get("name") != "rehearsal":
-            parts.append(Part(options.get("name"), read_source(options, data_dir, streaming), share, tag))
+            source = read_source(options, data_dir, streaming, max_bad_rows)
+            parts.append(Part(options.get("name"), source, share, tag))
             continue
         stage = options.get("stage")
         found = [e for e in earlier_stages or [] if e["stage"] == stage]
@@ -296,7 +304,7 @@ def read_parts(
                 "model's run record, and optionally `share` and `tag`."
             )
         names = [s for s in found[-1]["sources"] if s["name"] != "rehearsal"]
-        again = read_parts(names, collator, data_dir, streaming)
+        again = read_parts(names, collator, data_dir, streaming, max_bad_rows=max_bad_rows)
         for part, proportion in zip(again, _proportions(again, collator, streaming)):
             part.tag = tag or part.tag
             part.share = None if share is None else share * proportion
@@ -327,6 +335,7 @@ def load_mixture(
     streaming: bool = False,
     stream_records: int | None = None,
     earlier_stages: list[dict] | None = None,
+    max_bad_rows: float | None = None,
 ) -> Mixture:
     """Reads a recipe's sources and fixes how they are mixed.
 
@@ -339,11 +348,15 @@ def load_mixture(
         streaming: read rows as they are needed. Every source then needs a share, unless there is but one.
         stream_records: of a streamed stage, all processes together: what `image_start_fraction` is a fraction of.
         earlier_stages: the `stages` of the model's run record, for rehearsal.
+        max_bad_rows: see `read_source`.
 
     Raises:
         ValueError: for sources, shares or fractions that cannot be had; the message says what can.
     """
-    parts = read_parts(sources, collator, data_dir, streaming, earlier_stages)
+    parts = read_parts(sources, collator, data_dir, streaming, earlier_stages, max_bad_rows)
+    for part in parts:
+        if bad := part.source.bad_rows:
+            logger.warning(f"Source {part.name!r}: {len(bad)} bad rows are left out. The first: {bad[0]}")
     if (
         streaming
         or image_token_share is not None
@@ -387,7 +400,8 @@ def _stream(
 
     def mixed(chosen: list[int]) -> IterableDataset:
         probabilities = np.array([weights[i] for i in chosen])
-        stream = streams[chosen[0]]
+        # A single one without end too: a resumed run skips what was read of the first epoch, and so must never leave it.
+        stream = streams[chosen[0]].repeat(None)
         if len(chosen) > 1:
             stream = interleave_datasets(
                 [streams[i].repeat(None) for i in chosen],
@@ -402,7 +416,7 @@ def _stream(
     texts = [i for i, part in enumerate(parts) if part.image_tokens == 0]
     if not texts or records is None:
         raise ValueError("image_start_fraction needs a source without images and, for a stream, max_steps.")
-    return concatenate_datasets([mixed(texts).repeat(None).take(round(image_start_fraction * records)), everything])
+    return concatenate_datasets([mixed(texts).take(round(image_start_fraction * records)), everything])
 
 
 @dataclass
@@ -421,11 +435,12 @@ class ShowArguments:
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet."""
     from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
-    from training.checkpoint import read_run_record
+    from training.checkpoint import check_model, read_run_record
     from training.contact_sheet import describe_parts, write_contact_sheet
     from training.stage import make_collator, make_mixture, parse_anywhere
 
     arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
+    check_model(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
     collator = make_collator(arguments, processor, config)

@@ -42,7 +42,7 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
             `MAX_PIXELS` pixels.
     """
     if not isinstance(value, (Image.Image, dict)):
-        value = {"bytes": None, "path": os.fspath(value)}
+        value = {"bytes": None, "path": None if value is None else os.fspath(value)}
     name = describe_image(value)
     try:
         if isinstance(value, dict):

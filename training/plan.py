@@ -21,7 +21,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from training.checkpoint import read_run_record
+from training.checkpoint import check_model, read_run_record
 from training.collator import IGNORED, AlignVLMCollator
 from training.data import Mixture, load_mixture
 from training.lora import add_lora, language_linear_layers
@@ -288,6 +288,7 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
         folder = Path(arguments.model).resolve()
         try:
             if folder not in known:
+                check_model(arguments.model, arguments.model_revision)
                 options = {"revision": arguments.model_revision}
                 known[folder] = (
                     AlignVLMConfig.from_pretrained(arguments.model, **options),

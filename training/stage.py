@@ -8,11 +8,11 @@ What a stage trains, at which learning rates, under which mask and on which sour
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,17 +21,20 @@ from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
 from hub_upload.licences import licence_of
+from hub_upload.package import RUN_RECORD
 from hub_upload.push import check_name, push
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from training.alignment import alignment_figures, text_perplexity
 from training.checkpoint import (
     average_weights,
+    check_model,
     check_writable,
     commit_of,
     is_whole,
     last_whole_checkpoint,
     library_versions,
+    read_progress,
     read_run_record,
     save_checkpoint,
     whole_checkpoints,
@@ -41,6 +44,7 @@ from training.data import Mixture, Part, load_mixture, read_parts
 from training.language_trial import last_position
 from training.lora import LORA_FOLDER, add_lora, language_linear_layers, merge_saved_lora, remove_lora, save_lora
 from training.losses import TOKEN_WEIGHTINGS
+from training.rows import ON_BAD_ROW, shown
 from training.schedules import check_phases
 from training.trainer import MODULES, AlignVLMTrainer
 
@@ -143,6 +147,15 @@ class StageArguments(SFTConfig):
         default=0.01,
         metadata={"help": "With on_bad_image: skip, the share of records at which the run stops after all."},
     )
+    on_bad_row: str = field(
+        default="raise",
+        metadata={
+            "help": "What a row does whose texts cannot be used (null, a number, empty, ...): `raise`, or `skip` it."
+        },
+    )
+    max_bad_rows: float = field(
+        default=0.01, metadata={"help": "With on_bad_row: skip, the share of rows at which the run stops after all."}
+    )
     evaluation_tag: str = field(
         default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
     )
@@ -164,6 +177,13 @@ class StageArguments(SFTConfig):
             "help": "Go on from the last checkpoint in output_dir, or from the one named.",
             "nargs": "?",
             "const": "last",
+        },
+    )
+    allow_other_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint although the data, their order or the global batch size are others than before; some records "
+            "are then skipped or read twice."
         },
     )
 
@@ -198,6 +218,7 @@ class StageArguments(SFTConfig):
             ("attention_mask_type", MASK_TYPES),
             ("token_weighting", TOKEN_WEIGHTINGS),
             ("on_bad_image", ("raise", "skip")),
+            ("on_bad_row", ON_BAD_ROW),
         ):
             if getattr(self, name) not in valid:
                 yield f"Unknown {name} {getattr(self, name)!r}. Valid values: {', '.join(valid)}."
@@ -218,6 +239,11 @@ class StageArguments(SFTConfig):
                 yield f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
         if self.alignment_records and not self.eval_sources:
             yield "alignment_records are taken from eval_sources: name some."
+
+    @property
+    def bad_rows_allowed(self) -> float | None:
+        """The share of rows that may be bad; None: none may be."""
+        return self.max_bad_rows if self.on_bad_row == "skip" else None
 
     @property
     def dtype_16_bit(self) -> torch.dtype | None:
@@ -276,8 +302,7 @@ def make_mixture(
     arguments: StageArguments, collator: AlignVLMCollator, earlier_stages: list[dict], processes: int | None = None
 ) -> Mixture:
     """What a stage trains on; `earlier_stages` are those of the run record of its model."""
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    per_step *= arguments.world_size if processes is None else processes
+    per_step = _records_per_step(arguments, processes)
     return load_mixture(
         arguments.sources,
         collator,
@@ -289,7 +314,14 @@ def make_mixture(
         streaming=arguments.streaming,
         stream_records=arguments.max_steps * per_step,
         earlier_stages=earlier_stages,
+        max_bad_rows=arguments.bad_rows_allowed,
     )
+
+
+def _records_per_step(arguments: StageArguments, processes: int | None = None) -> int:
+    """The global batch size."""
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_process * (arguments.world_size if processes is None else processes)
 
 
 def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
@@ -308,6 +340,7 @@ def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
 def run_stage(arguments: StageArguments) -> dict:
     """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record."""
     set_seed(arguments.seed)
+    check_model(arguments.model, arguments.model_revision)
     check_writable(arguments.output_dir)
     resume_from = _checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
@@ -322,20 +355,25 @@ def run_stage(arguments: StageArguments) -> dict:
     collator = make_collator(arguments, processor, model.config)
     with PartialState().main_process_first():  # datasets writes its cache once
         mixture = make_mixture(arguments, collator, record["stages"])
-        eval_dataset = None
+        held_out = None
         if arguments.eval_sources:
-            eval_dataset = load_mixture(arguments.eval_sources, collator, arguments.data_dir).dataset
+            allowed = arguments.bad_rows_allowed
+            held_out = load_mixture(arguments.eval_sources, collator, arguments.data_dir, max_bad_rows=allowed)
+    order = _order_of_records(arguments, mixture)
     trainer = AlignVLMTrainer(
         model,
         learning_rates=arguments.learning_rates,
         sampler=mixture.sampler,
         max_bad_images=arguments.max_bad_images,
+        max_bad_rows=arguments.max_bad_rows,
+        order=order,
+        earlier=_progress_to_go_on_with(arguments, resume_from, order),
         token_weighting=arguments.token_weighting,
         infinite_schedule=arguments.infinite_schedule,
         args=arguments,
         data_collator=collator,
         train_dataset=mixture.dataset,
-        eval_dataset=eval_dataset,
+        eval_dataset=None if held_out is None else held_out.dataset,
         processing_class=processor,
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -343,6 +381,7 @@ def run_stage(arguments: StageArguments) -> dict:
         raise ValueError(
             "frozen_16_bit, average_last and lora_rank need whole weights on every process: use one process or DDP."
         )
+    _check_unfinished(arguments, resume_from, trainer.total_steps())
     rounded = []
     if arguments.frozen_16_bit:
         for name, parameter in model.named_parameters():
@@ -353,9 +392,8 @@ def run_stage(arguments: StageArguments) -> dict:
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     before = _figures(arguments, trainer, collator)
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds = time.perf_counter() - started
+    trainer.train(resume_from_checkpoint=resume_from)
+    progress = trainer.progress()
     averaged = whole_checkpoints(arguments.output_dir)[-arguments.average_last :] if arguments.average_last else []
     if averaged:
         model.load_state_dict(average_weights(averaged), strict=False)
@@ -371,7 +409,7 @@ def run_stage(arguments: StageArguments) -> dict:
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),
-        "losses_of_data": trainer.losses_of_data(),
+        "losses_of_data": _with_bad_rows(progress["losses_of_data"], mixture, held_out),
         "evaluation_tag": arguments.evaluation_tag,
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
@@ -379,8 +417,9 @@ def run_stage(arguments: StageArguments) -> dict:
         "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32",
         **_options(arguments, [path.name for path in averaged]),
         "processes": arguments.world_size,
-        "seconds": round(seconds, 1),
-        "train_loss": result.training_loss,
+        "seconds": round(progress["seconds"], 1),
+        "resumed_at": progress["resumed_at"],
+        "train_loss": progress["loss_sum"] / progress["steps"] if progress["steps"] else None,
         "logged_losses": losses,
         **{f"{name}_before": value for name, value in before.items()},
         **{f"{name}_after": value for name, value in after.items()},
@@ -430,7 +469,9 @@ def _figures(
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
         if arguments.text_sources:
-            text = _text_of(read_parts(arguments.text_sources, collator, arguments.data_dir), collator.processor)
+            allowed = arguments.bad_rows_allowed
+            parts = read_parts(arguments.text_sources, collator, arguments.data_dir, max_bad_rows=allowed)
+            text = _text_of(parts, collator.processor)
             figures["text_perplexity"] = text_perplexity(model, collator.tokenizer, text)
         if arguments.alignment_records:
             records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
@@ -503,6 +544,83 @@ def _checkpoint_to_resume(arguments: StageArguments) -> str | None:
     if not is_whole(Path(given)):
         raise ValueError(f"Nothing to resume: {given!r} is no checkpoint-* folder that was written to its end.")
     return given
+
+
+def _check_unfinished(arguments: StageArguments, resume_from: str | None, total_steps: int) -> None:
+    """Refuses to go on with a run that has taken all its steps and written its checkpoint.
+
+    Raises:
+        ValueError: for such a run.
+    """
+    finished = Path(arguments.output_dir) / RUN_RECORD  # written last
+    if resume_from is None or not finished.is_file():
+        return
+    steps = json.loads((Path(resume_from) / "trainer_state.json").read_text())["global_step"]
+    if steps >= total_steps:
+        raise ValueError(
+            f"The run in {arguments.output_dir!r} is finished: {steps} of {total_steps} steps are taken, and its checkpoint is whole. "
+            "To train longer, raise max_steps or num_train_epochs; to train anew, name another output_dir."
+        )
+
+
+def _order_of_records(arguments: StageArguments, mixture: Mixture) -> dict:
+    """What decides which record is read when, as JSON gives it back. Where files lie does not matter, what is in them does."""
+    order = {
+        "global_batch_size": _records_per_step(arguments),
+        "sources": [{k: v for k, v in entry.items() if k not in ("data", "image_dir")} for entry in arguments.sources],
+        "data": mixture.record(),
+        "seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        "streaming": arguments.streaming,
+        "image_token_share": arguments.image_token_share,
+        "texts_first": None if mixture.sampler is None else mixture.sampler.texts_first,
+    }
+    return json.loads(json.dumps(order))
+
+
+def _progress_to_go_on_with(arguments: StageArguments, resume_from: str | None, order: dict) -> dict:
+    """How far the checkpoint had come that the run goes on from; nothing for a new run.
+
+    Raises:
+        ValueError: if its run read other data, or in another order or batch size; the message says what differs.
+    """
+    if resume_from is None:
+        return {}
+    progress = read_progress(resume_from)
+    step = json.loads((Path(resume_from) / "trainer_state.json").read_text())["global_step"]
+    if progress is None:
+        logger.warning(
+            f"{resume_from} does not say what its run read (it was written by an earlier version): that the data are the same is not "
+            "checked, and seconds, train_loss and losses_of_data in the run record are those from here on."
+        )
+        return {"resumed_at": [step]}
+    others = list(_differences(progress["order"], order))
+    if others and not arguments.allow_other_data:
+        raise ValueError(
+            f"{resume_from} was written by a run that read other data: {'; '.join(others[:5])}. To go on from step {step} would skip "
+            "some records and read others twice. Give the stage what it had (for the same global batch size: "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes), or go on all the same with "
+            "--allow_other_data true."
+        )
+    return {**progress, "resumed_at": [*progress["resumed_at"], step]}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Where two values that JSON can hold differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now)):
+            yield from _differences(*pair, f"{name}[{index}]")
+    elif before != now:
+        yield f"{name} was {shown(before)} and is {shown(now)}"
+
+
+def _with_bad_rows(losses_of_data: dict, mixture: Mixture, held_out: Mixture | None) -> dict:
+    """The losses of data together with the rows that were left out when the sources were read."""
+    bad = [*mixture.bad_rows, *(f"eval_sources: {row}" for row in (held_out.bad_rows if held_out else []))]
+    counts = {"bad_row": losses_of_data.get("bad_row", 0) + len(bad)} if bad else {}
+    return {**losses_of_data, **counts, "bad_row_list": [*bad, *losses_of_data["bad_row_list"]][:1000]}
 
 
 def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:

@@ -1,5 +1,6 @@
 """The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from modeling_alignvlm import AlignVLMForConditionalGeneration
-from training.checkpoint import last_whole_checkpoint
+from training.checkpoint import PROGRESS, last_whole_checkpoint
 from training.collator import IGNORED
 from training.lora import LORA_PREFIX, has_lora
 from training.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
@@ -76,6 +77,9 @@ class AlignVLMTrainer(SFTTrainer):
         max_bad_images (`float`): the run stops when more than this share of the records read had an image that cannot be.
         token_weighting (`str`): `none`, `length` or `contrast`: see `training/losses.py`.
         infinite_schedule (`dict`, *optional*): phases of `training.schedules.infinite_factor`, instead of `lr_scheduler_type`.
+        max_bad_rows (`float`): the same for rows of a stream that cannot be used.
+        order (`dict`, *optional*): what decides which record is read when; goes into every checkpoint.
+        earlier (`dict`, *optional*): the `progress` at the checkpoint the run will go on from.
         **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
 
     A step whose gradients are not finite changes nothing: without a loss scaler it stops the run, with one it does after
@@ -93,6 +97,9 @@ class AlignVLMTrainer(SFTTrainer):
         max_bad_images: float = 0.0,
         token_weighting: str = "none",
         infinite_schedule: dict[str, float] | None = None,
+        max_bad_rows: float = 0.0,
+        order: dict | None = None,
+        earlier: dict | None = None,
         **kwargs,
     ):
         if token_weighting not in TOKEN_WEIGHTINGS:
@@ -100,7 +107,9 @@ class AlignVLMTrainer(SFTTrainer):
                 f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
             )
         refuse_split_sequences(kwargs["args"].parallelism_config)
-        self.sampler, self.max_bad_images = sampler, max_bad_images
+        self.sampler = sampler
+        self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
+        self.order, self.earlier = order, earlier or {}
         self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
@@ -110,7 +119,10 @@ class AlignVLMTrainer(SFTTrainer):
 
         self._records_read = 0
         self._losses_of_data = Counter()
-        self._bad_images: list[str] = []
+        self._bad: dict[str, list[str]] = {kind: [] for kind in self.max_bad}
+        self._loss_sum, self._steps = 0.0, 0
+        self._train_started = time.perf_counter()
+        self._train_seconds: float | None = None  # None: still training
         self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
         self._record_names: list[str] = []
         self._skipped_steps = 0
@@ -125,27 +137,63 @@ class AlignVLMTrainer(SFTTrainer):
         if self.model.training:
             for loss in losses:
                 self._losses_of_data[loss["kind"]] += 1
-                if loss["kind"] == "bad_image":
-                    self._bad_images.append(f"{loss['source']}: {loss['what']}")
+                if loss["kind"] in self._bad:
+                    self._bad[loss["kind"]].append(f"{loss['source']}: {loss['what']}")
                 elif self._losses_of_data[loss["kind"]] == 1:
                     logger.warning(
                         f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
                     )
-            bad = self._losses_of_data["bad_image"]
             self._records_read += self.args.per_device_train_batch_size
-            # Below a thousand records the share says little: a few bad ones may come early.
-            if bad > self.max_bad_images * max(self._records_read, 1000):
-                raise RuntimeError(
-                    f"{bad} of {self._records_read} records had an image that cannot be read, more than max_bad_images="
-                    f"{self.max_bad_images:g}. The last: {self._bad_images[-1]}"
-                )
+            for kind, bad in self._bad.items():
+                # Below a thousand records the share says little: a few bad ones may come early.
+                if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
+                    what = (
+                        "had an image that cannot be read"
+                        if kind == "bad_image"
+                        else "came of rows that cannot be used"
+                    )
+                    raise RuntimeError(
+                        f"{len(bad)} of {self._records_read} records {what}, more than max_{kind}s={self.max_bad[kind]:g}. "
+                        f"The last: {bad[-1]}"
+                    )
         return super()._prepare_inputs(inputs)
 
-    def losses_of_data(self) -> dict:
-        """What training left out, of all processes: how many of each kind, and up to a thousand images that cannot be read."""
-        gathered = gather_object([(dict(self._losses_of_data), self._bad_images)])
-        counts = sum((Counter(found) for found, _ in gathered), Counter())
-        return {**counts, "bad_image_list": [image for _, images in gathered for image in images][:1000]}
+    def progress(self) -> dict:
+        """What training has taken and left out so far, in all processes and in all pieces of a run that was resumed.
+
+        Returns:
+            `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
+            `losses_of_data`, how many of each kind, and up to a thousand bad images and bad rows by name; and `order`.
+        """
+        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
+        earlier = self.earlier.get("losses_of_data", {})
+        lists = {
+            f"{kind}_list": [*earlier.get(f"{kind}_list", []), *(name for _, _, bad in found for name in bad[kind])][
+                :1000
+            ]
+            for kind in self._bad
+        }
+        counts = Counter({kind: count for kind, count in earlier.items() if kind not in lists})
+        for _, more, _ in found:
+            counts.update(more)
+        seconds = time.perf_counter() - self._train_started if self._train_seconds is None else self._train_seconds
+        return {
+            "seconds": self.earlier.get("seconds", 0.0) + seconds,
+            "steps": self.earlier.get("steps", 0) + self._steps,
+            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, _, _ in found) / len(found),
+            "resumed_at": self.earlier.get("resumed_at", []),
+            "losses_of_data": {**counts, **lists},
+            "order": self.order,
+        }
+
+    def total_steps(self) -> int:
+        """The steps the run will have in the end."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As transformers', but of a run that has taken all its steps no epoch is left: it would take one step more."""
+        resumed = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else resumed
 
     def create_optimizer(self, model=None):
         """One group per module and weight decay, each with its module's learning rate."""
@@ -184,8 +232,10 @@ class AlignVLMTrainer(SFTTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, *args, **kwargs):
-        self._counted_since = time.perf_counter()
-        return super().train(*args, **kwargs)
+        self._counted_since = self._train_started = time.perf_counter()
+        result = super().train(*args, **kwargs)
+        self._train_seconds = time.perf_counter() - self._train_started
+        return result
 
     def training_step(self, model, inputs, *args, **kwargs):
         labels = inputs["labels"]
@@ -200,6 +250,8 @@ class AlignVLMTrainer(SFTTrainer):
         """Stops before a step that would put what is not finite into the weights."""
         norm = super()._get_grad_norm(model, grad_norm)
         step_records, self._step_records = self._step_records, []
+        self._loss_sum += sum(loss.item() for loss, _ in step_records if torch.isfinite(loss))
+        self._steps += 1
         if torch.isfinite(torch.as_tensor(norm)):
             self._skipped_steps = 0
             return norm
@@ -238,6 +290,9 @@ class AlignVLMTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        progress = self.progress()
+        if self.is_world_process_zero():
+            (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is whole
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
