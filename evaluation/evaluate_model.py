@@ -29,6 +29,7 @@ from transformers.utils.hub import extract_commit_hash
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from evaluation import bootstrap
 from evaluation.generate import answer
+from evaluation.precision import choose_precision, warn_if_emulated
 from evaluation.tasks import (
     CAPTION_PROMPT,
     TASKS,
@@ -84,7 +85,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trust_remote_code", action="store_true", help="Run the checkpoint's own code, not this package's."
     )
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16.")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="fp32, bf16, fp16, or auto: as the checkpoint is stored if the device does that natively, else fp32.",
+    )
     p.add_argument("--attn_implementation", help="eager, sdpa or flex_attention.")
     p.add_argument("--use_cpu", action="store_true")
     p.add_argument("--seed", type=int, default=0, help="Of --shuffle_images and the bootstrap.")
@@ -201,7 +206,11 @@ def _load_checkpoint(arguments: argparse.Namespace, device: torch.device):
     processor = AutoProcessor.from_pretrained(arguments.checkpoint, **options)
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype=arguments.dtype, **options)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype="auto", **options)
+    precision = choose_precision(arguments.dtype, device, model.dtype)
+    warn_if_emulated(precision, device)
+    print(f"Computes in {precision}")
+    model.to(precision.dtype)
     found = [_file(arguments.checkpoint, f"lora/{name}", arguments.revision) for name in LORA_FILES]
     if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
         model.load_adapter(str(Path(found[0]).parent))

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from evaluation.precision import choose_precision
 from training import scenes
 from training.backbones import PLAIN_TEMPLATE
 
@@ -44,13 +45,14 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
 
 
 def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
-    """A plain AdamW loop with warm-up and cosine decay, in bf16 autocast."""
+    """A plain AdamW loop with warm-up and cosine decay, in what the processor computes natively."""
+    precision = choose_precision()
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision.autocast():
             loss = loss_of_step(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
