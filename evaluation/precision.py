@@ -128,7 +128,14 @@ def warn_if_emulated(precision: Precision, device: str | torch.device = "cpu") -
     native, reason = is_native(precision.name, device)
     if native:
         return
-    full, asked = (matrix_rate(dtype, device, seconds=0.05, size=256) for dtype in (torch.float32, precision.dtype))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other on a busy machine, and measure that
+    try:
+        full, asked = (
+            matrix_rate(dtype, device, seconds=0.05, size=128) for dtype in (torch.float32, precision.dtype)
+        )
+    finally:
+        torch.set_num_threads(threads)
     warnings.warn(
         f"{precision.name} was asked for, but {reason}: matrix products run {full / asked:.3g} times slower than in fp32 here "
         f"({asked / 1e9:.3g} GFLOP/s, {full / 1e9:.3g} in fp32). Say `auto` or `fp32` to be faster.",
