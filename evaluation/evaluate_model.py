@@ -258,7 +258,8 @@ def judge(records: list[Record], answers: list[list[str]], samples: int = 1000, 
         samples, seed: of the bootstrap.
 
     Returns:
-        `metrics`: by metric, its numbers, each mean with its 95% interval under `intervals`; `definitions`; `predictions`: one entry
+        `metrics`: by metric, its numbers, each mean with its 95% interval under `intervals`, and for captions the same of each prompt
+        under `by_prompt`; `definitions`; `predictions`: one entry
         per question with its scores.
     """
     predictions = [
@@ -288,7 +289,22 @@ def judge(records: list[Record], answers: list[list[str]], samples: int = 1000, 
             if values:
                 intervals[number] = bootstrap.interval([item["id"] for item in chosen], values, samples, seed)
         metrics[name] = {**numbers, "intervals": intervals}
+        if name == "cider":
+            metrics[name]["by_prompt"] = by_prompt(items, samples, seed)
     return {"metrics": metrics, "definitions": definitions, "predictions": predictions}
+
+
+def by_prompt(items: list[dict], samples: int, seed: int) -> dict[str, dict]:
+    """CIDEr of the captions that each prompt asked for: the mean of their scores, which the overall number is the mean of."""
+    groups: dict[str, list[dict]] = {}
+    for item in items:
+        groups.setdefault(item["prompt"], []).append(item)
+    found = {}
+    for prompt, group in groups.items():
+        values = [item["scores"]["cider"] for item in group]
+        interval = bootstrap.interval([item["id"] for item in group], values, samples, seed)
+        found[prompt] = {"cider": sum(values) / len(values), "count": len(values), "intervals": {"cider": interval}}
+    return found
 
 
 def scores_of(items: list[dict], metric: str, number: str) -> tuple[list[dict], list[float]]:
@@ -387,11 +403,14 @@ def report(result: dict) -> str:
     lines = [f"{result['task']}" + (f" ({result['control']})" if result["control"] else "")]
     for numbers in result["metrics"].values():
         for name, value in numbers.items():
-            if name == "intervals":
+            if name in ("intervals", "by_prompt"):
                 continue
             interval = numbers["intervals"].get(name)
             text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
             lines.append(f"  {name:<28} {text:>9}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+        for prompt, own in numbers.get("by_prompt", {}).items():
+            low, high = own["intervals"]["cider"]
+            lines.append(f"  {f'cider of {prompt!r}':<28} {own['cider']:>9.4f}  [{low:.4f}, {high:.4f}]")
     return "\n".join(lines)
 
 

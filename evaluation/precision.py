@@ -132,7 +132,7 @@ def warn_if_emulated(precision: Precision, device: str | torch.device = "cpu") -
     torch.set_num_threads(1)  # several would wait for each other on a busy machine, and measure that
     try:
         full, asked = (
-            matrix_rate(dtype, device, seconds=0.05, size=128) for dtype in (torch.float32, precision.dtype)
+            matrix_rate(dtype, device, seconds=0.05, size=256) for dtype in (torch.float32, precision.dtype)
         )
     finally:
         torch.set_num_threads(threads)

@@ -28,6 +28,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from evaluation.precision import choose_precision
 from training import scenes
 from training.backbones import PLAIN_TEMPLATE
+from training.optimizers import MuonAdamW, muon_groups
 
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
@@ -45,10 +46,11 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
 
 
 def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
-    """A plain AdamW loop with warm-up and cosine decay, in what the processor computes natively."""
+    """A plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
     precision = choose_precision()
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    named = [named for module in modules for named in module.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    optimizer = MuonAdamW(muon_groups(named), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
@@ -103,7 +105,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         wanted = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
         return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
 
-    _train("vision encoder", [encoder, head], 1.5e-3, steps, loss_of_step)
+    _train("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -123,7 +125,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 32) -> None:
+def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 24) -> None:
     """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
@@ -180,6 +182,6 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return model(input_ids=input_ids, labels=labels).loss
 
-    _train("language model", [model], 1.5e-3, steps, loss_of_step)
+    _train("language model", [model], 3e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -90,6 +90,12 @@ class StageArguments(SFTConfig):
         default=False,
         metadata={"help": "Hold frozen modules in the 16 bits of `bf16` or `fp16`; they are saved as read."},
     )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Muon instead of `optim` for the matrices of hidden layers, AdamW for the rest, at the same learning rates: fewer steps."
+        },
+    )
     infinite_schedule: str | None = field(  # in YAML a mapping
         default=None,
         metadata={
@@ -347,9 +353,9 @@ def run_stage(arguments: StageArguments) -> dict:
         processing_class=processor,
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank):
+    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank or arguments.muon):
         raise ValueError(
-            "frozen_16_bit, average_last and lora_rank need whole weights on every process: use one process or DDP."
+            "frozen_16_bit, average_last, lora_rank and muon need whole weights on every process: use one process or DDP."
         )
     rounded = []
     if arguments.frozen_16_bit:
@@ -470,6 +476,7 @@ def _options(arguments: StageArguments, averaged: list[str]) -> dict:
     options = {
         "lora": lora if arguments.lora_rank else None,
         "frozen_16_bit": arguments.frozen_16_bit,
+        "muon": arguments.muon,
         "infinite_schedule": arguments.infinite_schedule,
         "averaged": averaged,
         "token_weighting": arguments.token_weighting if arguments.token_weighting != "none" else None,
