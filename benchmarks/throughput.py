@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
 
-from evaluation.precision import DTYPES, PRECISIONS, choose_precision, warn_if_emulated
+from evaluation.precision import DTYPES, PRECISIONS, choose_precision, is_native, warn_if_emulated
 
 
 SYSTEMS = ("packed", "unpacked", "llava")
@@ -102,7 +102,8 @@ def child(options: dict) -> dict:
     )
     rates = STAGES[options["stage"]]
     device, peak, shapes = options["device"], MemoryPeak(), {}
-    machine = MatrixProducts(device, DTYPES[options["dtype"]])
+    dtype = options["dtype"]
+    machine = MatrixProducts(device, DTYPES[dtype], size=4096 if is_native(dtype, device)[0] else 256)
     seconds, rates_of_machine, memory = [], [], []
 
     class Clock(TrainerCallback):
