@@ -66,7 +66,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
 
 
 def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
-    """Trains the encoder so that every patch knows the colour, kind and size of what lies in its quadrant, if anything."""
+    """Trains the encoder so that every patch knows its quadrant, and the colour, kind and size of what lies there, if anything."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
     drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
@@ -92,7 +92,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         vision_use_head=False,
     )
     encoder = SiglipVisionModel._from_config(config, attn_implementation=ATTENTION)
-    classes = [len(vocabulary) + 1 for vocabulary in vocabularies]
+    classes = [*(len(vocabulary) + 1 for vocabulary in vocabularies), len(scenes.POSITIONS)]
     head = nn.Linear(config.hidden_size, sum(classes))
     side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the picture
     quadrant_of_patch = (2 * side[:, None] + side).flatten()
@@ -102,7 +102,8 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 127.5 - 1  # as the image processor does
         features = encoder(images).last_hidden_state
         predictions = head(features).float().split(classes, dim=-1)
-        wanted = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        seen = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        wanted = torch.cat([seen, quadrant_of_patch.expand(batch_size, -1).unsqueeze(-1)], dim=-1)
         return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
 
     _train("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
@@ -182,6 +183,6 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return model(input_ids=input_ids, labels=labels).loss
 
-    _train("language model", [model], 3e-3, steps, loss_of_step)
+    _train("language model", [model], 5e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
