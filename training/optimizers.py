@@ -16,13 +16,14 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     `torch.optim.Muon` does this in bf16, which a processor without bf16 instructions has to emulate; here it keeps the dtype.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    x = matrix.reshape(-1, *matrix.shape[-2:])
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT.contiguous() if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
