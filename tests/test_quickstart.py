@@ -54,7 +54,7 @@ def test_quickstart_leaves_four_stages_and_a_summary(small_recipe, tmp_path, mon
     described = summary["description"].split("\n")  # said by the child process
     assert described[0].startswith("Write a short caption.  ->") and len(described) == 3
     report = capsys.readouterr().out
-    assert re.search(r"About \d+ minutes? on this machine", report.split("== Backbones")[0])
+    assert re.search(r"About \d+ minutes? at the speed", report.split("== Backbones")[0])
     assert "projector, language" in report and "image blanked" in report
     assert "CIDEr short" in report and "nan" not in report
     for before, after in pairwise(summary["stages"]):

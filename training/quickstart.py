@@ -131,7 +131,7 @@ def forecast(arguments: QuickstartArguments) -> str:
     rate = matrix_rate(precision.dtype, seconds=0.5)
     minutes = round((FIXED_SECONDS + expected_flops(arguments) / (EFFICIENCY * rate)) / 60)
     return (
-        f"About {minutes} minutes on this machine if nothing else runs: an estimate from its {rate / 1e9:.0f} GFLOP/s in "
+        f"About {minutes} minutes at the speed this machine has now: an estimate from {rate / 1e9:.0f} GFLOP/s in "
         f"{precision.name} ({precision.reason})."
     )
 
