@@ -3,7 +3,7 @@
     python benchmarks/data.py --data FOLDER/captions.jsonl
 
 A record is a photo with its captions, decoded, resized, tokenised and laid out as a row by the collator. The waiting is that of
-`AlignVLMTrainer` on the nano model (eager, bf16, all modules, 16 records a step) with one worker: the seconds its loop spends asking
+`AlignVLMTrainer` on the nano model (eager, all modules, 16 records a step) with one worker: the seconds its loop spends asking
 for the next batch, as a share of all its seconds after the first step. Without `--data`, drawn pictures of 500 x 375 pixels saved as
 JPEG stand in for photos.
 """
@@ -25,6 +25,7 @@ from trl import SFTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
 
+from evaluation.precision import PRECISIONS, Precision, choose_precision, warn_if_emulated
 from training import scenes
 from training.backbones import BackboneArguments, assemble
 from training.collator import AlignVLMCollator
@@ -72,7 +73,7 @@ class WaitingTrainer(AlignVLMTrainer):
 
 
 def waiting_share(
-    model, processor, mixture, collator: AlignVLMCollator, workers: int, steps: int
+    model, processor, mixture, collator: AlignVLMCollator, workers: int, steps: int, precision: Precision
 ) -> tuple[float, float]:
     """The share of a training step spent waiting, and the seconds of a step."""
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +81,8 @@ def waiting_share(
             output_dir=folder,
             per_device_train_batch_size=16,
             max_steps=steps,
-            bf16=True,
+            bf16=precision.name == "bf16",
+            fp16=precision.name == "fp16",
             gradient_checkpointing=False,
             use_cpu=True,
             max_length=None,
@@ -110,8 +112,13 @@ def main() -> None:
     parser.add_argument("--data", help="A jsonl file of photos and captions.")
     parser.add_argument("--batches", type=int, default=30, help="Of 16 records, for each number of workers.")
     parser.add_argument("--steps", type=int, default=40, help="Of training.")
+    parser.add_argument(
+        "--dtype", default="auto", choices=PRECISIONS, help="Of training; auto: what the processor does natively."
+    )
     parser.add_argument("--output", default="out/bench/data.json")
     arguments = parser.parse_args()
+    precision = choose_precision(arguments.dtype)
+    warn_if_emulated(precision)
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -138,10 +145,14 @@ def main() -> None:
         collator = AlignVLMCollator(processor)
         for workers in (0, 1):
             waited, seconds = waiting_share(
-                model, processor, load_mixture(source, collator), collator, workers, arguments.steps
+                model, processor, load_mixture(source, collator), collator, workers, arguments.steps, precision
             )
-            rows.append({"workers": workers, "waiting_share": waited, "step_seconds": seconds})
-            print(f"A nano step with {workers} workers: {seconds:.3f} s, {waited:.2%} of it spent waiting for data")
+            rows.append(
+                {"workers": workers, "dtype": precision.name, "waiting_share": waited, "step_seconds": seconds}
+            )
+            print(
+                f"A nano step in {precision.name} with {workers} workers: {seconds:.3f} s, {waited:.2%} of it spent waiting for data"
+            )
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(rows, indent=2) + "\n")

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from benchmarks import models
 from evaluation.generate import answer
+from evaluation.precision import PRECISIONS, choose_precision, warn_if_emulated
 
 
 NEW_TOKENS = 3
@@ -52,7 +53,7 @@ def llava_answers(model, processor, images, prompts, together: bool) -> list[lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=PRECISIONS, help="auto: what the device does natively.")
     parser.add_argument("--shape", default="b16-224+135m", choices=list(models.SHAPES))
     parser.add_argument("--vision_layers", type=int)
     parser.add_argument("--text_layers", type=int)
@@ -65,10 +66,11 @@ def main() -> None:
     images = [record["images"][0] for record in made]
     prompts = [[annotation["prompt"] for annotation in record["annotations"]] for record in made]
     questions = sum(map(len, prompts))
-    dtype = getattr(torch, arguments.dtype)
+    precision = choose_precision(arguments.dtype, arguments.device)
+    warn_if_emulated(precision, arguments.device)
     ours, processor = models.alignvlm(vision, text)
     peer, peer_processor = models.llava(vision, text)
-    ours, peer = (model.eval().to(arguments.device, dtype) for model in (ours, peer))
+    ours, peer = (model.eval().to(arguments.device, precision.dtype) for model in (ours, peer))
     peer_processor.tokenizer.padding_side = "left"
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
 
@@ -102,7 +104,7 @@ def main() -> None:
     )
     slowest = questions / statistics.median(seconds["LLaVA, one question at a time"])
     rows = []
-    print(f"{arguments.shape}, {arguments.images} images, {questions} questions, {arguments.dtype}")
+    print(f"{arguments.shape}, {arguments.images} images, {questions} questions, {precision}")
     print(f"{'system':<42} {'questions/s':>12} {'x LLaVA':>8}")
     for name in systems:
         rate = questions / statistics.median(seconds[name])
@@ -110,6 +112,7 @@ def main() -> None:
             {
                 "shape": arguments.shape,
                 "system": name,
+                "dtype": precision.name,
                 "annotations_per_s": rate,
                 "ratio_to_llava": rate / slowest,
                 "peak_memory_bytes": None,
@@ -118,7 +121,7 @@ def main() -> None:
             }
         )
         print(f"{name:<42} {rate:>12.2f} {rate / slowest:>8.2f}")
-    print(f"{same} of {questions} answers equal those of one question at a time ({arguments.dtype})")
+    print(f"{same} of {questions} answers equal those of one question at a time ({precision.name})")
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(rows, indent=2) + "\n")

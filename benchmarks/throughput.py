@@ -3,12 +3,12 @@
     python benchmarks/throughput.py [--device cuda] [--quick]
 
 Every system trains through its own trainer (`AlignVLMTrainer`; TRL's `SFTTrainer` with TRL's own collator for LLaVA) on the same
-pictures and words, with the same backbones of random weights, bf16 autocast and AdamW; a step is the whole step, collation and
-optimizer included. Each runs in a process of its own, in turns (`--rounds`); the median step counts.
+pictures and words, with the same backbones of random weights, the same precision (`--dtype`, by default what the device does
+natively) and AdamW; a step is the whole step, collation and optimizer included. Each runs in a process of its own, in turns (`--rounds`); the median step counts.
 
 FLOPs are counted by `training.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
-`flops_share` is the step's rate over the machine's: that of bf16 products of 4096 x 4096 matrices on the same threads, measured
-before and after every step, because the speed of a shared machine changes from minute to minute.
+`flops_share` is the step's rate over the machine's: that of products of 4096 x 4096 matrices in that dtype on the same threads,
+measured before and after every step, because the speed of a shared machine changes from minute to minute.
 
 Memory is the highest resident (on CUDA: allocated) memory during a step beyond what is held at its beginning (weights and optimizer
 states): activations, gradients and temporaries.
@@ -30,6 +30,11 @@ import psutil
 import torch
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
+
+from evaluation.precision import DTYPES, PRECISIONS, choose_precision, is_native, warn_if_emulated
+
+
 SYSTEMS = ("packed", "unpacked", "llava")
 STAGES = {
     "all": {"vision": 1e-5, "projector": 1e-5, "language": 1e-5},
@@ -39,11 +44,11 @@ STAGES = {
 
 
 class MatrixProducts:
-    """The machine's rate: bf16 products of square matrices, which are kept from one measurement to the next."""
+    """The machine's rate: products of square matrices in a dtype, which are kept from one measurement to the next."""
 
-    def __init__(self, device: str, size: int = 4096):
+    def __init__(self, device: str, dtype: torch.dtype, size: int = 4096):
         self.device, self.flops = device, 2 * size**3
-        self.a, self.b, self.out = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
+        self.a, self.b, self.out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
 
     def rate(self) -> float:
         """FLOP/s, the best of three products."""
@@ -97,7 +102,8 @@ def child(options: dict) -> dict:
     )
     rates = STAGES[options["stage"]]
     device, peak, shapes = options["device"], MemoryPeak(), {}
-    machine = MatrixProducts(device)
+    dtype = options["dtype"]
+    machine = MatrixProducts(device, DTYPES[dtype], size=4096 if is_native(dtype, device)[0] else 256)
     seconds, rates_of_machine, memory = [], [], []
 
     class Clock(TrainerCallback):
@@ -342,7 +348,7 @@ def picture(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
+    parser.add_argument("--dtype", default="auto", choices=PRECISIONS, help="auto: what the device does natively.")
     parser.add_argument(
         "--attn_implementation",
         help="By default sdpa on a GPU, and eager, the faster, on a CPU. LLaVA gets the same, but sdpa for flex_attention.",
@@ -359,6 +365,10 @@ def main() -> None:
     parser.add_argument("--text_layers", type=int, default=8, help="Of the large shape, whose language model has 24.")
     parser.add_argument("--output", default="out/bench/throughput.json")
     arguments = parser.parse_args()
+    precision = choose_precision(arguments.dtype, arguments.device)
+    warn_if_emulated(precision, arguments.device)
+    print(f"Precision: {precision}")
+    arguments.dtype = precision.name
     arguments.attn_implementation = arguments.attn_implementation or ("eager" if arguments.device == "cpu" else "sdpa")
     options = {
         "shape": "b16-224+135m",

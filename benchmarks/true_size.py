@@ -25,6 +25,7 @@ from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/true_size.py`
 
+from evaluation.precision import PRECISIONS
 from training.plan import plan_stages
 from training.stage import StageArguments
 
@@ -52,13 +53,14 @@ def make_backbone(config_folder: Path, output: Path, is_language: bool) -> Path:
     return output
 
 
-def overrides(stage: int, output: Path, batch_size: int) -> list[str]:
+def overrides(stage: int, output: Path, batch_size: int, precision: str) -> list[str]:
     """What differs from the recipe."""
     return [
         *("--model", str(output / f"stage{stage - 1}"), "--output_dir", str(output / f"stage{stage}")),
         *("--sources", json.dumps(SOURCES), "--per_device_train_batch_size", str(batch_size)),
         *("--gradient_accumulation_steps", "1", "--max_steps", "2", "--use_cpu", "true", "--save_strategy", "no"),
         *("--attn_implementation", "eager", "--dataloader_num_workers", "0", "--logging_steps", "1"),
+        *("--precision", precision),
     ]
 
 
@@ -96,7 +98,12 @@ def run(stage: int, recipe: Path, options: list[str]) -> dict:
         raise RuntimeError(f"stage {stage} failed:\n{''.join(lines[-40:])}")
     output = Path(options[options.index("--output_dir") + 1])
     entry = json.loads((output / "alignvlm_run.json").read_text())["stages"][-1]
-    return {"peak_bytes": peak["bytes"], "losses": entry["logged_losses"], "seconds": entry["seconds"]}
+    return {
+        "peak_bytes": peak["bytes"],
+        "precision": entry["precision"],
+        "losses": entry["logged_losses"],
+        "seconds": entry["seconds"],
+    }
 
 
 def main() -> None:
@@ -106,6 +113,7 @@ def main() -> None:
     parser.add_argument("--vision", default="siglip2-so400m-patch14-384")
     parser.add_argument("--language", default="qwen2.5-0.5b")
     parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", choices=PRECISIONS, help="auto: what the processor does natively.")
     parser.add_argument("--folder", type=Path, default=Path("out/true_size"), help="Needs 20 GB.")
     parser.add_argument("--output", default="out/bench/true_size.json")
     arguments = parser.parse_args()
@@ -119,7 +127,7 @@ def main() -> None:
     subprocess.run([sys.executable, *map(str, assemble), "--output_dir", str(folder / "stage0")], cwd=ROOT, check=True)
 
     recipes = [ROOT / f"training/recipes/alignvlm_900m/stage{stage}.yaml" for stage in (1, 2, 3, 4)]
-    options = [overrides(stage, folder, arguments.batch_size) for stage in (1, 2, 3, 4)]
+    options = [overrides(stage, folder, arguments.batch_size, arguments.dtype) for stage in (1, 2, 3, 4)]
     stages = [
         TrlParser(StageArguments).parse_args_and_config(["--config", str(recipe), *own])[0]
         for recipe, own in zip(recipes, options)

@@ -29,6 +29,7 @@ from transformers.utils.hub import extract_commit_hash
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from evaluation import bootstrap
 from evaluation.generate import answer
+from evaluation.precision import choose_precision, warn_if_emulated
 from evaluation.tasks import (
     CAPTION_PROMPT,
     TASKS,
@@ -94,7 +95,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trust_remote_code", action="store_true", help="Run the checkpoint's own code, not this package's."
     )
-    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16.")
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        help="fp32, bf16, fp16, or auto: as the checkpoint is stored if the device does that natively, else fp32.",
+    )
     p.add_argument("--attn_implementation", help="eager, sdpa or flex_attention.")
     p.add_argument("--use_cpu", action="store_true")
     p.add_argument("--seed", type=int, default=0, help="Of --shuffle_images and the bootstrap.")
@@ -212,7 +217,11 @@ def _load_checkpoint(arguments: argparse.Namespace, device: torch.device):
     processor = AutoProcessor.from_pretrained(arguments.checkpoint, **options)
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype=arguments.dtype, **options)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype="auto", **options)
+    precision = choose_precision(arguments.dtype, device, model.dtype)
+    warn_if_emulated(precision, device)
+    print(f"Computes in {precision}")
+    model.to(precision.dtype)
     found = [_file(arguments.checkpoint, f"lora/{name}", arguments.revision) for name in LORA_FILES]
     if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
         model.load_adapter(str(Path(found[0]).parent))
@@ -261,7 +270,8 @@ def judge(records: list[Record], answers: list[list[str]], samples: int = 1000, 
         samples, seed: of the bootstrap.
 
     Returns:
-        `metrics`: by metric, its numbers, each mean with its 95% interval under `intervals`; `definitions`; `predictions`: one entry
+        `metrics`: by metric, its numbers, each mean with its 95% interval under `intervals`, and for captions the same of each prompt
+        under `by_prompt`; `definitions`; `predictions`: one entry
         per question with its scores.
     """
     predictions = [
@@ -291,7 +301,22 @@ def judge(records: list[Record], answers: list[list[str]], samples: int = 1000, 
             if values:
                 intervals[number] = bootstrap.interval([item["id"] for item in chosen], values, samples, seed)
         metrics[name] = {**numbers, "intervals": intervals}
+        if name == "cider":
+            metrics[name]["by_prompt"] = by_prompt(items, samples, seed)
     return {"metrics": metrics, "definitions": definitions, "predictions": predictions}
+
+
+def by_prompt(items: list[dict], samples: int, seed: int) -> dict[str, dict]:
+    """CIDEr of the captions that each prompt asked for: the mean of their scores, which the overall number is the mean of."""
+    groups: dict[str, list[dict]] = {}
+    for item in items:
+        groups.setdefault(item["prompt"], []).append(item)
+    found = {}
+    for prompt, group in groups.items():
+        values = [item["scores"]["cider"] for item in group]
+        interval = bootstrap.interval([item["id"] for item in group], values, samples, seed)
+        found[prompt] = {"cider": sum(values) / len(values), "count": len(values), "intervals": {"cider": interval}}
+    return found
 
 
 def scores_of(items: list[dict], metric: str, number: str) -> tuple[list[dict], list[float]]:
@@ -393,11 +418,14 @@ def report(result: dict) -> str:
         lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
     for numbers in result["metrics"].values():
         for name, value in numbers.items():
-            if name == "intervals":
+            if name in ("intervals", "by_prompt"):
                 continue
             interval = numbers["intervals"].get(name)
             text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
             lines.append(f"  {name:<28} {text:>9}" + (f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+        for prompt, own in numbers.get("by_prompt", {}).items():
+            low, high = own["intervals"]["cider"]
+            lines.append(f"  {f'cider of {prompt!r}':<28} {own['cider']:>9.4f}  [{low:.4f}, {high:.4f}]")
     return "\n".join(lines)
 
 

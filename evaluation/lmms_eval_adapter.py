@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from evaluation.generate import answer
+from evaluation.precision import choose_precision, warn_if_emulated
 
 
 def manifest() -> ModelManifest:
@@ -30,7 +31,8 @@ class AlignVLM(lmms):
         trust_remote_code: run the checkpoint's own code, not this package's.
         batch_size: requests answered at once.
         device: the current accelerator by default, else the CPU.
-        dtype, attn_implementation: as for `from_pretrained`.
+        dtype: as `--dtype` of `evaluation/evaluate_model.py`.
+        attn_implementation: as for `from_pretrained`.
     """
 
     is_simple = True
@@ -53,8 +55,10 @@ class AlignVLM(lmms):
         self.processor = AutoProcessor.from_pretrained(pretrained, **options)
         if attn_implementation:
             options["attn_implementation"] = attn_implementation
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, **options)
-        self.model = model.eval().to(self.accelerator.device)
+        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype="auto", **options)
+        precision = choose_precision(dtype, self.accelerator.device, model.dtype)
+        warn_if_emulated(precision, self.accelerator.device)
+        self.model = model.eval().to(self.accelerator.device, precision.dtype)
 
     @property
     def tokenizer(self):

@@ -15,7 +15,7 @@ from training import scenes
 from training.backbones import PLAIN_TEMPLATE
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 IMAGE_TOKEN = "<image>"
 IMAGE_SIZE, PATCH_SIZE = 16, 8  # four image tokens

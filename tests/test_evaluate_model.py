@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evaluation.evaluate_model import RUN_RECORD, compare, evaluate_checkpoint, main, parser
+from evaluation.evaluate_model import RUN_RECORD, compare, evaluate_checkpoint, judge, main, parser, report
+from evaluation.tasks import Question, Record
 from training import scenes
 
 
@@ -60,6 +61,33 @@ def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path
     assert result["data"]["images"] == 14 and len(result["data"]["sha256"]) == 64
     assert result["decoding"] == {"num_beams": 1, "max_new_tokens": 6, "do_sample": False}
     assert {"torch", "transformers", "evaluate", "alignvlm"} <= set(result["versions"])
+
+
+def test_captions_are_judged_per_prompt_too(result):
+    own = result["metrics"]["cider"]["by_prompt"]
+    assert set(own) == {scenes.SHORT_CAPTION_PROMPT, scenes.DETAILED_CAPTION_PROMPT}
+    for prompt, numbers in own.items():
+        scores = [p["scores"]["cider"] for p in result["predictions"] if p["prompt"] == prompt]
+        assert numbers["count"] == len(scores) == 14
+        assert numbers["cider"] == pytest.approx(sum(scores) / len(scores))
+        low, high = numbers["intervals"]["cider"]
+        assert low <= numbers["cider"] <= high
+    means = [numbers["cider"] for numbers in own.values()]
+    assert result["metrics"]["cider"]["cider"] == pytest.approx(sum(means) / 2)
+    assert "cider of 'Write a short caption.'" in report(result)
+
+
+def test_a_prompt_answered_rightly_has_its_own_number():
+    """Short captions all wrong and detailed ones all right are not told by their mean alone."""
+    drawn = scenes.make_scenes(6, "test", ("short_caption", "detailed_caption"))
+    records = [
+        Record(str(i), i, [Question(a["prompt"], [a["response"]], "cider") for a in record["annotations"]])
+        for i, record in enumerate(drawn)
+    ]
+    answers = [["Nothing.", record.questions[1].references[0]] for record in records]
+    own = judge(records, answers, samples=20)["metrics"]["cider"]["by_prompt"]
+    assert own[scenes.SHORT_CAPTION_PROMPT]["cider"] == 0
+    assert own[scenes.DETAILED_CAPTION_PROMPT]["cider"] > 5
 
 
 def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):

@@ -1,14 +1,149 @@
 """Precision, averaging, accelerators: options of a stage that must not change what it learns."""
 
+import re
+import types
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from trl import TrlParser
 
+from evaluation import evaluate_model
+from evaluation.precision import choose_precision, is_native, matrix_rate
 from tests.running import arguments_for
 from training.checkpoint import average_weights, read_run_record
-from training.stage import StageArguments, main
+from training.stage import StageArguments, main, parse_anywhere
 from training.trainer import module_of
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "training/recipes").glob("*/stage*.yaml"))
+LIMITS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+@pytest.fixture
+def without_bf16(monkeypatch):
+    """A processor without bf16 instructions, as far as the decision goes."""
+    for variable, value in LIMITS.items():
+        monkeypatch.setenv(variable, value)
+
+
+@pytest.fixture
+def processor_with(monkeypatch):
+    """Lets the processor have just these instructions, and oneDNN say that it takes bf16, as it does where it emulates it."""
+
+    def pretend(*flags: str, architecture: str = "x86_64"):
+        for variable in (*LIMITS, "DNNL_MAX_CPU_ISA"):
+            monkeypatch.delenv(variable, raising=False)
+        found = {"architecture": architecture, **dict.fromkeys(flags, True)}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        yes = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True)
+        monkeypatch.setattr(torch.ops, "mkldnn", yes)
+
+    return pretend
+
+
+def test_bf16_is_native_where_it_is_not_slower():
+    rates = {dtype: matrix_rate(dtype, seconds=0.1, size=256) for dtype in (torch.float32, torch.bfloat16)}
+    # Emulated, it was 600 times slower; with instructions of its own it is 1.5 times faster or more.
+    assert is_native("bf16")[0] == (rates[torch.bfloat16] > rates[torch.float32]), rates
+
+
+@pytest.mark.parametrize(
+    "flags, architecture, name",
+    [
+        (("avx2", "avx_ne_convert"), "x86_64", "fp32"),
+        (("avx2", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"), "x86_64", "fp32"),
+        (("avx2", "avx512_f", "avx512_bf16"), "x86_64", "bf16"),
+        (("avx512_f", "amx_tile", "amx_bf16"), "x86_64", "bf16"),
+        (("neon",), "aarch64", "fp32"),
+        (("neon", "bf16"), "aarch64", "bf16"),
+    ],
+)
+def test_auto_takes_bf16_only_where_the_processor_has_the_instructions(processor_with, flags, architecture, name):
+    processor_with(*flags, architecture=architecture)
+    assert choose_precision().name == name
+
+
+@pytest.mark.parametrize("variable, value", [*LIMITS.items(), ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")])
+def test_a_limit_on_instructions_counts(processor_with, monkeypatch, variable, value):
+    processor_with("avx512_f", "avx512_bf16")
+    monkeypatch.setenv(variable, value)
+    found = choose_precision()
+    assert found.name == "fp32" and f"{variable}={value}" in found.reason
+    assert choose_precision("bf16").name == "bf16"
+    monkeypatch.setenv(variable, "AVX512_CORE_AMX" if "ISA" in variable else "avx512")
+    assert choose_precision().name == "bf16"
+
+
+def test_a_checkpoint_is_used_as_stored_only_where_that_is_native(processor_with):
+    processor_with("avx512_f", "avx512_bf16")
+    names = {dtype: choose_precision(stored=dtype).name for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    assert names == {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp32"}
+    with pytest.raises(ValueError, match="Unknown precision 'half'"):
+        choose_precision("half")
+
+
+def test_a_stage_says_what_it_computes_in_and_why(checkpoint, tmp_path, without_bf16, capsys):
+    auto = arguments_for(checkpoint, tmp_path / "auto", projector_learning_rate=1e-3, bf16=None, max_steps=1)
+    entry = main(auto)
+    assert entry["precision"] == "fp32" and "ONEDNN_MAX_CPU_ISA=AVX2" in entry["precision_reason"]
+    assert f"precision fp32 ({entry['precision_reason']})" in capsys.readouterr().out
+    assert read_run_record(tmp_path / "auto")["stages"][-1]["precision_reason"] == entry["precision_reason"]
+
+    named = arguments_for(checkpoint, tmp_path / "named", projector_learning_rate=1e-3, bf16=None, max_steps=1)
+    with pytest.warns(UserWarning, match="times slower than in fp32 here") as warned:
+        entry = main([*named, "--precision", "bf16"])
+    assert (entry["precision"], entry["precision_reason"]) == ("bf16", "asked for by name")
+    assert sum("times slower" in str(warning.message) for warning in warned) == 1
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"bf16": None, "precision": "fp32"}, "fp32"),
+        ({"bf16": None, "precision": "fp16"}, "fp16"),
+        ({"bf16": False}, "fp32"),
+        ({"bf16": True}, "bf16"),
+        ({"bf16": None, "fp16": True}, "fp16"),
+        ({"bf16": True, "precision": "bf16"}, "bf16"),
+    ],
+)
+def test_flags_and_precision_are_one_choice(tmp_path, fields, name):
+    given = arguments_for("model", tmp_path, projector_learning_rate=1e-3, **fields)
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(given)
+    assert arguments.chosen_precision.name == name
+    assert (arguments.bf16, arguments.fp16) == (name == "bf16", name == "fp16")
+    assert arguments.mixed_precision == ("no" if name == "fp32" else name)
+
+
+def test_every_recipe_leaves_the_precision_to_the_device(without_bf16):
+    for recipe in RECIPES:
+        fields = yaml.safe_load(recipe.read_text())
+        assert fields["precision"] == "auto" and not {"bf16", "fp16"} & set(fields), recipe
+    given = ["--config", str(RECIPES[0]), "--frozen_16_bit", "true"]
+    if not torch.accelerator.is_available():
+        (looked_at,) = parse_anywhere(given)  # for a plan, the GPU's 16 bits count
+        assert looked_at.dtype_16_bit == torch.bfloat16
+        with pytest.raises(ValueError, match=re.escape("computes in fp32 (ONEDNN_MAX_CPU_ISA=AVX2")):
+            TrlParser(StageArguments).parse_args_and_config([*given, "--use_cpu", "true"])
+
+
+def test_a_checkpoint_in_bf16_is_not_evaluated_in_emulated_bf16(checkpoint, tmp_path, make_model, without_bf16):
+    folder = tmp_path / "model"
+    make_model().to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        if (checkpoint / name).is_file():
+            (folder / name).write_bytes((checkpoint / name).read_bytes())
+    text = tmp_path / "text.txt"
+    text.write_text("A large red circle is at the top left.")
+    command = [str(folder), "--task", "text_perplexity", "--data", str(text), "--use_cpu"]
+    found = evaluate_model.evaluate_checkpoint(evaluate_model.parser().parse_args(command))
+    assert found["dtype"] == "float32"
+    with pytest.warns(UserWarning, match="times slower"):
+        found = evaluate_model.evaluate_checkpoint(evaluate_model.parser().parse_args([*command, "--dtype", "bf16"]))
+    assert found["dtype"] == "bfloat16"
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -100,6 +235,11 @@ def test_averages_of_sharded_weights(make_model, tmp_path):
     "fields, message",
     [
         ({"frozen_16_bit": True}, "frozen_16_bit needs bf16 or fp16"),
+        ({"bf16": True, "precision": "fp32"}, "precision='fp32' and bf16=True contradict"),
+        ({"bf16": False, "precision": "bf16"}, "precision='bf16' and bf16=False contradict"),
+        ({"bf16": None, "fp16": True, "precision": "fp32"}, "precision='fp32' and fp16=True contradict"),
+        ({"bf16": True, "fp16": True}, "bf16=True and fp16=True exclude each other"),
+        ({"bf16": None, "precision": "int8"}, "Unknown precision 'int8'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor needs"),
         ({"push_to": "user/my--model"}, "'user/my--model' names no repository"),
         ({"average_last": 2}, "average_last=2 needs checkpoints"),

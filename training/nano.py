@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from evaluation.precision import choose_precision
 from training import scenes
 from training.backbones import PLAIN_TEMPLATE
+from training.optimizers import MuonAdamW, muon_groups
 
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
@@ -44,13 +46,15 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
 
 
 def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
-    """A plain AdamW loop with warm-up and cosine decay, in bf16 autocast."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    """A plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
+    precision = choose_precision()
+    named = [named for module in modules for named in module.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    optimizer = MuonAdamW(muon_groups(named), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     progress = tqdm(range(steps), desc=name)
     for step in progress:
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision.autocast():
             loss = loss_of_step(step)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -62,7 +66,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
 
 
 def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
-    """Trains the encoder so that every patch knows the colour, kind and size of what lies in its quadrant, if anything."""
+    """Trains the encoder so that every patch knows its quadrant, and the colour, kind and size of what lies there, if anything."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
     drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
@@ -88,7 +92,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         vision_use_head=False,
     )
     encoder = SiglipVisionModel._from_config(config, attn_implementation=ATTENTION)
-    classes = [len(vocabulary) + 1 for vocabulary in vocabularies]
+    classes = [*(len(vocabulary) + 1 for vocabulary in vocabularies), len(scenes.POSITIONS)]
     head = nn.Linear(config.hidden_size, sum(classes))
     side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the picture
     quadrant_of_patch = (2 * side[:, None] + side).flatten()
@@ -98,10 +102,11 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 127.5 - 1  # as the image processor does
         features = encoder(images).last_hidden_state
         predictions = head(features).float().split(classes, dim=-1)
-        wanted = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        seen = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        wanted = torch.cat([seen, quadrant_of_patch.expand(batch_size, -1).unsqueeze(-1)], dim=-1)
         return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
 
-    _train("vision encoder", [encoder, head], 1.5e-3, steps, loss_of_step)
+    _train("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
     _write_card(folder, "image-feature-extraction", "A nano vision encoder, trained from nothing on drawn scenes.")
@@ -122,7 +127,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 32) -> None:
+def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 24) -> None:
     """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
@@ -179,7 +184,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return model(input_ids=input_ids, labels=labels).loss
 
-    _train("language model", [model], 1.5e-3, steps, loss_of_step)
+    _train("language model", [model], 5e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_card(folder, "text-generation", "A nano language model, trained from nothing on texts about drawn scenes.")

@@ -16,18 +16,26 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from transformers.utils import logging
 from trl import TrlParser
 
 from evaluation.evaluate_model import evaluate_checkpoint, parser
+from evaluation.precision import choose_precision, matrix_rate
 from training import scenes
 from training.backbones import BackboneArguments, assemble
 from training.checkpoint import read_run_record
+from training.flops import FlopCounter
 from training.nano import ATTENTION, train_nano_backbones
 
 
 TRAINING = Path(__file__).parent
+# For the forecast, all counted or measured in runs of the default settings.
+VISION_STEP_FLOPS, LANGUAGE_STEP_FLOPS = 10.1e9, 46.5e9
+STAGE_RECORD_FLOPS = {1: 0.19e9, 2: 0.39e9, 3: 0.93e9, 4: 0.97e9}
+FIXED_SECONDS = 130  # what is not arithmetic: drawing scenes, files, Python
+EFFICIENCY = 0.3  # share of the machine's rate that training reaches
 # Run in a process of its own where this package cannot be imported: it knows transformers and the checkpoint, nothing else.
 RELOAD = """
 import sys
@@ -66,14 +74,21 @@ class QuickstartArguments:
     test_scenes: int = field(
         default=250, metadata={"help": "Held-out scenes; each is asked eight questions and captioned twice."}
     )
-    vision_steps: int = field(default=900, metadata={"help": "Training steps of the vision encoder."})
-    language_steps: int = field(default=100, metadata={"help": "Training steps of the language model."})
+    vision_steps: int = field(default=350, metadata={"help": "Training steps of the vision encoder."})
+    language_steps: int = field(default=60, metadata={"help": "Training steps of the language model."})
 
 
 def evaluate_on_scenes(folder: Path, data: Path, *options: str) -> dict:
     """What `evaluation/evaluate_model.py --task scenes` finds for a checkpoint: CIDEr of its captions, accuracy of its answers."""
     command = [str(folder), "--task", "scenes", "--data", str(data), "--use_cpu", "--attn_implementation", ATTENTION]
-    return evaluate_checkpoint(parser().parse_args([*command, "--batch_size", "125", *options]))
+    return evaluate_checkpoint(parser().parse_args([*command, "--batch_size", "250", *options]))
+
+
+def cider_by_prompt(result: dict) -> dict[str, float]:
+    """CIDEr of the `short` and of the `detailed` captions."""
+    names = {scenes.SHORT_CAPTION_PROMPT: "short", scenes.DETAILED_CAPTION_PROMPT: "detailed"}
+    found = result["metrics"]["cider"]["by_prompt"]
+    return {name: found[prompt]["cider"] for prompt, name in names.items()}
 
 
 def accuracy_by_kind(result: dict, kinds: list[str]) -> dict[str, float]:
@@ -102,7 +117,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
 
 def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
     """Loads the checkpoint where this package cannot be imported, and lets it describe a picture."""
-    prompts = (scenes.DETAILED_CAPTION_PROMPT, "How many shapes are there?")
+    prompts = (scenes.SHORT_CAPTION_PROMPT, scenes.DETAILED_CAPTION_PROMPT, "How many shapes are there?")
     command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), str(picture.resolve()), *prompts]
     result = subprocess.run(command, cwd=picture.parent, capture_output=True, text=True)
     if result.returncode != 0:
@@ -110,17 +125,37 @@ def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
     return result.stdout.strip()
 
 
+def forecast(arguments: QuickstartArguments) -> str:
+    """How long the quickstart will take on this machine, from half a second of matrix products in what it will compute in."""
+    precision = choose_precision()
+    rate = matrix_rate(precision.dtype, seconds=0.5)
+    minutes = round((FIXED_SECONDS + expected_flops(arguments) / (EFFICIENCY * rate)) / 60)
+    return (
+        f"About {minutes} minutes at the speed this machine has now: an estimate from {rate / 1e9:.0f} GFLOP/s in "
+        f"{precision.name} ({precision.reason})."
+    )
+
+
+def expected_flops(arguments: QuickstartArguments) -> float:
+    """FLOPs of the training steps: those of a step or record, as counted by `summary.json` of earlier runs, times their number."""
+    flops = arguments.vision_steps * VISION_STEP_FLOPS + arguments.language_steps * LANGUAGE_STEP_FLOPS
+    for number, record_flops in STAGE_RECORD_FLOPS.items():
+        recipe = yaml.safe_load((Path(arguments.recipe) / f"stage{number}.yaml").read_text())
+        flops += record_flops * sum(source["count"] for source in recipe["sources"])
+    return flops
+
+
 def table(stages: list[dict], last: dict[str, float], blank: dict[str, float]) -> str:
     """The report: a row per stage, then the last one's numbers by name, with the pictures and without."""
     lines = [
-        f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr':>7} "
+        f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr short':>12} {'detailed':>9} "
         f"{'text perplexity':>15} {'MIR':>6}"
     ]
     for stage in stages:
         trained = ", ".join(stage["learning_rates"])
         lines.append(
             f"{stage['stage']:<6} {trained:<30} {stage['seconds']:>8.1f} {stage['eval_loss_before']:>12.3f} "
-            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f} {stage['cider']:>7.3f} "
+            f"{stage['eval_loss_after']:>11.3f} {stage['accuracy']:>9.3f} {stage['cider_by_prompt']['short']:>12.3f} {stage['cider_by_prompt']['detailed']:>9.3f} "
             f"{stage.get('text_perplexity_after', math.nan):>15.2f} {stage.get('mir_after', math.nan):>6.2f}"
         )
     lines.append(f"\n{'held-out scenes':<20} {'':>9} {'image blanked':>14}")
@@ -135,8 +170,21 @@ def main(argv: list[str] | None = None) -> dict:
     logging.set_verbosity_error()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    print(forecast(arguments), flush=True)
+    with FlopCounter() as counter:
+        summary = run(arguments, output)
+    summary["flops"] = counter.total
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(
+        f"\n{summary['seconds']:.0f} seconds, {summary['flops'] / 1e12:.1f} TFLOP in {summary['precision']}. Checkpoints: {output}/stage0 ... stage4. "
+        f"Summary: {output / 'summary.json'}"
+    )
+    return summary
 
+
+def run(arguments: QuickstartArguments, output: Path) -> dict:
+    """Backbones, stages, evaluation, reload; prints the report and returns the summary."""
+    started = time.perf_counter()
     print("== Backbones", flush=True)
     vision, language = train_nano_backbones(
         output / "backbones", arguments.seed, arguments.vision_steps, arguments.language_steps
@@ -159,12 +207,13 @@ def main(argv: list[str] | None = None) -> dict:
         result = evaluate_on_scenes(output / f"stage{number}", test_data, *limit)
         metrics = result["metrics"]
         accuracy, cider = metrics["pathvqa_accuracy"]["accuracy"], metrics["cider"]["cider"]
-        stages.append({**stage, "accuracy": accuracy, "cider": cider})
+        stages.append({**stage, "accuracy": accuracy, "cider": cider, "cider_by_prompt": cider_by_prompt(result)})
     kinds = [annotation["kind"] for record in test for annotation in record["annotations"]]
     blank_result = evaluate_on_scenes(output / "stage4", test_data, "--blank_image")
     last, blank = (
         {
             "CIDEr": found["metrics"]["cider"]["cider"],
+            **{f"CIDEr, {name}": value for name, value in cider_by_prompt(found).items()},
             "accuracy": found["metrics"]["pathvqa_accuracy"]["accuracy"],
             **accuracy_by_kind(found, kinds),
         }
@@ -182,21 +231,18 @@ def main(argv: list[str] | None = None) -> dict:
         "accuracy_by_kind": {kind: last[kind] for kind in scenes.QUESTION_KINDS},
         "cider": last["CIDEr"],
         "cider_blank_image": blank["CIDEr"],
+        "cider_by_prompt": cider_by_prompt(result),
         "questions": result["metrics"]["pathvqa_accuracy"]["count"],
         "captions": len(kinds) - result["metrics"]["pathvqa_accuracy"]["count"],
         "stages": stages,
         "description": description,
+        "precision": stages[-1]["precision"],
         "seed": arguments.seed,
         "threads": torch.get_num_threads(),
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
     print(f"\n{table(stages, last, blank)}")
     print(
         f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}"
-    )
-    print(
-        f"\n{summary['seconds']:.0f} seconds. Checkpoints: {output}/stage0 ... stage4. Summary: {output / 'summary.json'}"
     )
     return summary
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, TrlParser
 
+from evaluation.precision import Precision, choose_precision, warn_if_emulated
 from hub_upload.licences import licence_of
 from hub_upload.package import RUN_RECORD
 from hub_upload.push import check_name, push
@@ -84,9 +85,22 @@ class StageArguments(SFTConfig):
         default=True,
         metadata={"help": "Add LoRA's products to the weights in the end. False: write them apart, into lora/."},
     )
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "What the stage computes in, with float32 master weights: `fp32`, `bf16`, `fp16`, or `auto`: what the device does "
+            "natively. `bf16` and `fp16` of TRL are the same choice by flag."
+        },
+    )
     frozen_16_bit: bool = field(
         default=False,
         metadata={"help": "Hold frozen modules in the 16 bits of `bf16` or `fp16`; they are saved as read."},
+    )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Muon instead of `optim` for the matrices of hidden layers, AdamW for the rest, at the same learning rates: fewer steps."
+        },
     )
     infinite_schedule: str | None = field(  # in YAML a mapping
         default=None,
@@ -188,6 +202,8 @@ class StageArguments(SFTConfig):
     )
 
     def __post_init__(self):
+        self.chosen_precision = self._choose_precision()
+        self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
         for name in ("sources", "eval_sources", "text_sources", "lora_targets", "infinite_schedule"):
             value = getattr(self, name)
@@ -203,6 +219,28 @@ class StageArguments(SFTConfig):
         self.remove_unused_columns = False  # the collator reads records
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
+
+    def _choose_precision(self) -> Precision:
+        """What `precision` or the flags ask for; `bf16` is None where nobody set it."""
+        asked = self.precision
+        flags = {"bf16": self.bf16, "fp16": self.fp16 or None}
+        by_flag = next((name for name, value in flags.items() if value), "fp32" if self.bf16 is False else None)
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other: set one of them, or `precision`.")
+        if asked == "auto" and by_flag:
+            asked = by_flag
+        chosen = choose_precision(asked, self._device_type())
+        if any(value is not None and value != (chosen.name == name) for name, value in flags.items()):
+            given = ", ".join(f"{name}={value}" for name, value in flags.items() if value is not None)
+            raise ValueError(f"precision={self.precision!r} and {given} contradict each other: set one of them.")
+        return chosen
+
+    def _device_type(self) -> str:
+        return (
+            "cpu"
+            if self.use_cpu or not torch.accelerator.is_available()
+            else torch.accelerator.current_accelerator().type
+        )
 
     def _problems(self) -> Iterator[str]:
         """What is wrong, and what would be right."""
@@ -231,7 +269,7 @@ class StageArguments(SFTConfig):
         if self.lora_rank and self.language_learning_rate is None:
             yield "lora_rank trains the language model: set language_learning_rate."
         if self.frozen_16_bit and not (self.bf16 or self.fp16):
-            yield "frozen_16_bit needs bf16 or fp16, which say in which 16 bits."
+            yield f"frozen_16_bit needs bf16 or fp16, which say in which 16 bits; the stage computes in {self.chosen_precision}."
         if self.average_last:
             if self.save_strategy == "no":
                 yield f"average_last={self.average_last} needs checkpoints: set save_strategy and save_steps."
@@ -257,10 +295,18 @@ class StageArguments(SFTConfig):
         return {module: rate for module, rate in rates.items() if rate is not None}
 
 
+class ArgumentsForAGPU(StageArguments):
+    """Arguments of a recipe that is only looked at where there is no GPU."""
+
+    def _device_type(self) -> str:
+        return "cuda"
+
+
 def parse_anywhere(argv: list[str], *more: type) -> tuple:
     """`StageArguments` and `more` dataclasses from a command line, for looking only: a recipe for a GPU is read without one too."""
-    elsewhere = [] if torch.accelerator.is_available() else ["--use_cpu", "true"]
-    return TrlParser((StageArguments, *more)).parse_args_and_config([*elsewhere, *argv])
+    if torch.accelerator.is_available():
+        return TrlParser((StageArguments, *more)).parse_args_and_config(argv)
+    return TrlParser((ArgumentsForAGPU, *more)).parse_args_and_config(["--use_cpu", "true", *argv])
 
 
 def make_collator(
@@ -342,6 +388,7 @@ def run_stage(arguments: StageArguments) -> dict:
     set_seed(arguments.seed)
     check_model(arguments.model, arguments.model_revision)
     check_writable(arguments.output_dir)
+    warn_if_emulated(arguments.chosen_precision, arguments.device)
     resume_from = _checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
     if arguments.push_to and not arguments.push_license:
@@ -377,9 +424,9 @@ def run_stage(arguments: StageArguments) -> dict:
         processing_class=processor,
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank):
+    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank or arguments.muon):
         raise ValueError(
-            "frozen_16_bit, average_last and lora_rank need whole weights on every process: use one process or DDP."
+            "frozen_16_bit, average_last, lora_rank and muon need whole weights on every process: use one process or DDP."
         )
     _check_unfinished(arguments, resume_from, trainer.total_steps())
     rounded = []
@@ -414,7 +461,8 @@ def run_stage(arguments: StageArguments) -> dict:
         "epochs": trainer.state.epoch,
         "steps": trainer.state.global_step,
         "seed": arguments.seed,
-        "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "fp32",
+        "precision": arguments.chosen_precision.name,
+        "precision_reason": arguments.chosen_precision.reason,
         **_options(arguments, [path.name for path in averaged]),
         "processes": arguments.world_size,
         "seconds": round(progress["seconds"], 1),
@@ -503,6 +551,7 @@ def _options(arguments: StageArguments, averaged: list[str]) -> dict:
     options = {
         "lora": lora if arguments.lora_rank else None,
         "frozen_16_bit": arguments.frozen_16_bit,
+        "muon": arguments.muon,
         "infinite_schedule": arguments.infinite_schedule,
         "averaged": averaged,
         "token_weighting": arguments.token_weighting if arguments.token_weighting != "none" else None,
@@ -627,6 +676,7 @@ def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mix
     """What is frozen and what trains, for the log."""
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
     lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
+    lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
         rate = arguments.learning_rates.get(module)
         state = "frozen" if rate is None else f"trains at {rate:g}"

@@ -17,6 +17,7 @@ from training.checkpoint import PROGRESS, last_whole_checkpoint
 from training.collator import IGNORED
 from training.lora import LORA_PREFIX, has_lora
 from training.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
+from training.optimizers import MuonAdamW, is_hidden_matrix
 from training.schedules import infinite_schedule
 
 
@@ -196,24 +197,31 @@ class AlignVLMTrainer(SFTTrainer):
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else resumed
 
     def create_optimizer(self, model=None):
-        """One group per module and weight decay, each with its module's learning rate."""
+        """One group per module, weight decay and (with `muon`) optimizer, each with its module's learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[str, bool], list] = {}
+            use_muon = getattr(self.args, "muon", False)
+            groups: dict[tuple[str, bool, bool], list] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    groups.setdefault((module_of(name), name in decayed), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            options.pop("lr", None)
+                    muon = use_muon and is_hidden_matrix(name, parameter)
+                    groups.setdefault((module_of(name), name in decayed, muon), []).append(parameter)
+            if use_muon:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                optimizer_class, options = MuonAdamW, {"betas": betas, "eps": self.args.adam_epsilon}
+            else:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+                options.pop("lr", None)
             self.optimizer = optimizer_class(
                 [
                     {
                         "params": parameters,
                         "lr": self.learning_rates[module],
                         "weight_decay": self.args.weight_decay if decay else 0.0,
+                        **({"muon": muon} if use_muon else {}),
                     }
-                    for (module, decay), parameters in groups.items()
+                    for (module, decay, muon), parameters in groups.items()
                 ],
                 lr=max(self.learning_rates.values()),
                 **options,
