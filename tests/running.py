@@ -21,7 +21,7 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
         "max_steps": 4,
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -34,3 +34,11 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
         if value is not None
         for item in (f"--{name}", json.dumps(value) if isinstance(value, list) else str(value))
     ]
+
+
+def recompute_activations(model) -> None:
+    """Activation checkpointing, which transformers before 5.24 calls gradient checkpointing."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,6 +6,7 @@ from transformers import StaticCache
 
 from modeling_alignvlm import CACHE_NAME, AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from tests.running import recompute_activations
 
 
 IMAGE = -7  # stands for an image of four tokens in the rows below
@@ -303,13 +304,13 @@ def test_logits_to_keep(make_model, rows):
     torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_model, rows):
+def test_activation_checkpointing_changes_no_gradient(make_model, rows):
     inputs = rows([5, IMAGE, 6, 7])
     gradients = []
     for checkpointing in (False, True):
         model = make_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
         model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
