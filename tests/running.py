@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 
 SOURCES = [
     {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24},
@@ -42,3 +45,21 @@ def recompute_activations(model) -> None:
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def answer_of(model, processor) -> tuple[torch.Tensor, str]:
+    """The logits of a question about a plain image, and the greedy answer to it."""
+    parts = [
+        {"type": "image", "image": Image.new("RGB", (20, 12), (200, 30, 60))},
+        {"type": "text", "text": "What is it?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return model(**inputs).logits, processor.decode(tokens[0], skip_special_tokens=True)
