@@ -57,7 +57,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
             assert (found - value).norm() <= tolerance * value.norm(), name
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
 def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
     """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""

@@ -17,16 +17,18 @@ ROOT = Path(__file__).parents[1]
 
 READ = """
 import sys, torch, transformers
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import answer_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 given, written = sys.argv[1:]
-model, processor = AlignVLMForConditionalGeneration.from_pretrained(given), AlignVLMProcessor.from_pretrained(given)
-found = {"transformers": transformers.__version__, "package": answer_of(model, processor)}
+# The folder's own code first: once the package is imported, the Auto classes prefer its classes.
 remote = AutoModelForImageTextToText.from_pretrained(given, trust_remote_code=True)
+found = {"remote": answer_of(remote, AutoProcessor.from_pretrained(given, trust_remote_code=True))}
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+model, processor = AlignVLMForConditionalGeneration.from_pretrained(given), AlignVLMProcessor.from_pretrained(given)
 assert type(remote) is not type(model)
-found["remote"] = answer_of(remote, AutoProcessor.from_pretrained(given, trust_remote_code=True))
+found |= {"transformers": transformers.__version__, "package": answer_of(model, processor)}
 model.save_pretrained(written)
 processor.save_pretrained(written)
 torch.save(found, f"{written}/found.pt")
