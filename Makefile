@@ -1,10 +1,10 @@
-# `make quickstart` and `make test` need nothing installed but Python 3.10 or newer; each makes .venv/ first.
+# `make quickstart` and `make test` need nothing installed but Python 3.11 or newer; each makes .venv/ first.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-full lint bench clean
+.PHONY: quickstart test test-full test-newest test-lowest lint bench clean
 
 quickstart: .venv/ready
 	$(RUN) -m training.quickstart --output_dir out/quickstart
@@ -15,6 +15,16 @@ test: .venv/test-ready
 # Property tests with twenty-five times as many examples.
 test-full: .venv/test-ready
 	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest
+
+# The model, remote-code, generation, stage and Hub tests under other releases of the libraries: the newest that the ranges in
+# pyproject.toml allow on the day the environment is made (`make clean` for new ones), and the lowest they claim. torch is the same
+# build in all. Checkpoints are exchanged with the environment of `make test`.
+RELEASE_TESTS = tests/test_releases.py tests/test_modeling.py tests/test_generate.py tests/test_generation.py \
+	tests/test_remote_code.py tests/test_stages.py tests/test_hub.py
+SELECTED = -k "not flickr8k_recipe and not kernels_agree"
+
+test-newest test-lowest: test-%: .venv-%/test-ready .venv/test-ready
+	ALIGNVLM_OTHER_PYTHON=$(CURDIR)/$(RUN) .venv-$*/bin/python -m pytest $(RELEASE_TESTS) $(SELECTED)
 
 lint: .venv/test-ready
 	$(RUN) -m ruff check .
@@ -29,7 +39,7 @@ bench: .venv/test-ready
 	@[ -z "$$ALIGNVLM_TEST_DATA" ] || $(RUN) benchmarks/cider.py
 
 clean:
-	rm -rf .venv out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lowest out build *.egg-info .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,4 +49,12 @@ clean:
 
 .venv/test-ready: .venv/ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test,lora]'
+	touch $@
+
+.venv-%/test-ready: pyproject.toml constraints.txt .ci/lowest.py
+	$(PYTHON) -m venv .venv-$*
+	grep '^torch==' constraints.txt > .venv-$*/constraints.txt
+	[ $* = newest ] || $(PYTHON) .ci/lowest.py | grep -v '^torch==' >> .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt torch
+	.venv-$*/bin/python -m pip install --quiet --upgrade --constraint .venv-$*/constraints.txt --editable '.[test]'
 	touch $@

@@ -20,7 +20,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import logging
-from trl import SFTConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
@@ -31,6 +30,7 @@ from training.backbones import BackboneArguments, assemble
 from training.collator import AlignVLMCollator
 from training.data import load_mixture
 from training.nano import train_nano_backbones
+from training.stage import TrainerArguments
 from training.trainer import AlignVLMTrainer
 
 
@@ -77,13 +77,13 @@ def waiting_share(
 ) -> tuple[float, float]:
     """The share of a training step spent waiting, and the seconds of a step."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
+        arguments = TrainerArguments(
             output_dir=folder,
             per_device_train_batch_size=16,
             max_steps=steps,
             bf16=precision.name == "bf16",
             fp16=precision.name == "fp16",
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             use_cpu=True,
             max_length=None,
             report_to="none",

@@ -85,12 +85,13 @@ def child(options: dict) -> dict:
     from datasets import Dataset, Features, Image, List, Value
     from transformers import TrainerCallback
     from transformers.utils import logging
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from benchmarks import models
     from training.collator import IGNORED, AlignVLMCollator
     from training.plan import step_flops
     from training.scenes import RECORD_FEATURES
+    from training.stage import TrainerArguments
     from training.trainer import AlignVLMTrainer
 
     logging.set_verbosity_error()
@@ -132,13 +133,13 @@ def child(options: dict) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         per_step = len(made) if options["system"] != "llava" else sum(len(r["annotations"]) for r in made)
-        arguments = SFTConfig(
+        arguments = TrainerArguments(
             output_dir=folder,
             per_device_train_batch_size=per_step,
             max_steps=options["steps"],
             bf16=options["dtype"] == "bf16",
             fp16=options["dtype"] == "fp16",
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             use_cpu=device == "cpu",
             max_length=None,
             report_to="none",

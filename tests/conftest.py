@@ -1,5 +1,6 @@
 """Tiny real models for all tests: a few thousand parameters, every class as in real use."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def library_warnings():
+    """The messages that transformers and TRL log as warnings or worse while the test runs."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler, libraries = Keep(logging.WARNING), [logging.getLogger(name) for name in ("transformers", "trl")]
+    for library in libraries:
+        library.addHandler(handler)
+    yield messages
+    for library in libraries:
+        library.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

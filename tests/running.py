@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 
 SOURCES = [
     {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 24},
@@ -21,7 +24,7 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
         "max_steps": 4,
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -34,3 +37,29 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
         if value is not None
         for item in (f"--{name}", json.dumps(value) if isinstance(value, list) else str(value))
     ]
+
+
+def recompute_activations(model) -> None:
+    """Activation checkpointing, which transformers before 5.24 calls gradient checkpointing."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def answer_of(model, processor) -> tuple[torch.Tensor, str]:
+    """The logits of a question about a plain image, and the greedy answer to it."""
+    parts = [
+        {"type": "image", "image": Image.new("RGB", (20, 12), (200, 30, 60))},
+        {"type": "text", "text": "What is it?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return model(**inputs).logits, processor.decode(tokens[0], skip_special_tokens=True)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from trl import SFTConfig
 
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from tests import examples
+from tests.running import recompute_activations
 from training.collator import IGNORED, AlignVLMCollator, Row, first_fit
 from training.scenes import RECORD_FEATURES
+from training.stage import TrainerArguments
 from training.trainer import AlignVLMTrainer, freeze_all_but
 
 
@@ -47,7 +48,7 @@ def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 5e-6) -> None:
     """Equal within `tolerance` of each one's norm; what is zero but for rounding (a key projection's bias) is left out."""
     largest = max(value.norm() for value in other.values())
     for name, value in other.items():
@@ -56,7 +57,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
             assert (found - value).norm() <= tolerance * value.norm(), name
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
 def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
     """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""
@@ -68,31 +69,31 @@ def test_packed_equals_separate_for_random_records(processor, make_model, seed, 
     loss, gradients = loss_and_gradients(model, packed)
     expected_loss, expected = loss_and_gradients(model, separate)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
-    assert_same(gradients, expected, tolerance=5e-6)
+    assert_same(gradients, expected)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
 @pytest.mark.parametrize("variant", ["lora", "checkpointing", "several records per row"])
 def test_packed_equals_separate_with(variant, mask_type, processor, make_model):
+    """In float64, as above."""
     rng = random.Random(3)
     records = [random_record(rng) for _ in range(4)]
-    model = make_model(mask_type).train()
+    model = make_model(mask_type).double().train()
     if variant == "lora":
         model = get_peft_model(
             model, LoraConfig(r=4, target_modules=r".*language_model.*(q|v|gate)_proj", init_lora_weights=False)
-        )
+        ).double()
+    separate_model = copy.deepcopy(model)
     if variant == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     row_length = 300 if variant == "several records per row" else None
     packed = AlignVLMCollator(processor, mask_type, row_length=row_length)(records)
     if row_length:
         assert packed["record_ids"].max() > 0
     loss, gradients = loss_and_gradients(model, packed)
     separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
-    if variant == "checkpointing":
-        model.gradient_checkpointing_disable()
-    expected_loss, expected = loss_and_gradients(model, separate)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    expected_loss, expected = loss_and_gradients(separate_model, separate)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert_same(gradients, expected)
 
 
@@ -100,7 +101,7 @@ def one_optimizer_step(model, collator, records, folder, accumulation: int) -> d
     """What one step of plain gradient descent takes from each parameter, by the real trainer with accumulation."""
     AcceleratorState._reset_state(reset_partial_state=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = SFTConfig(
+    arguments = TrainerArguments(
         output_dir=str(folder),
         per_device_train_batch_size=len(records) // accumulation,
         gradient_accumulation_steps=accumulation,
@@ -111,7 +112,7 @@ def one_optimizer_step(model, collator, records, folder, accumulation: int) -> d
         max_grad_norm=0.0,
         weight_decay=0.0,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=True,
         report_to="none",
         save_strategy="no",

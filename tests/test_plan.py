@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.running import SOURCES, arguments_for
+from tests.running import SOURCES, arguments_for, recompute_activations
 from training import scenes
 from training.collator import AlignVLMCollator
 from training.plan import main as plan_main
@@ -31,7 +31,7 @@ def test_flops_are_those_pytorch_counts(make_model, processor, trains, recompute
     model = make_model(attn_implementation="eager", text={"num_key_value_heads": 2})
     freeze_all_but(model, dict.fromkeys(trains, 1.0))
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     batch = AlignVLMCollator(processor)([scenes.make_scenes(4)[i] for i in range(4)])
     counter = FlopCounterMode(display=False)
     with counter:

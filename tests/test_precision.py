@@ -199,11 +199,11 @@ def test_the_precisions_agree(checkpoint, tmp_path):
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
-def test_gradient_checkpointing_changes_nothing(checkpoint, tmp_path):
+def test_activation_checkpointing_changes_nothing(checkpoint, tmp_path):
     losses = []
     for on in (False, True):
         rates = dict.fromkeys(("vision_learning_rate", "projector_learning_rate", "language_learning_rate"), 1e-3)
-        entry = main(arguments_for(checkpoint, tmp_path / str(on), gradient_checkpointing=on, **rates))
+        entry = main(arguments_for(checkpoint, tmp_path / str(on), activation_checkpointing=on, **rates))
         losses.append(entry["logged_losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -200,7 +200,7 @@ def memory_of(
         inputs = tokens * config.hidden_size * 4
         if not backward:
             largest = max(largest, of_layer / 2)  # nothing is kept
-        elif arguments.gradient_checkpointing:
+        elif arguments.activation_checkpointing:
             activations += config.num_hidden_layers * inputs
             largest = max(largest, 2 * of_layer)  # computed again, and its gradients
         else:
@@ -257,7 +257,7 @@ def plan_stage(
     flops = [
         step_flops(
             *(modules, set(arguments.learning_rates), batch.images, batch.rows, batch.length, batch.labels),
-            recompute=bool(arguments.gradient_checkpointing),
+            recompute=bool(arguments.activation_checkpointing),
             image=image,
         )
         for batch in batches

@@ -54,7 +54,41 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class StageArguments(SFTConfig):
+class TrainerArguments(SFTConfig):
+    """TRL's `SFTConfig` with `activation_checkpointing`, its name since transformers 5.24, under every release."""
+
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass instead of keeping them: less memory, a third more work. On by default.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: str | None = field(
+        default=None, metadata={"help": "How: see transformers' `activation_checkpointing_enable`."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The name activation_checkpointing had before transformers 5.24.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    def __post_init__(self):
+        # transformers 5.23 and TRL read the old names, transformers 5.24 the new ones, and warns where only an old one is set.
+        for option, default in (("checkpointing", True), ("checkpointing_kwargs", None)):
+            values = (getattr(self, f"{time}_{option}") for time in ("activation", "gradient"))
+            value = next((value for value in values if value is not None), default)
+            setattr(self, f"activation_{option}", value)
+            setattr(self, f"gradient_{option}", value)
+        super().__post_init__()
+
+
+@dataclass
+class StageArguments(TrainerArguments):
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
 
     stage: int = field(default=0, metadata={"help": "Number of the stage, 1 to 4; names it in logs and records."})

@@ -115,6 +115,8 @@ class AlignVLMTrainer(SFTTrainer):
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
+        # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
+        self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
         self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
         self._counted_since = time.perf_counter()
 
