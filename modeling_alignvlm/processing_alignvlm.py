@@ -197,7 +197,8 @@ class AlignVLMProcessor(ProcessorMixin):
         for messages in conversation if batched else [conversation]:
             for index, message in enumerate(getattr(messages, "messages", messages)):
                 if not isinstance(message, dict):  # an object of OpenAI's client, say
-                    message = message.model_dump() if hasattr(message, "model_dump") else vars(message)
+                    fields = {"role": message.role, "content": message.content}
+                    message = message.model_dump() if hasattr(message, "model_dump") else fields
                 _check_message(message, index, template)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 

@@ -67,7 +67,7 @@ def test_a_packed_row_gives_loss_and_gradients_of_separate_rows(processor, make_
     assert len(packed["input_ids"]) == rows and len(separate["input_ids"]) == 5
     gradients, losses = [], []
     for batch in (packed, separate):
-        model = make_model(mask_type).train()
+        model = make_model(mask_type).double().train()  # the loss itself is taken in float32
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         losses.append(loss.detach())
