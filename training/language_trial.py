@@ -126,8 +126,10 @@ def _embeddings(model: AlignVLMForConditionalGeneration, seed: int, count: int =
     """Embeddings of random words, `(count, TRIAL_LENGTH, hidden)`, and at image places means of two: what the language model knows
     to read, but no words."""
     generator = torch.Generator().manual_seed(seed)
-    known = min(model.config.image_token_id, 1000) or 1
-    input_ids = torch.randint(known, (2, count, TRIAL_LENGTH), generator=generator)
+    image_token = model.config.image_token_id
+    words_but_image = min(model.config.text_config.vocab_size - 1, 1000)
+    input_ids = torch.randint(words_but_image, (2, count, TRIAL_LENGTH), generator=generator)
+    input_ids += input_ids >= image_token  # wherever among the words its placeholder stands
     words, others = model.get_input_embeddings()(input_ids.to(model.device))
     is_image = torch.tensor([kind in "ij" for kind in KINDS], device=model.device)[:, None]
     return torch.where(is_image, (words + others) / 2, words)
