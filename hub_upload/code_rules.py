@@ -12,7 +12,7 @@ from pathlib import Path
 
 # Computation, types and transformers; nothing that reaches files, processes or a network by itself.
 ALLOWED_IMPORTS = frozenset(
-    "PIL __future__ abc collections copy dataclasses enum functools itertools math numpy os re torch transformers typing".split()
+    "PIL __future__ abc collections copy dataclasses enum functools itertools math numpy os torch transformers typing".split()
 )
 ALLOWED_OF_OS = frozenset("PathLike path".split())
 # Names, attributes and arguments that run code, read or write files, or reach out, whatever they belong to.

@@ -6,7 +6,7 @@ the processor also returns the dense attention mask the model would build.
 """
 
 import os
-import re
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ class AlignVLMProcessor(ProcessorMixin):
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template) or ""
         for name in ("tools", "documents"):
-            if kwargs.get(name) and not re.search(rf"\b{name}\b", template):
+            if kwargs.get(name) and not _reads(template, name):
                 raise ValueError(f"The chat template does not read `{name}`. Leave them out.")
         conversation = getattr(conversation, "messages", conversation)
         if len(conversation) == 0:
@@ -197,8 +197,7 @@ class AlignVLMProcessor(ProcessorMixin):
         for messages in conversation if batched else [conversation]:
             for index, message in enumerate(getattr(messages, "messages", messages)):
                 if not isinstance(message, dict):  # an object of OpenAI's client, say
-                    fields = {"role": message.role, "content": message.content}
-                    message = message.model_dump() if hasattr(message, "model_dump") else fields
+                    message = message.model_dump() if hasattr(message, "model_dump") else asdict(message)
                 _check_message(message, index, template)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
@@ -286,17 +285,23 @@ def _flatten(images) -> list:
     return [images]
 
 
+def _reads(template: str, *names: str) -> bool:
+    """Whether a template has these names one behind the other, whatever stands between: `message.tool_calls`, `message['name']`."""
+    words = "".join(character if character.isalnum() or character == "_" else " " for character in template).split()
+    return f" {' '.join(names)} " in f" {' '.join(words)} "
+
+
 def _check_message(message: dict, index: int, template: str) -> None:
     """Refuses what the template would drop or the model has never seen."""
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES and not re.search(rf"""['"]{re.escape(str(role))}['"]""", template):
+    if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
         raise ValueError(f"Message {index} has the role {role!r}; the chat template knows {', '.join(ROLES)}.")
     further = []
     for name, value in message.items():
         empty = value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
         if name not in ("role", "content") and not empty:
             further.append(name)
-            if not re.search(rf"""\bm\w*(\.|\[['"]|\.get\(['"]){re.escape(name)}\b""", template):
+            if not any(_reads(template, *path, name) for path in (("message",), ("message", "get"), ("msg",), ("m",))):
                 raise ValueError(
                     f"Message {index} ({role}) has {name!r}, which the chat template does not read. Remove it, or write it into the "
                     "content."
