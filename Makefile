@@ -3,24 +3,26 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
+# One process per core, at most four; each file's tests in one of them.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-full test-newest test-lowest lint bench clean
 
 quickstart: .venv/ready
-	$(RUN) -m training.quickstart --output_dir out/quickstart
+	$(RUN) -m alignvlm.cli quickstart --output_dir out/quickstart
 
 test: .venv/test-ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 # Property tests with twenty-five times as many examples.
 test-full: .venv/test-ready
-	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest
+	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest $(PARALLEL)
 
 # The model, remote-code, generation, stage and Hub tests under other releases of the libraries: the newest that the ranges in
 # pyproject.toml allow on the day the environment is made (`make clean` for new ones), and the lowest they claim. torch is the same
 # build in all. Checkpoints are exchanged with the environment of `make test`.
-RELEASE_TESTS = tests/test_releases.py tests/test_modeling.py tests/test_generate.py tests/test_generation.py \
-	tests/test_remote_code.py tests/test_stages.py tests/test_hub.py
+RELEASE_TESTS = tests/modeling_alignvlm/test_releases.py tests/modeling_alignvlm/test_modeling.py tests/evaluation/test_answer.py tests/modeling_alignvlm/test_generation.py \
+	tests/modeling_alignvlm/test_remote_code.py tests/stages/test_stages.py tests/hub_upload/test_hub.py
 SELECTED = -k "not flickr8k_recipe and not kernels_agree"
 
 test-newest test-lowest: test-%: .venv-%/test-ready .venv/test-ready

@@ -20,7 +20,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 
-METRIC = Path(__file__).resolve().parents[1] / "evaluation/metrics/cider"
+METRIC = Path(__file__).resolve().parents[1] / "alignvlm/evaluation/metrics/cider"
 sys.path.insert(0, str(METRIC))
 from cider_d import cider_d  # noqa: E402
 from ptb_tokenizer import tokenize  # noqa: E402

@@ -24,14 +24,14 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/data.py`
 
-from evaluation.precision import PRECISIONS, Precision, choose_precision, warn_if_emulated
-from training import scenes
-from training.backbones import BackboneArguments, assemble
-from training.collator import AlignVLMCollator
-from training.data import load_mixture
-from training.nano import train_nano_backbones
-from training.stage import TrainerArguments
-from training.trainer import AlignVLMTrainer
+from alignvlm.data import scenes
+from alignvlm.data.mixture import load_mixture
+from alignvlm.evaluation.precision import PRECISIONS, Precision, choose_precision, warn_if_emulated
+from alignvlm.quickstart.nano import train_nano_backbones
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.stage import TrainerArguments
+from alignvlm.stages.trainer import AlignVLMTrainer
 
 
 def drawn_photos(folder: Path, count: int) -> Path:
@@ -135,7 +135,7 @@ def main() -> None:
         )
         for side in (model.config.vision_config.image_size, 224, 384):
             processor.image_processor = SiglipImageProcessorPil(size={"height": side, "width": side})
-            mixture = load_mixture(source, AlignVLMCollator(processor))
+            mixture = load_mixture(source, AlignVLMCollator(processor).token_counts)
             for workers in (1, 2):
                 rate = records_per_second(mixture, AlignVLMCollator(processor), workers, arguments.batches)
                 rows.append({"image_size": side, "workers": workers, "records_per_s": rate})
@@ -145,7 +145,13 @@ def main() -> None:
         collator = AlignVLMCollator(processor)
         for workers in (0, 1):
             waited, seconds = waiting_share(
-                model, processor, load_mixture(source, collator), collator, workers, arguments.steps, precision
+                model,
+                processor,
+                load_mixture(source, collator.token_counts),
+                collator,
+                workers,
+                arguments.steps,
+                precision,
             )
             rows.append(
                 {"workers": workers, "dtype": precision.name, "waiting_share": waited, "step_seconds": seconds}

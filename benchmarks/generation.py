@@ -1,4 +1,4 @@
-"""Answering many questions about an image: `evaluation.generate.answer` and transformers' LLaVA, in one run.
+"""Answering many questions about an image: `alignvlm.evaluation.answer.answer` and transformers' LLaVA, in one run.
 
     python benchmarks/generation.py [--device cuda]
 
@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/generation.py`
 
+from alignvlm.evaluation.answer import answer
+from alignvlm.evaluation.precision import PRECISIONS, choose_precision, warn_if_emulated
 from benchmarks import models
-from evaluation.generate import answer
-from evaluation.precision import PRECISIONS, choose_precision, warn_if_emulated
 
 
 NEW_TOKENS = 3

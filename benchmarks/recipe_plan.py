@@ -3,7 +3,7 @@
     python benchmarks/recipe_plan.py --model FOLDER [--processes 8] [--gpu H100]
 
 `--model` is a stage-0 checkpoint, or a later one of the same backbones. Stand-ins are jsonl files with as many records as a data set's
-page states, in words of the usual number; images are named, not read, as `training.plan` does not decode them.
+page states, in words of the usual number; images are named, not read, as `alignvlm.tools.plan` does not decode them.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/recipe_plan.py`
 
-from training.plan import GPUS, describe, plan_stages
-from training.stage import parse_anywhere
+from alignvlm.stages.stage import parse_anywhere
+from alignvlm.tools.plan import GPUS, describe, plan_stages
 
 
 ROOT = Path(__file__).resolve().parents[1]

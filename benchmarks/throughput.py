@@ -6,7 +6,7 @@ Every system trains through its own trainer (`AlignVLMTrainer`; TRL's `SFTTraine
 pictures and words, with the same backbones of random weights, the same precision (`--dtype`, by default what the device does
 natively) and AdamW; a step is the whole step, collation and optimizer included. Each runs in a process of its own, in turns (`--rounds`); the median step counts.
 
-FLOPs are counted by `training.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
+FLOPs are counted by `alignvlm.tools.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
 `flops_share` is the step's rate over the machine's: that of products of 4096 x 4096 matrices in that dtype on the same threads,
 measured before and after every step, because the speed of a shared machine changes from minute to minute.
 
@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
 
-from evaluation.precision import DTYPES, PRECISIONS, choose_precision, is_native, warn_if_emulated
+from alignvlm.evaluation.precision import DTYPES, PRECISIONS, choose_precision, is_native, warn_if_emulated
 
 
 SYSTEMS = ("packed", "unpacked", "llava")
@@ -87,12 +87,12 @@ def child(options: dict) -> dict:
     from transformers.utils import logging
     from trl import SFTTrainer
 
+    from alignvlm.data.scenes import RECORD_FEATURES
+    from alignvlm.rows.collator import IGNORED, AlignVLMCollator
+    from alignvlm.stages.stage import TrainerArguments
+    from alignvlm.stages.trainer import AlignVLMTrainer
+    from alignvlm.tools.plan import step_flops
     from benchmarks import models
-    from training.collator import IGNORED, AlignVLMCollator
-    from training.plan import step_flops
-    from training.scenes import RECORD_FEATURES
-    from training.stage import TrainerArguments
-    from training.trainer import AlignVLMTrainer
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -25,9 +25,9 @@ from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/true_size.py`
 
-from evaluation.precision import PRECISIONS
-from training.plan import plan_stages
-from training.stage import StageArguments
+from alignvlm.evaluation.precision import PRECISIONS
+from alignvlm.stages.stage import StageArguments
+from alignvlm.tools.plan import plan_stages
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ def main() -> None:
     vision = make_backbone(arguments.configs / arguments.vision, folder / "vision", is_language=False)
     shutil.copy(arguments.configs / arguments.vision / "preprocessor_config.json", vision)
     AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(language)
-    assemble = ["-m", "training.backbones", "--vision", vision, "--language", language]
+    assemble = ["-m", "alignvlm.stages.backbones", "--vision", vision, "--language", language]
     subprocess.run([sys.executable, *map(str, assemble), "--output_dir", str(folder / "stage0")], cwd=ROOT, check=True)
 
     recipes = [ROOT / f"training/recipes/alignvlm_900m/stage{stage}.yaml" for stage in (1, 2, 3, 4)]

@@ -3,7 +3,7 @@
     python docs/write_models_page.py
 
 A tiny model with random weights is made of every registered type and goes through what assembly does: language models are
-tried (`training.language_trial`), encoders measured (`training.encoder_measure`). `tests/test_models_page.py` repeats it for a
+tried (`alignvlm.stages.language_trial`), encoders measured (`alignvlm.stages.encoder_measure`). `tests/stages/test_models_page.py` repeats it for a
 selection of types.
 """
 
@@ -26,10 +26,10 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from alignvlm.stages.backbones import join
+from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder
+from alignvlm.stages.language_trial import try_language_model
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
-from training.backbones import join
-from training.encoder_measure import EncoderMeasure, measure_encoder
-from training.language_trial import try_language_model
 
 
 PAGE = Path(__file__).parent / "models.md"
@@ -326,14 +326,14 @@ def page(languages: list[Finding], encoders: list[Finding]) -> str:
 INTRODUCTION = """\
 # Which language models and vision encoders can be used
 
-`python -m training.backbones` sends pictures through the image processor and the encoder to measure how many tokens an image takes,
+`alignvlm assemble` sends pictures through the image processor and the encoder to measure how many tokens an image takes,
 and tries the language model inside AlignVLM: text as before, who sees whom under each mask type, generation with a cache from
 padded rows against rows alone without, packed rows against separate ones, questions behind a prefilled image. What does not hold is
 refused, with a sentence that names it and what works instead; a language model that holds all but packing is used without it (one
 annotation per row, one whole prompt per question), and `config.json` says `"packing": false`.
 
 The tables come from tiny models with random weights of each type registered in transformers {transformers}, made and tried by
-[`write_models_page.py`](write_models_page.py); [`tests/test_models_page.py`](../tests/test_models_page.py) repeats a selection. A real
+[`write_models_page.py`](write_models_page.py); [`tests/stages/test_models_page.py`](../tests/stages/test_models_page.py) repeats a selection. A real
 checkpoint may differ from its type's tiny model (Falcon with ALiBi, for instance, keeps only `causal`, without packing): assembly tries
 the checkpoint itself.
 

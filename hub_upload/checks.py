@@ -20,7 +20,8 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
-from hub_upload.package import ABSOLUTE_PATH, MANIFEST, RUN_RECORD, files_of, is_allowed, read_manifest, sha256_of
+from hub_upload.package import ABSOLUTE_PATH, MANIFEST, files_of, is_allowed, read_manifest
+from hub_upload.run_record import RUN_RECORD, sha256_of
 
 
 SECRETS = {
@@ -45,7 +46,7 @@ import json, platform, sys
 
 class NotHere:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_alignvlm", "training", "evaluation", "hub_upload"):
+        if name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "hub_upload"):
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotHere())

@@ -1,6 +1,6 @@
 """What `trust_remote_code=True` would run of a repository or folder, without running it.
 
-    python -m hub_upload.inspect user/name [--revision COMMIT]
+    alignvlm inspect user/name [--revision COMMIT]
 
 Lists each Python file with its hash, its imports, and what in it is more than model code needs; and everything else that loading
 could execute: pickles, code of other repositories, `custom_generate`. It works for anyone's repository of this kind.
@@ -17,7 +17,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hub_upload.code_rules import read_code
-from hub_upload.package import files_of, sha256_of
+from hub_upload.package import files_of
+from hub_upload.run_record import sha256_of
 
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5")

@@ -6,7 +6,6 @@ Made twice from the same checkpoint, the folder is the same byte for byte.
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -20,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from hub_upload.card import PLACEHOLDER, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
 from hub_upload.licences import given_licence, licence_of
+from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_run_record
 
 
-RUN_RECORD = "alignvlm_run.json"
 MANIFEST = "manifest.sha256"
 # Whole names, as regular expressions; everything else stays behind.
 ALLOWED = (
@@ -51,16 +50,6 @@ NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_c
 def is_allowed(name: str) -> bool:
     """Whether a path in the repository is on the allow-list."""
     return any(re.fullmatch(pattern, name) for pattern in ALLOWED)
-
-
-def sha256_of(files: list[Path]) -> str:
-    """The SHA-256 of the files' contents, one behind the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def files_of(folder: Path) -> list[str]:
@@ -133,7 +122,7 @@ def package(
         raise FileNotFoundError(
             f"{folder} is not a whole checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
-    record = json.loads((folder / RUN_RECORD).read_text())
+    record = read_run_record(folder)
     record = without_local_paths({**record, "results": results_of(folder)})
     if given := given_licence(license, license_name, license_link):
         record["licence"] = given
@@ -160,13 +149,13 @@ def package(
 
 def note_releases(output: Path, releases: dict[str, str], repository: str = PLACEHOLDER) -> None:
     """Puts the releases that a packaged folder was loaded with into its run record and card."""
-    record = json.loads((output / RUN_RECORD).read_text())
+    record = read_run_record(output)
     _write_texts(output, {**record, "loaded_with": releases}, repository, (output / "README.md").read_text())
 
 
 def _write_texts(output: Path, record: dict, repository: str, there: str | None, license_given: bool = False) -> None:
     """Writes run record, card and manifest. Of the card that is there, a text edited by hand and metadata of its own stay."""
-    (output / RUN_RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_run_record(output, record)
     config = json.loads((output / "config.json").read_text())
     card = make_card(record, config, parameter_count(output), repository)
     (output / "README.md").write_text(card if there is None else renewed_card(there, card, repository, license_given))

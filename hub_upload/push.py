@@ -54,8 +54,8 @@ from hub_upload.package import (
     note_releases,
     package,
     read_manifest,
-    sha256_of,
 )
+from hub_upload.run_record import sha256_of
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them

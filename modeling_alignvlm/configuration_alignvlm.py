@@ -171,7 +171,7 @@ class AlignVLMConfig(PreTrainedConfig):
         if value is None:
             raise ValueError(
                 f"The configuration of the vision encoder {self.vision_config.model_type!r} has no {key!r}. Give image_size, "
-                "image_grid and vision_hidden_size, as `training.backbones` measures them."
+                "image_grid and vision_hidden_size, as `alignvlm.stages.backbones` measures them."
             )
         return max(value) if isinstance(value, (list, tuple)) else value
 

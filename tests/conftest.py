@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from alignvlm.data import scenes
+from alignvlm.stages.backbones import PLAIN_TEMPLATE
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from training import scenes
-from training.backbones import PLAIN_TEMPLATE
 
 
 torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def make_model(tokenizer):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, make_model, processor) -> Path:
     """A saved stage-0 folder of the tiny model."""
-    from training.checkpoint import save_checkpoint
+    from alignvlm.stages.checkpoint import save_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "stage0"
     free = {"license": "apache-2.0"}

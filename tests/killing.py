@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.killing", "training.stage"])
+CONTEXT.set_forkserver_preload(["tests.killing", "alignvlm.stages.stage"])
 
 
 def _run(arguments: list[str], log: Path, folder: Path, kill_at: int | None, limit: tuple[str, int] | None) -> None:
     import torch
     from transformers.utils import logging
 
-    from training.stage import main
+    from alignvlm.stages.stage import main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)

@@ -7,12 +7,12 @@ from datasets import concatenate_datasets
 from torch.utils.data import SequentialSampler
 from trl import TrlParser
 
+from alignvlm.data import scenes
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.stage import StageArguments
+from alignvlm.stages.trainer import AlignVLMTrainer
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import arguments_for
-from training import scenes
-from training.collator import AlignVLMCollator
-from training.stage import StageArguments
-from training.trainer import AlignVLMTrainer
 
 
 def main(checkpoint: str, output: str) -> None:

@@ -1,6 +1,6 @@
 """Stage 1, connector alignment: `accelerate launch training/stage1.py --config training/recipes/nano/stage1.yaml`."""
 
-from training.stage import main
+from alignvlm.stages.stage import main
 
 
 if __name__ == "__main__":

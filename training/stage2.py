@@ -1,6 +1,6 @@
 """Stage 2, vision alignment: `accelerate launch training/stage2.py --config training/recipes/nano/stage2.yaml`."""
 
-from training.stage import main
+from alignvlm.stages.stage import main
 
 
 if __name__ == "__main__":

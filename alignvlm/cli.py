@@ -1,0 +1,46 @@
+"""The command `alignvlm`: names of what a person runs, no logic.
+
+alignvlm plan --config training/recipes/nano/stage*.yaml
+"""
+
+import difflib
+import importlib
+import sys
+
+
+# name: (module with a `main(argv)`, what it does)
+COMMANDS = {
+    "quickstart": ("alignvlm.quickstart.quickstart", "Train, evaluate and reload a complete nano model on a CPU."),
+    "assemble": ("alignvlm.stages.backbones", "Make a stage-0 checkpoint of a vision encoder and a language model."),
+    "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
+    "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
+    "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
+    "push": ("hub_upload.push", "Package, check and push a checkpoint to the Hub."),
+    "inspect": ("hub_upload.inspect", "Show what `trust_remote_code` would run in a repository, without running it."),
+}
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: alignvlm COMMAND [options]    (alignvlm COMMAND --help)", "", *lines])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command that `argv` begins with."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise SystemExit(f"error: alignvlm has no command {name!r}.{hint}\n\n{usage()}")
+    sys.argv = [f"alignvlm {name}", *rest]  # what the command's --help calls itself
+    importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data sets and images to records, mixed in token shares."""

@@ -1,0 +1,1 @@
+"""Answers, metrics and the numbers made of them."""

@@ -1,0 +1,1 @@
+"""Nano backbones and the quickstart."""

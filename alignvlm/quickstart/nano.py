@@ -1,0 +1,196 @@
+"""Nano backbones, trained here from nothing, so that the quickstart needs no download.
+
+A SigLIP-type encoder learns to say what is where in drawn scenes, and a Qwen2-type language model learns to read scene
+descriptions and to answer questions about them. Neither has ever met the other: that is what the four stages are for.
+Both are written in Hugging Face form, as `alignvlm.stages.backbones` takes them.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from alignvlm.data import scenes
+from alignvlm.evaluation.precision import choose_precision
+from alignvlm.stages.backbones import PLAIN_TEMPLATE
+from alignvlm.stages.optimizers import MuonAdamW, muon_groups
+
+
+IMAGE_SIZE, PATCH_SIZE = 64, 16
+SCENE_COUNT = 12_000  # scenes the vision encoder sees
+# On a CPU the backward of PyTorch's SDPA kernel is slower than plain products for models this small.
+ATTENTION = "eager"
+
+
+def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_steps: int) -> tuple[Path, Path]:
+    """Trains both backbones on the training split and saves them under `folder`; returns their two folders."""
+    vision, language = Path(folder) / "vision", Path(folder) / "language"
+    train_vision_encoder(vision, seed, vision_steps)
+    train_language_model(language, seed, language_steps)
+    return vision, language
+
+
+def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
+    """A plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
+    precision = choose_precision()
+    named = [named for module in modules for named in module.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    optimizer = MuonAdamW(muon_groups(named), lr=learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    progress = tqdm(range(steps), desc=name)
+    for step in progress:
+        with precision.autocast():
+            loss = loss_of_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 19:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
+    """Trains the encoder so that every patch knows its quadrant, and the colour, kind and size of what lies there, if anything."""
+    set_seed(seed)
+    rng = np.random.default_rng([seed, 10])
+    drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
+    pixels = np.stack(
+        [np.asarray(scenes.draw(scene, rng, IMAGE_SIZE)) for scene in tqdm(drawn, desc="drawing scenes")]
+    )
+    processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    vocabularies = (list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES))
+    targets = torch.zeros(SCENE_COUNT, len(scenes.POSITIONS), 3, dtype=torch.long)  # 0: nothing there
+    for index, scene in enumerate(drawn):
+        for shape in scene:
+            values = (shape.colour, shape.kind, shape.size)
+            places = [1 + vocabulary.index(value) for vocabulary, value in zip(vocabularies, values)]
+            targets[index, list(scenes.POSITIONS).index(shape.position)] = torch.tensor(places)
+
+    config = SiglipVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        vision_use_head=False,
+    )
+    encoder = SiglipVisionModel._from_config(config, attn_implementation=ATTENTION)
+    classes = [*(len(vocabulary) + 1 for vocabulary in vocabularies), len(scenes.POSITIONS)]
+    head = nn.Linear(config.hidden_size, sum(classes))
+    side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the picture
+    quadrant_of_patch = (2 * side[:, None] + side).flatten()
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        chosen = torch.from_numpy(rng.choice(SCENE_COUNT, batch_size, replace=False))
+        images = torch.from_numpy(pixels[chosen]).permute(0, 3, 1, 2) / 127.5 - 1  # as the image processor does
+        features = encoder(images).last_hidden_state
+        predictions = head(features).float().split(classes, dim=-1)
+        seen = targets[chosen][:, quadrant_of_patch]  # (batch, patches, 3)
+        wanted = torch.cat([seen, quadrant_of_patch.expand(batch_size, -1).unsqueeze(-1)], dim=-1)
+        return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
+
+    _train("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
+    encoder.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    _write_card(folder, "image-feature-extraction", "A nano vision encoder, trained from nothing on drawn scenes.")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: whole words for the scenes, and any other text in smaller pieces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 24) -> None:
+    """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
+    set_seed(seed)
+    rng = np.random.default_rng([seed, 11])
+
+    def dialogue() -> list[dict[str, str]]:
+        scene = scenes.random_scene(rng, "train")
+        asked = scenes.annotate(scene, ("short_caption", "detailed_caption", "questions"), rng)
+        asked = [asked[i] for i in rng.permutation(len(asked))]
+        asked[0] = {**asked[0], "prompt": f"{scenes.detailed_caption(scene)} {asked[0]['prompt']}"}
+        return asked
+
+    sample = [
+        text
+        for _ in range(2000)
+        for turn in dialogue()
+        for text in (f"User: {turn['prompt']}\n", f"Assistant: {turn['response']}")
+    ]
+    tokenizer = train_tokenizer(sample)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        initializer_range=0.07,  # about hidden_size ** -0.5: with the usual 0.02 attention starts flat and learns late,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION)
+
+    @cache
+    def encode(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    def tokens_and_labels() -> tuple[list[int], list[int]]:
+        input_ids, labels = [], []
+        for turn in dialogue():
+            prompt = encode(f"User: {turn['prompt']}\nAssistant:")
+            response = encode(f" {turn['response']}{tokenizer.eos_token}")
+            line_end = encode("\n")
+            input_ids += prompt + response + line_end
+            labels += [-100] * len(prompt) + response + [-100] * len(line_end)
+        return input_ids, labels
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        rows = [tokens_and_labels() for _ in range(batch_size)]
+        length = max(len(input_ids) for input_ids, _ in rows)
+        input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (length - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
+        return model(input_ids=input_ids, labels=labels).loss
+
+    _train("language model", [model], 5e-3, steps, loss_of_step)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_card(folder, "text-generation", "A nano language model, trained from nothing on texts about drawn scenes.")
+
+
+def _write_card(folder: Path, task: str, text: str) -> None:
+    """A README.md that states the licence: whatever is made of these weights may be as free as they are."""
+    metadata = f"license: apache-2.0\nlibrary_name: transformers\npipeline_tag: {task}"
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{text}\n")

@@ -1,0 +1,312 @@
+"""Assembles a stage-0 checkpoint from a pretrained vision encoder and a pretrained language model.
+
+    alignvlm assemble --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen2.5-0.5B --output_dir out/stage0
+
+Both are kept as they are; the image token is added to the tokenizer, the embeddings are resized if it does not fit, and the
+projector between them is new. What the encoder makes of an image is measured (`alignvlm.stages.encoder_measure`), and what the language model
+keeps inside AlignVLM is tried (`alignvlm.stages.language_trial`), not assumed; docs/models.md lists what was seen of which model.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils import logging
+from trl import TrlParser
+
+from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
+from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
+from hub_upload.licences import read_licence
+from hub_upload.repository import check_model, commit_of
+from hub_upload.run_record import library_versions
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_TOKEN = "<image>"
+# Both write the parts of a message in order, an image as its placeholder; `generation` marks what the assistant says. What they have
+# no place for is refused: the processor does it with more words, this is for a tokenizer used alone.
+_PARTS = """\
+{%- macro parts(message, gap) -%}
+{%- if message.role not in ['system', 'user', 'assistant'] -%}
+{{ raise_exception('The roles are system, user and assistant, not ' ~ message.role) }}
+{%- endif -%}
+{%- for field in message if field not in ['role', 'content'] and message[field] -%}
+{{ raise_exception('A message has a role and a content, not ' ~ field) }}
+{%- endfor -%}
+{%- if message.content is string -%}{{ gap + message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<image>
+{%- elif part.type == 'text' -%}{{ gap + part.text }}
+{%- else -%}{{ raise_exception('The parts of a message are of type text or image, not ' ~ part.type) }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+CHATML_TEMPLATE = (
+    _PARTS
+    + """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ parts(message, '') + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ parts(message, '') + '<|im_end|>\\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+)
+# For language models without chat tokens: plain words that any tokenizer can write, each text behind a space, so that its
+# first word has the same tokens behind an image and behind words.
+PLAIN_TEMPLATE = (
+    _PARTS
+    + """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{ 'Assistant:' }}{%- generation -%}{{ parts(message, ' ') + eos_token }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ message.role | capitalize + ':' + parts(message, ' ') + '\\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
+"""
+)
+
+
+@dataclass
+class BackboneArguments:
+    """What a stage-0 checkpoint is assembled from."""
+
+    vision: str = field(metadata={"help": "Vision encoder: local folder or Hub id."})
+    language: str = field(metadata={"help": "Causal language model: local folder or Hub id."})
+    output_dir: str = field(metadata={"help": "Where the stage-0 checkpoint is written."})
+    vision_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the vision encoder."}
+    )
+    language_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of the language model."}
+    )
+    projector_type: str = field(default="mlp", metadata={"help": "`mlp` or `linear`."})
+    pixel_shuffle_factor: int = field(
+        default=1, metadata={"help": "Merge squares of so many patches a side into one token."}
+    )
+    vision_feature_layer: int = field(
+        default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
+    )
+    attention_mask_type: str = field(default="image", metadata={"help": "`causal`, `image`, `prefix` or `mutual`."})
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
+
+
+def load_vision_encoder(name: str, revision: str | None = None) -> PreTrainedModel:
+    """A vision encoder in float32; of an image-text model (SigLIP, CLIP) its vision half."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = getattr(config, "vision_config", config)
+    encoder_class = type(AutoModel.from_config(config))
+    return encoder_class.from_pretrained(name, config=config, revision=revision, dtype=torch.float32)
+
+
+@torch.no_grad()
+def join(
+    vision: PreTrainedModel, language: PreTrainedModel, image_token_id: int, measure: EncoderMeasure, **fields
+) -> AlignVLMForConditionalGeneration:
+    """An AlignVLM model with the weights of a vision encoder and a causal language model, and a new projector.
+
+    Args:
+        measure: of the vision encoder.
+        **fields: further fields of `AlignVLMConfig`.
+
+    Raises:
+        ValueError: if either has weights that do not fit, if images and some text need more positions than the language model has,
+            or if it answers text otherwise than alone (a head this package does not rebuild).
+    """
+    kind = f"The language model {language.name_or_path!r} ({language.config.model_type})"
+    config = AlignVLMConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_id=image_token_id,
+        image_size=list(measure.input_size),
+        image_grid=list(measure.grid),
+        vision_hidden_size=measure.hidden_size,
+        **fields,
+    )
+    if language.config.is_encoder_decoder:
+        raise ValueError(f"{kind} has an encoder of its own. Use a decoder alone.")
+    model = AlignVLMForConditionalGeneration(config).eval()
+    model.generation_config.use_cache = True  # MPT's config says no
+    base = language.base_model if language.base_model is not language else language.get_decoder()
+    try:
+        model.model.language_model.load_state_dict(base.state_dict())
+        model.lm_head.load_state_dict({"weight": language.get_output_embeddings().weight})
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{kind} cannot be rebuilt inside AlignVLM, as what AutoModel makes of its config ({type(model.model.language_model).__name__}) "
+            f"and a matrix: {type(base).__name__} and {type(language.get_output_embeddings()).__name__} have other weights."
+        ) from error
+    missing = model.model.vision_tower.load_state_dict(vision.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"The vision encoder {vision.name_or_path!r} lacks the weights {missing}.")
+
+    needed = config.image_seq_length + TRIAL_LENGTH
+    check_positions(model, needed, f"an image of {config.image_seq_length} tokens and some text need")
+    words = [token for token in range(17) if token != image_token_id]
+    probe = torch.tensor([words[: stated_positions(language.config)]])
+    expected = language.eval()(probe).logits
+    try:
+        actual = model(input_ids=probe).logits
+    except Exception as error:  # whatever a language model of others raises
+        raise ValueError(f"{kind} does not run inside AlignVLM: {type(error).__name__}: {error}") from error
+    if not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4):
+        raise ValueError(
+            f"Inside AlignVLM {kind[0].lower() + kind[1:]} gives other logits than alone (largest difference "
+            f"{(actual - expected).abs().max():.2e}): its head does more than a matrix product, or its base model needs more than "
+            "embeddings."
+        )
+    return model
+
+
+@torch.no_grad()
+def check_positions(model: AlignVLMForConditionalGeneration, needed: int, what: str) -> None:
+    """Tries whether rows of `needed` tokens go through a language model whose config tells of fewer positions.
+
+    Raises:
+        ValueError: if they do not. `what` begins the sentence: "an image and some text need".
+    """
+    text = model.config.text_config
+    positions = stated_positions(text)
+    if positions is None or needed <= positions:
+        return
+    row = torch.zeros(1, needed, dtype=torch.long, device=model.device)
+    try:
+        model.model.language_model(input_ids=row, use_cache=False)
+    except Exception as error:  # whatever a language model of others raises
+        raise ValueError(
+            f"The language model {text.model_type!r} has {positions} positions, but {what} {needed}. Take one with more, an encoder "
+            "with fewer features, or a pixel_shuffle_factor of 2 or more."
+        ) from error
+    logger.warning(
+        f"The language model {text.model_type!r} was trained on rows of up to {positions} tokens; {what} {needed}."
+    )
+
+
+def choose_mask_type(model: AlignVLMForConditionalGeneration, name: str) -> None:
+    """Tries the language model, and writes into the config what it keeps.
+
+    Raises:
+        ValueError: if that is not `attention_mask_type`. The message says what else can be had.
+    """
+    config = model.config
+    trial = try_language_model(model)
+    wanted = config.attention_mask_type
+    if wanted not in trial.mask_types:
+        kept = [f"--attention_mask_type {kind}" for kind in trial.mask_types]
+        offer = f"What it keeps: {', '.join(kept)}{'' if trial.packing else ' (without packing)'}." if kept else ""
+        raise ValueError(
+            f"The language model {name!r} ({config.text_config.model_type}) cannot keep attention_mask_type={wanted!r}: "
+            f"{trial.reasons[wanted]}. {offer or 'It keeps no other either: use another language model.'}"
+        )
+    config.supported_mask_types, config.packing = trial.mask_types, trial.packing
+    if not trial.packing:
+        logger.warning(
+            f"The language model {name!r} ({config.text_config.model_type}) cannot pack rows: {trial.reasons['packing']}. Each row "
+            "will hold one annotation, and each question is answered from a whole prompt."
+        )
+
+
+def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGeneration, AlignVLMProcessor]:
+    """Builds model and processor from pretrained backbones, and writes them to `output_dir`.
+
+    Raises:
+        ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
+            for something else, and a language model that does not answer text as before or cannot keep the mask type.
+    """
+    for name, revision in (
+        (arguments.vision, arguments.vision_revision),
+        (arguments.language, arguments.language_revision),
+    ):
+        check_model(name, revision)
+    vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
+    if arguments.image_size is not None:
+        set_image_size(image_processor, arguments.image_size)
+    measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
+    language = AutoModelForCausalLM.from_pretrained(
+        arguments.language, revision=arguments.language_revision, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(arguments.language, revision=arguments.language_revision)
+
+    set_seed(arguments.seed)  # before anything new is drawn
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > language.get_input_embeddings().weight.shape[0]:
+        language.resize_token_embeddings(len(tokenizer))
+    model = join(
+        vision,
+        language,
+        tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        measure,
+        projector_type=arguments.projector_type,
+        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
+        vision_feature_layer=arguments.vision_feature_layer,
+        attention_mask_type=arguments.attention_mask_type,
+    )
+    choose_mask_type(model, arguments.language)
+
+    chatml = "<|im_end|>" in tokenizer.get_vocab()
+    processor = AlignVLMProcessor(
+        image_processor,
+        tokenizer,
+        image_seq_length=model.config.image_seq_length,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHATML_TEMPLATE if chatml else PLAIN_TEMPLATE,
+    )
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")} if chatml else set()
+    model.generation_config.eos_token_id = sorted(ends | {tokenizer.eos_token_id})
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    record = {
+        "backbones": {
+            "vision": _recorded_name(arguments.vision),
+            "vision_revision": commit_of(arguments.vision, arguments.vision_revision),
+            "vision_licence": read_licence(arguments.vision, arguments.vision_revision),
+            "language": _recorded_name(arguments.language),
+            "language_revision": commit_of(arguments.language, arguments.language_revision),
+            "language_licence": read_licence(arguments.language, arguments.language_revision),
+        },
+        "versions": library_versions(),
+        "stages": [],
+    }
+    save_checkpoint(model, processor, arguments.output_dir, record)
+    return model, processor
+
+
+def _recorded_name(name: str) -> str:
+    """A Hub id, or the name of a local folder, which must not look like one."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = TrlParser(BackboneArguments).parse_args_and_config(argv)
+    model, _ = assemble(arguments)
+    print(f"{Path(arguments.output_dir)}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""A checkpoint folder is a repository: weights, code, processor, licence, card and run record, loadable by the Auto classes.
+
+The run record, `alignvlm_run.json`, tells how the weights came about: the backbones, and one entry per stage.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.utils import logging
+
+from hub_upload.card import make_card
+from hub_upload.package import parameter_count, renewed_card
+from hub_upload.run_record import RUN_RECORD, write_run_record
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+logger = logging.get_logger(__name__)
+
+PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had read and taken up to it
+
+
+def read_progress(checkpoint: str | os.PathLike) -> dict | None:
+    """What `AlignVLMTrainer.progress` was when a `checkpoint-N` folder was written; None if it does not say."""
+    path = Path(checkpoint) / PROGRESS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises a clear error if nothing can be written into `folder`, which is created if need be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+    except OSError as error:
+        raise OSError(f"output_dir {str(folder)!r} cannot be written to: {error}. Name another folder.") from error
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The whole `checkpoint-N` folders of a run, in the order of their steps."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    return sorted(filter(is_whole, found), key=lambda path: int(path.name.split("-")[-1]))
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The last of `whole_checkpoints`; None if there is none."""
+    return next(reversed(whole_checkpoints(output_dir)), None)
+
+
+def average_weights(checkpoints: list[Path]) -> dict[str, torch.Tensor]:
+    """The mean of the weights of several checkpoint folders, summed in float64; dtypes are those of the first."""
+    files = [sorted(folder.glob("*.safetensors")) for folder in checkpoints]
+    mean = {}
+    for parts in zip(*files, strict=True):
+        opened = [safe_open(part, framework="pt") for part in parts]
+        for name in opened[0].keys():  # noqa: SIM118 - not a dictionary
+            first = opened[0].get_tensor(name)
+            total = first.double() if first.is_floating_point() else None
+            if total is None:
+                mean[name] = first
+                continue
+            for other in opened[1:]:
+                total += other.get_tensor(name).double()
+            mean[name] = (total / len(opened)).to(first.dtype)
+    return mean
+
+
+def save_checkpoint(
+    model: AlignVLMForConditionalGeneration,
+    processor: AlignVLMProcessor,
+    folder: str | os.PathLike,
+    record: dict,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a complete repository into `folder`, run record last: a folder with a record is whole.
+
+    A README.md that was edited by hand keeps its text.
+
+    Args:
+        state_dict: the weights, where `model` holds only its share of them.
+    """
+    folder = Path(folder)
+    (folder / RUN_RECORD).unlink(missing_ok=True)
+    model.save_pretrained(folder, state_dict=state_dict)
+    processor.save_pretrained(folder)
+    shutil.copyfile(_licence_file(), folder / "LICENSE")
+    card = make_card(record, json.loads((folder / "config.json").read_text()), parameter_count(folder))
+    readme = folder / "README.md"
+    try:
+        readme.write_text(renewed_card(readme.read_text(), card) if readme.is_file() else card)
+    except ValueError as error:  # too late to stop; packaging will ask for it to be mended
+        logger.warning(f"{readme} was left as it is: {error}")
+    write_run_record(folder, record)
+
+
+def _licence_file() -> Path:
+    """The licence of the code files, from the checkout or the installed distribution."""
+    checkout = Path(__file__).resolve().parents[2] / "LICENSE"
+    if checkout.is_file():
+        return checkout
+    distribution = importlib.metadata.distribution("alignvlm")
+    return next(Path(distribution.locate_file(file)) for file in distribution.files if file.name == "LICENSE")

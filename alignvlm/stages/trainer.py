@@ -1,0 +1,363 @@
+"""The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
+
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import gather_object, parse_flag_from_env
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from alignvlm.rows.collator import IGNORED
+from alignvlm.stages.checkpoint import PROGRESS, last_whole_checkpoint
+from alignvlm.stages.lora import LORA_PREFIX, has_lora
+from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
+from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
+from alignvlm.stages.schedules import infinite_schedule
+from modeling_alignvlm import AlignVLMForConditionalGeneration
+
+
+logger = logging.get_logger(__name__)
+
+MODULES = ("vision", "projector", "language")
+# Under fp16 the scaler skips a step that overflows and halves its scale. It begins at 2^16, so this many in a row are no overflow.
+MAX_SKIPPED_STEPS = 20
+
+
+def module_of(parameter_name: str) -> str:
+    """The module, one of `MODULES`, that a parameter of `AlignVLMForConditionalGeneration` belongs to, by its name."""
+    if "vision_tower." in parameter_name:
+        return "vision"
+    return "projector" if "projector." in parameter_name else "language"
+
+
+def freeze_all_but(
+    model: AlignVLMForConditionalGeneration, learning_rates: dict[str, float]
+) -> dict[str, tuple[int, int]]:
+    """Lets the named modules train and freezes the others; returns each module's (trainable, total) parameter counts.
+
+    Of a language model with LoRA layers only these train.
+    """
+    counts = dict.fromkeys(MODULES, (0, 0))
+    lora = has_lora(model)
+    for name, parameter in model.named_parameters():
+        module = module_of(name)
+        parameter.requires_grad_(
+            module in learning_rates and (module != "language" or not lora or LORA_PREFIX in name)
+        )
+        trainable, total = counts[module]
+        counts[module] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def refuse_split_sequences(parallelism_config: ParallelismConfig | None) -> None:
+    """Raises a `ValueError` if rows would be split among processes (context or sequence parallelism).
+
+    The attention of split rows knows only the plain causal mask and drops any other without a word: images would be causal again,
+    and the branches of a row would see each other.
+    """
+    if parallelism_config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        parallelism_config = ParallelismConfig()  # as `accelerate launch` has put it into the environment
+    if parallelism_config is not None and (parallelism_config.cp_enabled or parallelism_config.sp_enabled):
+        raise ValueError(
+            f"cp_size={parallelism_config.cp_size}, sp_size={parallelism_config.sp_size}: context and sequence parallelism drop attention "
+            "masks. Use DDP, FSDP or ZeRO, and activation checkpointing or smaller batches where memory is short."
+        )
+
+
+class AlignVLMTrainer(SFTTrainer):
+    """Trains a stage.
+
+    Args:
+        learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
+        sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
+        max_bad_images (`float`): the run stops when more than this share of the records read had an image that cannot be.
+        token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
+        infinite_schedule (`dict`, *optional*): phases of `alignvlm.stages.schedules.infinite_factor`, instead of `lr_scheduler_type`.
+        max_bad_rows (`float`): the same for rows of a stream that cannot be used.
+        order (`dict`, *optional*): what decides which record is read when; goes into every checkpoint.
+        earlier (`dict`, *optional*): the `progress` at the checkpoint the run will go on from.
+        **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+
+    A step whose gradients are not finite changes nothing: without a loss scaler it stops the run, with one it does after
+    `MAX_SKIPPED_STEPS` in a row. A checkpoint that cannot be written is removed and stops the run.
+
+    The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
+    counted), each over the time since the last log, and `padding_share`, the share of the rows' places that hold no token.
+    """
+
+    def __init__(
+        self,
+        model,
+        learning_rates: dict[str, float],
+        sampler: torch.utils.data.Sampler | None = None,
+        max_bad_images: float = 0.0,
+        token_weighting: str = "none",
+        infinite_schedule: dict[str, float] | None = None,
+        max_bad_rows: float = 0.0,
+        order: dict | None = None,
+        earlier: dict | None = None,
+        **kwargs,
+    ):
+        if token_weighting not in TOKEN_WEIGHTINGS:
+            raise ValueError(
+                f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
+            )
+        refuse_split_sequences(kwargs["args"].parallelism_config)
+        self.sampler = sampler
+        self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
+        self.order, self.earlier = order, earlier or {}
+        self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
+        self.learning_rates = learning_rates
+        self.parameter_counts = freeze_all_but(model, learning_rates)
+        super().__init__(model=model, **kwargs)
+        # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
+        self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
+        self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
+        self._counted_since = time.perf_counter()
+
+        self._records_read = 0
+        self._losses_of_data = Counter()
+        self._bad: dict[str, list[str]] = {kind: [] for kind in self.max_bad}
+        self._loss_sum, self._steps = 0.0, 0
+        self._train_started = time.perf_counter()
+        self._train_seconds: float | None = None  # None: still training
+        self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
+        self._record_names: list[str] = []
+        self._skipped_steps = 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def _prepare_inputs(self, inputs):
+        """Takes what the collator had to leave out from the batch, and stops the run when too many images cannot be read."""
+        losses = inputs.pop("losses_of_data", [])
+        self._record_names = inputs.pop("record_names", [])
+        if self.model.training:
+            for loss in losses:
+                self._losses_of_data[loss["kind"]] += 1
+                if loss["kind"] in self._bad:
+                    self._bad[loss["kind"]].append(f"{loss['source']}: {loss['what']}")
+                elif self._losses_of_data[loss["kind"]] == 1:
+                    logger.warning(
+                        f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
+                    )
+            self._records_read += self.args.per_device_train_batch_size
+            for kind, bad in self._bad.items():
+                # Below a thousand records the share says little: a few bad ones may come early.
+                if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
+                    what = (
+                        "had an image that cannot be read"
+                        if kind == "bad_image"
+                        else "came of rows that cannot be used"
+                    )
+                    raise RuntimeError(
+                        f"{len(bad)} of {self._records_read} records {what}, more than max_{kind}s={self.max_bad[kind]:g}. "
+                        f"The last: {bad[-1]}"
+                    )
+        return super()._prepare_inputs(inputs)
+
+    def progress(self) -> dict:
+        """What training has taken and left out so far, in all processes and in all pieces of a run that was resumed.
+
+        Returns:
+            `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
+            `losses_of_data`, how many of each kind, and up to a thousand bad images and bad rows by name; and `order`.
+        """
+        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
+        earlier = self.earlier.get("losses_of_data", {})
+        lists = {
+            f"{kind}_list": [*earlier.get(f"{kind}_list", []), *(name for _, _, bad in found for name in bad[kind])][
+                :1000
+            ]
+            for kind in self._bad
+        }
+        counts = Counter({kind: count for kind, count in earlier.items() if kind not in lists})
+        for _, more, _ in found:
+            counts.update(more)
+        seconds = time.perf_counter() - self._train_started if self._train_seconds is None else self._train_seconds
+        return {
+            "seconds": self.earlier.get("seconds", 0.0) + seconds,
+            "steps": self.earlier.get("steps", 0) + self._steps,
+            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, _, _ in found) / len(found),
+            "resumed_at": self.earlier.get("resumed_at", []),
+            "losses_of_data": {**counts, **lists},
+            "order": self.order,
+        }
+
+    def total_steps(self) -> int:
+        """The steps the run will have in the end."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As transformers', but of a run that has taken all its steps no epoch is left: it would take one step more."""
+        resumed = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else resumed
+
+    def create_optimizer(self, model=None):
+        """One group per module, weight decay and (with `muon`) optimizer, each with its module's learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            use_muon = getattr(self.args, "muon", False)
+            groups: dict[tuple[str, bool, bool], list] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    muon = use_muon and is_hidden_matrix(name, parameter)
+                    groups.setdefault((module_of(name), name in decayed, muon), []).append(parameter)
+            if use_muon:
+                betas = (self.args.adam_beta1, self.args.adam_beta2)
+                optimizer_class, options = MuonAdamW, {"betas": betas, "eps": self.args.adam_epsilon}
+            else:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+                options.pop("lr", None)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.learning_rates[module],
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                        **({"muon": muon} if use_muon else {}),
+                    }
+                    for (module, decay, muon), parameters in groups.items()
+                ],
+                lr=max(self.learning_rates.values()),
+                **options,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.infinite_schedule is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = infinite_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                num_training_steps,
+                warmup,
+                **self.infinite_schedule,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def train(self, *args, **kwargs):
+        self._counted_since = self._train_started = time.perf_counter()
+        result = super().train(*args, **kwargs)
+        self._train_seconds = time.perf_counter() - self._train_started
+        return result
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        labels = inputs["labels"]
+        starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
+        images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_records.append((loss, self._record_names))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stops before a step that would put what is not finite into the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        step_records, self._step_records = self._step_records, []
+        self._loss_sum += sum(loss.item() for loss, _ in step_records if torch.isfinite(loss))
+        self._steps += 1
+        if torch.isfinite(torch.as_tensor(norm)):
+            self._skipped_steps = 0
+            return norm
+        self._skipped_steps += 1
+        if self.accelerator.scaler is not None and self._skipped_steps < MAX_SKIPPED_STEPS:
+            return norm
+        # The norm is that of all processes, so all come here.
+        bad = [name for loss, names in step_records if not torch.isfinite(loss) for name in names]
+        every = [name for _, names in step_records for name in names]
+        bad, every = gather_object([bad]), gather_object([every])
+        bad_names = [name for names in bad for name in names] or [name for names in every for name in names]
+        what = "the loss" if any(bad) else "the gradient"
+        raise FloatingPointError(
+            f"In step {self.state.global_step + 1} {what} is not finite"
+            + (
+                f", nor was any gradient of the {self._skipped_steps} steps up to it"
+                if self._skipped_steps > 1
+                else ""
+            )
+            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last whole "
+            f"checkpoint is {last_whole_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
+            "in bf16 or fp32."
+        )
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RuntimeError(
+                f"{folder} could not be written: {error}. The last whole checkpoint is "
+                f"{last_whole_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        progress = self.progress()
+        if self.is_world_process_zero():
+            (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is whole
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
+
+        With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
+        """
+        if return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        # At each place, the token that comes next.
+        labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        keep = labels != IGNORED
+        keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
+        inputs |= {"shift_labels": labels[keep].unsqueeze(0), "positions_to_keep": keep}
+        if self.token_weighting == "none" or not self.model.training:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+        found = []
+
+        def remembering(**kwargs):
+            found.append(model(**kwargs))
+            return found[0]
+
+        super().compute_loss(remembering, dict(inputs), num_items_in_batch=num_items_in_batch)  # for TRL's metrics
+        (outputs,) = found
+        # A label and the place it is predicted at belong to the same response: a branch's first token has no label.
+        segments = response_segments(inputs["record_ids"], inputs["branch_ids"])[keep]
+        if self.token_weighting == "length":
+            weights = length_weights(segments)
+        else:
+            with torch.no_grad():
+                blind = model(**self._without_image(inputs), fused_lm_head=True)
+            weights = contrast_weights(outputs.log_probs.detach()[0], blind.log_probs[0], segments)
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -(weights * outputs.log_probs[0]).sum() / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return loss
+
+    def _without_image(self, inputs: dict) -> dict:
+        """The same rows with image tokens nobody can see."""
+        is_image = inputs["input_ids"] == self.model.config.image_token_id
+        return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            seconds = time.perf_counter() - self._counted_since
+            counts = self.accelerator.reduce(self._counts.float().to(self.accelerator.device), "sum").tolist()
+            for name, count in zip(("images", "annotations", "tokens"), counts):
+                logs[f"{name}_per_second"] = round(count / seconds, 2)
+            logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
+            self._counts.zero_()
+            self._counted_since = time.perf_counter()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Left to the stage, which writes the folder's card from its run record."""

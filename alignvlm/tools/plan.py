@@ -1,0 +1,374 @@
+"""What stages will cost, before anything is spent: data, steps, memory, FLOPs, hours. And what is wrong with their recipes.
+
+    alignvlm plan --config training/recipes/alignvlm_900m/stage*.yaml --data_dir data --processes 8 --gpu H100
+
+Everything a stage reads is opened: checkpoints, sources, fields. A stage may start from the `output_dir` of one before it in the
+list, which need not exist yet.
+"""
+
+import argparse
+import copy
+import glob
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from alignvlm.data.mixture import Mixture, load_mixture
+from alignvlm.rows.collator import IGNORED, AlignVLMCollator
+from alignvlm.stages.lora import add_lora, language_linear_layers
+from alignvlm.stages.stage import StageArguments, check_row_length, make_collator, make_mixture, parse_anywhere
+from alignvlm.stages.trainer import MODULES, freeze_all_but
+from hub_upload.repository import check_model
+from hub_upload.run_record import read_run_record
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+# Dense 16-bit FLOP/s with float32 accumulation and bytes of memory, from the makers' data sheets.
+GPUS = {
+    "H200": (989e12, 141e9),
+    "H100": (989e12, 80e9),
+    "A100": (312e12, 80e9),
+    "L40S": (362e12, 48e9),
+    "RTX4090": (165e12, 24e9),
+    "RTX3090": (71e12, 24e9),
+}
+PROCESS_BYTES = 0.5e9  # libraries and their state
+TOKENS_OF_HEAD, WORDS_OF_HEAD = 4096, 8192  # of a tile of TRL's fused head
+
+
+@dataclass
+class ImageCost:
+    """What one image costs the encoder: FLOPs forward, the values its layers put out, and the tokens the projector makes of it."""
+
+    flops: float
+    values: int
+    tokens: int
+
+    @classmethod
+    def of(cls, vision: PreTrainedConfig, input_size: tuple[int, int], tokens: int) -> "ImageCost":
+        """Counted by PyTorch as an image of `input_size` pixels goes through an encoder without weights."""
+        values = 0
+
+        def count(module, inputs, output):
+            nonlocal values
+            values += output.numel() if isinstance(output, torch.Tensor) else 0
+
+        with torch.device("meta"):
+            encoder = AutoModel.from_config(vision, attn_implementation="eager").eval()
+            for module in encoder.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder(torch.empty(1, getattr(vision, "num_channels", 3), *input_size))
+        return cls(float(counter.get_total_flops()), values, tokens)
+
+
+def step_flops(
+    modules: tuple[nn.Module, nn.Module, nn.Module],
+    trains: set[str],
+    images: int,
+    rows: int,
+    length: int,
+    head_tokens: int,
+    recompute: bool = False,
+    image: "ImageCost | None" = None,
+) -> float:
+    """FLOPs of a training step, two per multiply-add.
+
+    Of the encoder what PyTorch counts, twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the gradient of its weights if they train, and 2 P for the gradient of its
+    input if anything before it trains; attention costs 4 H T^2 per row and layer forward (H hidden size, T row length: masked
+    places are computed too) and twice that backward if anything at or before it trains. The head counts where it is applied.
+
+    Args:
+        modules: vision encoder, projector, language model; on any device.
+        trains: which of `MODULES`.
+        images, rows, length, head_tokens: of a step; `length` is that of the padded rows.
+        recompute: with gradient checkpointing, layers that go backward go forward twice.
+        image: what one costs the encoder; left out, measured of the square that the vision config tells of.
+    """
+    projector_weights, language_weights = (
+        sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, Conv1D)))
+        for module in modules[1:]
+    )
+    vision, text = modules[0].config, modules[2].config
+    image = image or ImageCost.of(vision, (vision.image_size,) * 2, (vision.image_size // vision.patch_size) ** 2)
+    trained = "vision" in trains
+    total = images * image.flops * (3 + recompute if trained else 1)
+    total += images * image.tokens * 2 * projector_weights * (3 if "projector" in trains else 1 + trained)
+    trained = "language" in trains
+    total += rows * length * 2 * language_weights * (2 + trained + recompute)
+    total += rows * text.num_hidden_layers * 4 * text.hidden_size * length**2 * (3 + recompute)
+    total += head_tokens * 2 * text.hidden_size * text.vocab_size * (2 + trained)
+    return float(total)
+
+
+@dataclass
+class Batch:
+    """The shape of one batch of a process, and how much of it is tokens."""
+
+    images: int
+    rows: int
+    length: int
+    labels: int
+    tokens: int
+
+
+@dataclass
+class Plan:
+    """What a stage will cost. Bytes are those of one process."""
+
+    arguments: StageArguments
+    mixture: Mixture
+    parameters: dict[str, tuple[int, int]]  # of each module: trainable, total
+    batches: list[Batch]
+    records: int
+    steps: int
+    processes: int
+    memory: dict[str, float]
+    step_flops: float  # of all processes
+
+    @property
+    def flops(self) -> float:
+        """Of the stage."""
+        return self.steps * self.step_flops
+
+
+def batches_of(
+    mixture: Mixture, collator: AlignVLMCollator, batch_size: int, count: int, seed: int = 0
+) -> list[Batch]:
+    """The shapes of `count` random batches of the mixture's records, whose images are not decoded."""
+    rng = np.random.default_rng(seed)
+    per_part = max(1, min(2 * batch_size * count, 1000))
+    samples = [list(part.sample(per_part)) for part in mixture.parts]
+    if mixture.draws is None:
+        weights = np.array([(part.share or 1.0) / part.tokens for part in mixture.parts])
+    else:
+        weights = np.array(mixture.draws, dtype=float)
+    batches = []
+    for _ in range(count):
+        parts = rng.choice(len(samples), batch_size, p=weights / weights.sum())
+        rows = [r for p in parts for r in collator.rows(samples[p][rng.integers(len(samples[p]))])]
+        rows = collator.arrange(rows)
+        labels = sum(label != IGNORED for row in rows for label in row.labels)
+        batches.append(
+            Batch(sum(len(row.images) for row in rows), len(rows), max(map(len, rows)), labels, sum(map(len, rows)))
+        )
+    return batches
+
+
+def memory_of(
+    model: AlignVLMForConditionalGeneration,
+    arguments: StageArguments,
+    batch: Batch,
+    processes: int,
+    image: ImageCost,
+) -> dict[str, float]:
+    """Estimated bytes of a process at the height of a step, by what takes them.
+
+    Weights are 4 bytes each (frozen ones 2 with `frozen_16_bit`), gradients of trained ones 4, AdamW's states 8, DDP's buckets 4, and the
+    16-bit copies that autocast keeps of trained matrices 2. For the backward pass a layer holds its input (4 bytes a value) and, without
+    gradient checkpointing, what its operations need: 14 values of hidden and 3 of intermediate size per token (16 bits under autocast,
+    else 32) and, with eager attention, its probabilities (10 bytes each); with gradient checkpointing one layer does. An encoder that is
+    no stack of equal layers keeps what its modules put out. TRL's head
+    works in tiles of 4,096 tokens and 8,192 words, and adds up its weights' gradient in float32.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in trained.values())
+    every = sum(p.numel() for p in model.parameters())
+    half = 2 if arguments.dtype_16_bit is not None else 4
+    vision, text = model.config.vision_config, model.config.text_config
+    height, width = model.config.feature_grid
+    places, trains_vision = height * width, "vision" in arguments.learning_rates
+    activations, largest = 0.0, 0.0
+    towers = [(text, batch.rows * batch.length, batch.rows, batch.length, True)]
+    sizes = (getattr(vision, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if all(isinstance(size, int) for size in sizes):
+        towers.append((vision, batch.images * places, batch.images, places, trains_vision))
+    else:
+        activations += batch.images * image.values * half * trains_vision
+    for config, tokens, rows, length, backward in towers:
+        intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        of_layer = tokens * half * (14 * config.hidden_size + 3 * intermediate)
+        if arguments.attn_implementation == "eager":
+            of_layer += rows * config.num_attention_heads * length**2 * 10
+        inputs = tokens * config.hidden_size * 4
+        if not backward:
+            largest = max(largest, of_layer / 2)  # nothing is kept
+        elif arguments.activation_checkpointing:
+            activations += config.num_hidden_layers * inputs
+            largest = max(largest, 2 * of_layer)  # computed again, and its gradients
+        else:
+            activations += config.num_hidden_layers * (inputs + of_layer)
+            largest = max(largest, of_layer)
+    head = min(batch.labels, TOKENS_OF_HEAD) * min(text.vocab_size, WORDS_OF_HEAD) * (half + 12)
+    if "language" in arguments.learning_rates and not arguments.lora_rank:
+        head += text.vocab_size * text.hidden_size * 4
+    copies = sum(p.numel() for name, p in trained.items() if p.ndim > 1 and "embed" not in name)
+    return {
+        "weights": 4 * count + (2 if arguments.frozen_16_bit else 4) * (every - count),
+        "gradients": 4 * count,
+        "optimizer": 8 * count,
+        "DDP buckets": 4 * count if processes > 1 else 0,
+        "16-bit copies": 2 * copies if arguments.dtype_16_bit is not None else 0,
+        "activations": activations + max(largest, head),
+        "process": PROCESS_BYTES,
+    }
+
+
+def plan_stage(
+    arguments: StageArguments,
+    config: PreTrainedConfig,
+    processor: AlignVLMProcessor,
+    earlier_stages: list[dict],
+    processes: int,
+    sample: int = 30,
+) -> Plan:
+    """Plans one stage; every source is opened, and `sample` random batches are measured."""
+    config = copy.deepcopy(config)
+    config.attention_mask_type = arguments.attention_mask_type
+    with torch.device("meta"):
+        model = AlignVLMForConditionalGeneration(config)
+        check_row_length(arguments, model)
+        if arguments.lora_rank:
+            targets = arguments.lora_targets or language_linear_layers(model)
+            add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
+    parameters = freeze_all_but(model, arguments.learning_rates)
+    collator = make_collator(arguments, processor, config)
+    mixture = make_mixture(arguments, collator, earlier_stages, processes)
+    for sources in (arguments.eval_sources, arguments.text_sources):
+        if sources:
+            load_mixture(sources, collator.token_counts, arguments.data_dir)
+    for part in mixture.parts:
+        if part.image_tokens is None:
+            part.measure(collator.token_counts)
+    batches = batches_of(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed)
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+    records = arguments.max_steps * per_step
+    if arguments.max_steps <= 0:
+        records = sum(mixture.draws) * arguments.num_train_epochs
+    modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
+    image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
+    flops = [
+        step_flops(
+            *(modules, set(arguments.learning_rates), batch.images, batch.rows, batch.length, batch.labels),
+            recompute=bool(arguments.activation_checkpointing),
+            image=image,
+        )
+        for batch in batches
+    ]
+    largest = max(batches, key=lambda batch: batch.rows * batch.length)
+    return Plan(
+        arguments,
+        mixture,
+        parameters,
+        batches,
+        round(records),
+        max(1, round(records / per_step)),
+        processes,
+        memory_of(model, arguments, largest, processes, image),
+        float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
+    )
+
+
+def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) -> list[Plan]:
+    """Plans stages of which each may start from what one before it will have written.
+
+    Raises:
+        ValueError: for what a run would stumble over; the message names the stage.
+    """
+    known: dict[Path, tuple] = {}
+    plans = []
+    for arguments in stages:
+        folder = Path(arguments.model).resolve()
+        try:
+            if folder not in known:
+                check_model(arguments.model, arguments.model_revision)
+                options = {"revision": arguments.model_revision}
+                known[folder] = (
+                    AlignVLMConfig.from_pretrained(arguments.model, **options),
+                    AlignVLMProcessor.from_pretrained(arguments.model, **options),
+                    read_run_record(arguments.model, arguments.model_revision)["stages"],
+                )
+            config, processor, done = known[folder]
+            plans.append(plan_stage(arguments, config, processor, done, processes, sample))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
+        entry = {"stage": arguments.stage, "sources": arguments.sources}
+        known[Path(arguments.output_dir).resolve()] = (config, processor, [*done, entry])
+    return plans
+
+
+def describe(plan: Plan, gpu: str, utilisation: float) -> str:
+    """The plan of a stage as text."""
+    arguments = plan.arguments
+    rate, capacity = GPUS[gpu]
+    trained, total = (sum(counts[i] for counts in plan.parameters.values()) for i in (0, 1))
+    lines = [
+        f"Stage {arguments.stage}: {arguments.model} -> {arguments.output_dir}",
+        f"  {total / 1e6:,.4g}M parameters, {trained / 1e6:,.4g}M train: "
+        + ", ".join(
+            f"{module} {plan.parameters[module][0] / 1e6:,.4g}M at {arguments.learning_rates[module]:g}"
+            for module in MODULES
+            if module in arguments.learning_rates
+        ),
+    ]
+    for index, part in enumerate(plan.mixture.parts):
+        drawn = "a stream"
+        if plan.mixture.draws is not None:
+            draws = plan.mixture.draws[index]
+            drawn = f"{draws:,} of {len(part.source):,} records, {draws * part.tokens / 1e6:,.4g}M tokens"
+        lines.append(
+            f"  {part.name:<20} {drawn} ({part.image_tokens:.0f} image + {part.text_tokens:.0f} text tokens a record)"
+        )
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes
+    places = np.mean([batch.rows * batch.length for batch in plan.batches])
+    padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / places
+    longest = max(batch.length for batch in plan.batches)
+    hours = plan.flops / (rate * utilisation * plan.processes) / 3600
+    lines += [
+        f"  {plan.records:,} records, {plan.steps:,} steps of {per_step} records; rows up to {longest} tokens, {padding:.0%} padding",
+        f"  {plan.step_flops / 1e12:,.4g} TFLOP a step, {plan.flops / 1e18:,.3g} EFLOP in all: {hours:,.2g} hours on {plan.processes} x {gpu} "
+        f"at {utilisation:.0%} of {rate / 1e12:,.0f} TFLOP/s",
+    ]
+    needed = sum(plan.memory.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.memory.items() if size)
+    verdict = "fits" if needed < 0.95 * capacity else "DOES NOT FIT: take smaller batches, frozen_16_bit or FSDP2"
+    lines.append(f"  {needed / 1e9:.1f} GB a process ({parts}): {verdict} into {capacity / 1e9:.0f} GB of one {gpu}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="What stages will cost.", epilog="Any field of a stage can be given as well, for all stages."
+    )
+    parser.add_argument("--config", nargs="+", required=True, help="Recipes, in the order of the stages.")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs.")
+    parser.add_argument("--gpu", default="H100", choices=GPUS)
+    parser.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="The share of the GPU's peak rate that steps are taken to reach.",
+    )
+    parser.add_argument("--sample", type=int, default=30, help="Random batches whose shapes are measured.")
+    options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
+    stages = [parse_anywhere(["--config", path, *fields])[0] for path in paths]
+    plans = plan_stages(stages, options.processes, options.sample)
+    for plan in plans:
+        print(describe(plan, options.gpu, options.utilisation) + "\n")
+    hours = sum(plan.flops for plan in plans) / (GPUS[options.gpu][0] * options.utilisation * options.processes) / 3600
+    print(
+        f"In all {sum(plan.flops for plan in plans) / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What a stage is about to read: its sources in numbers, and a contact sheet of what the model will see.
+
+    alignvlm data --config training/recipes/nano/stage3.yaml --show 16
+
+Nothing is trained; images are decoded for the contact sheet only.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alignvlm.stages.stage import make_collator, make_mixture, parse_anywhere
+from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
+from hub_upload.repository import check_model
+from hub_upload.run_record import read_run_record
+from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
+
+
+@dataclass
+class ShowArguments:
+    """What `alignvlm data` prints and writes."""
+
+    show: int = field(
+        default=0, metadata={"help": "Put so many records, of all sources in turn, on the contact sheet."}
+    )
+    sample: int = field(
+        default=1000, metadata={"help": "Read at most so many records of each source; 0: all of them."}
+    )
+    sheet: str = field(default="out/data.html", metadata={"help": "Where the contact sheet goes."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints what a stage's sources hold, and writes the contact sheet."""
+    arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
+    check_model(arguments.model, arguments.model_revision)
+    processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
+    config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    collator = make_collator(arguments, processor, config)
+    stages = read_run_record(arguments.model, arguments.model_revision)["stages"]
+    mixture = make_mixture(arguments, collator, stages)
+    print(describe_parts(mixture, collator, show.sample))
+    if show.show:
+        write_contact_sheet(mixture, collator, show.show, Path(show.sheet))
+        print(f"\n{show.sheet}")
+
+
+if __name__ == "__main__":
+    main()

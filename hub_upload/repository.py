@@ -1,0 +1,44 @@
+"""A model's name, which is a folder or a repository of the Hub: whether it is there, its files, its commit."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
+    """Checks that a model is there before anything is loaded.
+
+    Raises:
+        FileNotFoundError: if `name` is neither a folder nor a model of the Hub that can be read; the message says which of them it can
+            be.
+    """
+    if Path(name).is_dir():
+        return
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}). Name a folder with a model, as a stage or "
+            "`alignvlm assemble` writes it, or a model of the Hub as user/name."
+        ) from error
+    try:
+        cached_file(str(name), "config.json", revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}), and the Hub gives no model of that name: {error}"
+        ) from error
+
+
+def file_of(model: str | os.PathLike, name: str, revision: str | None = None) -> str | None:
+    """The path of one file of a folder or (downloaded) of a Hub repository; None if it has no such file."""
+    return cached_file(str(model), name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def commit_of(model: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The commit that a Hub repository's branch or tag stands for now; None for a folder."""
+    if Path(model).is_dir():
+        return None
+    return extract_commit_hash(cached_file(str(model), "config.json", revision=revision), None)

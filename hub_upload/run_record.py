@@ -1,0 +1,65 @@
+"""The run record of a checkpoint, `alignvlm_run.json`: how its weights came about, stage by stage; with the hashes, versions and
+commits that it names.
+
+It is written last, so a folder with a run record is complete.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hub_upload.repository import file_of
+
+
+RUN_RECORD = "alignvlm_run.json"
+VERSIONED_PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "numpy",
+    "peft",
+    "alignvlm",
+)
+
+
+def read_run_record(model: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """The run record of a checkpoint; one without stages if the folder or Hub repository has none."""
+    path = file_of(model, RUN_RECORD, revision)
+    return json.loads(Path(path).read_text()) if path else {"stages": []}
+
+
+def write_run_record(folder: str | os.PathLike, record: dict[str, Any]) -> None:
+    """Writes the run record of a checkpoint folder: completely or not at all."""
+    write_json(Path(folder) / RUN_RECORD, record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file completely or not at all."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries that a result depends on."""
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+    return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
+
+
+def sha256_of(files: list[Path]) -> str:
+    """The SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,514 @@
+"""Every kind of data set, from files of the schema it has on the Hub, with images made here."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value, load_dataset
+from PIL import Image as PILImage
+
+from alignvlm.data.images import read_image
+from alignvlm.data.rows import BadRow
+from alignvlm.data.sources import GENERATED, SOURCES, read_source
+
+
+def png(shade: int) -> bytes:
+    file = io.BytesIO()
+    PILImage.new("RGB", (6, 4), (shade, 10, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
+def embedded(shade: int) -> dict:
+    return {"bytes": png(shade), "path": f"{shade}.png"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Loose images below `images/`, of shades 0 to 5."""
+    (tmp_path / "images").mkdir()
+    for shade in range(6):
+        (tmp_path / f"images/{shade}.png").write_bytes(png(shade))
+    return tmp_path
+
+
+def parquet(folder: Path, name: str, rows: list[dict], **features) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows, features=Features(features) if features else None).to_parquet(path)
+    return name
+
+
+def lines(folder: Path, name: str, rows: list[dict]) -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def llava(folder: Path, name: str) -> dict:
+    """`conversations` in one json list, images in folders beside it."""
+    rows = [
+        {
+            "id": f"00453000{i}",
+            "image": f"images/{i}.png",
+            "conversations": [
+                {
+                    "from": "human",
+                    "value": "Give a brief description of the image.\n<image>" if i else "<image>\nWhat is this?",
+                },
+                {"from": "gpt", "value": f"shade {i}"},
+            ],
+        }
+        for i in range(3)
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    return {"data": f"{name}.json"}
+
+
+def coco(folder: Path) -> dict:
+    """yerevann/coco-karpathy: captions and file names, no images."""
+    rows = [
+        {
+            "filepath": "images",
+            "sentids": [10 * i, 10 * i + 1],
+            "filename": f"{i}.png",
+            "imgid": i,
+            "split": "restval" if i == 2 else "train",
+            "sentences": [f"shade {i}", f"still {i}"],
+            "cocoid": 1000 + i,
+            "url": f"http://images.cocodataset.org/{i}",
+        }
+        for i in range(3)
+    ]
+    parquet(folder, "coco/train-00000-of-00001.parquet", rows)
+    return {"data": "coco", "image_dir": ".", "split": "train+restval"}
+
+
+def karpathy(folder: Path) -> dict:
+    """The split file of Karpathy's own archive."""
+    images = [
+        {
+            "filepath": "images",
+            "filename": f"{i}.png",
+            "split": "train" if i < 3 else "test",
+            "imgid": i,
+            "sentids": [i],
+            "sentences": [{"tokens": ["shade"], "raw": f"shade {i}", "imgid": i, "sentid": i}],
+        }
+        for i in range(5)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return {"data": "dataset_coco.json"}
+
+
+def flickr30k(folder: Path) -> dict:
+    rows = [
+        {
+            "image": embedded(i),
+            "alt_text": ["rewritten"],
+            "original_alt_text": [f"shade {i}", f"still {i}"],
+        }
+        for i in range(3)
+    ]
+    texts = List(Value("string"))
+    parquet(
+        folder,
+        "flickr/data/train-00000-of-00001.parquet",
+        rows,
+        image=Image(),
+        alt_text=texts,
+        original_alt_text=texts,
+    )
+    return {"data": "flickr"}
+
+
+def cauldron(folder: Path) -> dict:
+    turns = [
+        {"user": "What shade?\nAnswer briefly.", "assistant": "shade {}", "source": "VQAv2"},
+        {"user": "q", "assistant": "a", "source": "VQAv2"},
+    ]
+    rows = [
+        {"images": [embedded(i)], "texts": [{**t, "assistant": t["assistant"].format(i)} for t in turns]}
+        for i in range(3)
+    ]
+    text = Value("string")
+    parquet(
+        folder,
+        "cauldron/vqav2/train-00000-of-00001.parquet",
+        rows,
+        images=List(Image()),
+        texts=List({"user": text, "assistant": text, "source": text}),
+    )
+    return {"data": "cauldron", "config": "vqav2"}
+
+
+def vqav2(folder: Path) -> dict:
+    answer = {"answer": Value("string"), "answer_confidence": Value("string"), "answer_id": Value("int64")}
+    rows = [
+        {
+            "question_type": "what",
+            "multiple_choice_answer": f"shade {i}" if q == 0 else "yes",
+            "answers": [{"answer": "no", "answer_confidence": "yes", "answer_id": 1}],
+            "image_id": i,
+            "answer_type": "other",
+            "question_id": 10 * i + q,
+            "question": f"question {q}?",
+            "image": embedded(i),
+        }
+        for i in range(3)
+        for q in range(2)
+    ]
+    text, number = Value("string"), Value("int64")
+    parquet(
+        folder,
+        "vqav2/data/validation-00000-of-00001.parquet",
+        rows,
+        question_type=text,
+        multiple_choice_answer=text,
+        answers=List(answer),
+        image_id=number,
+        answer_type=text,
+        question_id=number,
+        question=text,
+        image=Image(),
+    )
+    return {"data": "vqav2", "split": "validation"}
+
+
+def pathvqa(folder: Path) -> dict:
+    """One row per question; one of them twice."""
+    rows = [
+        {"image": embedded(i), "question": q, "answer": a}
+        for i in range(3)
+        for q, a in (("what shade?", f"shade {i}"), ("is it dark?", "yes"), ("is it dark?", "yes"))
+    ]
+    text = Value("string")
+    parquet(folder, "pathvqa/data/train-00000-of-00001.parquet", rows, image=Image(), question=text, answer=text)
+    return {"data": "pathvqa"}
+
+
+def imagefolder(folder: Path) -> dict:
+    lines(folder, "images/metadata.jsonl", [{"file_name": f"{i}.png", "text": f"shade {i}"} for i in range(3)])
+    for shade in range(3, 6):
+        (folder / f"images/{shade}.png").unlink()
+    return {"data": "images"}
+
+
+def local_records(folder: Path) -> dict:
+    rows = [{"image": f"images/{i}.png", "annotations": [{"prompt": "p", "response": f"shade {i}"}]} for i in range(3)]
+    return {"data": lines(folder, "rows.jsonl", rows)}
+
+
+def local_parquet(folder: Path) -> dict:
+    annotation = {"prompt": Value("string"), "response": Value("string"), "kind": Value("string")}
+    rows = [
+        {"images": [embedded(i)], "annotations": [{"prompt": "p", "response": f"shade {i}", "kind": "k"}]}
+        for i in range(3)
+    ]
+    return {"data": parquet(folder, "records.parquet", rows, images=List(Image()), annotations=List(annotation))}
+
+
+# For each: the source, what a recipe says, and prompt and number of annotations of the records.
+FIXTURES = {
+    "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), "Give a brief description of the image.", 1),
+    "sharegpt4v": (lambda f: llava(f, "share-captioner"), "Describe the picture in detail.", 1),
+    "coco_captions": (coco, "Write a short caption.", 2),
+    "coco_captions ": (karpathy, "Write a short caption.", 1),
+    "flickr30k_captions": (flickr30k, "Write a short caption.", 2),
+    "cauldron": (cauldron, "What shade?\nAnswer briefly.", 2),
+    "vqav2": (vqav2, "question 0?", 2),
+    "pathvqa": (pathvqa, "what shade?", 2),
+    "imagefolder": (imagefolder, "Write a short caption.", 1),
+    "local": (local_records, "p", 1),
+    "local ": (local_parquet, "p", 1),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_data_set_of_the_hubs_schema_becomes_records(name, folder, streaming):
+    """Image and response belong together: the shade of the picture is the number in the text."""
+    make, prompt, count = FIXTURES[name]
+    source = read_source({"name": name.strip(), **make(folder)}, folder, streaming)
+    records = list(source.rows if streaming else source)
+    assert len(records) == 3
+    for index, record in enumerate(records):
+        (image,) = record["images"]
+        assert read_image(image).getpixel((0, 0)) == (index, 10, 20)
+        assert record["annotations"][0]["response"] == f"shade {index}" and len(record["annotations"]) == count
+    assert records[1]["annotations"][0]["prompt"] == prompt
+    assert source.identity["data"]
+
+
+def test_every_row_of_the_table_is_tested_or_text():
+    assert {name.strip() for name in FIXTURES} == set(SOURCES) - {"text"}
+    for kind in SOURCES.values():
+        assert kind.licence and (kind.data is None or kind.licence != "unknown")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize(
+    "row, prompt, response",
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}, "Hi", "Hello"),
+        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "Be kind.\nHi", "Hello"),
+        ({"prompt": "2 + 2?", "completion": "4"}, "2 + 2?", "4"),
+        ({"question": "2 + 2?", "answer": "4", "image_id": "x"}, "2 + 2?", "4"),
+        ({"text": "Once upon a time."}, "", "Once upon a time."),
+    ],
+)  # fmt: skip
+def test_texts(tmp_path, row, prompt, response, streaming):
+    lines(tmp_path, "texts.jsonl", [row, row])
+    source = read_source({"name": "text", "data": "texts.jsonl"}, tmp_path, streaming)
+    records = list(source.rows if streaming else source)
+    assert len(records) == 2
+    assert records[0]["images"] == []
+    assert records[0]["annotations"] == [{"prompt": prompt, "response": response, "kind": ""}]
+
+
+def test_a_text_file_is_read_by_paragraph(tmp_path, processor):
+    from alignvlm.rows.collator import AlignVLMCollator
+
+    (tmp_path / "book.txt").write_text("One line\nand another.\n\nA second paragraph.\n")
+    source = read_source({"name": "text", "data": "book.txt"}, tmp_path)
+    assert [r["annotations"][0]["response"] for r in source] == ["One line\nand another.", "A second paragraph."]
+    batch = AlignVLMCollator(processor)([source[1]])  # no template: every token but the first is trained
+    assert processor.decode(batch["input_ids"][0]) == "A second paragraph.</s>"
+    assert (batch["labels"][0, 1:] == batch["input_ids"][0, 1:]).all() and batch["labels"][0, 0] == -100
+
+
+def test_labels_of_an_image_folder(folder):
+    for name in ("black_cat", "dog"):
+        (folder / "by_label" / name).mkdir(parents=True)
+        (folder / f"by_label/{name}/0.png").write_bytes(png(7))
+    source = read_source({"name": "imagefolder", "data": "by_label"}, folder)
+    assert [r["annotations"][0]["response"] for r in source] == ["black cat", "dog"]
+
+
+def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder):
+    rows = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
+    source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder)
+    assert [[a["prompt"] for a in record["annotations"]] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
+
+
+def said(*turns: tuple[str, str], role: str = "from", content: str = "value") -> list[dict]:
+    return [{role: speaker, content: words} for speaker, words in turns]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_every_row_of_an_image_is_kept_whatever_its_form(folder, streaming):
+    turns = [
+        {"user": "What?", "assistant": "turn", "source": "x"},
+        {"user": "And?", "assistant": "next", "source": "x"},
+    ]
+    forms = [
+        {"conversations": said(("human", "<image>\nWhat is it?"), ("gpt", "first"))},
+        {"conversations": said(("human", "And this?"), ("gpt", "second"))},
+        {"texts": turns},
+        {"question": "q?", "answer": "a"},
+        {"question": "q?", "answer": "a"},  # an exact repetition is taken once
+        {"annotations": [{"prompt": "p", "response": "r"}]},
+        {"captions": ["c", "d"]},
+    ]
+    rows = [{"image": "images/0.png", **form} for form in forms] + [{"image": "images/1.png", **forms[0]}]
+    source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder, streaming)
+    records = list(source.rows if streaming else source)
+    assert [[a["response"] for a in record["annotations"]] for record in records] == [
+        ["first", "second", "turn", "next", "a", "r", "c", "d"],
+        ["first"],
+    ]
+
+
+CONVERSATIONS = [
+    ([("assistant", "Hello! Ask me."), ("user", "What?"), ("assistant", "A cat.")], [("What?", "A cat.")]),
+    ([("system", "Be brief."), ("user", "What?"), ("assistant", "A cat.")], [("Be brief.\nWhat?", "A cat.")]),
+    ([("user", "Look."), ("user", "What?"), ("assistant", "A cat.")], [("Look.\nWhat?", "A cat.")]),
+    ([("user", "What?"), ("assistant", "A cat."), ("assistant", "Grey.")], [("What?", "A cat.\nGrey.")]),
+    ([("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), ("user", "3?")], [("1?", "one"), ("2?", "two")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("turns, expected", CONVERSATIONS)
+def test_exchanges_are_paired_by_who_speaks(folder, turns, expected, streaming):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    llava = {"image": "images/0.png", "conversations": said(*((names[speaker], words) for speaker, words in turns))}
+    chat = {"messages": said(*turns, role="role", content="content")}
+    for name, row, pairs in (
+        ("llava_pretrain", llava, expected),
+        ("local", llava, expected),
+        ("text", chat, expected[:1]),
+    ):
+        source = read_source({"name": name, "data": lines(folder, f"{name}.jsonl", [row])}, folder, streaming)
+        (record,) = source.rows if streaming else source
+        assert [(a["prompt"], a["response"]) for a in record["annotations"]] == pairs
+
+
+QUESTION = {"image": "images/0.png", "question": "q?", "answer": "a"}
+CAPTIONS = {"image": "images/0.png", "captions": ["c", "d"]}
+CHAT = {"messages": said(("user", "u"), ("assistant", "a"), role="role", content="content")}
+LLAVA = {"image": "images/0.png", "conversations": said(("human", "<image>h"), ("gpt", "g"))}
+# For each: the source, a good row, a bad one, and what is said of it.
+BAD_ROWS = {
+    "null": ("local", QUESTION, {"answer": None}, r"`answer` is None \(NoneType\), not a text"),
+    "int": ("local", QUESTION, {"answer": 3}, r"`answer` is 3 \(int\), not a text"),
+    "float": ("local", QUESTION, {"answer": 2.5}, r"`answer` is 2.5 \(float\), not a text"),
+    "bool": ("local", QUESTION, {"answer": True}, r"`answer` is True \(bool\), not a text"),
+    "list": ("local", QUESTION, {"answer": ["a", "b"]}, r"`answer` is \['a', 'b'\] \(list\), not a text"),
+    "mapping": ("pathvqa", QUESTION, {"answer": {"a": "b"}}, r"`answer` is \{'a': 'b'\} \(dict\), not a text"),
+    "empty": ("pathvqa", QUESTION, {"answer": "  "}, "`answer` is empty"),
+    "placeholder": ("local", QUESTION, {"answer": "the <image> shows"}, "`answer` holds the image placeholder <image>"),
+    "question": ("local", QUESTION, {"question": 7}, r"`question` is 7 \(int\)"),
+    "empty question": ("local", QUESTION, {"question": ""}, "`question` is empty"),
+    "caption": ("local", CAPTIONS, {"captions": ["c", ""]}, r"`captions\[1\]` is empty"),
+    "captions": ("local", CAPTIONS, {"captions": []}, "`captions` is \\[\\]; expected a list"),
+    "no image": ("flickr30k_captions", CAPTIONS, {"image": None}, "A caption without an image"),
+    "odd image": ("local", QUESTION, {"image": 3}, r"An image is 3 \(int\), neither a path"),
+    "message": ("text", CHAT, {"messages": said(("user", "u"), ("assistant", None), role="role", content="content")}, r"`messages\[1\].content` is None"),
+    "unknown role": ("text", CHAT, {"messages": said(("tool", "u"), ("assistant", "x"), role="role", content="content")}, r"`messages\[0\].role` is 'tool'. Valid"),
+    "nobody asked": ("local", LLAVA, {"conversations": said(("gpt", "g"))}, "no prompt of the user with a response"),
+    "turn": ("local", LLAVA, {"conversations": said(("human", "h"), ("gpt", 4))}, r"`conversations\[1\].value` is 4 \(int\)"),
+    "response": ("local", {"annotations": [{"prompt": "p", "response": "r"}]}, {"annotations": [{"prompt": "p"}]}, r"`annotations\[0\].response` is None"),
+    "nothing": ("local", QUESTION, {"question": None, "answer": None}, "has none of `annotations`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_named_or_skipped_when_it_is_read(folder, kind, streaming):
+    """File and line, also behind rows of another split; its neighbours stay, those of the same image too."""
+    name, good, change, message = BAD_ROWS[kind]
+    rows = [{**good, "split": "val"}, good, {**good, **change}, {**good, "image": "images/1.png"}]
+    rows = [{"split": "train", **row} for row in rows]
+    arguments = {"name": name, "data": lines(folder, "rows.jsonl", rows)}
+    with pytest.raises(BadRow, match=f"^rows.jsonl, line 3: .*{message}"):
+        list(read_source(arguments, folder, streaming).rows)
+    source = read_source(arguments, folder, streaming, max_bad_rows=0.01)
+    records = list(source.rows if streaming else source)
+    problems = [record["bad_row"] for record in records if record["bad_row"]] if streaming else source.bad_rows
+    (problem,) = problems
+    assert re.search(f"^rows.jsonl, line 3: .*{message}", problem)
+    expected = list(read_source({**arguments, "data": lines(folder, "good.jsonl", rows[1:2] + rows[3:])}, folder))
+    assert [r["annotations"] for r in records if r["annotations"]] == [r["annotations"] for r in expected]
+
+
+def test_bad_rows_are_found_wherever_rows_come_from(folder):
+    rows = [{"image": embedded(i), "question": "q?", "answer": None if i == 2 else "a"} for i in range(3)]
+    features = {"image": Image(), "question": Value("string"), "answer": Value("string")}
+    parquet(folder, "qa/train-00000-of-00002.parquet", rows[:2], **features)
+    parquet(folder, "qa/train-00001-of-00002.parquet", [*rows[:1], rows[2]], **features)
+    place = r"^train-00001-of-00002.parquet, row 1 \(counted from 0\): `answer` is None"
+    for streaming in (False, True):
+        with pytest.raises(BadRow, match=place):
+            list(read_source({"name": "pathvqa", "data": "qa"}, folder, streaming).rows)
+    (folder / "list.json").write_text(json.dumps([QUESTION, {**QUESTION, "answer": 1}]))
+    with pytest.raises(BadRow, match=r"^list.json, entry 2: "):
+        read_source({"name": "local", "data": "list.json"}, folder)
+    (folder / "broken.jsonl").write_text(json.dumps(QUESTION) + '\n{"image": "images/1.png", "question": \n')
+    for streaming in (False, True):
+        with pytest.raises(BadRow, match=r"^broken.jsonl, line 2: not JSON .*Expecting value"):
+            list(read_source({"name": "local", "data": "broken.jsonl"}, folder, streaming).rows)
+
+
+def test_too_many_bad_rows_are_not_skipped(folder):
+    bad = {**QUESTION, "answer": 1}
+    data = lines(folder, "rows.jsonl", [QUESTION] * 20 + [bad] * 11)
+    with pytest.raises(
+        BadRow, match=r"11 of 31 rows of rows.jsonl cannot be used, more than max_bad_rows=0.01.*line 21"
+    ):
+        read_source({"name": "local", "data": data}, folder, max_bad_rows=0.01)
+    assert len(read_source({"name": "local", "data": data}, folder, max_bad_rows=0.02).bad_rows) == 11
+    with pytest.raises(BadRow, match="1 of 1 rows"):
+        read_source({"name": "local", "data": lines(folder, "one.jsonl", [bad])}, folder, max_bad_rows=0.01)
+
+
+def test_a_plain_folder_of_images_says_what_it_lacks(folder):
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"images is a folder of images that says nothing.*metadata\.jsonl"):
+            read_source({"name": "imagefolder", "data": "images"}, folder, streaming)
+
+
+def test_splits_limits_prompts_and_tags(folder):
+    rows = [{"image": f"images/{i}.png", "captions": [f" {i} "], "split": "train" if i else "val"} for i in range(3)]
+    given = {"name": "local", "data": lines(folder, "rows.jsonl", rows)}
+    assert len(read_source({**given, "split": "train"}, folder)) == 2
+    assert len(read_source({**given, "split": "validation"}, folder)) == 1
+    assert len(read_source({**given, "split": "train", "limit": 1}, folder)) == 1
+    assert len(list(read_source({**given, "split": "train", "limit": 1}, folder, streaming=True).rows)) == 1
+    (annotation,) = read_source({**given, "prompt": "Describe."}, folder)[0]["annotations"]
+    assert annotation == {"prompt": "Describe.", "response": "1", "kind": "short_caption"}
+    with pytest.raises(ValueError, match="no rows of split 'test'"):
+        read_source({**given, "split": "test"}, folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"name": "imagenet"}, ValueError, "Unknown source 'imagenet'. Valid names: llava_pretrain"),
+        ({"name": "local"}, ValueError, "needs `data`"),
+        ({"name": "local", "data": "gone.jsonl"}, FileNotFoundError, "gone.jsonl"),
+        ({"name": "local", "data": "rows.jsonl", "promt": "x"}, ValueError, r"does not know \['promt'\].*prompt"),
+        ({"name": "scenes", "number": 3}, ValueError, r"does not know \['number'\].*count"),
+        (
+            {"name": "cauldron", "data": "rows.jsonl"},
+            ValueError,
+            r"needs a column images; rows.jsonl has \['image', 'text'\]",
+        ),
+        ({"name": "local", "data": "rows.jsonl", "image_dir": "nowhere"}, FileNotFoundError, "No such image_dir"),
+        (
+            {"name": "local", "data": "odd.jsonl"},
+            ValueError,
+            r"odd.jsonl, line 1.*none of `annotations`.*has \['image', 'words'\]",
+        ),
+        ({"name": "local", "data": "picture.png"}, ValueError, "expected a file of json"),
+        ({"name": "local", "data": "empty"}, ValueError, "holds no train-"),
+        (
+            {"name": "local", "data": "named", "split": "test"},
+            ValueError,
+            "No file in .* is named after the split 'test'",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_spent(folder, arguments, error, message):
+    lines(folder, "rows.jsonl", [{"image": "images/0.png", "text": "a"}])
+    lines(folder, "odd.jsonl", [{"image": "images/0.png", "words": "a"}])
+    (folder / "picture.png").write_bytes(png(0))
+    (folder / "empty").mkdir()
+    (folder / "named").mkdir()
+    lines(folder, "named/rows.jsonl", [{"image": "images/0.png", "text": "a"}])
+    with pytest.raises(error, match=message):
+        read_source(arguments, folder)
+
+
+def test_generated_sources_are_records():
+    assert set(GENERATED) == {"scenes", "scene_texts"}
+    source = read_source({"name": "scenes", "count": 3, "annotations": ["questions"]})
+    assert len(source) == 3 and read_image(source[0]["images"][0]).size == (64, 64)
+
+
+def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
+    """Flickr8k, DAQUAR and the text of PathVQA: every record becomes a row, every photo a picture."""
+    from alignvlm.rows.collator import AlignVLMCollator
+
+    collator = AlignVLMCollator(processor, max_length=2048)
+    expected = {"flickr8k/captions.jsonl": (6000, 30000), "daquar/qa.jsonl": (None, None)}
+    for data, (records, annotations) in expected.items():
+        source = read_source({"name": "local", "data": data}, shared_data)
+        rows = load_dataset("json", data_files=str(shared_data / data), split="train").filter(
+            lambda s: s == "train", input_columns="split"
+        )
+        found, images = 0, set()
+        for record in source:
+            assert collator.token_counts(record)[0] == 4
+            found += len(record["annotations"])
+            images.add(record["images"][0]["path"])
+        assert images == set(rows["image"]) and len(images) == len(source)
+        if records:
+            assert (len(source), found) == (records, annotations)
+        for path in sorted(images)[:: max(1, len(images) // 800)]:
+            assert (
+                min(read_image({"bytes": None, "path": path, "folder": str((shared_data / data).parent)}).size) > 100
+            )
+    texts = read_source({"name": "text", "data": "pathvqa/qa.jsonl"}, shared_data)
+    assert len(texts) == 19755
+    assert all(collator.token_counts(texts[i])[0] == 0 for i in range(0, len(texts), 10))

@@ -1,0 +1,273 @@
+"""Evaluations of a real tiny checkpoint: the same whoever counts, resumed as if never interrupted, and comparable."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from alignvlm.data import scenes
+from alignvlm.evaluation.evaluate_model import compare, evaluate_checkpoint, judge, main, parser, report
+from alignvlm.evaluation.tasks import Question, Record
+from hub_upload.run_record import RUN_RECORD
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "alignvlm/evaluation/evaluate_model.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.make_scenes(14, "test", seed=3).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def options(checkpoint: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        str(checkpoint),
+        *("--task", "scenes", "--data", str(data), "--output_dir", str(output), "--use_cpu"),
+        *("--max_new_tokens", "6", "--batch_size", "4", "--bootstrap_samples", "50", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint, data, tmp_path_factory) -> dict:
+    return evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path_factory.mktemp("result"))))
+
+
+def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path):
+    assert evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path))) == result
+    assert json.loads((tmp_path / "scenes.json").read_text()) == result
+    assert os.listdir(tmp_path) == ["scenes.json"]
+    assert len(result["predictions"]) == 14 * 10
+    assert set(result["metrics"]) == set(result["definitions"]) == {"cider", "pathvqa_accuracy"}
+    accuracy = result["metrics"]["pathvqa_accuracy"]
+    assert accuracy["count"] == 14 * 8
+    correct = [p["scores"]["correct"] for p in result["predictions"] if p["metric"] == "pathvqa_accuracy"]
+    assert accuracy["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    for numbers in result["metrics"].values():
+        for name, (low, high) in numbers["intervals"].items():
+            assert low <= numbers[name] <= high
+    assert result["data"]["images"] == 14 and len(result["data"]["sha256"]) == 64
+    assert result["decoding"] == {"num_beams": 1, "max_new_tokens": 6, "do_sample": False}
+    assert {"torch", "transformers", "evaluate", "alignvlm"} <= set(result["versions"])
+
+
+def test_captions_are_judged_per_prompt_too(result):
+    own = result["metrics"]["cider"]["by_prompt"]
+    assert set(own) == {scenes.SHORT_CAPTION_PROMPT, scenes.DETAILED_CAPTION_PROMPT}
+    for prompt, numbers in own.items():
+        scores = [p["scores"]["cider"] for p in result["predictions"] if p["prompt"] == prompt]
+        assert numbers["count"] == len(scores) == 14
+        assert numbers["cider"] == pytest.approx(sum(scores) / len(scores))
+        low, high = numbers["intervals"]["cider"]
+        assert low <= numbers["cider"] <= high
+    means = [numbers["cider"] for numbers in own.values()]
+    assert result["metrics"]["cider"]["cider"] == pytest.approx(sum(means) / 2)
+    assert "cider of 'Write a short caption.'" in report(result)
+
+
+def test_a_prompt_answered_rightly_has_its_own_number():
+    """Short captions all wrong and detailed ones all right are not told by their mean alone."""
+    drawn = scenes.make_scenes(6, "test", ("short_caption", "detailed_caption"))
+    records = [
+        Record(str(i), i, [Question(a["prompt"], [a["response"]], "cider") for a in record["annotations"]])
+        for i, record in enumerate(drawn)
+    ]
+    answers = [["Nothing.", record.questions[1].references[0]] for record in records]
+    own = judge(records, answers, samples=20)["metrics"]["cider"]["by_prompt"]
+    assert own[scenes.SHORT_CAPTION_PROMPT]["cider"] == 0
+    assert own[scenes.DETAILED_CAPTION_PROMPT]["cider"] > 5
+
+
+def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):
+    arguments = parser().parse_args(options(checkpoint, data, Path("unused"), "--limit", "1"))
+    arguments.output_dir = None
+    evaluate_checkpoint(arguments)
+    (checkpoint / "results/scenes.json").unlink()
+    (checkpoint / "results").rmdir()
+
+
+def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data, tmp_path):
+    tagged = shutil.copytree(checkpoint, tmp_path / "tagged")
+    (tagged / RUN_RECORD).write_text(json.dumps({"stages": [{"evaluation_tag": "[old]"}, {"evaluation_tag": "[a]"}]}))
+    found = {}
+    for name, model, more in (
+        ("record", tagged, ()),
+        ("given", checkpoint, ("--tag", "[a]")),
+        ("off", tagged, ("--tag", "")),
+    ):
+        found[name] = evaluate_checkpoint(parser().parse_args(options(model, data, tmp_path / name, *more)))
+    answers = {name: [p["prediction"] for p in f["predictions"]] for name, f in (*found.items(), ("plain", result))}
+    assert found["record"]["tag"] == found["given"]["tag"] == "[a]" and found["off"]["tag"] == result["tag"] == ""
+    assert answers["record"] == answers["given"] != answers["plain"] == answers["off"]
+
+
+def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        arguments = [*command, SCRIPT, *options(checkpoint, data, tmp_path / name)]
+        done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/scenes.json").read_bytes() == (tmp_path / "two/scenes.json").read_bytes()
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(checkpoint, data, tmp_path):
+    command = [sys.executable, SCRIPT, *options(checkpoint, data, tmp_path / "killed", "--batch_size", "1")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    lines = 0
+    while lines < 2 and process.poll() is None and time.time() < deadline:
+        lines = sum(file.read_text().count("\n") for file in (tmp_path / "killed").glob(".scenes-*/*.jsonl"))
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= lines < 14 and not (tmp_path / "killed/scenes.json").exists()
+    (progress,) = (tmp_path / "killed").glob(".scenes-*/0.jsonl")
+    with progress.open("a") as file:
+        file.write('{"start": 9, "outp')  # as if killed in the middle of a line
+
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command[1:]]
+    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True)  # by more processes than began it
+    assert done.returncode == 0, done.stderr
+    assert "Going on with" in done.stdout
+    command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    assert (tmp_path / "killed/scenes.json").read_bytes() == (tmp_path / "whole/scenes.json").read_bytes()
+
+
+def test_other_settings_do_not_go_on_with_a_half_done_evaluation(checkpoint, data, tmp_path, result):
+    """A finished batch of another run is not taken for this one's."""
+    stale = tmp_path / ".scenes-000000000000"
+    stale.mkdir()
+    (stale / "0.jsonl").write_text('{"start": 0, "outputs": [["stale"]]}\n')
+    assert evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path))) == result
+    assert stale.exists()
+
+
+def test_the_checkpoints_own_code_finds_the_same(checkpoint, data, tmp_path, result):
+    arguments = options(checkpoint, data, tmp_path, "--trust_remote_code")
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scenes.json").read_text())["predictions"] == result["predictions"]
+
+
+def test_controls_and_beams_have_their_own_answers(checkpoint, data, tmp_path, result):
+    answers = {"plain": [p["prediction"] for p in result["predictions"]]}
+    for name, more in (
+        ("blank_image", ["--blank_image"]),
+        ("shuffle_images", ["--shuffle_images"]),
+        ("beams", ["--num_beams", "3"]),
+    ):
+        found = evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path, *more)))
+        answers[name] = [p["prediction"] for p in found["predictions"]]
+        assert [p["references"] for p in found["predictions"]] == [p["references"] for p in result["predictions"]]
+    assert {"scenes.json", "scenes-blank_image.json", "scenes-shuffle_images.json"} == set(os.listdir(tmp_path))
+    assert len({tuple(texts) for texts in answers.values()}) == 4
+    first_questions = {p["prompt"]: set() for p in result["predictions"]}
+    blank = json.loads((tmp_path / "scenes-blank_image.json").read_text())["predictions"]
+    for prediction in blank:  # without a picture the same prompt has one answer
+        first_questions[prediction["prompt"]].add(prediction["prediction"])
+    assert all(len(texts) <= 1 for texts in first_questions.values())
+
+
+def test_compare_is_paired_and_refuses_other_questions(result, checkpoint, data, tmp_path, capsys):
+    evaluate_checkpoint(parser().parse_args(options(checkpoint, data, tmp_path, "--blank_image")))
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    capsys.readouterr()
+    main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "scenes-blank_image.json")])
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "cider" in printed and "p = " in printed
+    assert all(found["difference"] == 0.0 and found["p"] == 1.0 for found in compare(result, result).values())
+    fewer = {**result, "predictions": result["predictions"][:-1]}
+    with pytest.raises(ValueError, match="do not answer the same questions"):
+        compare(result, fewer)
+
+
+def test_text_perplexity_is_that_of_the_model_alone(checkpoint, tmp_path):
+    text = "Ein Kreis is a circle. " * 30 + "Größe: 3 cm.\n"
+    (tmp_path / "text.txt").write_text(text)
+    arguments = [str(checkpoint), "--task", "text_perplexity", "--data", str(tmp_path / "text.txt"), "--use_cpu"]
+    arguments += ["--window", "50", "--output_dir", str(tmp_path)]
+    numbers = evaluate_checkpoint(parser().parse_args(arguments))["metrics"]["text"]
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager")
+    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    losses, size = [], 0
+    for start in range(0, len(ids), 50):
+        window = torch.tensor([ids[start : start + 50]])
+        with torch.no_grad():
+            logits = model.model.language_model(window).last_hidden_state @ model.lm_head.weight.T
+        losses += (-logits.log_softmax(-1)[0, :-1].gather(1, window[0, 1:, None])).flatten().tolist()
+        size += len(tokenizer.decode(ids[start + 1 : start + 50]).encode())
+    assert numbers["tokens"] == len(losses)
+    assert numbers["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert numbers["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-4)
+    low, high = numbers["intervals"]["perplexity"]
+    assert low <= numbers["perplexity"] <= high
+
+
+def test_bad_rows_are_left_out_if_asked_and_noted_in_the_file(checkpoint, tmp_path, capsys):
+    rows = [{"image": f"{index}.png", "question": "What?", "answer": "a"} for index in range(3)]
+    rows[1]["answer"] = None
+    for index in range(3):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:50])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(checkpoint), "--task", "local", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--max_new_tokens", "2"]
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 2: `answer` is None.*--on_bad_row skip"):
+        main(arguments)
+    assert not (tmp_path / "results").exists()  # nothing was asked
+    main([*arguments, "--on_bad_row", "skip"])
+    result = json.loads((tmp_path / "results/local.json").read_text())
+    assert len(result["predictions"]) == 1 and result["data"]["bad_rows"] == 2
+    assert [problem.split(":")[0] for problem in result["data"]["bad_row_list"]] == [
+        "rows.jsonl, line 2",
+        "rows.jsonl, line 3",
+    ]
+    assert "bad rows, left out" in capsys.readouterr().out
+
+
+def test_rows_of_text_are_checked_too(checkpoint, tmp_path):
+    rows = [{"text": "One line. "}, {"text": ""}, {"text": None}, {"text": "And another."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(checkpoint), "--task", "text_perplexity", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 3: `text` is None"):
+        main(arguments)
+    main([*arguments, "--on_bad_row", "skip"])
+    result = json.loads((tmp_path / "text_perplexity.json").read_text())
+    tokens = AutoProcessor.from_pretrained(checkpoint).tokenizer("One line. \n\n\n\nAnd another.")["input_ids"]
+    assert result["metrics"]["text"]["tokens"] == len(tokens) - 1 and result["data"]["bad_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give a checkpoint and a --task"),
+        (["out/nano/stage4", "--task", "scenes"], "No such folder: 'out/nano/stage4'"),
+        (["CHECKPOINT", "--task", "scenes", "--data", "out/my/scenes"], "No such file or folder: out/my/scenes"),
+        (["CHECKPOINT", "--task", "scenes"], "needs data"),
+        (["CHECKPOINT", "--task", "text_perplexity"], "needs --data"),
+        (["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--blank_image", "--shuffle_images"], "two controls"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(arguments, message, checkpoint, data):
+    known = {"CHECKPOINT": str(checkpoint), "DATA": str(data)}
+    with pytest.raises(SystemExit, match=message):
+        main([known.get(a, a) for a in arguments] + ["--use_cpu"])

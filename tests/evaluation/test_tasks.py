@@ -1,0 +1,215 @@
+"""Data in the forms it has on the Hub and on disk becomes the right questions, with all references."""
+
+import io
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from alignvlm.data import scenes
+from alignvlm.data.rows import BadRow
+from alignvlm.evaluation.tasks import BadRows, blank, load_task, question_records, shuffled_rows
+
+
+def png(colour) -> dict:
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (8, 6), colour).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue()}
+
+
+@pytest.fixture
+def karpathy(tmp_path) -> Path:
+    """A folder with Karpathy's `dataset_coco.json` and its photos."""
+    images = []
+    for index, (split, captions) in enumerate([("train", 5), ("test", 7), ("val", 5), ("test", 5)]):
+        file = tmp_path / "val2014" / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        PILImage.new("RGB", (8, 6), (index, 0, 0)).save(file)
+        sentences = [{"raw": f"Caption {n} of {index}.", "tokens": []} for n in range(captions)]
+        images.append({"filepath": "val2014", "filename": file.name, "split": split, "sentences": sentences})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return tmp_path
+
+
+def test_karpathy_splits_keep_all_their_references(karpathy):
+    found = load_task("coco_captions", "test", str(karpathy), prompt="Caption it.")
+    assert [len(record.questions[0].references) for record in found.records] == [7, 5]
+    assert found.notes == {"images": 2, "questions": 2, "references": 12}
+    question = found.records[0].questions[0]
+    assert (question.prompt, question.metric) == ("Caption it.", "cider")
+    assert question.references[6] == "Caption 6 of 1."
+    assert [image.getpixel((0, 0))[0] for image in found.images(found.records)] == [1, 3]
+    assert found.source["split"] == "test" and len(found.source["sha256"]) == 64
+    assert len(load_task("coco_captions", "val", str(karpathy)).records) == 1
+    assert len(load_task("coco_captions", "test", str(karpathy), limit=1).records) == 1
+
+
+def test_images_may_lie_elsewhere(karpathy, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("photos")
+    (karpathy / "val2014").rename(elsewhere / "val2014")
+    with pytest.raises(ValueError, match=r"No such image: .*1\.png.*image_dir"):
+        load_task("coco_captions", "test", str(karpathy))
+    found = load_task("coco_captions", "test", str(karpathy), image_dir=str(elsewhere))
+    assert found.images(found.records)[0].size == (8, 6)
+
+
+def test_parquet_in_the_schema_of_flickr30k(tmp_path):
+    features = Features({"image": Image(), "alt_text": List(Value("string")), "img_id": Value("string")})
+    for split, count in (("test", 3), ("validation", 2)):
+        rows = [{"image": png((9, n, 0)), "alt_text": ["a", "b"] * (n + 1), "img_id": str(n)} for n in range(count)]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    found = load_task("flickr30k_captions", "test", str(tmp_path))
+    assert found.notes == {"images": 3, "questions": 3, "references": 12}
+    assert load_task("flickr30k_captions", "val", str(tmp_path)).notes["images"] == 2
+
+
+def test_pathvqa_with_and_without_exact_duplicates(tmp_path):
+    rows = [
+        {"image": png((1, 0, 0)), "question": "Is it a cell?", "answer": "yes"},
+        {"image": png((1, 0, 0)), "question": "What is it?", "answer": "a cell"},
+        {"image": png((2, 0, 0)), "question": "Is it a cell?", "answer": "yes"},  # another image
+        {"image": png((1, 0, 0)), "question": "Is it a cell?", "answer": "yes"},  # the duplicate
+        {"image": png((1, 0, 0)), "question": "Is it a cell?", "answer": "no"},  # another answer
+    ]
+    features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    found = load_task("pathvqa", "test", str(tmp_path))
+    assert [[q.prompt for q in record.questions] for record in found.records] == [
+        ["Is it a cell?", "What is it?", "Is it a cell?"],
+        ["Is it a cell?"],
+    ]
+    assert found.notes["questions"] == 4
+    assert (found.notes["exact_duplicates"], found.notes["exact_duplicates_are"]) == (1, "removed")
+    kept = load_task("pathvqa", "test", str(tmp_path), keep_duplicates=True)
+    assert (kept.notes["questions"], kept.notes["exact_duplicates_are"]) == (5, "kept")
+
+
+def test_pathvqa_has_as_many_questions_as_the_field_counts(shared_data):
+    rows = [json.loads(line) for line in (shared_data / "pathvqa/qa.jsonl").open()]
+    for split, with_duplicates, without in (("train", 19755, 19654), ("val", 6279, 6259)):
+        chosen = [row for row in rows if row["split"] == split]
+        data = Dataset.from_list(
+            [
+                {
+                    "image": {"bytes": row["image_id"].encode(), "path": None},
+                    "question": row["question"],
+                    "answer": row["answer"],
+                }
+                for row in chosen
+            ],
+            features=Features({"image": Image(decode=False), "question": Value("string"), "answer": Value("string")}),
+        )
+        for keep, expected in ((True, with_duplicates), (False, without)):
+            records, notes = question_records(data, "", keep, BadRows("raise", str))
+            assert sum(len(record.questions) for record in records) == expected
+            assert notes["exact_duplicates"] == with_duplicates - without
+
+
+def test_local_rows_are_judged_by_what_they_hold(tmp_path):
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "What?", "answer": "a chair", "split": "val"}]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    question = load_task("local", "val", str(tmp_path / "qa.jsonl")).records[0].questions[0]
+    assert (question.prompt, question.references, question.metric) == ("What?", ["a chair"], "pathvqa_accuracy")
+    rows = [{"image": "a.png", "captions": ["one", "two"], "split": "val"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_task("local", "val", str(tmp_path / "captions.jsonl")).records[0].questions[0].metric == "cider"
+    with pytest.raises(ValueError, match="has no rows of split 'test'"):
+        load_task("local", "test", str(tmp_path / "captions.jsonl"))
+
+
+def test_another_split_is_not_taken_for_the_one_asked_for(tmp_path):
+    rows = {"image": [png((1, 0, 0))], "captions": [["one"]]}
+    Dataset.from_dict(rows, Features({"image": Image(), "captions": List(Value("string"))})).to_parquet(
+        tmp_path / "train-00000-of-00001.parquet"
+    )
+    with pytest.raises(ValueError, match=r"No file in .* is named after the split 'test'"):
+        load_task("local", "test", str(tmp_path))
+    assert load_task("local", "train", str(tmp_path)).notes["images"] == 1
+    assert load_task("local", "test", str(tmp_path / "train-00000-of-00001.parquet")).notes["images"] == 1
+
+
+QUESTION = {"image": "a.png", "question": "What?", "answer": "a cat"}
+CAPTION = {"image": "a.png", "captions": ["a cat", "a grey cat"]}
+ANNOTATED = {"image": "a.png", "annotations": [{"prompt": "What?", "response": "a cat", "kind": "answer"}]}
+BAD_ROWS = {
+    "null": (QUESTION, {"answer": None}, "`answer` is None"),
+    "int": (QUESTION, {"answer": 3}, r"`answer` is 3 \(int\)"),
+    "bool": (QUESTION, {"answer": True}, r"`answer` is True \(bool\)"),
+    "list": (QUESTION, {"answer": ["a", "b"]}, r"`answer` is \['a', 'b'\]"),
+    "placeholder": (QUESTION, {"question": "<image> What?"}, "`question` holds the image placeholder"),
+    "empty caption": (CAPTION, {"captions": ["a cat", " "]}, r"`captions\[1\]` is empty"),
+    "no caption": (CAPTION, {"captions": None}, "No caption"),
+    "response": (
+        ANNOTATED,
+        {"annotations": [{"prompt": "What?", "response": 1}]},
+        r"`annotations\[0\].response` is 1",
+    ),
+    "no image": (QUESTION, {"image": None}, "`image` is empty"),
+    "no picture": (CAPTION, {"image": None}, "neither bytes nor a path"),
+    "missing image": (QUESTION, {"image": "gone.png"}, r"Cannot read the image .*gone\.png"),
+    "truncated image": (QUESTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
+    "truncated caption image": (CAPTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_found_before_anything_is_asked(tmp_path, kind):
+    good, change, message = BAD_ROWS[kind]
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    PILImage.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "whole.png").unlink()
+    rows = [{**good, "split": "val"}, {**good, "split": "test"}, {**good, "split": "test", **change}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadRow, match=f"^rows.jsonl, line 3: .*{message}.*--on_bad_row skip"):
+        load_task("local", "test", str(tmp_path / "rows.jsonl"))
+    found = load_task("local", "test", str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    assert found.notes["images"] == 1 and found.notes["bad_rows"] == 1
+    (problem,) = found.notes["bad_row_list"]
+    assert problem.startswith("rows.jsonl, line 3: ")
+    assert [image.size for image in found.images(found.records)] == [(8, 6)]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(ValueError, match=r"None of the 1 rows .* can be used|No such image|No column of captions"):
+        load_task("local", "test", str(tmp_path / "bad.jsonl"), on_bad_row="skip")
+
+
+def test_scenes_are_captioned_and_questioned(tmp_path):
+    scenes.make_scenes(2, "test").to_parquet(tmp_path / "test.parquet")
+    found = load_task("scenes", "test", str(tmp_path))
+    assert [q.metric for q in found.records[0].questions] == ["cider"] * 2 + ["pathvqa_accuracy"] * 8
+    assert found.images(found.records)[1].size == (64, 64)
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"Unknown task 'coco'.*coco_captions"):
+        load_task("coco", "test")
+    with pytest.raises(ValueError, match="'scenes' needs data"):
+        load_task("scenes", "test")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for missing in ("out/data/rows.jsonl", "data/rows.jsonl", str(tmp_path / "gone"), "data/gone"):
+        with pytest.raises(FileNotFoundError, match="No such file or folder: "):
+            load_task("local", "test", missing)
+    with pytest.raises(ValueError, match="holds no"):
+        load_task("local", "test", str(tmp_path))
+    Dataset.from_list(
+        [{"image": png((1, 0, 0)), "text": "x"}], Features({"image": Image(), "text": Value("string")})
+    ).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="No column of captions"):
+        load_task("coco_captions", "test", str(tmp_path))
+
+
+def test_controls_change_every_image(tmp_path):
+    scenes.make_scenes(7, "test").to_parquet(tmp_path / "test.parquet")
+    found = load_task("scenes", "test", str(tmp_path))
+    grey = blank(found.images(found.records))
+    assert all(image.getcolors() == [(64 * 64, (128, 128, 128))] for image in grey)
+    for seed in range(20):
+        shuffled = shuffled_rows(found.records, seed)
+        assert sorted(record.row for record in shuffled) == list(range(7))
+        assert all(new.row != old.row for new, old in zip(shuffled, found.records))
+        assert [record.questions for record in shuffled] == [record.questions for record in found.records]

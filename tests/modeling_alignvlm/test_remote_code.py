@@ -1,0 +1,125 @@
+"""A saved folder is a repository: child processes that cannot import this package load it by the Auto classes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_alignvlm import AlignVLMForConditionalGeneration
+
+
+PROLOGUE = """
+import json, sys
+
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "hub_upload"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
+try:
+    import modeling_alignvlm
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is importable; the test would prove nothing")
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+folder, workdir = sys.argv[1:]
+picture = Image.open(f"{workdir}/picture.png")
+messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What colour is it?"}]}]
+"""
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("child")
+    Image.new("RGB", (20, 12), (200, 30, 60)).save(folder / "picture.png")
+    return folder
+
+
+def run_child(code: str, checkpoint: Path, workdir: Path) -> str:
+    environment = {
+        "HF_HOME": str(workdir / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(workdir),
+    }
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", PROLOGUE + code, str(checkpoint), str(workdir)],
+        cwd=workdir,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+LOAD_AND_SAVE = """
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+torch.save(dict(inputs), f"{workdir}/inputs.pt")
+logits = []
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == "AlignVLMForConditionalGeneration", type(model)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        logits.append(model(**inputs).logits)
+assert torch.equal(*logits)
+torch.save(logits[0], f"{workdir}/logits.pt")
+model.save_pretrained(f"{workdir}/again")
+processor.save_pretrained(f"{workdir}/again")
+again = AutoModel.from_pretrained(f"{workdir}/again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(**inputs).logits, logits[0])
+answer = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+texts = answer(text=messages, max_new_tokens=4, do_sample=False, return_full_text=False)
+print(json.dumps([type(config).__name__, texts[0]["generated_text"]]))
+"""
+
+
+def test_auto_classes_give_the_same_logits_and_save_the_same_files(checkpoint, workdir, processor):
+    name, answer = json.loads(run_child(LOAD_AND_SAVE, checkpoint, workdir).splitlines()[-1])
+    assert name == "AlignVLMConfig" and isinstance(answer, str)
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    inputs = torch.load(workdir / "inputs.pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, torch.load(workdir / "logits.pt"))
+
+    saved = {path.name: path for path in (workdir / "again").iterdir()}
+    for path in checkpoint.iterdir():
+        if path.name not in ("LICENSE", "README.md", "alignvlm_run.json"):
+            assert saved.pop(path.name).read_bytes() == path.read_bytes(), path.name
+    assert not saved  # nothing more
+
+
+def test_without_trust_no_code_runs(checkpoint, workdir):
+    code = """
+try:
+    AutoModel.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    print("refused" if "trust_remote_code" in str(error) else error)
+"""
+    assert run_child(code, checkpoint, workdir).splitlines()[-1] == "refused"
+
+
+def test_code_that_travels_imports_only_what_a_reader_expects(checkpoint):
+    files = sorted(path.name for path in checkpoint.glob("*.py"))
+    assert files == [f"{name}_alignvlm.py" for name in ("configuration", "masking", "modeling", "processing")]
+    allowed = {"torch", "transformers", "numpy", "PIL", "collections", "dataclasses", "typing", "os"}
+    for name in files:
+        for line in (checkpoint / name).read_text().splitlines():
+            words = line.split()
+            if line.startswith(("import ", "from ")):
+                assert words[1].startswith(".") or words[1].split(".")[0] in allowed, f"{name}: {line}"

@@ -1,0 +1,139 @@
+"""Rows of records: what is trained is exactly what separate sequences would train."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from alignvlm.data import scenes
+from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row
+from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+
+
+def record(*annotations, images=1) -> dict:
+    pictures = [Image.new("RGB", (16, 16), (60 * i, 200, 30)) for i in range(images)]
+    return {"images": pictures, "annotations": [{"prompt": p, "response": r} for p, r in annotations]}
+
+
+QUESTIONS = (("Is there a circle?", "yes"), ("What colour is it?", "red"), ("How many shapes are there?", "two"))
+
+
+def test_a_row_holds_the_trunk_once_and_each_annotation_as_a_branch(processor):
+    collator = AlignVLMCollator(processor)
+    batch = collator([record(*QUESTIONS)])
+    ids, branches = batch["input_ids"][0], batch["branch_ids"][0]
+    assert processor.decode(ids[branches == 0]) == "User:" + "<image>" * 4
+    for index, (prompt, response) in enumerate(QUESTIONS, 1):
+        assert processor.decode(ids[branches == index]) == f" {prompt}\nAssistant: {response}</s>"
+        positions = batch["position_ids"][0][branches == index]
+        trunk = int((branches == 0).sum())
+        assert positions.tolist() == list(range(trunk, trunk + len(positions)))
+    assert batch["pixel_values"].shape[0] == 1
+
+
+def test_only_responses_and_their_end_carry_labels(processor):
+    batch = AlignVLMCollator(processor)([record(*QUESTIONS)])
+    labelled = batch["labels"][0] != -100
+    assert torch.equal(batch["labels"][0][labelled], batch["input_ids"][0][labelled])
+    assert processor.decode(batch["labels"][0][labelled]) == "".join(f" {response}</s>" for _, response in QUESTIONS)
+    assert not (batch["prompt_mask"][0] & labelled).any()
+
+
+def test_the_first_token_of_a_branch_has_no_label_even_without_a_prompt():
+    row = Row([])
+    row.append([5, 6, 7], branch=1, first_position=0, response_length=3)
+    row.append([8, 9], branch=2, first_position=0, response_length=2)
+    assert row.labels == [IGNORED, 6, 7, IGNORED, 9]  # else 8 would be predicted from another branch
+
+
+def test_prompts_have_the_tokens_they_have_at_inference(processor):
+    collator = AlignVLMCollator(processor)
+    for prompt, response in QUESTIONS:
+        batch = collator([record((prompt, response))])
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inference = processor(images=Image.new("RGB", (16, 16)), text=text, return_tensors="pt")["input_ids"][0]
+        assert torch.equal(batch["input_ids"][0][: len(inference)], inference)
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_a_packed_row_gives_loss_and_gradients_of_separate_rows(processor, make_model, mask_type):
+    """The split by mask type included: `prefix` and `mutual` cannot share a trunk and get one row per annotation."""
+    records = [record(*QUESTIONS), record(QUESTIONS[1], images=2), record(("Say something.", "Fine."), images=0)]
+    packed = AlignVLMCollator(processor, mask_type)(records)
+    separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
+    rows = {"causal": 3, "image": 3, "prefix": 5, "mutual": 5}[mask_type]
+    assert len(packed["input_ids"]) == rows and len(separate["input_ids"]) == 5
+    gradients, losses = [], []
+    for batch in (packed, separate):
+        model = make_model(mask_type).double().train()  # the loss itself is taken in float32
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    largest = max(gradient.norm() for gradient in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        if gradient.norm() > 1e-6 * largest:  # the bias of a key projection, say, has no gradient but rounding
+            assert (gradients[0][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_text_records_and_padding(processor, make_model):
+    batch = AlignVLMCollator(processor, pad_to_multiple_of=32)(
+        [record(("Say something.", "Fine."), images=0), record(*QUESTIONS)]
+    )
+    assert batch["input_ids"].shape[1] % 32 == 0
+    assert torch.equal(batch["record_ids"] == -1, batch["attention_mask"] == 0)
+    text_only = AlignVLMCollator(processor)([record(("Say something.", "Fine."), images=0)])
+    assert "pixel_values" not in text_only
+    assert make_model()(**text_only).loss.isfinite()
+
+
+def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processor):
+    whole = AlignVLMCollator(processor)([record(*QUESTIONS)])
+    length = whole["input_ids"].shape[1]
+    cut = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
+    assert cut["branch_ids"].max() == 2
+    assert [loss["kind"] for loss in cut["losses_of_data"]] == ["dropped_annotation"]
+    trunk = int((whole["branch_ids"] == 0).sum())
+    long = record(("What is it?", "red " * 50))
+    cut = AlignVLMCollator(processor, max_length=40)([long])
+    assert cut["input_ids"].shape[1] == 40 and (cut["input_ids"] == processor.image_token_id).sum() == 4
+    assert [loss["kind"] for loss in cut["losses_of_data"]] == ["cut_response"]
+    later_fits = record(("What is it?", "red " * 50), QUESTIONS[0])
+    kept = AlignVLMCollator(processor, max_length=40)([later_fits])
+    assert kept["branch_ids"].max() == 2 and "yes" in processor.decode(kept["input_ids"][0])
+    nothing = AlignVLMCollator(processor, max_length=trunk + 2)([long])
+    assert [loss["kind"] for loss in nothing["losses_of_data"]] == ["dropped_record"]
+    with pytest.raises(ValueError, match=f"max_length={trunk + 1} leaves no room"):
+        AlignVLMCollator(processor, max_length=trunk + 1)([long])
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (record(), "no annotations"),
+        (record(("What is <image>?", "a tag")), r"'What is <image>\?' holds the placeholder"),
+        (record(("What?", "an <image>")), "'an <image>' holds the placeholder"),
+    ],
+)
+def test_bad_records_are_named(processor, bad, message):
+    with pytest.raises(ValueError, match=message):
+        AlignVLMCollator(processor)([bad])
+
+
+def test_real_scenes_do_not_leak_under_any_mask(processor):
+    dataset = scenes.make_scenes(4, annotations=("short_caption", "detailed_caption", "questions"))
+    for mask_type in MASK_TYPES:
+        batch = AlignVLMCollator(processor, mask_type)([dataset[i] for i in range(4)])
+        assert (batch["labels"] != -100).any(-1).all()
+
+
+def test_a_collator_can_be_sent_to_a_worker_that_is_not_forked(processor):
+    records = [scenes.make_scenes(3)[i] for i in range(3)]
+    collator = AlignVLMCollator(processor, max_length=90)
+    expected = collator(records)
+    found = pickle.loads(pickle.dumps(collator))(records)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if torch.is_tensor(value))

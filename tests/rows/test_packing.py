@@ -1,0 +1,246 @@
+"""Packed rows train what separate sequences train: on every path, for random records, through the real trainer."""
+
+import copy
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignvlm.data.scenes import RECORD_FEATURES
+from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row, first_fit
+from alignvlm.stages.stage import TrainerArguments
+from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
+from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from tests import examples
+from tests.running import recompute_activations
+
+
+WORDS = "a red green circle square is at the top left how many shapes yes no two".split()
+
+
+def random_record(rng: random.Random, most_annotations: int = 5) -> dict:
+    """A record with no, one or two images and one to `most_annotations` annotations of differing lengths."""
+    images = [
+        Image.new("RGB", (16, 16), tuple(rng.choices(range(256), k=3))) for _ in range(rng.choice((0, 1, 1, 1, 2)))
+    ]
+    annotations = [
+        {
+            "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 5))),
+            "response": " ".join(rng.choices(WORDS, k=rng.randint(1, 6))),
+        }
+        for _ in range(rng.randint(1, most_annotations))
+    ]
+    return {"images": images, "annotations": annotations}
+
+
+def loss_and_gradients(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 5e-6) -> None:
+    """Equal within `tolerance` of each one's norm; what is zero but for rounding (a key projection's bias) is left out."""
+    largest = max(value.norm() for value in other.values())
+    for name, value in other.items():
+        if value.norm() > 1e-6 * largest:
+            found = one.get(name, torch.zeros_like(value))
+            assert (found - value).norm() <= tolerance * value.norm(), name
+
+
+@settings(max_examples=examples(6), deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
+def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
+    """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""
+    rng = random.Random(seed)
+    records = [random_record(rng) for _ in range(rng.randint(1, 4))]
+    model = make_model(mask_type).double().train()
+    packed = AlignVLMCollator(processor, mask_type, row_length=row_length)(records)
+    separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
+    loss, gradients = loss_and_gradients(model, packed)
+    expected_loss, expected = loss_and_gradients(model, separate)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert_same(gradients, expected)
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("variant", ["lora", "checkpointing", "several records per row"])
+def test_packed_equals_separate_with(variant, mask_type, processor, make_model):
+    """In float64, as above."""
+    rng = random.Random(3)
+    records = [random_record(rng) for _ in range(4)]
+    model = make_model(mask_type).double().train()
+    if variant == "lora":
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=r".*language_model.*(q|v|gate)_proj", init_lora_weights=False)
+        ).double()
+    separate_model = copy.deepcopy(model)
+    if variant == "checkpointing":
+        recompute_activations(model)
+    row_length = 300 if variant == "several records per row" else None
+    packed = AlignVLMCollator(processor, mask_type, row_length=row_length)(records)
+    if row_length:
+        assert packed["record_ids"].max() > 0
+    loss, gradients = loss_and_gradients(model, packed)
+    separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
+    expected_loss, expected = loss_and_gradients(separate_model, separate)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert_same(gradients, expected)
+
+
+def one_optimizer_step(model, collator, records, folder, accumulation: int) -> dict[str, torch.Tensor]:
+    """What one step of plain gradient descent takes from each parameter, by the real trainer with accumulation."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainerArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(records) // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = AlignVLMTrainer(
+        model,
+        learning_rates=dict.fromkeys(("vision", "projector", "language"), 1.0),
+        args=arguments,
+        data_collator=collator,
+        train_dataset=Dataset.from_list(records, features=RECORD_FEATURES),
+        processing_class=collator.processor,
+    )
+    trainer.train()
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_packed_and_accumulated_equals_separate_in_one_batch(mask_type, processor, make_model, tmp_path):
+    """Micro-batches hold different numbers of labels: each counts by its labels, not as one of four."""
+    rng = random.Random(5)
+    records = [random_record(rng) for _ in range(4)]
+    for record in records:
+        record["annotations"] = [{**annotation, "kind": ""} for annotation in record["annotations"]]
+    model = make_model(mask_type)
+    packed = AlignVLMCollator(processor, mask_type, row_length=200)
+    separate = AlignVLMCollator(processor, mask_type, shared_image=False)
+    steps = [
+        one_optimizer_step(copy.deepcopy(model), collator, records, tmp_path / str(accumulation), accumulation)
+        for collator, accumulation in ((packed, 4), (separate, 1))
+    ]
+    assert_same(*steps, tolerance=1e-4)  # the step is a difference of float32 parameters
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(5, 60))
+def test_first_fit_fills_rows_and_keeps_every_record_in_order(lengths, row_length):
+    rows = []
+    for index, length in enumerate(lengths):
+        row = Row([index])
+        row.append([index] * length, branch=0, first_position=0)
+        rows.append(row)
+    filled = first_fit(copy.deepcopy(rows), row_length)
+    assert sorted(image for row in filled for image in row.images) == list(range(len(lengths)))
+    for row in filled:
+        assert len(row) <= row_length or len(row.images) == 1
+        assert row.images == sorted(row.images)
+        expected = [index for index in row.images for _ in range(lengths[index])]
+        assert row.input_ids == expected
+        assert row.record_ids == [row.images.index(index) for index in expected]
+        assert row.position_ids == [p for index in row.images for p in range(lengths[index])]
+    for earlier, later in pairwise(filled):  # the first record of a row had no room before it
+        assert len(earlier) + lengths[later.images[0]] > row_length or earlier.images[-1] > later.images[0]
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_a_changed_response_token_moves_only_what_comes_after_it_in_its_branch(mask_type, processor, make_model):
+    rng = random.Random(11)
+    records = [random_record(rng, 3) for _ in range(4)]
+    batch = AlignVLMCollator(processor, mask_type, row_length=150)(records)
+    labels = batch.pop("labels")
+    model = make_model(mask_type)
+    with torch.no_grad():
+        before = model(**batch, use_cache=False).logits
+    places = (labels != IGNORED).nonzero().tolist()
+    for row, token in rng.sample(places, 12):
+        changed = {**batch, "input_ids": batch["input_ids"].clone()}
+        changed["input_ids"][row, token] = (changed["input_ids"][row, token] + 7) % 256 + 4
+        with torch.no_grad():
+            after = model(**changed, use_cache=False).logits
+        moved = (after - before).abs().amax(-1) > 1e-5
+        own = torch.zeros_like(moved)
+        own[row] = (batch["record_ids"][row] == batch["record_ids"][row, token]) & (
+            batch["branch_ids"][row] == batch["branch_ids"][row, token]
+        )
+        own[row, :token] = False
+        assert moved[row, token]
+        assert not (moved & ~own).any()
+
+
+def test_frozen_parts_cost_no_gradients_and_the_head_works_only_at_labels(processor, make_model):
+    """Counted in floating-point operations of the backward pass, for the stages that freeze something."""
+    batch = AlignVLMCollator(processor)([random_record(random.Random(2)) | {"images": [Image.new("RGB", (16, 16))]}])
+    labels = batch.pop("labels")
+    keep = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED
+
+    def backward_operations(rates: dict[str, float]) -> tuple[int, int]:
+        model = make_model(attn_implementation="eager").train()
+        freeze_all_but(model, rates)
+        with FlopCounterMode(display=False) as forward:
+            hidden = model.model(**batch, positions_to_keep=keep, use_cache=False).last_hidden_state
+            loss = model.lm_head(hidden).logsumexp(-1).sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        head = model.lm_head.weight.numel() * 2 * int(keep.sum())
+        assert hidden.shape[1] == int(keep.sum()) and forward.get_total_flops() > head
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    with FlopCounterMode(display=False) as vision:
+        make_model(attn_implementation="eager").get_image_features(batch["pixel_values"])
+    forward, stage1 = backward_operations({"projector": 1.0})
+    _, stage2 = backward_operations({"projector": 1.0, "vision": 1.0})
+    _, everything = backward_operations({"projector": 1.0, "vision": 1.0, "language": 1.0})
+    language = forward - vision.get_total_flops()
+    # Attention's two products have two gradients each whatever trains, so a frozen language model costs a little over its forward.
+    assert language * 0.9 < stage1 < language * 1.5
+    assert 1.8 * vision.get_total_flops() * 0.8 < stage2 - stage1 < 2.2 * vision.get_total_flops()
+    assert everything - stage2 > language * 0.5
+
+
+@pytest.mark.parametrize("mask_type", ["image", "mutual"])  # one that shares trunks, one that cannot
+def test_rows_of_several_records_under_a_compiled_flex_kernel(make_model, processor, mask_type):
+    """The loss, and every response's log-probabilities, are those of one record per row under SDPA."""
+    rng = random.Random(3)
+    records = [random_record(rng) for _ in range(6)]
+    model = make_model(mask_type).eval()
+    found = {}
+    for kernel, row_length in (("sdpa", None), ("flex_attention", 256)):
+        torch.compiler.reset()  # see test_modeling.set_kernel
+        model.set_attn_implementation(kernel)
+        collator = AlignVLMCollator(processor, mask_type, row_length=row_length, pad_to_multiple_of=128)
+        batch = collator(records)
+        with torch.no_grad():
+            outputs = model(**batch, use_cache=False)
+        labels = batch["labels"][:, 1:]
+        log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        found[kernel] = (outputs.loss, log_probs[labels != IGNORED].sort().values, len(batch["input_ids"]))
+    assert found["flex_attention"][2] < found["sdpa"][2]
+    torch.testing.assert_close(found["flex_attention"][0], found["sdpa"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["flex_attention"][1], found["sdpa"][1], rtol=1e-4, atol=1e-4)

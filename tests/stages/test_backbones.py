@@ -1,0 +1,135 @@
+"""Assembling a stage-0 checkpoint: weights kept, image token added, other architectures refused in words."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    set_seed,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from alignvlm.stages.backbones import CHATML_TEMPLATE, BackboneArguments, assemble
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.conftest import make_tokenizer
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer():
+    """A tokenizer as a language model has it: with chat tokens, without an image token."""
+    return make_tokenizer(("<|im_start|>", "<|im_end|>"))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory, text_tokenizer):
+    folder = tmp_path_factory.mktemp("language")
+    set_seed(1)
+    config = LlamaConfig(**SIZES, vocab_size=len(text_tokenizer), num_key_value_heads=2, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    text_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    set_seed(2)
+    SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):
+    model, processor = assemble(BackboneArguments(str(vision), str(language), str(tmp_path)))
+    encoder = SiglipVisionModel.from_pretrained(vision).state_dict()
+    for name, value in model.model.vision_tower.state_dict().items():
+        assert torch.equal(value, encoder[name]), name
+    alone = AutoModelForCausalLM.from_pretrained(language)
+    input_ids = AutoTokenizer.from_pretrained(language)("What colour is the circle?", return_tensors="pt")["input_ids"]
+    reloaded = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = reloaded(input_ids=input_ids).logits[..., : alone.config.vocab_size]
+        torch.testing.assert_close(logits, alone(input_ids=input_ids).logits, atol=1e-6, rtol=1e-6)
+    again = AlignVLMProcessor.from_pretrained(tmp_path)
+    assert again.chat_template == processor.chat_template == CHATML_TEMPLATE  # the tokenizer has chat tokens
+    assert reloaded.config.image_token_id == again.image_token_id
+    assert again.tokenizer.convert_tokens_to_ids("<|im_end|>") in reloaded.generation_config.eos_token_id
+
+
+def test_chatml_prompts_read_as_chatml(vision, language, tmp_path):
+    _, processor = assemble(BackboneArguments(str(vision), str(language), str(tmp_path)))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    messages.append({"role": "assistant", "content": "That."})
+    assert processor.apply_chat_template(messages) == (
+        "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\nThat.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_the_vision_half_of_an_image_text_model_is_taken(kind, language, tmp_path):
+    vision_config = {**SIZES, "image_size": 16, "patch_size": 8}
+    text_config = {**SIZES, "vocab_size": 50, "projection_dim": 32}
+    config_class, model_class = {"siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel)}[kind]
+    whole = model_class(config_class(vision_config=vision_config, text_config=text_config)).eval()
+    whole.save_pretrained(tmp_path / "both")
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "both")
+    model, _ = assemble(BackboneArguments(str(tmp_path / "both"), str(language), str(tmp_path / "stage0")))
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = whole.vision_model(pixels).last_hidden_state[:, -4:]
+        torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected)
+
+
+def test_a_head_that_is_more_than_a_product_is_noticed(vision, text_tokenizer, tmp_path):
+    phi = PhiForCausalLM(PhiConfig(**SIZES, vocab_size=len(text_tokenizer)))
+    torch.nn.init.normal_(phi.lm_head.bias)
+    phi.save_pretrained(tmp_path)
+    text_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its head does more than a matrix product"):
+        assemble(BackboneArguments(str(vision), str(tmp_path), str(tmp_path / "stage0")))
+
+
+def test_really_pretrained_weights(vision, shared_data, tmp_path):
+    """The stories model keeps telling stories."""
+    stories = shared_data / "weights/stories260k"
+    model, processor = assemble(BackboneArguments(str(vision), str(stories), str(tmp_path)))
+    alone, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    expected = tokenizer.decode(alone.generate(**inputs, **options)[0])
+    assert processor.tokenizer.decode(model.generate(**inputs, **options)[0]) == expected and "there was a" in expected
+
+
+def test_a_really_pretrained_encoder_of_feature_maps(shared_data, tmp_path):
+    """MobileNetV2 at 224 pixels: 7 x 7 places, in rows, each with the channels the classifier was trained on."""
+    mobilenet, stories = (str(shared_data / "weights" / name) for name in ("mobilenet_v2_1.0_224", "stories260k"))
+    assemble(BackboneArguments(mobilenet, stories, str(tmp_path)))
+    model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    processor = AlignVLMProcessor.from_pretrained(tmp_path)
+    assert (model.config.image_grid, model.config.image_size) == ([7, 7], [224, 224])
+    assert processor.image_seq_length == model.config.image_seq_length == 49
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8))
+    batch = processor(images=picture, text="<image> Once upon a time", return_tensors="pt")
+    with torch.no_grad():
+        alone = AutoModel.from_pretrained(mobilenet)(batch["pixel_values"]).last_hidden_state
+        features = model.get_image_features(batch["pixel_values"]).last_hidden_state
+        for place in (0, 8, 48):
+            torch.testing.assert_close(features[0, place], alone[0, :, place // 7, place % 7])
+    answer = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] == batch["input_ids"].shape[1] + 5

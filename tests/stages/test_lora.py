@@ -1,0 +1,136 @@
+"""LoRA through the real trainer: what trains, merged against unmerged, and what a checkpoint then is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignvlm.data import scenes
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.lora import add_lora, merge_saved_lora
+from alignvlm.stages.stage import main
+from alignvlm.stages.trainer import module_of
+from hub_upload.run_record import read_run_record
+from modeling_alignvlm import AlignVLMForConditionalGeneration
+from tests.running import arguments_for
+
+
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": ["q_proj", "down_proj"]}
+RATES = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2}
+
+
+def logits(model, processor) -> torch.Tensor:
+    records = [scenes.make_scenes(3, annotations=("questions",), seed=8)[i] for i in range(3)]
+    batch = AlignVLMCollator(processor)(records)
+    with torch.no_grad():
+        return model.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    for merge in (True, False):
+        main(arguments_for(checkpoint, folder / str(merge), **LORA, **RATES, lora_merge=merge))
+    return folder / "True", folder / "False"
+
+
+def test_only_targets_and_projector_change(checkpoint, folders):
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(folders[0] / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        trains = module_of(name) == "projector" or name.endswith(("q_proj.weight", "down_proj.weight"))
+        trains &= "vision_tower" not in name
+        assert torch.equal(value, after[name]) != trains, name
+    assert read_run_record(folders[0])["stages"][-1]["lora"]["rank"] == 4
+
+
+def test_merged_equals_unmerged_with_its_lora_weights(checkpoint, processor, folders):
+    merged = logits(AlignVLMForConditionalGeneration.from_pretrained(folders[0]), processor)
+    apart = AlignVLMForConditionalGeneration.from_pretrained(folders[1])
+    without = logits(apart, processor)
+    apart.load_adapter(str(folders[1] / "lora"))
+    scale = merged.abs().max()
+    assert (logits(apart, processor) - merged).abs().max() < 1e-5 * scale
+    assert (without - merged).abs().max() > 1e-2 * scale
+    from peft import PeftModel
+
+    apart = PeftModel.from_pretrained(
+        AlignVLMForConditionalGeneration.from_pretrained(folders[1]), str(folders[1] / "lora")
+    )
+    assert (logits(apart, processor) - merged).abs().max() < 1e-5 * scale
+    assert not (folders[0] / "lora").exists()
+
+
+def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, folders, tmp_path):
+    merged, apart = (AlignVLMForConditionalGeneration.from_pretrained(folder) for folder in folders)
+    assert merge_saved_lora(apart, folders[1]) and not merge_saved_lora(merged, folders[0])
+    expected = logits(merged, processor)
+    assert (logits(apart, processor) - expected).abs().max() < 1e-5 * expected.abs().max()
+    results = {}
+    for folder in folders:
+        entry = main(
+            arguments_for(folder, tmp_path / folder.name, optim="sgd", vision_learning_rate=1e-3, max_steps=2)
+        )
+        results[folder.name] = entry["logged_losses"]
+        again = main(
+            arguments_for(folder, tmp_path / f"{folder.name} lora", optim="sgd", **LORA, **RATES, max_steps=2)
+        )
+        results[f"{folder.name} lora"] = again["logged_losses"]
+    assert results["True"] == pytest.approx(results["False"], rel=1e-3)
+    assert results["True lora"] == pytest.approx(results["False lora"], rel=1e-3)
+    from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
+
+    (tmp_path / "data").mkdir()
+    scenes.make_scenes(6, "test").to_parquet(tmp_path / "data/test.parquet")
+    predictions = []
+    for folder in folders:
+        options = [
+            str(folder),
+            "--task",
+            "scenes",
+            "--data",
+            str(tmp_path / "data"),
+            "--limit",
+            "6",
+            "--output_dir",
+            str(tmp_path),
+            "--use_cpu",
+        ]
+        found = evaluate_checkpoint(
+            parser().parse_args([*options, "--use_cpu", "--max_new_tokens", "6", "--bootstrap_samples", "5"])
+        )
+        predictions.append([prediction["prediction"] for prediction in found["predictions"]])
+    assert predictions[0] == predictions[1]
+
+
+def test_an_interrupted_lora_stage_resumes_bit_for_bit(checkpoint, tmp_path):
+    fields = {**LORA, **RATES, "lora_dropout": 0.1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = main(arguments_for(checkpoint, tmp_path / "whole", **fields))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole/checkpoint-2").rename(tmp_path / "again/checkpoint-2")
+    again = main([*arguments_for(checkpoint, tmp_path / "again", **fields), "--resume_from_checkpoint"])
+    assert again["logged_losses"] == whole["logged_losses"]
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_bad_targets_are_named(make_model):
+    with pytest.raises(
+        ValueError, match=r"\['qkv'\] name no linear layer of the language model; it has \['down_proj'"
+    ):
+        add_lora(make_model(), 4, 8, 0.0, ["q_proj", "qkv"])
+
+
+def test_a_merged_checkpoint_loads_where_there_is_no_peft(folders, tmp_path):
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from transformers import AutoModelForImageTextToText\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(folders[0])!r}, trust_remote_code=True)\n"
+        "print(sorted(n for n, _ in model.named_parameters() if 'lora' in n))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert json.loads((folders[0] / "config.json").read_text())["model_type"] == "alignvlm"

@@ -1,0 +1,415 @@
+"""The stages, through the real trainer and the real scripts, on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from trl import TrlParser
+
+from alignvlm.data import scenes
+from alignvlm.data.images import read_image
+from alignvlm.data.sources import read_source
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.checkpoint import PROGRESS, read_progress
+from alignvlm.stages.stage import StageArguments, main
+from alignvlm.stages.trainer import AlignVLMTrainer, module_of
+from hub_upload.run_record import RUN_RECORD, read_run_record
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.running import SOURCES, arguments_for
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"projector": 1e-2},
+        {"projector": 1e-2, "vision": 1e-2},
+        {"projector": 1e-2, "language": 1e-2},
+        {"projector": 1e-2, "vision": 1e-2, "language": 1e-2},
+    ],
+    ids=["stage 1", "stage 2", "stage 3", "stage 4"],
+)
+def test_a_stage_changes_exactly_the_modules_it_declares(checkpoint, tmp_path, rates, capfd):
+    main(arguments_for(checkpoint, tmp_path, **{f"{module}_learning_rate": rate for module, rate in rates.items()}))
+    before, after = weights(checkpoint), weights(tmp_path)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        changed = not torch.equal(value, after[name])
+        assert changed == (module_of(name) in rates), name
+    log = capfd.readouterr().out
+    for module in ("vision", "projector", "language"):
+        line = next(line for line in log.splitlines() if line.startswith(f"  {module}"))
+        assert ("trains at 0.01" if module in rates else "frozen") in line
+
+
+def test_four_stages_one_after_the_other_leave_a_whole_record(checkpoint, tmp_path):
+    previous = checkpoint
+    for stage in (1, 2, 3, 4):
+        folder = tmp_path / f"stage{stage}"
+        evaluation = json.dumps([{"name": "scenes", "annotations": ["questions"], "count": 4, "split": "test"}])
+        main(
+            arguments_for(
+                previous, folder, stage=stage, max_steps=2, projector_learning_rate=1e-3, eval_sources=evaluation
+            )
+        )
+        previous = folder
+    record = read_run_record(previous)
+    assert [entry["stage"] for entry in record["stages"]] == [1, 2, 3, 4]
+    last = record["stages"][-1]
+    assert last["model"] == str(tmp_path / "stage3") and last["steps"] == 2 and last["sources"] == SOURCES
+    assert last["records"] == 32 and len(last["logged_losses"]) == 2 and last["versions"]["torch"]
+    assert last["eval_loss_before"] == pytest.approx(record["stages"][-2]["eval_loss_after"])
+    assert {path.name for path in previous.iterdir()} >= {
+        "LICENSE",
+        "README.md",
+        "chat_template.jinja",
+        "processing_alignvlm.py",
+    }
+
+
+def test_learning_rates_per_module_and_throughput_in_the_log(checkpoint, processor, tmp_path):
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    rates = {"projector": 1e-3, "language": 1e-5}
+    fields = {f"{m}_learning_rate": r for m, r in rates.items()}
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(
+        arguments_for(checkpoint, tmp_path, lr_scheduler_type="constant", weight_decay=0.1, **fields)
+    )
+    dataset = scenes.make_scenes(8, annotations=("questions",))
+    trainer = AlignVLMTrainer(
+        model,
+        rates,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=AlignVLMCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.pop(id(parameter))
+            assert group["lr"] == rates[module_of(name)], name
+            assert (group["weight_decay"] > 0) == (parameter.ndim > 1), name
+    assert all(module_of(name) == "vision" for name in names.values())
+    entry = next(entry for entry in trainer.state.log_history if "images_per_second" in entry)
+    assert entry["annotations_per_second"] == pytest.approx(8 * entry["images_per_second"], rel=0.01)
+    assert entry["tokens_per_second"] > entry["annotations_per_second"]
+
+
+def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, tmp_path):
+    """The head applied only at labels, inside TRL's fused head, against the plain forward pass."""
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(
+        arguments_for(
+            checkpoint, tmp_path, language_learning_rate=1e-3, vision_learning_rate=1e-3, projector_learning_rate=1e-3
+        )
+    )
+    dataset = scenes.make_scenes(4, annotations=("short_caption", "questions"))
+    collator = AlignVLMCollator(processor)
+    plain = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).train()
+    batch = collator([dataset[i] for i in range(4)])
+    loss = plain(**batch, use_cache=False).loss
+    loss.backward()
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    trainer = AlignVLMTrainer(
+        model,
+        arguments.learning_rates,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    trained = trainer.compute_loss(trainer.model.train(), batch)
+    trained.backward()
+    torch.testing.assert_close(trained, loss, rtol=1e-5, atol=0)
+    for (name, expected), (_, parameter) in zip(plain.named_parameters(), model.named_parameters()):
+        if expected.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6, msg=name)
+    silent = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    nothing = trainer.compute_loss(trainer.model, silent)
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warnings):
+    fields = {
+        "language_learning_rate": 1e-2,
+        "projector_learning_rate": 1e-2,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    straight = main(arguments_for(checkpoint, whole, **fields))
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = main([*arguments_for(checkpoint, resumed, **fields), "--resume_from_checkpoint"])
+    assert not [
+        message for message in library_warnings if "missing keys" in message
+    ]  # the head's, which is the embedding's
+    expected, actual = weights(whole), weights(resumed)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    assert again["logged_losses"] == straight["logged_losses"]
+    # The record is that of all pieces, not of the last one.
+    assert again["train_loss"] == straight["train_loss"] == pytest.approx(sum(straight["logged_losses"]) / 6, rel=1e-4)
+    assert (straight["resumed_at"], again["resumed_at"]) == ([], [3])
+    before = read_progress(whole / "checkpoint-3")["seconds"]
+    assert 0 < before < straight["seconds"] + 0.1 and again["seconds"] > before
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="Nothing to resume"):
+        main([*arguments_for(checkpoint, tmp_path / "new", **fields), "--resume_from_checkpoint"])
+
+
+STREAM = [{"name": "scenes", "annotations": ["questions"], "count": 10}]
+SAVING = {
+    "language_learning_rate": 1e-2,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def streamed(checkpoint, tmp_path_factory) -> Path:
+    """A finished run of 24 records from a stream of ten."""
+    folder = tmp_path_factory.mktemp("streamed") / "run"
+    main(arguments_for(checkpoint, folder, sources=STREAM, streaming=True, **SAVING))
+    return folder
+
+
+def copied(run: Path, folder: Path, step: int) -> Path:
+    """An output folder with one checkpoint of a run, as a kill leaves it."""
+    folder.mkdir()
+    shutil.copytree(run / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_a_stream_that_began_again_equals_an_uninterrupted_run(checkpoint, streamed, tmp_path, step):
+    folder = copied(streamed, tmp_path / "run", step)
+    fields = arguments_for(checkpoint, folder, sources=STREAM, streaming=True, **SAVING)
+    again = main([*fields, "--resume_from_checkpoint"])
+    straight = read_run_record(streamed)["stages"][-1]
+    assert again["logged_losses"] == straight["logged_losses"] and again["steps"] == 6
+    assert again["train_loss"] == straight["train_loss"]
+    expected, actual = weights(streamed), weights(folder)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("num_train_epochs", [None, 2])
+def test_a_finished_run_is_not_started_again_nor_taken_a_step_too_far(checkpoint, tmp_path, num_train_epochs, capfd):
+    """Whether its steps end within an epoch or with one."""
+    fields = {**SAVING, "per_device_train_batch_size": 16, "save_steps": 4}  # two steps an epoch
+    fields |= {"max_steps": 3, "save_steps": 3} if num_train_epochs is None else {"max_steps": -1}
+    fields = arguments_for(checkpoint, tmp_path / "run", num_train_epochs=num_train_epochs, **fields)
+    straight = main(fields)
+    steps = straight["steps"]
+    assert steps == (3 if num_train_epochs is None else 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=rf"run' is finished: {steps} of {steps} steps are taken"):
+        main([*fields, "--resume_from_checkpoint"])
+    written = weights(tmp_path / "run")
+    assert read_run_record(tmp_path / "run")["stages"][-1]["train_loss"] == straight["train_loss"]
+    # Killed after its last step, before it had written its folder: it writes it, and takes no step.
+    (tmp_path / "run" / RUN_RECORD).unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = main([*fields, "--resume_from_checkpoint"])
+    assert (again["steps"], again["train_loss"]) == (steps, straight["train_loss"])
+    assert again["logged_losses"] == straight["logged_losses"]
+    assert all(torch.equal(value, written[name]) for name, value in weights(tmp_path / "run").items())
+
+
+OTHER = [{**STREAM[0], "count": 11}]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"per_device_train_batch_size": 2}, "global_batch_size was 4 and is 2"),
+        ({"gradient_accumulation_steps": 2}, "global_batch_size was 4 and is 8"),
+        ({"sources": OTHER}, r"sources\[0\].count was 10 and is 11"),
+        ({"sources": [*STREAM, *STREAM]}, "sources was .* and is"),
+        ({"data_seed": 7}, "seed was 42 and is 7"),
+        ({"streaming": False}, "streaming was True and is False"),
+    ],
+    ids=["batch size", "accumulation", "source", "more sources", "seed", "indexed"],
+)
+def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, change, message):
+    folder = copied(streamed, tmp_path / "run", 2)
+    fields = {**SAVING, "sources": STREAM, "streaming": True, **change}
+    if len(fields["sources"]) > 1:
+        fields["sources"] = [{**source, "share": 0.5} for source in fields["sources"]]
+    with pytest.raises(ValueError, match=f"read other data: .*{message}.*--allow_other_data true"):
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+def test_resuming_with_other_data_can_be_allowed_and_the_same_batch_may_be_cut_otherwise(
+    checkpoint, streamed, tmp_path, caplog
+):
+    fields = {**SAVING, "sources": STREAM, "streaming": True, "save_strategy": "no"}
+    resume = ["--resume_from_checkpoint", "--allow_other_data", "true"]
+    folder = copied(streamed, tmp_path / "other", 5)
+    assert main([*arguments_for(checkpoint, folder, **{**fields, "sources": OTHER}), *resume])["steps"] == 6
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = copied(streamed, tmp_path / "same", 5)
+    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert main([*arguments_for(checkpoint, folder, **fields), resume[0]])["steps"] == 6
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(checkpoint, streamed, tmp_path):
+    folder = copied(streamed, tmp_path / "run", 5)
+    (folder / "checkpoint-5" / PROGRESS).unlink()
+    fields = {**SAVING, "sources": STREAM, "streaming": True}
+    entry = main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+    assert entry["steps"] == 6 and entry["train_loss"] == pytest.approx(entry["logged_losses"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["out/nano/stage2", "./stage2", "/tmp/none/stage2", "out/stage2"])
+@pytest.mark.parametrize("command", ["stage", "data", "plan", "backbones"])
+def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
+    """Also one that could be the name of a model on the Hub, which is not asked here."""
+    from alignvlm.data import mixture as data
+    from alignvlm.stages import backbones
+    from alignvlm.tools import plan
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    arguments = arguments_for(model, tmp_path, projector_learning_rate=1e-3)
+    recipe = tmp_path / "stage.yaml"
+    recipe.write_text(
+        f"stage: 1\nmodel: {model}\noutput_dir: x\nprojector_learning_rate: 1.0e-3\nsources: [{{name: scenes, count: 4}}]\n"
+    )
+    call = {
+        "stage": lambda: main(arguments),
+        "data": lambda: data.main(arguments),
+        "plan": lambda: plan.main(["--config", str(recipe)]),
+        "backbones": lambda: backbones.main(["--vision", model, "--language", model, "--output_dir", str(tmp_path)]),
+    }[command]
+    with pytest.raises((FileNotFoundError, ValueError), match=f"No such folder: '{model}'"):
+        call()
+
+
+def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):
+    runs = {}
+    for name, fields in {
+        "one": {},
+        "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(arguments_for(checkpoint, tmp_path / name, language_learning_rate=1e-4, optim="sgd", **fields))
+        runs[name] = weights(tmp_path / name)
+    for name, value in runs["one"].items():
+        torch.testing.assert_close(runs["accumulated"][name], value, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def launch(script: str, *arguments: str, processes: int) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    config = ROOT / "training/accelerate/cpu_2_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", f"training/{script}", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_two_processes_give_the_loss_of_one_with_the_same_global_batch(checkpoint, tmp_path):
+    fields = {"language_learning_rate": 1e-3, "projector_learning_rate": 1e-3, "max_steps": 4}
+    for name, processes, batch_size in (("one", 1, 4), ("two", 2, 2)):
+        given = arguments_for(checkpoint, tmp_path / name, per_device_train_batch_size=batch_size, **fields)
+        launch("stage3.py", *given, processes=processes)
+    one, two = (read_run_record(tmp_path / name)["stages"][-1] for name in ("one", "two"))
+    assert two["processes"] == 2 and len(one["logged_losses"]) == 4
+    assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+RECIPES = sorted((ROOT / "training/recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipes_are_valid(path):
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    assert path.stem == f"stage{arguments.stage}"
+    assert arguments.num_train_epochs == 1 and arguments.learning_rates
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"projector_learning_rate": 0}, "must be positive. To freeze"),
+        ({"projector_learning_rate": None}, "Nothing trains"),
+        ({"attention_mask_type": "sideways"}, "'sideways'. Valid values: causal, image, prefix, mutual"),
+        ({"sources": "[]"}, "needs `model`"),
+        ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
+        ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
+        ({"sources": '[{"name": "local", "data": "none.jsonl"}]'}, "No such file or folder: .*none.jsonl"),
+    ],
+)
+def test_bad_arguments_are_named(checkpoint, tmp_path, extra, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(arguments_for(checkpoint, tmp_path, **{"projector_learning_rate": 1e-3, **extra}))
+    assert not (tmp_path / RUN_RECORD).exists()
+
+
+@pytest.mark.parametrize("split", ["CP", "SP"])
+def test_split_sequences_are_refused(checkpoint, tmp_path, monkeypatch, split):
+    """As `accelerate launch` asks for them; accelerate would drop every mask that is not causal."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{split}_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{split.lower()}_size=2.*drop attention masks"):
+        main(arguments_for(checkpoint, tmp_path, projector_learning_rate=1e-3))
+
+
+def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text("stage: 1\nprojektor_learning_rate: 1.0e-3\n")
+    given = arguments_for(checkpoint, tmp_path, projector_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="projektor_learning_rate"):
+        main(["--config", str(recipe), *given])
+    with pytest.raises(ValueError, match="--projektor_learning_rate"):
+        main([*given, "--projektor_learning_rate", "1e-3"])
+
+
+def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_path):
+    """Some steps of the recipe on the shared photos; the loss falls, and the result describes a validation photo."""
+    from alignvlm.evaluation.answer import answer
+
+    recipe = ROOT / "training/recipes/flickr8k_nano/stage3.yaml"
+    given = {
+        "model": checkpoint,
+        "output_dir": tmp_path,
+        "data_dir": shared_data,
+        "max_steps": 60,
+        "logging_steps": 10,
+    }
+    options = [item for name, value in given.items() for item in (f"--{name}", str(value))]
+    entry = main(["--config", str(recipe), *options])
+    assert entry["logged_losses"][-1] < entry["logged_losses"][0] - 0.3
+    photos = read_source({"name": "local", "data": "flickr8k/captions.jsonl", "split": "val", "limit": 2}, shared_data)
+    model = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    processor = AlignVLMProcessor.from_pretrained(tmp_path)
+    texts = answer(
+        model,
+        processor,
+        [read_image(r["images"][0]) for r in photos],
+        [["Write a short caption."]] * 2,
+        max_new_tokens=8,
+    )
+    assert all(len(group) == 1 and group[0] for group in texts)

@@ -1,0 +1,126 @@
+"""The plan of a stage against what the stage then does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignvlm.data import scenes
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.stage import StageArguments, main
+from alignvlm.stages.trainer import freeze_all_but
+from alignvlm.tools.plan import main as plan_main
+from alignvlm.tools.plan import plan_stages, step_flops
+from tests.running import SOURCES, arguments_for, recompute_activations
+
+
+def parse(*given) -> StageArguments:
+    from trl import TrlParser
+
+    return TrlParser(StageArguments).parse_args_and_config(list(given))[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "trains", [("projector",), ("projector", "vision"), ("projector", "language"), ("projector", "vision", "language")]
+)
+def test_flops_are_those_pytorch_counts(make_model, processor, trains, recompute):
+    """Of the backbone; the head is a matrix product for tokens nobody needs to count twice."""
+    model = make_model(attn_implementation="eager", text={"num_key_value_heads": 2})
+    freeze_all_but(model, dict.fromkeys(trains, 1.0))
+    if recompute:
+        recompute_activations(model)
+    batch = AlignVLMCollator(processor)([scenes.make_scenes(4)[i] for i in range(4)])
+    counter = FlopCounterMode(display=False)
+    with counter:
+        outputs = model.train().model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+        outputs.last_hidden_state.sum().backward()
+    modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
+    rows, length = batch["input_ids"].shape
+    planned = step_flops(modules, set(trains), len(batch["pixel_values"]), rows, length, 0, recompute)
+    # Left out in one or the other: gradients of pictures' patches, rotary angles, the last layer's gradient.
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_records_steps_and_parameters_are_those_of_the_run(checkpoint, tmp_path):
+    fields = {
+        "max_steps": None,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "projector_learning_rate": 1e-3,
+    }
+    given = arguments_for(checkpoint, tmp_path / "run", **fields)
+    (plan,) = plan_stages([parse(*given)], processes=1)
+    entry = main(given)
+    assert plan.steps == entry["steps"] and plan.records == 2 * entry["records"]
+    projector = sum(v.numel() for v in model_weights(checkpoint).values() if v is not None)
+    assert plan.parameters["projector"][0] == projector == plan.parameters["projector"][1]
+    assert plan.parameters["language"][0] == 0 < plan.parameters["language"][1]
+    for part, data in zip(plan.mixture.parts, entry["data"]):
+        assert part.name == data["name"] and data["records_per_epoch"] == len(part.source)
+    assert plan.memory["optimizer"] == 8 * projector and plan.memory["gradients"] == 4 * projector
+
+
+def model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {n: v for n, v in load_file(checkpoint / "model.safetensors").items() if ".projector." in n}
+
+
+def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
+    rates = {"projector_learning_rate": 1e-3}
+    first = parse(*arguments_for(checkpoint, tmp_path / "1", stage=1, **rates))
+    rehearsal = [{"name": "scenes", "count": 8, "seed": 9}, {"name": "rehearsal", "stage": 1, "share": 0.5}]
+    second = parse(*arguments_for(tmp_path / "1", tmp_path / "2", stage=2, sources=rehearsal, **rates))
+    plans = plan_stages([first, second], processes=4)
+    assert [part.name for part in plans[1].mixture.parts] == ["scenes", *(s["name"] for s in SOURCES)]
+    tokens = [part.tokens * draws for part, draws in zip(plans[1].mixture.parts, plans[1].mixture.draws)]
+    assert sum(tokens[1:]) / sum(tokens) == pytest.approx(0.5, abs=0.05)
+    assert plans[0].records == 4 * 4 * 4 and plans[0].memory["DDP buckets"] > 0
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"stage 2 .*Cannot rehearse"):
+        third = parse(*arguments_for(checkpoint, tmp_path / "3", stage=2, sources=rehearsal, **rates))
+        plan_stages([third], processes=1)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model": "nowhere/at/all"}, "stage 3 .model 'nowhere/at/all'"),
+        ({"sources": [{"name": "local", "data": "none.jsonl"}]}, "stage 3 .*No such file or folder: .*none.jsonl"),
+        ({"sources": [{"name": "scenes"}]}, "stage 3 .*Source 'scenes' needs count"),
+        ({"eval_sources": [{"name": "scene"}]}, "stage 3 .*Unknown source 'scene'"),
+        (
+            {"sources": [{"name": s, "count": 9, "share": x} for s, x in (("scenes", 0.5), ("scene_texts", 0.6))]},
+            "sum to 1.1 instead of 1",
+        ),
+        ({"lora_rank": 2, "lora_targets": ["qkv"], "language_learning_rate": 1e-3}, r"stage 3 .*\['qkv'\] name no"),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_found(checkpoint, tmp_path, fields, message):
+    model = fields.pop("model", checkpoint)
+    given = arguments_for(model, tmp_path, **{"projector_learning_rate": 1e-3, **fields})
+    with pytest.raises((ValueError, OSError), match=message):
+        plan_stages([parse(*given)], processes=1)
+
+
+def test_the_command_line(checkpoint, tmp_path, capsys):
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text(
+        "stage: 1\nprojector_learning_rate: 1.0e-3\nuse_cpu: true\nbf16: false\nper_device_train_batch_size: 4\n"
+        f"model: {checkpoint}\noutput_dir: {tmp_path}/stage1\nsources:\n  - {{name: scenes, count: 40}}\n"
+    )
+    other = tmp_path / "stage2.yaml"
+    text = (
+        recipe.read_text().replace("stage: 1", "stage: 2").replace(f"model: {checkpoint}", f"model: {tmp_path}/stage1")
+    )
+    other.write_text(text.replace(f"output_dir: {tmp_path}/stage1", f"output_dir: {tmp_path}/stage2"))
+    plan_main(["--config", f"{tmp_path}/stage*.yaml", "--processes", "2", "--gpu", "A100", "--num_train_epochs", "3"])
+    output = capsys.readouterr().out
+    assert "Stage 1" in output and "Stage 2" in output and "In all" in output
+    assert re.search(r"120 records, 15 steps of 8 records", output)
+    assert "fits into 80 GB of one A100" in output
+    with pytest.raises(ValueError, match="projektor"):
+        plan_main(["--config", str(recipe), "--projektor", "3"])
