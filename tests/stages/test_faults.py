@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -155,7 +156,8 @@ def test_a_dead_data_worker_ends_the_run(checkpoint, whole, tmp_path):
     for worker in workers:
         worker.kill()
     assert finish(process) == 1
-    assert "RuntimeError: DataLoader worker (pid" in folder.with_suffix(".log").read_text()
+    # It may die while it hands a batch over.
+    assert re.search(r"DataLoader worker \(pid|ConnectionResetError", folder.with_suffix(".log").read_text())
     assert last_whole_checkpoint(folder) is not None
 
 
@@ -221,11 +223,11 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
 
 
 def test_images_on_one_rank_and_text_on_the_other(checkpoint, tmp_path):
-    process = launch(["tests/uneven_ranks.py", str(checkpoint), str(tmp_path / "two")])
+    process = launch(["--module", "tests.uneven_ranks", str(checkpoint), str(tmp_path / "two")])
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output[-3000:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/uneven_ranks.py", str(checkpoint), str(tmp_path / "one")]
+    command = [sys.executable, "-m", "tests.uneven_ranks", str(checkpoint), str(tmp_path / "one")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():

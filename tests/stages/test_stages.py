@@ -284,9 +284,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(checkpoint, streamed, tmp_pa
 @pytest.mark.parametrize("command", ["stage", "data", "plan", "backbones"])
 def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
     """Also one that could be the name of a model on the Hub, which is not asked here."""
-    from alignvlm.data import mixture as data
     from alignvlm.stages import backbones
-    from alignvlm.tools import plan
+    from alignvlm.tools import plan, show_data
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -297,7 +296,7 @@ def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
     )
     call = {
         "stage": lambda: main(arguments),
-        "data": lambda: data.main(arguments),
+        "data": lambda: show_data.main(arguments),
         "plan": lambda: plan.main(["--config", str(recipe)]),
         "backbones": lambda: backbones.main(["--vision", model, "--language", model, "--output_dir", str(tmp_path)]),
     }[command]
