@@ -1,18 +1,19 @@
 """From records to the rows of a batch: shared-image packing, labels and token layout.
 
-A row holds the trunk of a record (all up to its last image token) once, and each annotation as a branch behind it. Branches
-see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what separate
-sequences would. Mask types under which the trunk looks into the prompt cannot share it: their records become one row per
-annotation. With a `row_length`, rows of several records fill up to it, for attention kernels that skip what is masked.
+A row holds the trunk of a record (what all its conversations begin with: see `trunk_length`) once, and what follows of each as a branch
+behind it. Branches see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what
+separate sequences would. Mask types under which the trunk looks into the prompt cannot share it: their records become one row per
+branch. With a `row_length`, rows of several records fill up to it, for attention kernels that skip what is masked.
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.record import Record
+from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak
 
 
@@ -32,18 +33,16 @@ class Row:
     branch_ids: list[int] = field(default_factory=list)
     prompt_mask: list[bool] = field(default_factory=list)
 
-    def append(self, input_ids: list[int], branch: int, first_position: int, response_length: int = 0) -> None:
-        """Adds tokens whose last `response_length` are a response; a branch's first token has nothing to be predicted from."""
-        prompt_length = len(input_ids) - response_length
-        labels = [IGNORED] * prompt_length + input_ids[prompt_length:]
-        if labels:
-            labels[0] = IGNORED
-        self.input_ids += input_ids
-        self.labels += labels
-        self.record_ids += [0] * len(input_ids)
-        self.position_ids += range(first_position, first_position + len(input_ids))
-        self.branch_ids += [branch] * len(input_ids)
-        self.prompt_mask += [True] * prompt_length + [False] * response_length
+    def append(self, branch: Branch, number: int, start: int = 0, end: int | None = None) -> None:
+        """Adds the tokens from `start` to `end` of a branch, as branch `number` of the row's record (0: its trunk)."""
+        end = len(branch) if end is None else end
+        labels = [token if trained else IGNORED for token, trained in zip(branch.input_ids, branch.trained)]
+        self.input_ids += branch.input_ids[start:end]
+        self.labels += labels[start:end]
+        self.record_ids += [0] * (end - start)
+        self.position_ids += range(start, end)
+        self.branch_ids += [number] * (end - start)
+        self.prompt_mask += [index < branch.prompt_length for index in range(start, end)]
 
     def extend(self, other: "Row") -> None:
         """Puts the records of another row behind this one's; they keep their positions and cannot be seen from here."""
@@ -70,23 +69,23 @@ def first_fit(rows: list[Row], row_length: int) -> list[Row]:
 
 
 class AlignVLMCollator:
-    """Turns records `{"images": [...], "annotations": [{"prompt", "response"}]}` into model inputs.
+    """Turns rows that hold records (see `Record.from_row`) into model inputs.
 
-    Images are whatever `alignvlm.data.images.read_image` reads. Prompts and responses are written with the processor's chat template and
-    tokenised apart, so that a prompt has the very tokens it has at inference. Only responses, with the token that ends them, carry
-    labels. A record without images and with an empty prompt is plain text: no template, and every token but the first has a label.
+    Images are whatever `alignvlm.data.images.read_image` reads. Conversations are written with the processor's chat template, as
+    `Encoder` says. Only responses (under `train_on: all` every turn of the assistant), with the token that ends them, carry labels. A
+    conversation without messages is plain text: no template, and every token but the first has a label.
 
     Args:
         processor (`AlignVLMProcessor`): with a chat template.
         mask_type (`str`): the mask type the rows are trained under; no row leaves here whose answers would leak.
         max_length (`int`, *optional*):
-            the longest row. Annotations that do not fit any more are dropped; if none fits, the first whose prompt leaves room
+            the longest row. Branches that do not fit any more are dropped; if none fits, the first whose prompt leaves room
             loses the end of its response, never an image token; a record without such a one is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
             fill rows of several records up to so many tokens, first fit. The default is one record per row, which suits kernels
             that compute masked places too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
-        shared_image (`bool`): False makes one row per annotation under every mask type, as other trainers do.
+        shared_image (`bool`): False makes one row per branch under every mask type, as other trainers do.
         on_bad_image (`str`):
             what an image that cannot be read does: `raise`, or `skip` its record.
         name_records (`bool`):
@@ -120,62 +119,16 @@ class AlignVLMCollator:
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
         self.name_records = name_records
-        self._remember_texts()
-        if processor.chat_template is None:
-            raise ValueError(
-                "The processor has no chat template, so prompts and responses cannot be written. Set one."
-            )
-
-    def _remember_texts(self) -> None:
-        self._encode = lru_cache(maxsize=100_000)(
-            self._encode_texts
-        )  # questions and short answers come again and again
-
-    def __getstate__(self) -> dict:
-        """Without what was remembered, which cannot be sent to a data worker that is not forked."""
-        return {name: value for name, value in vars(self).items() if name != "_encode"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._remember_texts()
-
-    def encode(self, annotation: dict[str, str], image_count: int) -> tuple[list[int], list[int]]:
-        """The token ids of one annotation's prompt (one image token per image, not yet expanded) and of its response.
-
-        Raises:
-            ValueError: if a text holds the image placeholder, which would stand for an image nobody gave.
-        """
-        prompt, response = self._encode(annotation["prompt"], annotation["response"], image_count)
-        return list(prompt), list(response)
-
-    def _encode_texts(self, prompt: str, response: str, image_count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        for text in (prompt, response):
-            if self.processor.image_token in text:
-                raise ValueError(
-                    f"The text {text!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data."
-                )
-        if not image_count and not prompt:
-            eos = self.tokenizer.eos_token_id
-            return (), (*self.tokenizer(response)["input_ids"], *([] if eos is None else [eos]))
-        content = [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        response = self.processor.apply_chat_template(messages)[len(prompt) :].rstrip("\n")
-        return (
-            tuple(self.tokenizer(prompt)["input_ids"]),
-            tuple(self.tokenizer(response, add_special_tokens=False)["input_ids"]),
-        )
+        self.encoder = Encoder(processor)
 
     def rows(self, record: dict, losses: list[dict] | None = None) -> list[Row]:
-        """The rows of one record: one, or one per annotation where the trunk cannot be shared. What does not fit is told in
+        """The rows of one record: one, or one per branch where the trunk cannot be shared. What does not fit is told in
         `losses`, if that is given."""
-        if not record["annotations"]:
-            raise ValueError("A record has no annotations; it would train nothing. Remove it from the data.")
-        encoded = [self.encode(annotation, len(record["images"])) for annotation in record["annotations"]]
+        conversations = Record.from_row(record).conversations
+        branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation)]
         losses = [] if losses is None else losses
         before = len(losses)
-        groups = [encoded] if self.shared_image else [[one] for one in encoded]
+        groups = [branches] if self.shared_image else [[branch] for branch in branches]
         rows = [row for group in groups if (row := self._row(record["images"], group, losses)) is not None]
         for loss in losses[before:]:
             loss["source"] = record.get("source", "")
@@ -191,65 +144,62 @@ class AlignVLMCollator:
         image = sum(len(row.images) for row in rows) * self.processor.image_seq_length
         return image, sum(map(len, rows)) - image
 
-    def _row(self, images: list, encoded: list[tuple[list[int], list[int]]], losses: list[dict]) -> Row | None:
-        row = Row(images)
-        trunk, _ = self._split(encoded[0][0], len(images))
-        row.append(trunk, branch=0, first_position=0)
-        single = len(encoded) == 1  # then all of it is trunk
-        branches = [
-            (index, self._split(prompt, len(images))[1], response)
-            for index, (prompt, response) in enumerate(encoded, 1)
-        ]
-        chosen = self._fitting(branches, len(trunk), losses)
-        for index, prompt, response in chosen:
-            row.append(prompt + response, 0 if single else index, len(trunk), len(response))
-        return row if chosen else None
+    def _row(self, images: list, branches: list[Branch], losses: list[dict]) -> Row | None:
+        branches = self._fitting(branches, losses)
+        if not branches:
+            return None
+        row = Row([])
+        trunk = len(branches[0]) if len(branches) == 1 else self._trunk_length(branches)
+        row.append(branches[0], 0, end=trunk)
+        row.images = images[: self._image_count(branches[0], trunk)]
+        if len(branches) > 1:
+            for number, branch in enumerate(branches, 1):
+                row.append(branch, number, start=trunk)
+                row.images = [*row.images, *images[self._image_count(branch, trunk) : self._image_count(branch)]]
+        return row
 
-    def _fitting(self, branches: list[tuple], trunk_length: int, losses: list[dict]) -> list[tuple]:
-        """The branches that fit into `max_length` behind the trunk; else one with the end of its response cut; else none."""
+    def _trunk_length(self, branches: list[Branch]) -> int:
+        return trunk_length(branches, self.processor.image_token_id, self.processor.image_seq_length)
+
+    def _image_count(self, branch: Branch, length: int | None = None) -> int:
+        """The images among the first `length` tokens of a branch."""
+        return branch.input_ids[:length].count(self.processor.image_token_id) // self.processor.image_seq_length
+
+    def _fitting(self, branches: list[Branch], losses: list[dict]) -> list[Branch]:
+        """The branches that fit into `max_length` behind their trunk; else one with the end of its response cut; else none."""
         if self.max_length is None:
             return branches
-        room = self.max_length - trunk_length
-        if room < 2 and trunk_length > 0:
-            raise ValueError(
-                f"max_length={self.max_length} leaves no room for a prompt and a response behind {trunk_length} tokens up to the last "
-                "image. Raise max_length."
-            )
-        chosen, used = [], 0
-        for branch in branches:
-            length = len(branch[1]) + len(branch[2])
-            if used + length <= room:
-                chosen.append(branch)
-                used += length
-        if not chosen:
-            cuttable = next((branch for branch in branches if len(branch[1]) < room), None)
-            if cuttable is None:
-                losses.append(
-                    {
-                        "kind": "dropped_record",
-                        "what": f"{len(branches)} prompts, none of which leaves room for a response",
-                    }
+        image_token, image_length = self.processor.image_token_id, self.processor.image_seq_length
+        if image_token in branches[0].input_ids:
+            up_to_image = branches[0].input_ids.index(image_token) + image_length
+            if self.max_length < up_to_image + 2:
+                raise ValueError(
+                    f"max_length={self.max_length} leaves no room for a prompt and a response behind {up_to_image} tokens up to the end "
+                    "of an image. Raise max_length."
                 )
+        used = self._trunk_length(branches)
+        trunk, chosen, left_out = used, [], []
+        for branch in branches:
+            if used + len(branch) - trunk <= self.max_length:
+                chosen.append(branch)
+                used += len(branch) - trunk
+            else:
+                left_out.append(branch)
+        if not chosen:
+            for branch in branches:
+                if (cut := shortened(branch, self.max_length, image_token, image_length)) is not None:
+                    chosen, left_out = [cut], [other for other in branches if other is not branch]
+                    what = f"{branch.response_length} tokens to {cut.response_length}"
+                    losses.append({"kind": "cut_response", "what": what})
+                    break
+            else:
+                what = f"{len(branches)} prompts, none of which leaves room for a response"
+                losses.append({"kind": "dropped_record", "what": what})
                 return []
-            index, prompt, response = cuttable
-            chosen = [(index, prompt, response[: room - len(prompt)])]
-            losses.append({"kind": "cut_response", "what": f"{len(response)} tokens to {room - len(prompt)}"})
-        for index, prompt, response in branches:
-            if index not in [branch[0] for branch in chosen]:
-                losses.append({"kind": "dropped_annotation", "what": f"{len(prompt)} + {len(response)} tokens"})
+        for branch in left_out:
+            what = f"{branch.prompt_length - trunk} + {branch.response_length} tokens"
+            losses.append({"kind": "dropped_annotation", "what": what})
         return chosen
-
-    def _split(self, prompt: list[int], image_count: int) -> tuple[list[int], list[int]]:
-        """A prompt's trunk, up to its last image token, with images expanded, and the rest."""
-        image_token = self.processor.image_token_id
-        places = [i for i, token in enumerate(prompt) if token == image_token]
-        if len(places) != image_count:
-            raise ValueError(f"The chat template wrote {len(places)} image placeholders for {image_count} image(s).")
-        split = places[-1] + 1 if places else 0
-        trunk = []
-        for token in prompt[:split]:
-            trunk += [token] * (self.processor.image_seq_length if token == image_token else 1)
-        return trunk, prompt[split:]
 
     def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """Model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
@@ -259,7 +209,7 @@ class AlignVLMCollator:
         rows = [row for record in self._readable(records, losses) for row in self.rows(record, losses)]
         if not rows:
             rows = [Row([])]
-            rows[0].append([self._pad_token_id], branch=0, first_position=0)
+            rows[0].append(Branch((self._pad_token_id,), (False,), prompt_length=1), 0)
         rows = self.arrange(rows)
         length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
@@ -321,5 +271,7 @@ class AlignVLMCollator:
 
 def _name(record: dict) -> str:
     """What a message calls a record: its number in its source, and how its first response begins."""
-    text = record["annotations"][0]["response"] if record["annotations"] else ""
-    return f"{record.get('source', 'record')}{record.get('number', '')} ({text[:40]!r})"
+    name = f"{record.get('source') or 'record'}{record.get('number') or ''}"
+    if record.get("bad_row"):
+        return name
+    return f"{name} ({Record.from_row(record).conversations[0].responses[0][:40]!r})"

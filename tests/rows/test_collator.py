@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from alignvlm.data import scenes
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row
+from alignvlm.rows.collator import AlignVLMCollator
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 
 
@@ -23,12 +23,13 @@ def test_a_row_holds_the_trunk_once_and_each_annotation_as_a_branch(processor):
     collator = AlignVLMCollator(processor)
     batch = collator([record(*QUESTIONS)])
     ids, branches = batch["input_ids"][0], batch["branch_ids"][0]
-    assert processor.decode(ids[branches == 0]) == "User:" + "<image>" * 4
+    trunk = ids[branches == 0]
+    assert processor.decode(trunk) == "User:" + "<image>" * 4 + " "  # all three questions begin with a space
     for index, (prompt, response) in enumerate(QUESTIONS, 1):
-        assert processor.decode(ids[branches == index]) == f" {prompt}\nAssistant: {response}</s>"
+        whole = processor.decode(torch.cat([trunk, ids[branches == index]]))
+        assert whole == "User:" + "<image>" * 4 + f" {prompt}\nAssistant: {response}</s>"
         positions = batch["position_ids"][0][branches == index]
-        trunk = int((branches == 0).sum())
-        assert positions.tolist() == list(range(trunk, trunk + len(positions)))
+        assert positions.tolist() == list(range(len(trunk), len(trunk) + len(positions)))
     assert batch["pixel_values"].shape[0] == 1
 
 
@@ -38,13 +39,6 @@ def test_only_responses_and_their_end_carry_labels(processor):
     assert torch.equal(batch["labels"][0][labelled], batch["input_ids"][0][labelled])
     assert processor.decode(batch["labels"][0][labelled]) == "".join(f" {response}</s>" for _, response in QUESTIONS)
     assert not (batch["prompt_mask"][0] & labelled).any()
-
-
-def test_the_first_token_of_a_branch_has_no_label_even_without_a_prompt():
-    row = Row([])
-    row.append([5, 6, 7], branch=1, first_position=0, response_length=3)
-    row.append([8, 9], branch=2, first_position=0, response_length=2)
-    assert row.labels == [IGNORED, 6, 7, IGNORED, 9]  # else 8 would be predicted from another branch
 
 
 def test_prompts_have_the_tokens_they_have_at_inference(processor):
@@ -96,24 +90,24 @@ def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processo
     cut = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
     assert cut["branch_ids"].max() == 2
     assert [loss["kind"] for loss in cut["losses_of_data"]] == ["dropped_annotation"]
-    trunk = int((whole["branch_ids"] == 0).sum())
+    up_to_image = int((whole["input_ids"][0] == processor.image_token_id).nonzero().max()) + 1
     long = record(("What is it?", "red " * 50))
     cut = AlignVLMCollator(processor, max_length=40)([long])
     assert cut["input_ids"].shape[1] == 40 and (cut["input_ids"] == processor.image_token_id).sum() == 4
     assert [loss["kind"] for loss in cut["losses_of_data"]] == ["cut_response"]
     later_fits = record(("What is it?", "red " * 50), QUESTIONS[0])
     kept = AlignVLMCollator(processor, max_length=40)([later_fits])
-    assert kept["branch_ids"].max() == 2 and "yes" in processor.decode(kept["input_ids"][0])
-    nothing = AlignVLMCollator(processor, max_length=trunk + 2)([long])
+    assert kept["branch_ids"].max() == 0 and "yes" in processor.decode(kept["input_ids"][0])
+    nothing = AlignVLMCollator(processor, max_length=up_to_image + 2)([long])
     assert [loss["kind"] for loss in nothing["losses_of_data"]] == ["dropped_record"]
-    with pytest.raises(ValueError, match=f"max_length={trunk + 1} leaves no room"):
-        AlignVLMCollator(processor, max_length=trunk + 1)([long])
+    with pytest.raises(ValueError, match=f"max_length={up_to_image + 1} leaves no room"):
+        AlignVLMCollator(processor, max_length=up_to_image + 1)([long])
 
 
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (record(), "no annotations"),
+        (record(), "no conversations"),
         (record(("What is <image>?", "a tag")), r"'What is <image>\?' holds the placeholder"),
         (record(("What?", "an <image>")), "'an <image>' holds the placeholder"),
     ],

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignvlm.data.scenes import RECORD_FEATURES
 from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row, first_fit
+from alignvlm.rows.encode import Branch
 from alignvlm.stages.stage import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
@@ -154,7 +155,7 @@ def test_first_fit_fills_rows_and_keeps_every_record_in_order(lengths, row_lengt
     rows = []
     for index, length in enumerate(lengths):
         row = Row([index])
-        row.append([index] * length, branch=0, first_position=0)
+        row.append(Branch((index,) * length, (False,) * length, length), 0)
         rows.append(row)
     filled = first_fit(copy.deepcopy(rows), row_length)
     assert sorted(image for row in filled for image in row.images) == list(range(len(lengths)))

@@ -1,0 +1,163 @@
+"""A conversation to token ids and trained spans, and the trunk that its branches share.
+
+The chat template writes a conversation; each assistant turn and what stands before it are tokenised apart, so that a prompt has the very
+tokens it has at inference, and an answer those that the model would generate.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+
+from alignvlm.data.record import Conversation
+from modeling_alignvlm import AlignVLMProcessor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A conversation with one of its responses, as tokens.
+
+    Args:
+        input_ids: every image `image_seq_length` image tokens.
+        trained: which of them are predicted. Never the first.
+        prompt_length: the tokens before the first trained response.
+    """
+
+    input_ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def response_length(self) -> int:
+        """How many tokens stand behind the prompt."""
+        return len(self) - self.prompt_length
+
+
+class Encoder:
+    """Encodes conversations with a processor's chat template and tokenizer.
+
+    Raises:
+        ValueError: if the processor has no chat template.
+    """
+
+    def __init__(self, processor: AlignVLMProcessor):
+        if processor.chat_template is None:
+            raise ValueError(
+                "The processor has no chat template, so prompts and responses cannot be written. Set one."
+            )
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self._remember()
+
+    def _remember(self) -> None:
+        # Questions and short answers come again and again.
+        self._encode_again = lru_cache(maxsize=100_000)(self._encode_json)
+
+    def __getstate__(self) -> dict:
+        """Without what was remembered, which cannot be sent to a data worker that is not forked."""
+        return {name: value for name, value in vars(self).items() if name != "_encode_again"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._remember()
+
+    def encode(self, conversation: Conversation) -> list[Branch]:
+        """One branch per response.
+
+        Raises:
+            ValueError: if a text holds the image placeholder, which would stand for an image nobody gave, or the chat template writes
+                earlier turns otherwise once there are later ones.
+        """
+        messages = json.dumps(conversation.messages)
+        return [self._encode_again(messages, response, conversation.train_on) for response in conversation.responses]
+
+    def _encode_json(self, messages: str, response: str, train_on: str) -> Branch:
+        written = [
+            {"role": message["role"], "content": [self._part(part) for part in Conversation.parts(message)]}
+            for message in json.loads(messages)
+        ]
+        answer = self._part({"type": "text", "text": response})
+        if not written:
+            eos = self.tokenizer.eos_token_id
+            ids = [*self.tokenizer(response)["input_ids"], *([] if eos is None else [eos])]
+            return Branch(tuple(ids), (False,) + (True,) * (len(ids) - 1), prompt_length=0)
+        written.append({"role": "assistant", "content": [answer]})
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, is_answer in self._segments(written):
+            special = not ids and not text.startswith(self.tokenizer.bos_token or "\0")  # which the template wrote
+            tokens = self._expanded(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            ids += tokens
+            trained += [is_answer] * len(tokens)
+        if train_on == "last":
+            last = len(tokens)
+            trained = [False] * (len(ids) - last) + [True] * last
+        return Branch(tuple(ids), tuple(trained), prompt_length=trained.index(True))
+
+    def _part(self, part: dict) -> dict:
+        if part["type"] != "text":
+            return {"type": "image"}
+        if self.processor.image_token in part["text"]:
+            raise ValueError(
+                f"The text {part['text']!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data."
+            )
+        return {"type": "text", "text": part["text"]}
+
+    def _segments(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        """The conversation as the template writes it, in pieces: what stands before an answer, the answer with what ends it, and so on."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [
+            self.processor.apply_chat_template(messages[:index], add_generation_prompt=True) for index in answers
+        ]
+        wholes = [self.processor.apply_chat_template(messages[: index + 1]) for index in answers]
+        segments = []
+        written = ""
+        for turn, (prompt, whole) in enumerate(zip(prompts, wholes)):
+            if turn + 1 < len(prompts):  # without what the template writes at the end of all messages only
+                whole = whole[: shared_length([whole, prompts[turn + 1]])]
+            kept = all(part["text"].strip() in whole[len(prompt) :] for part in messages[answers[turn]]["content"])
+            if not (prompt.startswith(written) and whole.startswith(prompt) and kept):
+                raise ValueError(
+                    f"The chat template writes the turns before message {answers[turn]} otherwise once it is answered, so a conversation "
+                    "of several turns cannot be trained as it is asked. Set a template that leaves earlier turns as they are (one that "
+                    "drops old thoughts does not), or train single exchanges."
+                )
+            answer = whole[len(prompt) :].rstrip("\n")
+            segments += [(prompt[len(written) :], False), (answer, True)]
+            written = prompt + answer
+        return segments
+
+    def _expanded(self, tokens: list[int]) -> list[int]:
+        image_token, length = self.processor.image_token_id, self.processor.image_seq_length
+        return [t for token in tokens for t in [token] * (length if token == image_token else 1)]
+
+
+def shared_length(sequences: Sequence[Sequence]) -> int:
+    """How many first items all sequences share."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences)))
+
+
+def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
+    """How many first tokens a record's branches share: all they have in common that ends at least one token before the first trained
+    one of each (which predicts it) and not inside an image."""
+    furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
+    length = shared_length([branch.input_ids[:furthest] for branch in branches])
+    return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length
+
+
+def shortened(branch: Branch, length: int, image_token_id: int, image_seq_length: int) -> Branch | None:
+    """The first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. An image is never cut:
+    it is left out then, with what follows it."""
+    length = min(length, len(branch))
+    image_tokens = branch.input_ids[:length].count(image_token_id)
+    if image_tokens % image_seq_length and branch.input_ids[length : length + 1] == (image_token_id,):
+        length -= image_tokens % image_seq_length
+    while length and not branch.trained[length - 1]:
+        length -= 1
+    if not length:
+        return None
+    return Branch(branch.input_ids[:length], branch.trained[:length], branch.prompt_length)
