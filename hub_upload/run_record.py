@@ -1,5 +1,4 @@
-"""The run record of a checkpoint, `alignvlm_run.json`: how its weights came about, stage by stage; with the hashes, versions and
-commits that it names.
+"""The run record of a checkpoint, `alignvlm_run.json`: how its weights came about, and the versions and hashes that it names.
 
 It is written last, so a folder with a run record is complete.
 """
