@@ -138,7 +138,8 @@ def records(
     annotations: int | None = None,
     response_tokens: int | None = None,
 ) -> list[dict]:
-    """Records of noise pictures and random words; `annotations` per image and `response_tokens` replace the workload's."""
+    """Records of noise pictures and random words; `annotations` per image and `response_tokens` replace the workload's. All captions
+    are asked for with the same words, every question has its own."""
     rng = np.random.default_rng(0)
     counts, prompt_tokens, usual_tokens = WORKLOADS[workload]
     response_tokens = response_tokens or usual_tokens
@@ -146,6 +147,7 @@ def records(
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(3, vocab_size, count))
 
+    caption_prompt = words(prompt_tokens) if workload == "captions" else None
     made = []
     for index in range(images):
         pixels = rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
@@ -154,7 +156,8 @@ def records(
             {
                 "images": [Image.fromarray(pixels)],
                 "annotations": [
-                    {"prompt": words(prompt_tokens), "response": words(response_tokens - 1)} for _ in range(count)
+                    {"prompt": caption_prompt or words(prompt_tokens), "response": words(response_tokens - 1)}
+                    for _ in range(count)
                 ],
             }
         )

@@ -8,9 +8,9 @@ TOKEN_WEIGHTINGS = ("none", "length", "contrast")
 
 
 def response_segments(record_ids: Tensor, branch_ids: Tensor) -> Tensor:
-    """A number for each token of rows `(rows, length)` that is the same for the tokens of one response, and only for them.
+    """A number for each token of rows `(rows, length)` that is the same for the tokens of one branch, and only for them.
 
-    A record's branches have one response each, and so has the trunk of a record without branches.
+    All that is trained of a conversation counts as its response; it stands in one branch, or in the trunk of a record without branches.
     """
     rows = torch.arange(record_ids.shape[0], device=record_ids.device)[:, None]
     records, branches = int(record_ids.max()) + 2, int(branch_ids.max()) + 1
