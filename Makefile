@@ -22,8 +22,8 @@ test-full: .venv/test-ready
 # pyproject.toml allow on the day the environment is made (`make clean` for new ones), and the lowest they claim. torch is the same
 # build in all. Checkpoints are exchanged with the environment of `make test`.
 RELEASE_TESTS = tests/modeling_alignvlm tests/evaluation/test_answer.py tests/stages/test_stages.py tests/hub_upload/test_hub.py
-SELECTED = -k "not flickr8k_recipe and not kernels_agree and not test_masking and not two_processes and not test_hub or test_hub and \
-	(loading_from_the_hub or beginning_to_end)"
+OF_THE_HUB = test_hub and lfs and (loading_from_the_hub or beginning_to_end)
+SELECTED = -k "not (flickr8k_recipe or kernels_agree or test_masking or two_processes or test_hub) or $(OF_THE_HUB)"
 
 test-newest test-lowest: test-%: .venv-%/test-ready .venv/test-ready
 	ALIGNVLM_OTHER_PYTHON=$(CURDIR)/$(RUN) .venv-$*/bin/python -m pytest $(PARALLEL) $(RELEASE_TESTS) $(SELECTED)
