@@ -116,7 +116,8 @@ def _stage(stage: dict) -> dict:
     lora = stage.get("lora")
     return {
         **stage,
-        "trained": rates + (f"; LoRA of rank {lora['rank']}" if lora else ""),
+        "trained": rates
+        + (f"; LoRA of rank {lora.get('r') or lora['rank']}" if lora else ""),  # older records say `rank`
         "sources": ", ".join(source["name"] for source in stage["sources"]),
         "records": "a stream" if stage.get("records") is None else f"{stage['records']:,}",
         "steps": f"{stage['steps']:,}",

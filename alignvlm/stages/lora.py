@@ -32,7 +32,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
 
     linear = language_linear_layers(model)
     if missing := sorted(set(targets) - set(linear)):
-        raise ValueError(f"lora_targets {missing} name no linear layer of the language model; it has {linear}.")
+        raise ValueError(f"lora_target_modules {missing} name no linear layer of the language model; it has {linear}.")
     pattern = rf".*language_model\..*\.({'|'.join(targets)})"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     inject_adapter_in_model(config, model)

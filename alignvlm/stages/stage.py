@@ -110,13 +110,13 @@ class StageArguments(TrainerArguments):
     language_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the language model and its head. Left out: frozen."}
     )
-    lora_rank: int = field(
+    lora_r: int = field(
         default=0,
         metadata={"help": "Train LoRA layers of this rank instead of all of the language model. 0: no LoRA."},
     )
     lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's products are multiplied by alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
-    lora_targets: str | None = field(  # in YAML a list
+    lora_target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Names of the language model's linear layers that get LoRA. Left out: all but the head."},
     )
@@ -141,7 +141,7 @@ class StageArguments(TrainerArguments):
             "help": "Muon instead of `optim` for the matrices of hidden layers, AdamW for the rest, at the same learning rates: fewer steps."
         },
     )
-    infinite_schedule: str | None = field(  # in YAML a mapping
+    infinite_schedule: dict[str, float] | str | None = field(
         default=None,
         metadata={
             "help": "Warm-up, cooldown, constant, anneal instead of lr_scheduler_type: {cooldown, anneal, constant, final}; {} for the "
@@ -162,13 +162,13 @@ class StageArguments(TrainerArguments):
         default=None,
         metadata={"help": "Fill rows of several records up to so many tokens (first fit); meant for flex_attention."},
     )
-    sources: str | None = field(  # in YAML a list
+    sources: list[dict[str, Any]] | str | None = field(
         default=None, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
     )
-    eval_sources: str | None = field(
+    eval_sources: list[dict[str, Any]] | str | None = field(
         default=None, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
     )
-    text_sources: str | None = field(
+    text_sources: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={"help": "A fixed text, as sources; the perplexity on it is recorded before and after the stage."},
     )
@@ -244,7 +244,7 @@ class StageArguments(TrainerArguments):
         self.chosen_precision = self._choose_precision()
         self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        for name in ("sources", "eval_sources", "text_sources", "lora_targets", "infinite_schedule"):
+        for name in ("sources", "eval_sources", "text_sources", "lora_target_modules", "infinite_schedule"):
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, json.loads(value))
@@ -305,8 +305,8 @@ class StageArguments(TrainerArguments):
             yield "token_weighting weighs the plain loss: leave out loss_type."
         if self.streaming and self.max_steps <= 0:
             yield "A stream has no length: streaming needs max_steps."
-        if self.lora_rank and self.language_learning_rate is None:
-            yield "lora_rank trains the language model: set language_learning_rate."
+        if self.lora_r and self.language_learning_rate is None:
+            yield "lora_r trains the language model: set language_learning_rate."
         if self.frozen_16_bit and not (self.bf16 or self.fp16):
             yield f"frozen_16_bit needs bf16 or fp16, which say in which 16 bits; the stage computes in {self.chosen_precision}."
         if self.average_last:
@@ -435,9 +435,9 @@ def run_stage(arguments: StageArguments) -> dict:
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
     check_row_length(arguments, model)
-    if arguments.lora_rank:
-        targets = arguments.lora_targets or language_linear_layers(model)
-        add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
+    if arguments.lora_r:
+        targets = arguments.lora_target_modules or language_linear_layers(model)
+        add_lora(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets)
     collator = make_collator(arguments, processor, model.config)
     with PartialState().main_process_first():  # datasets writes its cache once
         mixture = make_mixture(arguments, collator, record["stages"])
@@ -465,9 +465,9 @@ def run_stage(arguments: StageArguments) -> dict:
         processing_class=processor,
     )
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_rank or arguments.muon):
+    if sharded and (arguments.frozen_16_bit or arguments.average_last or arguments.lora_r or arguments.muon):
         raise ValueError(
-            "frozen_16_bit, average_last, lora_rank and muon need whole weights on every process: use one process or DDP."
+            "frozen_16_bit, average_last, lora_r and muon need whole weights on every process: use one process or DDP."
         )
     _check_unfinished(arguments, resume_from, trainer.total_steps())
     rounded = []
@@ -521,7 +521,7 @@ def run_stage(arguments: StageArguments) -> dict:
         shutil.rmtree(Path(arguments.output_dir) / LORA_FOLDER, ignore_errors=True)  # of an earlier run
         if rounded:
             _restore(model, rounded, arguments)
-        if arguments.lora_rank:
+        if arguments.lora_r:
             if not arguments.lora_merge:
                 save_lora(model, Path(arguments.output_dir) / LORA_FOLDER)
             remove_lora(model, merge=arguments.lora_merge)
@@ -588,9 +588,9 @@ def _text_of(parts: list[Part], processor: AlignVLMProcessor, records: int = 500
 
 def _options(arguments: StageArguments, averaged: list[str]) -> dict:
     """What of the options that are off by default is on, for the run record."""
-    lora = {name: getattr(arguments, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets", "merge")}
+    lora = {name: getattr(arguments, f"lora_{name}") for name in ("r", "alpha", "dropout", "target_modules", "merge")}
     options = {
-        "lora": lora if arguments.lora_rank else None,
+        "lora": lora if arguments.lora_r else None,
         "frozen_16_bit": arguments.frozen_16_bit,
         "muon": arguments.muon,
         "infinite_schedule": arguments.infinite_schedule,

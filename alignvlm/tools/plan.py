@@ -208,7 +208,7 @@ def memory_of(
             activations += config.num_hidden_layers * (inputs + of_layer)
             largest = max(largest, of_layer)
     head = min(batch.labels, TOKENS_OF_HEAD) * min(text.vocab_size, WORDS_OF_HEAD) * (half + 12)
-    if "language" in arguments.learning_rates and not arguments.lora_rank:
+    if "language" in arguments.learning_rates and not arguments.lora_r:
         head += text.vocab_size * text.hidden_size * 4
     copies = sum(p.numel() for name, p in trained.items() if p.ndim > 1 and "embed" not in name)
     return {
@@ -236,9 +236,9 @@ def plan_stage(
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
-        if arguments.lora_rank:
-            targets = arguments.lora_targets or language_linear_layers(model)
-            add_lora(model, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
+        if arguments.lora_r:
+            targets = arguments.lora_target_modules or language_linear_layers(model)
+            add_lora(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets)
     parameters = freeze_all_but(model, arguments.learning_rates)
     collator = make_collator(arguments, processor, config)
     mixture = make_mixture(arguments, collator, earlier_stages, processes)

@@ -169,11 +169,11 @@ def test_frozen_modules_in_16_bits_give_the_same_loss_and_are_saved_as_read(chec
 
 
 def test_a_base_in_16_bits_under_lora_is_saved_as_read(checkpoint, tmp_path):
-    fields = {"language_learning_rate": 1e-3, "lora_rank": 2, "bf16": True, "frozen_16_bit": True, "max_steps": 2}
+    fields = {"language_learning_rate": 1e-3, "lora_r": 2, "bf16": True, "frozen_16_bit": True, "max_steps": 2}
     main(arguments_for(checkpoint, tmp_path / "apart", lora_merge=False, **fields))
     before, after = weights(checkpoint), weights(tmp_path / "apart")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    main(arguments_for(checkpoint, tmp_path / "merged", lora_targets=["q_proj"], **fields))
+    main(arguments_for(checkpoint, tmp_path / "merged", lora_target_modules=["q_proj"], **fields))
     merged = weights(tmp_path / "merged")
     changed = {name for name, value in before.items() if not torch.equal(value, merged[name])}
     assert changed and all("q_proj" in name and module_of(name) == "language" for name in changed)
@@ -245,7 +245,7 @@ def test_averages_of_sharded_weights(make_model, tmp_path):
         ({"push_to": "user/my--model"}, "'user/my--model' names no repository"),
         ({"average_last": 2}, "average_last=2 needs checkpoints"),
         ({"average_last": 4, "save_strategy": "steps", "save_total_limit": 3}, "save_total_limit=3 keeps less"),
-        ({"lora_rank": 4, "language_learning_rate": None}, "set language_learning_rate"),
+        ({"lora_r": 4, "language_learning_rate": None}, "set language_learning_rate"),
         ({"alignment_records": 4}, "taken from eval_sources"),
         ({"token_weighting": "length", "loss_type": "dft"}, "leave out loss_type"),
         ({"infinite_schedule": '{"final": 2}'}, "final=2 must be"),

@@ -87,7 +87,7 @@ def test_made_twice_it_is_the_same(trained, packaged, tmp_path):
 
 
 def test_lora_weights_left_apart_are_merged(checkpoint, tmp_path):
-    fields = {"language_learning_rate": 1e-1, "lora_rank": 2, "max_steps": 2}
+    fields = {"language_learning_rate": 1e-1, "lora_r": 2, "max_steps": 2}
     for merge in (True, False):
         run_stage(arguments_for(checkpoint, tmp_path / str(merge), lora_merge=merge, **fields))
         package(tmp_path / str(merge), tmp_path / f"packaged {merge}")

@@ -18,7 +18,7 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration
 from tests.running import arguments_for
 
 
-LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": ["q_proj", "down_proj"]}
+LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "down_proj"]}
 RATES = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2}
 
 
@@ -44,7 +44,7 @@ def test_only_targets_and_projector_change(checkpoint, folders):
         trains = module_of(name) == "projector" or name.endswith(("q_proj.weight", "down_proj.weight"))
         trains &= "vision_tower" not in name
         assert torch.equal(value, after[name]) != trains, name
-    assert read_run_record(folders[0])["stages"][-1]["lora"]["rank"] == 4
+    assert read_run_record(folders[0])["stages"][-1]["lora"]["r"] == 4
 
 
 def test_merged_equals_unmerged_with_its_lora_weights(checkpoint, processor, folders):

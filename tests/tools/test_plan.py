@@ -96,7 +96,10 @@ def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
             {"sources": [{"name": s, "count": 9, "share": x} for s, x in (("scenes", 0.5), ("scene_texts", 0.6))]},
             "sum to 1.1 instead of 1",
         ),
-        ({"lora_rank": 2, "lora_targets": ["qkv"], "language_learning_rate": 1e-3}, r"stage 3 .*\['qkv'\] name no"),
+        (
+            {"lora_r": 2, "lora_target_modules": ["qkv"], "language_learning_rate": 1e-3},
+            r"stage 3 .*\['qkv'\] name no",
+        ),
     ],
 )
 def test_what_a_run_would_stumble_over_is_found(checkpoint, tmp_path, fields, message):
