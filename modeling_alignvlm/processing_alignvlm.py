@@ -113,6 +113,8 @@ class AlignVLMProcessor(ProcessorMixin):
         image_seq_length (`int`): image tokens per image, `AlignVLMConfig.image_seq_length`.
         image_token (`str`): the placeholder for one image in a text.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
+        template_writes_special_tokens (`bool`):
+            whether `chat_template` writes all special tokens, as the language model's own does: then the tokenizer adds none.
     """
 
     _auto_class = "AutoProcessor"
@@ -125,7 +127,9 @@ class AlignVLMProcessor(ProcessorMixin):
         image_seq_length: int = 1,
         image_token: str = "<image>",
         chat_template=None,
+        template_writes_special_tokens: bool = False,
     ):
+        self.template_writes_special_tokens = template_writes_special_tokens
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -171,6 +175,12 @@ class AlignVLMProcessor(ProcessorMixin):
             batch["attention_mask"] = dense_mask(layout, dense_mask_type)
         return batch
 
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer must add its special tokens (a BOS token) to a text that `apply_chat_template` wrote; without them
+        `processor(text, add_special_tokens=False)` gives the tokens that `apply_chat_template` gives when it tokenizes."""
+        bos = self.tokenizer.bos_token
+        return not self.template_writes_special_tokens and not (bos and text.startswith(bos))
+
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers, but nothing of a conversation vanishes silently.
 
@@ -199,6 +209,9 @@ class AlignVLMProcessor(ProcessorMixin):
                 if not isinstance(message, dict):  # an object of OpenAI's client, say
                     message = message.model_dump() if hasattr(message, "model_dump") else asdict(message)
                 _check_message(message, index, template)
+        if self.template_writes_special_tokens and kwargs.get("tokenize"):
+            given = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
