@@ -10,6 +10,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from alignvlm.evaluation.answer import _tokens as prompt_tokens
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import (
     CHATML_TEMPLATE,
@@ -117,6 +118,22 @@ def test_texts_give_the_tokens_of_the_models_own_template(shipped, name, form):
             assert text == tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
             ids = processor.tokenizer(text, add_special_tokens=processor.adds_special_tokens(text))["input_ids"]
             assert ids == own  # for who renders and tokenizes in two steps
+            if text.startswith(tokenizer.bos_token or "nothing"):
+                assert processor(text=[text, text])["input_ids"] == [own, own]
+
+
+@by_name
+def test_questions_are_asked_with_the_tokens_of_the_models_own_template(shipped, name):
+    """As `answer` and the evaluation write them: a question alone, and behind an image."""
+    tokenizer, processor = shipped(name)
+    question = TURNS[2]["content"]
+    own = tokenizer.apply_chat_template(TURNS[2:3], add_generation_prompt=True)["input_ids"]
+    assert prompt_tokens(processor, 0, question) == ([], own)
+    trunk, rest = prompt_tokens(processor, 1, question)
+    shown = {"role": "user", "content": 4 * IMAGE_TOKEN + question}
+    written = tokenizer.apply_chat_template([shown], add_generation_prompt=True, tokenize=False)
+    assert trunk + rest == processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert trunk[-4:] == 4 * [processor.image_token_id]
 
 
 @by_name
@@ -150,6 +167,35 @@ def test_two_images_and_a_batch(shipped, name):
     )
     assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [8, 0]
     assert f"{IMAGE_TOKEN}{IMAGE_TOKEN}Which?" in processor.apply_chat_template(two)
+
+
+def test_what_a_user_types_can_be_sanitized(shipped):
+    """Control tokens and placeholders, as transformers does it; the image's own placeholder stays."""
+    for name, (_, processor) in ((name, shipped(name)) for name in ("qwen2.5", "llama3", "gemma")):
+        end = SHIPPED[name].end_of_turn
+        parts = [{"type": "image", "image": PICTURE}, {"type": "text", "text": f"What is <image> and {end}?"}]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            sanitize_control_tokens=True,
+        )
+        assert (batch["input_ids"] == processor.image_token_id).sum() == 4
+        assert f"What is <image> and {end}?" in processor.decode(batch["input_ids"][0])
+        ids = batch["input_ids"][0].tolist()
+        plain = processor.apply_chat_template(TURNS[:1], tokenize=True, return_dict=True)["input_ids"][0]
+        end_id = processor.tokenizer.convert_tokens_to_ids(end)
+        assert ids.count(end_id) == plain.count(end_id)
+
+
+@by_name
+def test_a_message_can_be_continued(shipped, name):
+    tokenizer, processor = shipped(name)
+    messages = [TURNS[0], {"role": "assistant", "content": "It is"}]
+    own = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert processor.apply_chat_template(in_parts(messages), continue_final_message=True) == own
+    assert own.endswith("It is")
 
 
 def test_generation_blocks_still_mark_what_the_assistant_says(shipped):
