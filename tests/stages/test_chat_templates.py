@@ -291,6 +291,10 @@ def test_a_prompt_that_no_answer_follows_is_refused():
         ValueError, match=r"writes '.*<think>\\n' before an answer.*could not be trained as it is generated"
     ):
         extended_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
+    with pytest.raises(ValueError, match=r"writes '.*Answer:' before an answer"):
+        extended_template(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('No.') }}"
     with pytest.raises(ValueError, match=r"cannot write a question and an answer: TemplateError: No\."):
         extended_template(tokenizer)
@@ -360,6 +364,8 @@ def test_an_assembled_checkpoint_keeps_the_template_and_stops_at_the_end_of_a_tu
     config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     language = LlamaForCausalLM(config)
     language.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    if name == "qwen2.5":
+        tokenizer.chat_template = {"default": QWEN2_5, "tool_use": "{{ tools }}"}
     for part in (language, tokenizer):
         part.save_pretrained(tmp_path / "language")
     for part in (
@@ -370,7 +376,7 @@ def test_an_assembled_checkpoint_keeps_the_template_and_stops_at_the_end_of_a_tu
     assemble(BackboneArguments(str(tmp_path / "vision"), str(tmp_path / "language"), str(tmp_path / "stage0")))
 
     processor = AlignVLMProcessor.from_pretrained(tmp_path / "stage0")
-    assert processor.chat_template.endswith(tokenizer.chat_template)
+    assert processor.chat_template.endswith(SHIPPED[name].template)
     assert AutoTokenizer.from_pretrained(tmp_path / "stage0").chat_template == processor.chat_template
     own = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"]
     given = processor.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=True, return_dict=True)
