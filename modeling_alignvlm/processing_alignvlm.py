@@ -113,6 +113,8 @@ class AlignVLMProcessor(ProcessorMixin):
         image_seq_length (`int`): image tokens per image, `AlignVLMConfig.image_seq_length`.
         image_token (`str`): the placeholder for one image in a text.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
+        template_writes_special_tokens (`bool`):
+            whether `chat_template` writes all special tokens, as the language model's own does: then the tokenizer adds none.
     """
 
     _auto_class = "AutoProcessor"
@@ -125,7 +127,9 @@ class AlignVLMProcessor(ProcessorMixin):
         image_seq_length: int = 1,
         image_token: str = "<image>",
         chat_template=None,
+        template_writes_special_tokens: bool = False,
     ):
+        self.template_writes_special_tokens = template_writes_special_tokens
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -143,7 +147,7 @@ class AlignVLMProcessor(ProcessorMixin):
             images: an image, a list of them (in the order of the placeholders), or one list per text; an image is a PIL
                 image, an array (see `to_rgb` for shapes and ranges; four dimensions are a list of images), a path, a URL or a
                 base64 string.
-            text (`str` or `list[str]`): with one `image_token` per image.
+            text (`str` or `list[str]`): with one `image_token` per image; where it begins with the BOS token, none is added.
             dense_mask_type (`str`, *optional*):
                 return `attention_mask` as the dense bool mask `(batch, 1, length, length)` of this mask type, with the
                 whole text counted as prompt. Needs `return_tensors="pt"`, and padding in batches of unequal lengths.
@@ -157,6 +161,10 @@ class AlignVLMProcessor(ProcessorMixin):
         Raises:
             ValueError: for an empty batch, an unreadable image, or other than one image per placeholder.
         """
+        texts = [text] if isinstance(text, str) else text or []
+        options = {**kwargs, **(kwargs.get("text_kwargs") or {})}
+        if texts and "add_special_tokens" not in options and all(map(self._begins_with_bos, texts)):
+            kwargs["add_special_tokens"] = False  # a chat template wrote it
         batch = super().__call__(images=images, text=text, **kwargs)
         if dense_mask_type is not None:
             if not isinstance(batch.get("input_ids"), torch.Tensor):
@@ -170,6 +178,15 @@ class AlignVLMProcessor(ProcessorMixin):
             )
             batch["attention_mask"] = dense_mask(layout, dense_mask_type)
         return batch
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer must add its special tokens (a BOS token) to a text that `apply_chat_template` wrote; without them
+        `processor(text, add_special_tokens=False)` gives the tokens that `apply_chat_template` gives when it tokenizes."""
+        return not self.template_writes_special_tokens and not self._begins_with_bos(text)
+
+    def _begins_with_bos(self, text) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and isinstance(text, str) and text.startswith(bos)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers, but nothing of a conversation vanishes silently.
@@ -199,6 +216,9 @@ class AlignVLMProcessor(ProcessorMixin):
                 if not isinstance(message, dict):  # an object of OpenAI's client, say
                     message = message.model_dump() if hasattr(message, "model_dump") else asdict(message)
                 _check_message(message, index, template)
+        if self.template_writes_special_tokens and kwargs.get("tokenize"):
+            given = kwargs.get("processor_kwargs") or {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **given}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):

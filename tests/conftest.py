@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.data import scenes
-from alignvlm.stages.backbones import PLAIN_TEMPLATE
+from alignvlm.stages.chat_templates import PLAIN_TEMPLATE
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 

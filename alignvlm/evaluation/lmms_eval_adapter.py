@@ -106,7 +106,12 @@ class AlignVLM(lmms):
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-            prompt = self.processor(images=[images] if images else None, text=[text], return_tensors="pt")
+            prompt = self.processor(
+                images=[images] if images else None,
+                text=[text],
+                return_tensors="pt",
+                add_special_tokens=self.processor.adds_special_tokens(text),
+            )
             response = self.tokenizer(target, add_special_tokens=False, return_tensors="pt")["input_ids"]
             length = prompt["input_ids"].shape[1]
             input_ids = torch.cat([prompt["input_ids"], response], dim=1)

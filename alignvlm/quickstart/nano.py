@@ -27,7 +27,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.precision import choose_precision
-from alignvlm.stages.backbones import PLAIN_TEMPLATE
+from alignvlm.stages.chat_templates import PLAIN_TEMPLATE
 from alignvlm.stages.optimizers import MuonAdamW, muon_groups
 
 

@@ -2,8 +2,8 @@
 
     alignvlm assemble --vision google/siglip-so400m-patch14-384 --language Qwen/Qwen2.5-0.5B --output_dir out/stage0
 
-Both are kept as they are; the image token is added to the tokenizer, the embeddings are resized if it does not fit, and the
-projector between them is new. What the encoder makes of an image is measured (`alignvlm.stages.encoder_measure`), and what the language model
+Both are kept as they are; the image token is added to the tokenizer, the embeddings are resized if it does not fit, the language
+model's chat template is extended by image parts (`alignvlm.stages.chat_templates`), and the projector between them is new. What the encoder makes of an image is measured (`alignvlm.stages.encoder_measure`), and what the language model
 keeps inside AlignVLM is tried (`alignvlm.stages.language_trial`), not assumed; docs/models.md lists what was seen of which model.
 """
 
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import TrlParser
 
+from alignvlm.stages.chat_templates import IMAGE_TOKEN, chat_template, end_of_turn_ids
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
@@ -34,54 +35,6 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 
 
 logger = logging.get_logger(__name__)
-
-IMAGE_TOKEN = "<image>"
-# Both write the parts of a message in order, an image as its placeholder; `generation` marks what the assistant says. What they have
-# no place for is refused: the processor does it with more words, this is for a tokenizer used alone.
-_PARTS = """\
-{%- macro parts(message, gap) -%}
-{%- if message.role not in ['system', 'user', 'assistant'] -%}
-{{ raise_exception('The roles are system, user and assistant, not ' ~ message.role) }}
-{%- endif -%}
-{%- for field in message if field not in ['role', 'content'] and message[field] -%}
-{{ raise_exception('A message has a role and a content, not ' ~ field) }}
-{%- endfor -%}
-{%- if message.content is string -%}{{ gap + message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}<image>
-{%- elif part.type == 'text' -%}{{ gap + part.text }}
-{%- else -%}{{ raise_exception('The parts of a message are of type text or image, not ' ~ part.type) }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-"""
-CHATML_TEMPLATE = (
-    _PARTS
-    + """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' }}
-{%- if message.role == 'assistant' -%}
-{%- generation -%}{{ parts(message, '') + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
-{%- else -%}{{ parts(message, '') + '<|im_end|>\\n' }}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
-)
-# For language models without chat tokens: plain words that any tokenizer can write, each text behind a space, so that its
-# first word has the same tokens behind an image and behind words.
-PLAIN_TEMPLATE = (
-    _PARTS
-    + """\
-{%- for message in messages -%}
-{%- if message.role == 'assistant' -%}
-{{ 'Assistant:' }}{%- generation -%}{{ parts(message, ' ') + eos_token }}{%- endgeneration -%}{{ '\\n' }}
-{%- else -%}{{ message.role | capitalize + ':' + parts(message, ' ') + '\\n' }}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
-"""
-)
 
 
 @dataclass
@@ -234,7 +187,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
 
     Raises:
         ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
-            for something else, and a language model that does not answer text as before or cannot keep the mask type.
+            for something else, a chat template that cannot be used, and a language model that does not answer text as before or
+            cannot keep the mask type.
     """
     for name, revision in (
         (arguments.vision, arguments.vision_revision),
@@ -250,6 +204,9 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         arguments.language, revision=arguments.language_revision, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(arguments.language, revision=arguments.language_revision)
+
+    template, own_template = chat_template(tokenizer)
+    tokenizer.chat_template = template  # one template from here on, whoever renders it
 
     set_seed(arguments.seed)  # before anything new is drawn
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
@@ -269,16 +226,18 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     )
     choose_mask_type(model, arguments.language)
 
-    chatml = "<|im_end|>" in tokenizer.get_vocab()
     processor = AlignVLMProcessor(
         image_processor,
         tokenizer,
         image_seq_length=model.config.image_seq_length,
         image_token=IMAGE_TOKEN,
-        chat_template=CHATML_TEMPLATE if chatml else PLAIN_TEMPLATE,
+        chat_template=template,
+        template_writes_special_tokens=own_template,
     )
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")} if chatml else set()
-    model.generation_config.eos_token_id = sorted(ends | {tokenizer.eos_token_id})
+    ends = {tokenizer.eos_token_id} | end_of_turn_ids(tokenizer, template)
+    if own_template:
+        ends |= _token_ids(language.generation_config.eos_token_id)
+    model.generation_config.eos_token_id = sorted(ends - {None})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     record = {
@@ -295,6 +254,10 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     }
     save_checkpoint(model, processor, arguments.output_dir, record)
     return model, processor
+
+
+def _token_ids(ids: int | list[int] | None) -> set[int]:
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def _recorded_name(name: str) -> str:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoTokenizer, pipeline
 
-from alignvlm.stages.backbones import CHATML_TEMPLATE, PLAIN_TEMPLATE
+from alignvlm.stages.chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from modeling_alignvlm import TokenLayout, dense_mask, to_rgb
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from alignvlm.stages.backbones import CHATML_TEMPLATE, BackboneArguments, assemble
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.chat_templates import CHATML_TEMPLATE
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
 
