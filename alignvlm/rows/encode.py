@@ -89,7 +89,7 @@ class Encoder:
         ids: list[int] = []
         trained: list[bool] = []
         for text, is_answer in self._segments(written):
-            special = not ids and not text.startswith(self.tokenizer.bos_token or "\0")  # which the template wrote
+            special = not ids and self.processor.adds_special_tokens(text)
             tokens = self._expanded(self.tokenizer(text, add_special_tokens=special)["input_ids"])
             ids += tokens
             trained += [is_answer] * len(tokens)
@@ -110,22 +110,27 @@ class Encoder:
     def _segments(self, messages: list[dict]) -> list[tuple[str, bool]]:
         """The conversation as the template writes it, in pieces: what stands before an answer, the answer with what ends it, and so on."""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        asked_again = [*messages, {"role": "user", "content": [{"type": "text", "text": "?"}]}]
         prompts = [
             self.processor.apply_chat_template(messages[:index], add_generation_prompt=True) for index in answers
         ]
+        prompts.append(self.processor.apply_chat_template(asked_again, add_generation_prompt=True))
         wholes = [self.processor.apply_chat_template(messages[: index + 1]) for index in answers]
         segments = []
         written = ""
         for turn, (prompt, whole) in enumerate(zip(prompts, wholes)):
-            if turn + 1 < len(prompts):  # without what the template writes at the end of all messages only
-                whole = whole[: shared_length([whole, prompts[turn + 1]])]
-            kept = all(part["text"].strip() in whole[len(prompt) :] for part in messages[answers[turn]]["content"])
-            if not (prompt.startswith(written) and whole.startswith(prompt) and kept):
+            texts = [part["text"].strip() for part in messages[answers[turn]]["content"]]
+            # Without what the template writes at the end of all messages only, as Phi-3's does.
+            shared = whole[: shared_length([whole, prompts[turn + 1]])]
+            kept = all(text in shared[len(prompt) :] for text in texts)
+            is_last = turn + 1 == len(wholes)  # later turns may then rewrite it: there are none
+            if not (prompt.startswith(written) and whole.startswith(prompt) and (kept or is_last)):
                 raise ValueError(
                     f"The chat template writes the turns before message {answers[turn]} otherwise once it is answered, so a conversation "
                     "of several turns cannot be trained as it is asked. Set a template that leaves earlier turns as they are (one that "
                     "drops old thoughts does not), or train single exchanges."
                 )
+            whole = shared if kept else whole
             answer = whole[len(prompt) :].rstrip("\n")
             segments += [(prompt[len(written) :], False), (answer, True)]
             written = prompt + answer

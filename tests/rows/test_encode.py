@@ -197,14 +197,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
         Encoder(forgetful).encode(several)
 
 
-def test_what_a_template_writes_at_the_very_end_is_no_part_of_earlier_answers(processor):
+def test_what_a_template_writes_at_the_very_end_is_no_part_of_answers(processor):
     """Phi-3's ends a finished conversation with one more token."""
     template = processor.chat_template + "{%- if not add_generation_prompt -%}{{ '<pad>' }}{%- endif -%}"
     phi = AlignVLMProcessor(processor.image_processor, processor.tokenizer, 4, chat_template=template)
     one = {"role": "user", "content": "red"}
     conversation = Conversation([one, {"role": "assistant", "content": "no"}, one], ["yes"], train_on="all")
     (branch,) = Encoder(phi).encode(conversation)
-    assert phi.decode(branch.input_ids) == "User: red\nAssistant: no</s>\nUser: red\nAssistant: yes</s>\n<pad>"
+    assert phi.decode(branch.input_ids) == "User: red\nAssistant: no</s>\nUser: red\nAssistant: yes</s>"
 
 
 @pytest.mark.parametrize(
