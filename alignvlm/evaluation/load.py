@@ -26,7 +26,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="fp32, bf16, fp16, or auto: as stored if the device does that natively, else fp32.",
     )
-    parser.add_argument("--attn_implementation", help="eager, sdpa or flex_attention.")
+    parser.add_argument("--attn_implementation", metavar="NAME", help="eager, sdpa or flex_attention.")
     parser.add_argument("--use_cpu", action="store_true", help="Compute on the CPU even where there is a GPU.")
 
 

@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("image", help="An image file.")
     p.add_argument("question", nargs="?", default=CAPTION_PROMPT, help=f"Default: {CAPTION_PROMPT!r}")
     p.add_argument("--image", dest="more_images", metavar="IMAGE", action="append", default=[], help="One more image.")
-    p.add_argument("--max_new_tokens", type=int, default=128, help="Where an answer is cut off. Default: 128.")
+    p.add_argument(
+        "--max_new_tokens", type=int, metavar="N", default=128, help="Where an answer is cut off. Default: 128."
+    )
     add_loading_options(p)
     return p
 

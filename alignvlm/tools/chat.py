@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
     p.add_argument("image", nargs="?", help="An image for the first message.")
-    p.add_argument("--max_new_tokens", type=int, default=256, help="Where an answer is cut off. Default: 256.")
+    p.add_argument(
+        "--max_new_tokens", type=int, metavar="N", default=256, help="Where an answer is cut off. Default: 256."
+    )
     add_loading_options(p)
     return p
 
@@ -148,7 +150,7 @@ class Chat:
 
 def main(argv: list[str] | None = None) -> None:
     """Loads the checkpoint and talks; a checkpoint that cannot be loaded is one sentence."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     try:
         model, processor, precision = load(arguments)
         tag = evaluation_tag(arguments.checkpoint, arguments.revision)
