@@ -76,6 +76,7 @@ def test_a_mistyped_command_names_the_nearest():
         ("data", ["--projektor-learning-rate=1e-3"], "--projector_learning_rate"),
         ("data", ["--shwo", "4"], "--show"),
         ("plan", ["--config", "RECIPE", "--procesess", "8"], "--processes"),
+        ("plan", ["--config", "RECIPE", "--utilisatio", "0.5"], "--utilisation"),  # no abbreviations
         ("plan", ["--config", "RECIPE", "--row_lenght", "8"], "--row_length"),
         ("assemble", ["--visoin", "somewhere"], "--vision"),
         ("quickstart", ["--ouput_dir", "somewhere"], "--output_dir"),

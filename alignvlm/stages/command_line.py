@@ -28,7 +28,7 @@ class _FieldParser(TrlParser):
     """`TrlParser` that takes no abbreviations, and checks all names before it makes the dataclasses, which may miss the mistyped one."""
 
     def __init__(self, dataclasses: Iterable[type], also: Iterable[str] = ()):
-        super().__init__(dataclasses, allow_abbrev=False)
+        super().__init__(dataclasses)
         given = [field for dataclass in dataclasses for field in fields(dataclass)]
         self.names = [field.name for field in given]
         switches = [f"no_{field.name}" for field in given if field.default is True]
