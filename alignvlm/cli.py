@@ -12,6 +12,8 @@ import sys
 COMMANDS = {
     "quickstart": ("alignvlm.quickstart.quickstart", "Train, evaluate and reload a complete nano model on a CPU."),
     "assemble": ("alignvlm.stages.backbones", "Make a stage-0 checkpoint of a vision encoder and a language model."),
+    "ask": ("alignvlm.tools.ask", "Ask a checkpoint about an image, or let it describe one."),
+    "chat": ("alignvlm.tools.chat", "Talk with a checkpoint about images at a prompt."),
     "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),

@@ -1,13 +1,13 @@
 """The model card: `model_card.md` filled from the run record. What is not in the record cannot stand in the card."""
 
 import re
-import sysconfig
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hub_upload.card_text import GENERATED, join_card, split_card
 from hub_upload.licences import HALVES, licence_name, licence_of
+from hub_upload.shared_files import CARD_TEMPLATE, shared_folder
 
 
 MINIMUM_TRANSFORMERS = "5.23"
@@ -23,8 +23,7 @@ TASK_TYPES = {"cider": "image-to-text", "pathvqa_accuracy": "visual-question-ans
 
 def template_path() -> Path:
     """`model_card.md`, in the checkout or where the installed package has it."""
-    checkout = Path(__file__).resolve().parents[1] / "model_card.md"
-    return checkout if checkout.is_file() else Path(sysconfig.get_path("data")) / "share/alignvlm/model_card.md"
+    return shared_folder() / CARD_TEMPLATE
 
 
 def is_hub_id(name: str) -> bool:

@@ -22,13 +22,11 @@ import evaluate
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from alignvlm.data.rows import ON_BAD_ROW
 from alignvlm.evaluation import bootstrap
 from alignvlm.evaluation.answer import answer
-from alignvlm.evaluation.precision import choose_precision, warn_if_emulated
+from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_checkpoint
 from alignvlm.evaluation.tasks import (
     CAPTION_PROMPT,
     TASKS,
@@ -40,11 +38,10 @@ from alignvlm.evaluation.tasks import (
     read_rows,
     shuffled_rows,
 )
-from hub_upload.repository import check_model, commit_of, file_of
-from hub_upload.run_record import library_versions, read_run_record, sha256_of, write_json
+from hub_upload.repository import commit_of
+from hub_upload.run_record import library_versions, sha256_of, write_json
 
 
-LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 METRICS = Path(__file__).resolve().parent / "metrics"
 # The numbers of each metric that are means over its questions, and so get an interval: from a prediction's scores.
 INTERVALS = {
@@ -87,17 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num_beams", type=int, default=1, help="1 is greedy decoding.")
     p.add_argument("--max_new_tokens", type=int, default=40)
     p.add_argument("--window", type=int, default=512, help="Tokens per window of text, for text_perplexity.")
-    p.add_argument("--revision", help="Revision of a Hub checkpoint.")
-    p.add_argument(
-        "--trust_remote_code", action="store_true", help="Run the checkpoint's own code, not this package's."
-    )
-    p.add_argument(
-        "--dtype",
-        default="auto",
-        help="fp32, bf16, fp16, or auto: as the checkpoint is stored if the device does that natively, else fp32.",
-    )
-    p.add_argument("--attn_implementation", help="eager, sdpa or flex_attention.")
-    p.add_argument("--use_cpu", action="store_true")
+    add_loading_options(p)
     p.add_argument("--seed", type=int, default=0, help="Of --shuffle_images and the bootstrap.")
     p.add_argument("--bootstrap_samples", type=int, default=1000)
     p.add_argument(
@@ -127,10 +114,17 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     """
     if arguments.checkpoint is None or arguments.task is None:
         raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
-    check_model(arguments.checkpoint, arguments.revision)
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     with state.main_process_first():  # so that remote code and data are fetched and converted once
-        model, processor = _load_checkpoint(arguments, state.device)
+        model, processor, precision = load_checkpoint(
+            arguments.checkpoint,
+            state.device,
+            arguments.revision,
+            arguments.trust_remote_code,
+            arguments.dtype,
+            arguments.attn_implementation,
+        )
+        print(f"Computes in {precision}")
         bind = _text_work if arguments.task == "text_perplexity" else _question_work
         work = bind(arguments, model, processor)
     settings = {
@@ -204,24 +198,6 @@ def _finished_batches(folder: Path) -> dict[int, list]:
     return {entry["start"]: entry["outputs"] for entry in map(json.loads, lines)}
 
 
-def _load_checkpoint(arguments: argparse.Namespace, device: torch.device):
-    """Model and processor by the Auto classes: this package's code, or the checkpoint's with --trust_remote_code."""
-    options = {"revision": arguments.revision} if arguments.revision else {}
-    options["trust_remote_code"] = arguments.trust_remote_code
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint, **options)
-    if arguments.attn_implementation:
-        options["attn_implementation"] = arguments.attn_implementation
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype="auto", **options)
-    precision = choose_precision(arguments.dtype, device, model.dtype)
-    warn_if_emulated(precision, device)
-    print(f"Computes in {precision}")
-    model.to(precision.dtype)
-    found = [file_of(arguments.checkpoint, f"lora/{name}", arguments.revision) for name in LORA_FILES]
-    if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
-        model.load_adapter(str(Path(found[0]).parent))
-    return model.eval().to(device), processor
-
-
 def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
     """Asks about images, and judges the answers by each question's metric."""
     evaluation_set = load_task(
@@ -238,7 +214,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
     control = _control(arguments)
     records = evaluation_set.records
     seen = shuffled_rows(records, arguments.seed) if control == "shuffle_images" else records
-    tag = _evaluation_tag(arguments.checkpoint, arguments.revision) if arguments.tag is None else arguments.tag
+    tag = evaluation_tag(arguments.checkpoint, arguments.revision) if arguments.tag is None else arguments.tag
     decoding = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
 
     def run(units: range) -> list[list[str]]:
@@ -440,12 +416,6 @@ def _model_identity(checkpoint: str, revision: str | None) -> dict:
         return {"name": checkpoint, "revision": commit_of(checkpoint, revision)}
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
     return {"name": folder.resolve().name, "weights_sha256": sha256_of(weights)}
-
-
-def _evaluation_tag(checkpoint: str, revision: str | None) -> str:
-    """The source tag the checkpoint's recipe wants before prompts, from its run record; none without a record."""
-    stages = read_run_record(checkpoint, revision)["stages"]
-    return stages[-1].get("evaluation_tag", "") if stages else ""
 
 
 def main(argv: list[str] | None = None) -> None:

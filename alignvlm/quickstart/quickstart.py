@@ -10,7 +10,6 @@ import math
 import runpy
 import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +19,19 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from transformers.utils import logging
-from trl import TrlParser
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.evaluation.precision import choose_precision, matrix_rate
 from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.flops import FlopCounter
 from hub_upload.run_record import read_run_record
+from hub_upload.shared_files import shared_folder
 
 
-CHECKOUT = Path(__file__).resolve().parents[2] / "training"
-# The stage scripts and recipes: in the checkout, or where pip has put them.
-TRAINING = CHECKOUT if CHECKOUT.is_dir() else Path(sysconfig.get_path("data")) / "share/alignvlm/training"
+TRAINING = shared_folder() / "training"  # the stage scripts and recipes
 # For the forecast, all counted or measured in runs of the default settings.
 VISION_STEP_FLOPS, LANGUAGE_STEP_FLOPS = 10.1e9, 46.5e9
 STAGE_RECORD_FLOPS = {1: 0.19e9, 2: 0.39e9, 3: 0.93e9, 4: 0.97e9}
@@ -169,7 +167,7 @@ def table(stages: list[dict], last: dict[str, float], blank: dict[str, float]) -
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the quickstart and returns what it writes to `summary.json`."""
-    (arguments,) = TrlParser(QuickstartArguments).parse_args_and_config(sys.argv[1:] if argv is None else argv)
+    (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, QuickstartArguments)
     logging.set_verbosity_error()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)

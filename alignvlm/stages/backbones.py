@@ -22,10 +22,10 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import logging
-from trl import TrlParser
 
 from alignvlm.stages.chat_templates import IMAGE_TOKEN, chat_template, end_of_turn_ids
 from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
 from hub_upload.licences import read_licence
@@ -266,10 +266,10 @@ def _recorded_name(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = TrlParser(BackboneArguments).parse_args_and_config(argv)
+    (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, BackboneArguments)
     model, _ = assemble(arguments)
     print(f"{Path(arguments.output_dir)}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

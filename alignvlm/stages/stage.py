@@ -8,7 +8,7 @@ What a stage trains, at which learning rates, under which mask and on which sour
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from alignvlm.data.mixture import Mixture, Part, load_mixture, read_parts
 from alignvlm.data.rows import ON_BAD_ROW, shown
@@ -34,6 +34,7 @@ from alignvlm.stages.checkpoint import (
     save_checkpoint,
     whole_checkpoints,
 )
+from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.lora import (
     LORA_FOLDER,
@@ -341,11 +342,12 @@ class ArgumentsForAGPU(StageArguments):
         return "cuda"
 
 
-def parse_anywhere(argv: list[str], *more: type) -> tuple:
-    """`StageArguments` and `more` dataclasses from a command line, for looking only: a recipe for a GPU is read without one too."""
+def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tuple:
+    """`StageArguments` and `more` dataclasses from a command line, for looking only: a recipe for a GPU is read without one too.
+    See `parse_fields`."""
     if torch.accelerator.is_available():
-        return TrlParser((StageArguments, *more)).parse_args_and_config(argv)
-    return TrlParser((ArgumentsForAGPU, *more)).parse_args_and_config(["--use_cpu", "true", *argv])
+        return parse_fields(argv, StageArguments, *more, also=also)
+    return parse_fields(["--use_cpu", "true", *argv], ArgumentsForAGPU, *more, also=also)
 
 
 def make_collator(
@@ -727,5 +729,5 @@ def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mix
 
 def main(argv: list[str] | None = None) -> dict:
     """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error."""
-    (arguments,) = TrlParser(StageArguments).parse_args_and_config(sys.argv[1:] if argv is None else argv)
+    (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
     return run_stage(arguments)

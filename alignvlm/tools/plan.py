@@ -346,7 +346,9 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="What stages will cost.", epilog="Any field of a stage can be given as well, for all stages."
+        description="What stages will cost.",
+        epilog="Any field of a stage can be given as well, for all stages.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", required=True, help="Recipes, in the order of the stages.")
     parser.add_argument("--processes", type=int, default=1, help="GPUs.")
@@ -360,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=30, help="Random batches whose shapes are measured.")
     options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
-    stages = [parse_anywhere(["--config", path, *fields])[0] for path in paths]
+    stages = [parse_anywhere(["--config", path, *fields], also=vars(options))[0] for path in paths]
     plans = plan_stages(stages, options.processes, options.sample)
     for plan in plans:
         print(describe(plan, options.gpu, options.utilisation) + "\n")

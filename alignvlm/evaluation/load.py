@@ -1,0 +1,83 @@
+"""Loads a checkpoint to be asked: the one way of evaluation, `alignvlm ask` and `alignvlm chat`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
+from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
+from hub_upload.repository import check_model, file_of
+from hub_upload.run_record import read_run_record
+
+
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `load_checkpoint` and `device_for` take."""
+    parser.add_argument("--revision", help="Revision of a Hub checkpoint.")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="Run the checkpoint's own code, not this package's."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="fp32, bf16, fp16, or auto: as stored if the device does that natively, else fp32.",
+    )
+    parser.add_argument("--attn_implementation", metavar="NAME", help="eager, sdpa or flex_attention.")
+    parser.add_argument("--use_cpu", action="store_true", help="Compute on the CPU even where there is a GPU.")
+
+
+def device_for(use_cpu: bool = False) -> torch.device:
+    """The current accelerator, or the CPU where there is none or it is asked for."""
+    if use_cpu or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
+
+
+def load_checkpoint(
+    checkpoint: str,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin, Precision]:
+    """Model, processor and what the model computes in. LoRA weights that a stage left apart (`lora/`) are loaded too.
+
+    Args:
+        checkpoint: a folder or a Hub repository.
+        device: where the model goes.
+        revision: of a Hub repository.
+        trust_remote_code: run the checkpoint's own code instead of this package's.
+        dtype: see `choose_precision`.
+        attn_implementation: as for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for an unknown `dtype`.
+    """
+    check_model(checkpoint, revision)
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
+        raise FileNotFoundError(f"The folder {checkpoint!r} holds no checkpoint: it has no config.json.")
+    options = {"revision": revision} if revision else {}
+    options["trust_remote_code"] = trust_remote_code
+    processor = AutoProcessor.from_pretrained(checkpoint, **options)
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", **options)
+    precision = choose_precision(dtype, device, model.dtype)
+    warn_if_emulated(precision, device)
+    model.to(precision.dtype)
+    found = [file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES]
+    if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
+        model.load_adapter(str(Path(found[0]).parent))
+    return model.eval().to(device), processor, precision
+
+
+def evaluation_tag(checkpoint: str, revision: str | None = None) -> str:
+    """The source tag the checkpoint's recipe wants before prompts, from its run record; none without a record."""
+    stages = read_run_record(checkpoint, revision)["stages"]
+    return stages[-1].get("evaluation_tag", "") if stages else ""

@@ -1,0 +1,69 @@
+"""Dataclasses from a command line and a YAML file, as TRL reads them; a mistyped name is refused with the nearest valid one."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from trl import TrlParser
+
+
+def parse_fields(argv: Iterable[str], *dataclasses: type, also: Iterable[str] = ()) -> tuple:
+    """One instance of each dataclass, from the options in `argv` and the YAML file that `--config` names.
+
+    Args:
+        argv: the command line.
+        dataclasses: their fields are the options.
+        also: fields that the caller has taken from the command line already; a mistyped name may have meant one of them.
+
+    Raises:
+        SystemExit: with one sentence, for a name that is no field, words that belong to no option, and a config file that cannot be
+            read. What the dataclasses raise is passed on.
+    """
+    return _FieldParser(dataclasses, also).parse_args_and_config(argv)
+
+
+class _FieldParser(TrlParser):
+    """`TrlParser` that takes no abbreviations, and checks all names before it makes the dataclasses, which may miss the mistyped one."""
+
+    def __init__(self, dataclasses: Iterable[type], also: Iterable[str] = ()):
+        super().__init__(dataclasses)
+        given = [field for dataclass in dataclasses for field in fields(dataclass)]
+        self.names = [field.name for field in given]
+        switches = [f"no_{field.name}" for field in given if field.default is True]
+        self.options = [*self.names, *switches, *also, "config", "help"]
+        self.config = None
+
+    def parse_args_and_config(self, args: Iterable[str], **options) -> tuple:
+        args = [part for item in args for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+        if "--config" in args:
+            self.config = "".join(args[args.index("--config") + 1 :][:1])
+            if not Path(self.config).is_file():
+                raise SystemExit(f"error: --config needs a YAML file; there is no file {self.config!r}.")
+        try:
+            return super().parse_args_and_config(args, **options)
+        except yaml.YAMLError as error:
+            raise SystemExit(f"error: {self.config} is not valid YAML: {error}") from error
+
+    def set_defaults_with_config(self, **values) -> list[str]:
+        for name in values:
+            if name not in self.names:
+                raise SystemExit(f"error: {self.config}: there is no field {name!r}.{_hint(name, self.names)}")
+        return super().set_defaults_with_config(**values)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for item in args:
+            name = item.split("=", 1)[0]
+            if not name.startswith("--") or " " in name or name.removeprefix("--").replace("-", "_") in self.options:
+                continue
+            raise SystemExit(f"error: there is no option {name}.{_hint(name, [f'--{each}' for each in self.options])}")
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            raise SystemExit(f"error: {' '.join(rest)!r} belongs to no option. Options are written as --name value.")
+        return namespace, rest
+
+
+def _hint(name: str, valid: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), valid, 1)
+    return f" Did you mean {nearest[0]}?" if nearest else " --help lists them all."

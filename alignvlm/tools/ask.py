@@ -1,0 +1,74 @@
+"""Asks a checkpoint about an image and prints the answer; without a question, it describes the image.
+
+alignvlm ask out/stage4 photo.jpg "What is he holding?"
+alignvlm ask out/stage4 before.jpg --image after.jpg "What has changed?"
+"""
+
+import argparse
+
+from PIL import Image
+from transformers.utils import logging
+
+from alignvlm.data.images import read_image
+from alignvlm.evaluation.answer import answer
+from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
+from alignvlm.evaluation.tasks import CAPTION_PROMPT
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT IMAGE [QUESTION] [options]"
+    )
+    p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
+    p.add_argument("image", help="An image file.")
+    p.add_argument("question", nargs="?", default=CAPTION_PROMPT, help=f"Default: {CAPTION_PROMPT!r}")
+    p.add_argument("--image", dest="more_images", metavar="IMAGE", action="append", default=[], help="One more image.")
+    p.add_argument(
+        "--max_new_tokens", type=int, metavar="N", default=128, help="Where an answer is cut off. Default: 128."
+    )
+    add_loading_options(p)
+    return p
+
+
+def with_tag(tag: str, question: str) -> str:
+    """The prompt as the checkpoint's recipe wants it at evaluation."""
+    return f"{tag} {question}".strip()
+
+
+def ask(arguments: argparse.Namespace) -> str:
+    """The answer to the command line's question.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for an image that cannot be read (`BadImage`) and a question that holds the image placeholder.
+    """
+    images: list[Image.Image] = [read_image(path) for path in (arguments.image, *arguments.more_images)]
+    model, processor, _ = load(arguments)
+    prompt = with_tag(evaluation_tag(arguments.checkpoint, arguments.revision), arguments.question)
+    return answer(model, processor, [images], [[prompt]], max_new_tokens=arguments.max_new_tokens)[0][0]
+
+
+def load(arguments: argparse.Namespace):
+    """Model, processor and precision of the command line's checkpoint (see `load_checkpoint`), without progress bars."""
+    logging.disable_progress_bar()
+    return load_checkpoint(
+        arguments.checkpoint,
+        device_for(arguments.use_cpu),
+        arguments.revision,
+        arguments.trust_remote_code,
+        arguments.dtype,
+        arguments.attn_implementation,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the answer; what cannot be asked is one sentence."""
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        print(ask(arguments))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Talks with a checkpoint at a prompt: several turns, with images where they are wanted, the answer as it is generated.
+
+    alignvlm chat out/stage4 photo.jpg
+
+The conversation is kept as transformers' messages and generated from whole at each turn, as the chat template writes it: under the
+mask types `prefix` and `mutual` an answer on a kept cache would be another one.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
+
+from alignvlm.data.images import read_image
+from alignvlm.evaluation.load import add_loading_options, evaluation_tag
+from alignvlm.tools.ask import load, with_tag
+
+
+HELP = """\
+/image PATH  add an image to your next message
+/reset       begin again: forget all messages and images
+/help        show this
+/quit        end, as the end of the input does"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Talks with a checkpoint about images.",
+        epilog=f"At the prompt:\n{HELP}",
+        usage="%(prog)s CHECKPOINT [IMAGE] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
+    p.add_argument("image", nargs="?", help="An image for the first message.")
+    p.add_argument(
+        "--max_new_tokens", type=int, metavar="N", default=256, help="Where an answer is cut off. Default: 256."
+    )
+    add_loading_options(p)
+    return p
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints words as soon as they are complete, without the white space before the first."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        print(text, end="\n" if stream_end else "", flush=True)
+
+
+class Chat:
+    """A conversation: its messages so far, and the images that go with the next one.
+
+    Args:
+        model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
+        tag: the source tag before each message of the user.
+        max_new_tokens: where an answer is cut off.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, tag: str = "", max_new_tokens: int = 256):
+        self.model, self.processor, self.tag, self.max_new_tokens = model, processor, tag, max_new_tokens
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[dict] = []
+        self.images: list[Image.Image] = []
+
+    @torch.inference_mode()
+    def reply(self, text: str) -> str:
+        """Prints the greedy answer to a message while it is generated, and returns it.
+
+        Raises:
+            ValueError: for a message that holds the image placeholder, and a conversation that is too long; nothing of it is kept.
+        """
+        images = [{"type": "image", "image": image} for image in self.images]
+        content = [*images, {"type": "text", "text": with_tag(self.tag, text)}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length + self.max_new_tokens > limit:
+            raise ValueError(
+                f"The conversation is too long: {length} tokens and up to {self.max_new_tokens} new ones, of at most {limit}. Begin again "
+                "with /reset."
+            )
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            streamer=AnswerStreamer(self.processor.tokenizer),
+        )
+        answer = self.processor.decode(output[0, length:], skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.images = []
+        return answer
+
+    def add_image(self, path: str) -> None:
+        """Adds an image to the next message; one that cannot be read is told."""
+        try:
+            self.images.append(read_image(Path(path).expanduser()))
+        except ValueError as error:
+            print(f"error: {error}")
+        else:
+            print(f"{path} goes with your next message.")
+
+    def obey(self, line: str) -> bool:
+        """Does what a line that begins with a slash says; False if the chat ends."""
+        command, _, rest = line.partition(" ")
+        if command == "/image" and rest:
+            self.add_image(rest.strip().strip("'\""))
+        elif command == "/image":
+            print("error: /image needs the path of an image.")
+        elif command == "/reset":
+            self.reset()
+            print("All messages and images are forgotten.")
+        elif command == "/help":
+            print(HELP)
+        elif command != "/quit":
+            print(f"error: There is no command {command}.\n{HELP}")
+        return command != "/quit"
+
+    def run(self) -> None:
+        """Reads lines and answers until `/quit` or the end of the input. An interrupt while it answers ends only the answer."""
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if line.startswith("/"):
+                if not self.obey(line):
+                    return
+            elif line:
+                try:
+                    self.reply(line)
+                except ValueError as error:
+                    print(f"error: {error}")
+                except KeyboardInterrupt:
+                    print("\nInterrupted; your message is not kept.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Loads the checkpoint and talks; a checkpoint that cannot be loaded is one sentence."""
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        model, processor, precision = load(arguments)
+        tag = evaluation_tag(arguments.checkpoint, arguments.revision)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{arguments.checkpoint} on {model.device.type} in {precision}. /help lists the commands.")
+    chat = Chat(model, processor, tag, arguments.max_new_tokens)
+    if arguments.image is not None:
+        chat.add_image(arguments.image)
+    chat.run()
+
+
+if __name__ == "__main__":
+    main()

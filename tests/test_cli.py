@@ -1,0 +1,137 @@
+"""The command `alignvlm`: its help, and what it says to mistyped commands, options and fields."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+from alignvlm import cli
+from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.stage import StageArguments
+from tests.running import arguments_for
+
+
+ROOT = Path(__file__).parents[1]
+
+
+HELP_OF_ALL = """
+import contextlib, io
+from alignvlm import cli
+
+for name in cli.COMMANDS:
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            cli.main([name, "--help"])
+    except SystemExit as ended:
+        print(f"== {name} exits with {ended.code}")
+        print(text.getvalue())
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def alignvlm(*arguments: str) -> subprocess.CompletedProcess:
+    return run("-m", "alignvlm.cli", *arguments)
+
+
+def fits_a_screen(text: str) -> bool:
+    lines = text.rstrip("\n").split("\n")
+    return len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+def test_the_help_fits_a_screen_and_names_every_command():
+    for arguments in ([], ["--help"]):
+        done = alignvlm(*arguments)
+        assert done.returncode == 0 and fits_a_screen(done.stdout)
+        assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+
+
+def test_every_command_has_help():
+    """In one process of their own: each would spend its time on importing the same libraries."""
+    done = run("-c", HELP_OF_ALL)
+    assert done.returncode == 0, done.stderr
+    texts = dict(part.split("\n", 1) for part in done.stdout.split("== ")[1:])
+    assert list(texts) == [f"{name} exits with 0" for name in cli.COMMANDS]
+    for name, text in zip(cli.COMMANDS, texts.values()):
+        assert text.startswith(f"usage: alignvlm {name} ") and "--help" in text
+        assert name not in ("ask", "chat") or fits_a_screen(text)
+
+
+def test_a_mistyped_command_names_the_nearest():
+    done = alignvlm("chatt")
+    assert done.returncode == 1 and "no command 'chatt'. Did you mean 'chat'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "nearest"),
+    [
+        ("data", ["--learning_rat", "1e-3"], "--learning_rate"),
+        ("data", ["--projektor-learning-rate=1e-3"], "--projector_learning_rate"),
+        ("data", ["--shwo", "4"], "--show"),
+        ("plan", ["--config", "RECIPE", "--procesess", "8"], "--processes"),
+        ("plan", ["--config", "RECIPE", "--utilisatio", "0.5"], "--utilisation"),  # no abbreviations
+        ("plan", ["--config", "RECIPE", "--row_lenght", "8"], "--row_length"),
+        ("assemble", ["--visoin", "somewhere"], "--vision"),
+        ("quickstart", ["--ouput_dir", "somewhere"], "--output_dir"),
+    ],
+)
+def test_a_mistyped_option_names_the_nearest(command, given, nearest, tmp_path):
+    """Although other fields are missing, without which nothing could run."""
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text("stage: 1\n")
+    with pytest.raises(SystemExit, match=rf"^error: there is no option --\S+\. Did you mean {nearest}\?$"):
+        cli.main([command, *(str(recipe) if item == "RECIPE" else item for item in given)])
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "nearest"),
+    [
+        ("data", "projektor_learning_rate: 1.0e-3", "projector_learning_rate"),
+        ("plan", "souces: []", "sources"),
+        ("assemble", "langauge: somewhere", "language"),
+    ],
+)
+def test_a_mistyped_field_of_a_recipe_names_the_nearest(command, content, nearest, tmp_path):
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text(content)
+    with pytest.raises(
+        SystemExit, match=rf"^error: .*stage1.yaml: there is no field '\w+'\. Did you mean {nearest}\?$"
+    ):
+        cli.main([command, "--config", str(recipe)])
+
+
+def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("sources: [\n")
+    for given, message in (
+        (["--qqqqqq", "1"], r"no option --qqqqqq\. --help lists them all\.$"),
+        (["recipe.yaml"], r"'recipe.yaml' belongs to no option"),
+        (["--config"], "--config needs a YAML file"),
+        (["--config", "missing.yaml"], "no file 'missing.yaml'"),
+        (["--config", str(broken)], "broken.yaml is not valid YAML"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            parse_fields(given, StageArguments)
+
+
+def test_what_is_right_is_read_as_trl_reads_it(tmp_path):
+    recipe = tmp_path / "stage1.yaml"
+    recipe.write_text("stage: 2\nlora_rank: 4\nlanguage_learning_rate: 1.0e-4\nrow_length: 64\n")
+    given = [
+        "--config",
+        str(recipe),
+        *arguments_for(tmp_path, tmp_path / "out", stage=None, seed=3),
+        "--no_lora_merge",
+    ]
+    (expected,) = TrlParser(StageArguments).parse_args_and_config(given)
+    dashed = [item.replace("_", "-") if item.startswith("--") else item for item in given]
+    for written in (given, dashed, [f"--config={recipe}", *given[2:]]):
+        (found,) = parse_fields(written, StageArguments)
+        assert found.to_dict() == expected.to_dict() and (found.stage, found.lora_merge) == (2, False)
