@@ -112,6 +112,8 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
     broken.write_text("sources: [\n")
     for given, message in (
         (["--qqqqqq", "1"], r"no option --qqqqqq\. --help lists them all\.$"),
+        (["--lora_rank", "4"], r"no option --lora_rank\. Did you mean --lora_r\?"),  # its name before
+        (["--lora_targets", "[]"], r"no option --lora_targets\. Did you mean --lora_target_modules\?"),
         (["recipe.yaml"], r"'recipe.yaml' belongs to no option"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "missing.yaml"], "no file 'missing.yaml'"),
@@ -123,7 +125,7 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
 
 def test_what_is_right_is_read_as_trl_reads_it(tmp_path):
     recipe = tmp_path / "stage1.yaml"
-    recipe.write_text("stage: 2\nlora_rank: 4\nlanguage_learning_rate: 1.0e-4\nrow_length: 64\n")
+    recipe.write_text("stage: 2\nlora_r: 4\nlanguage_learning_rate: 1.0e-4\nrow_length: 64\n")
     given = [
         "--config",
         str(recipe),
