@@ -121,20 +121,28 @@ class Encoder:
         for turn, (prompt, whole) in enumerate(zip(prompts, wholes)):
             texts = [part["text"].strip() for part in messages[answers[turn]]["content"]]
             # Without what the template writes at the end of all messages only, as Phi-3's does.
-            shared = whole[: shared_length([whole, prompts[turn + 1]])]
+            shared = whole[: self._before_added_token(whole, shared_length([whole, prompts[turn + 1]]))]
             kept = all(text in shared[len(prompt) :] for text in texts)
             is_last = turn + 1 == len(wholes)  # later turns may then rewrite it: there are none
             if not (prompt.startswith(written) and whole.startswith(prompt) and (kept or is_last)):
                 raise ValueError(
-                    f"The chat template writes the turns before message {answers[turn]} otherwise once it is answered, so a conversation "
-                    "of several turns cannot be trained as it is asked. Set a template that leaves earlier turns as they are (one that "
-                    "drops old thoughts does not), or train single exchanges."
+                    f"The chat template writes what stands before message {answers[turn]} otherwise once it is answered, so the answer cannot "
+                    "be trained as it would be generated. Set a template that leaves what it has written as it is (one that drops old "
+                    "thoughts or moves the system message does not), or train single exchanges without a system message."
                 )
             whole = shared if kept else whole
             answer = whole[len(prompt) :].rstrip("\n")
             segments += [(prompt[len(written) :], False), (answer, True)]
             written = prompt + answer
         return segments
+
+    def _before_added_token(self, text: str, length: int) -> int:
+        """`length`, or where the added token begins that a cut of the text there would divide."""
+        for token in self.tokenizer.added_tokens_decoder.values():
+            start = text.rfind(token.content, 0, length + len(token.content) - 1)
+            if start != -1 and start < length < start + len(token.content):
+                length = start
+        return length
 
     def _expanded(self, tokens: list[int]) -> list[int]:
         image_token, length = self.processor.image_token_id, self.processor.image_seq_length

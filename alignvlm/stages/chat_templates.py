@@ -3,15 +3,13 @@
 A language model's own template reads messages whose content is a text. `extended_template` puts a few lines in front of it that join
 the parts of a message into such a text, an image as its placeholder; the template behind them stays as it is, with its system
 message, its end-of-turn tokens and its roles. What a template does is found by rendering short conversations (`check_template`,
-`end_of_turn_ids`, `rewrites_earlier_turns`), not by its name.
+`end_of_turn_ids`), not by its name.
 """
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-
-from modeling_alignvlm import AlignVLMProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -98,12 +96,6 @@ _FLATTENING = """\
 """
 
 _SYSTEM = {"role": "system", "content": "Answer in a short sentence."}
-_EXCHANGES = [
-    {"role": "user", "content": "Why is it wet?"},
-    {"role": "assistant", "content": "<think>\nClouds were seen.\n</think>\n\nRain fell on it."},
-    {"role": "user", "content": "And when?"},
-    {"role": "assistant", "content": "This morning."},
-]
 _QUESTION, _ANSWER = (
     {"role": "user", "content": "Why is it wet?"},
     {"role": "assistant", "content": "Rain fell on it."},
@@ -190,45 +182,6 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> set[in
         "learn where an answer ends."
     )
     return set()
-
-
-def rewrites_earlier_turns(processor: AlignVLMProcessor | PreTrainedTokenizerBase) -> bool:
-    """Whether its chat template writes a turn differently once the conversation goes on.
-
-    Qwen3 drops the thoughts of earlier answers, for example, and Mistral moves the system message to the last question. Tries two
-    exchanges, with a thought in the first answer, and again behind a system message if the template takes one. An EOS token
-    behind the complete conversation does not count.
-    """
-    eos = getattr(processor, "tokenizer", processor).eos_token or ""
-    for head in ([], [_SYSTEM]):
-        try:
-            before_first, first, before_second, second = (
-                _write(processor, head + _EXCHANGES[:count], add_generation_prompt=count % 2 == 1)
-                for count in range(1, 5)
-            )
-        except (TemplateError, ValueError):
-            if head:
-                continue
-            raise
-        if not all(text.startswith(before_first) for text in (first, before_second, second)):
-            return True
-        if not all(text.startswith(first.removesuffix(eos)) for text in (before_second, second)):
-            return True
-        if not second.startswith(before_second):
-            return True
-    return False
-
-
-def check_keeps_earlier_turns(processor: AlignVLMProcessor | PreTrainedTokenizerBase) -> None:
-    """
-    Raises:
-        ValueError: if the template rewrites earlier turns, so that the answers of a conversation cannot share one row.
-    """
-    if rewrites_earlier_turns(processor):
-        raise ValueError(
-            "The chat template writes earlier turns differently once a conversation goes on (it drops thoughts, or moves the system "
-            "message), so only the last answer of a conversation follows what the model will read. Train on the last one."
-        )
 
 
 def _write(processor, messages: list[dict], template: str | None = None, **options) -> str:

@@ -193,7 +193,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(processor):
     one = {"role": "user", "content": "red"}
     assert len(Encoder(forgetful).encode(Conversation([one], ["yes"]))) == 1
     several = Conversation([one, {"role": "assistant", "content": "no"}, one], ["yes"])
-    with pytest.raises(ValueError, match="writes the turns before message 1 otherwise"):
+    with pytest.raises(ValueError, match="writes what stands before message 1 otherwise"):
         Encoder(forgetful).encode(several)
 
 
