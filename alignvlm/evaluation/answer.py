@@ -112,7 +112,9 @@ def _tokens(processor: ProcessorMixin, image_count: int, prompt: str) -> tuple[l
     """The tokens of a prompt behind its images as the chat template writes them: the trunk, image tokens expanded, and the rest."""
     content = [*({"type": "image"} for _ in range(image_count)), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    tokens = processor.tokenizer(text, add_special_tokens=processor.adds_special_tokens(text))["input_ids"]
+    # The code of a checkpoint pushed before it had the method leaves special tokens to the tokenizer.
+    special = processor.adds_special_tokens(text) if hasattr(processor, "adds_special_tokens") else True
+    tokens = processor.tokenizer(text, add_special_tokens=special)["input_ids"]
     places = [place for place, token in enumerate(tokens) if token == processor.image_token_id]
     if len(places) != image_count:
         raise ValueError(f"The prompt {prompt!r} holds the placeholder {processor.image_token!r}. Remove it.")
