@@ -112,8 +112,8 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
     broken.write_text("sources: [\n")
     for given, message in (
         (["--qqqqqq", "1"], r"no option --qqqqqq\. --help lists them all\.$"),
-        (["--lora_rank", "4"], r"no option --lora_rank\. Did you mean --lora_r\?"),  # its name before
-        (["--lora_targets", "[]"], r"no option --lora_targets\. Did you mean --lora_target_modules\?"),
+        (["--lora_rank", "4"], r"no option --lora_rank\. Its name is --lora_r now\.$"),
+        (["--lora_targets", "[]"], r"no option --lora_targets\. Its name is --lora_target_modules now\.$"),
         (["recipe.yaml"], r"'recipe.yaml' belongs to no option"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "missing.yaml"], "no file 'missing.yaml'"),

@@ -9,6 +9,9 @@ import yaml
 from trl import TrlParser
 
 
+RENAMED = {"lora_rank": "lora_r", "lora_targets": "lora_target_modules"}
+
+
 def parse_fields(argv: Iterable[str], *dataclasses: type, also: Iterable[str] = ()) -> tuple:
     """One instance of each dataclass, from the options in `argv` and the YAML file that `--config` names.
 
@@ -65,5 +68,7 @@ class _FieldParser(TrlParser):
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:
+    if renamed := RENAMED.get(name.removeprefix("--").replace("-", "_")):
+        return f" Its name is {'--' if name.startswith('--') else ''}{renamed} now."
     nearest = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), valid, 1)
     return f" Did you mean {nearest[0]}?" if nearest else " --help lists them all."
