@@ -7,12 +7,13 @@ branch. With a `row_length`, rows of several records fill up to it, for attentio
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from alignvlm.data.images import BadImage, read_image
-from alignvlm.data.record import Record
+from alignvlm.data.record import Conversation, Record
 from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak
 
@@ -161,6 +162,14 @@ class AlignVLMCollator:
     def _trunk_length(self, branches: list[Branch]) -> int:
         return trunk_length(branches, self.processor.image_token_id, self.processor.image_seq_length)
 
+    @cached_property
+    def _up_to_an_image(self) -> int:
+        """The tokens up to the end of the image in a conversation that begins with one: what any image needs, whatever else a record
+        holds."""
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        (branch,) = self.encoder.encode(Conversation(messages, ["?"]))
+        return branch.input_ids.index(self.processor.image_token_id) + self.processor.image_seq_length
+
     def _image_count(self, branch: Branch, length: int | None = None) -> int:
         """The images among the first `length` tokens of a branch."""
         return branch.input_ids[:length].count(self.processor.image_token_id) // self.processor.image_seq_length
@@ -170,13 +179,11 @@ class AlignVLMCollator:
         if self.max_length is None:
             return branches
         image_token, image_length = self.processor.image_token_id, self.processor.image_seq_length
-        if image_token in branches[0].input_ids:
-            up_to_image = branches[0].input_ids.index(image_token) + image_length
-            if self.max_length < up_to_image + 2:
-                raise ValueError(
-                    f"max_length={self.max_length} leaves no room for a prompt and a response behind {up_to_image} tokens up to the end "
-                    "of an image. Raise max_length."
-                )
+        if image_token in branches[0].input_ids and self.max_length < self._up_to_an_image + 2:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt and a response behind {self._up_to_an_image} tokens up to the "
+                "end of an image. Raise max_length."
+            )
         used = self._trunk_length(branches)
         trunk, chosen, left_out = used, [], []
         for branch in branches:

@@ -11,11 +11,12 @@ from jinja2.ext import Extension
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from alignvlm.data.record import ROLES
+
 
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
-ROLES = ("system", "user", "assistant")
 # transformers hands a template each of these where a message has one of them
 REASONING_FIELDS = frozenset(("reasoning_content", "thinking", "reasoning"))
 

@@ -1,7 +1,9 @@
 """Asks a checkpoint about an image and prints the answer; without a question, it describes the image.
 
-alignvlm ask out/stage4 photo.jpg "What is he holding?"
-alignvlm ask out/stage4 before.jpg --image after.jpg "What has changed?"
+    alignvlm ask out/stage4 photo.jpg "What is he holding?"
+    alignvlm ask out/stage4 before.jpg --image after.jpg "What has changed?"
+
+Several images stand before the question in the order in which they are given.
 """
 
 import argparse

@@ -167,6 +167,22 @@ def test_an_image_after_an_answer_stays_in_its_branch(processor):
     assert collator([record])["pixel_values"].shape[0] == 3
 
 
+def test_a_long_text_before_an_image_costs_the_record_and_not_the_run(processor):
+    """The image stands behind more words than fit: its row ends before it, or is dropped where nothing is trained by then."""
+    rng = random.Random(2)
+    long = {"role": "user", "content": [{"type": "text", "text": "red " * 60}, {"type": "image"}]}
+    early = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "yes"}, long]
+    collator = AlignVLMCollator(processor, max_length=40)
+    found = []
+    for messages in ([long], early):
+        conversation = {"messages": messages, "responses": ["no"], "train_on": "all"}
+        batch = collator([{"images": [image(rng)], "conversations": [conversation]}])
+        assert "pixel_values" not in batch
+        found.append(([loss["kind"] for loss in batch["losses_of_data"]], int((batch["labels"] != IGNORED).sum())))
+    answer = len(processor.tokenizer(" yes</s>")["input_ids"])
+    assert found == [(["dropped_record"], 0), (["cut_response"], answer)]
+
+
 @settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 120))
 def test_a_shortened_branch_ends_in_an_answer_and_cuts_no_image(processor, seed, length):
