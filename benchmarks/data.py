@@ -39,7 +39,7 @@ def drawn_photos(folder: Path, count: int) -> Path:
     lines = []
     for index, record in enumerate(scenes.make_scenes(count, annotations=("detailed_caption",), image_size=500)):
         record["images"][0].crop((0, 0, 500, 375)).save(folder / f"{index}.jpg", quality=90)
-        captions = [record["annotations"][0]["response"]] * 5
+        captions = [record["conversations"][0]["responses"][0]] * 5
         lines.append(json.dumps({"image": f"{index}.jpg", "captions": captions}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "captions.jsonl"

@@ -87,6 +87,7 @@ def child(options: dict) -> dict:
     from transformers.utils import logging
     from trl import SFTTrainer
 
+    from alignvlm.data.formats import annotations
     from alignvlm.data.scenes import RECORD_FEATURES
     from alignvlm.rows.collator import IGNORED, AlignVLMCollator
     from alignvlm.stages.stage import TrainerArguments
@@ -173,8 +174,7 @@ def child(options: dict) -> dict:
             )
         else:
             model, processor = models.alignvlm(vision, text, options["attn_implementation"])
-            for record in made:
-                record["annotations"] = [{**a, "kind": ""} for a in record["annotations"]]
+            rows = [annotations(record).to_row() for record in made]
             trainer = AlignVLMTrainer(
                 model,
                 learning_rates=rates,
@@ -182,7 +182,7 @@ def child(options: dict) -> dict:
                 data_collator=AlignVLMCollator(
                     processor, shared_image=options["system"] == "packed", row_length=options["row_length"]
                 ),
-                train_dataset=Dataset.from_list(made, features=RECORD_FEATURES),
+                train_dataset=Dataset.from_list(rows, features=RECORD_FEATURES),
                 processing_class=processor,
             )
         projector = model.model.multi_modal_projector if options["system"] == "llava" else model.model.projector
@@ -204,12 +204,11 @@ def child(options: dict) -> dict:
         if device == "cpu":
             peak.start()
         trainer.train()
-    annotations = sum(len(r["annotations"]) for r in made)
     return {
         "seconds": seconds,
         "machine_flops": [(before + after) / 2 for before, after in pairwise(rates_of_machine)],
         "peak_memory_bytes": max(memory[1:]),
-        "annotations": annotations,
+        "annotations": sum(len(r["annotations"]) for r in made),
         "response_tokens": options["response_tokens"] or models.WORKLOADS[options["workload"]][2],
         "flops": step_flops(modules, set(rates), *(shapes[n] for n in ("images", "rows", "length", "head_tokens"))),
         **shapes,

@@ -14,6 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from alignvlm.data import scenes
 from alignvlm.stages.chat_templates import PLAIN_TEMPLATE
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.records import exchanges_of
 
 
 torch.set_num_threads(1)
@@ -46,7 +47,7 @@ def make_tokenizer(special_tokens: tuple[str, ...] = (IMAGE_TOKEN,)) -> PreTrain
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [a["prompt"] + " " + a["response"] for r in scenes.make_scenes(100, seed=9) for a in r["annotations"]]
+    texts = [" ".join(exchange) for record in scenes.make_scenes(100, seed=9) for exchange in exchanges_of(record)]
     trainer = trainers.BpeTrainer(
         vocab_size=350,
         special_tokens=["<pad>", "</s>", *special_tokens],

@@ -5,7 +5,7 @@ Images stay undecoded here; the collator reads them, in the data loader's worker
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
+from alignvlm.data.record import Record
 from alignvlm.data.sources import Source, read_source
 
 
@@ -22,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 MEASURED_RECORDS = 1000  # of a source, for its mean number of tokens
 SHUFFLE_BUFFER = 1000  # records, of a stream
+RECORD_COLUMNS = ("images", "conversations", "id")
 TokenCounts = Callable[[dict], tuple[int, int]]  # of a record: its image and its text tokens
 
 
@@ -31,7 +33,7 @@ class Part:
 
     Args:
         share: of all tokens of the stage; None: each record once an epoch.
-        tag: a fixed text before every prompt of the source (prefix conditioning).
+        tag: a fixed text before the first prompt of every conversation of the source (prefix conditioning).
         image_tokens, text_tokens: means per record, as rows hold them; measured when a share needs them.
     """
 
@@ -62,11 +64,11 @@ class Part:
 
 
 def tagged(record: dict, name: str, tag: str) -> dict:
-    """The record with its source's name, and the tag before every prompt."""
-    annotations = record["annotations"]
-    if tag:
-        annotations = [{**a, "prompt": f"{tag} {a['prompt']}".strip()} for a in annotations]
-    return {"images": record["images"], "annotations": annotations, "source": name, "bad_row": record.get("bad_row")}
+    """The record with its source's name, and the tag before the first prompt of every conversation."""
+    if tag and record["conversations"]:
+        found = Record.from_row(record)
+        record = {**record, **replace(found, conversations=[c.with_prefix(tag) for c in found.conversations]).to_row()}
+    return {**{name: record[name] for name in RECORD_COLUMNS}, "source": name, "bad_row": record.get("bad_row")}
 
 
 def image_sample_probability(
@@ -265,7 +267,7 @@ def _resolve(parts: list[Part], pointers: dict[str, list[int]]) -> dict[str, lis
     records = [
         tagged(parts[p].source[r], parts[p].name, parts[p].tag) for p, r in zip(pointers["part"], pointers["record"])
     ]
-    columns = {name: [record[name] for record in records] for name in ("images", "annotations", "source")}
+    columns = {name: [record[name] for record in records] for name in (*RECORD_COLUMNS, "source")}
     return {**columns, "number": [f"[{number}]" for number in pointers["record"]]}
 
 
@@ -290,7 +292,7 @@ def read_parts(
         share, tag = options.pop("share", None), options.pop("tag", "")
         if options.get("name") != "rehearsal":
             source = read_source(options, data_dir, streaming, max_bad_rows)
-            parts.append(Part(options.get("name"), source, share, tag))
+            parts.append(Part(options.get("name") or str(options.get("data")), source, share, tag))
             continue
         stage = options.get("stage")
         found = [e for e in earlier_stages or [] if e["stage"] == stage]

@@ -1,11 +1,26 @@
 """What is trained and asked: a record is images and the conversations about them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
 ROLES = ("system", "user", "assistant")
 TRAIN_ON = ("last", "all")
+ON_BAD_ROW = ("raise", "skip")
+
+
+class BadRow(ValueError):
+    """A row that makes no record; the message names the column and its value, and whoever reads the rows adds file and row."""
+
+    def at(self, place: str) -> "BadRow":
+        """The same with the row's place before it."""
+        return BadRow(f"{place}: {self}")
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value for a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,49 @@ class Conversation:
         """How many images its messages hold."""
         return sum(part["type"] == "image" for message in self.messages for part in self.parts(message))
 
+    @property
+    def prompt(self) -> str:
+        """The text of the last message, which the responses answer; empty for plain text."""
+        return _text_of(self.messages[-1]) if self.messages else ""
+
+    def with_prefix(self, prefix: str) -> "Conversation":
+        """The same with a text before the user's first; plain text stays as it is."""
+        first = next((index for index, message in enumerate(self.messages) if message["role"] == "user"), None)
+        if not prefix or first is None:
+            return self
+        parts = [dict(part) for part in self.parts(self.messages[first])]
+        text = next((part for part in parts if part["type"] == "text"), None)
+        if text is None:
+            parts.append({"type": "text", "text": prefix})
+        else:
+            text["text"] = f"{prefix} {text['text']}".strip()
+        messages = [*self.messages]
+        messages[first] = {"role": "user", "content": parts}
+        return replace(self, messages=messages)
+
+    def exchanges(self) -> list["Conversation"]:
+        """Each turn of the assistant as a conversation of its own, without the exchanges before it.
+
+        System messages stay. Images of earlier turns stand before the user's, so that the k-th image part still is the record's k-th
+        image; responses to earlier turns are those that were given.
+        """
+        found, system, images = [], [], []
+        for index, message in enumerate(self.messages):
+            if message["role"] == "system":
+                system.append(message)
+            elif message["role"] == "user":
+                is_last = index + 1 == len(self.messages)
+                responses = self.responses if is_last else [_text_of(self.messages[index + 1])]
+                content = [*images, *self.parts(message)]
+                images += [part for part in self.parts(message) if part["type"] == "image"]
+                messages = [*system, {"role": "user", "content": content}]
+                found.append(replace(self, messages=messages, responses=responses, train_on="last"))
+        return found or [self]
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in Conversation.parts(message) if part["type"] == "text")
+
 
 @dataclass
 class Record:
@@ -69,6 +127,7 @@ class Record:
     Args:
         images: undecoded, each once.
         conversations: at least one.
+        id: what results and messages call it.
 
     Raises:
         ValueError: for a record without conversations, or a conversation with more image parts than there are images.
@@ -76,6 +135,7 @@ class Record:
 
     images: list[Any]
     conversations: list[Conversation]
+    id: str = ""
 
     def __post_init__(self):
         if not self.conversations:
@@ -89,28 +149,30 @@ class Record:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Record":
-        """The record of a row that data sets and streams carry: `images`, and `conversations` or `annotations`.
+        """The record of a row that data sets and streams carry: `images`, and `conversations` as mappings of the fields of
+        `Conversation`; other columns are left alone."""
+        return cls(row["images"], [Conversation(**fields) for fields in row["conversations"]], row.get("id") or "")
 
-        A conversation is a mapping of the fields of `Conversation`. An annotation is `{"prompt", "response", "kind"}`: one exchange, with
-        all images before the prompt; without images and with an empty prompt it is plain text. Annotations of one prompt are one
-        conversation.
-        """
-        images = row["images"]
-        if "conversations" in row:
-            conversations = [Conversation(**conversation) for conversation in row["conversations"]]
-        else:
-            grouped: dict[tuple[str, str], list[str]] = {}
-            for annotation in row["annotations"]:
-                key = (annotation["prompt"], annotation.get("kind") or "")
-                grouped.setdefault(key, []).append(annotation["response"])
-            conversations = [
-                Conversation(_one_turn(prompt, len(images)), responses, kind=kind)
-                for (prompt, kind), responses in grouped.items()
+    def to_row(self) -> dict[str, Any]:
+        """What `from_row` reads; every content is a list of parts, and every part has `type` and `text`, as one Arrow schema needs."""
+        conversations = []
+        for conversation in self.conversations:
+            messages = [
+                {
+                    "role": message["role"],
+                    "content": [
+                        {"type": part["type"], "text": part.get("text")} for part in Conversation.parts(message)
+                    ],
+                }
+                for message in conversation.messages
             ]
-        return cls(images, conversations)
+            conversations.append({**asdict(replace(conversation, messages=[])), "messages": messages})
+        return {"images": self.images, "conversations": conversations, "id": self.id}
 
 
-def _one_turn(prompt: str, image_count: int) -> list[dict[str, Any]]:
+def one_turn(prompt: str, responses: list[str], image_count: int = 0, kind: str = "") -> Conversation:
+    """A conversation of one exchange, its images before the prompt; without either it is plain text."""
     if not prompt and not image_count:
-        return []
-    return [{"role": "user", "content": [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]}]
+        return Conversation([], responses, kind=kind)
+    content = [*({"type": "image", "text": None} for _ in range(image_count)), {"type": "text", "text": prompt}]
+    return Conversation([{"role": "user", "content": content}], responses, kind=kind)

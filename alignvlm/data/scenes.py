@@ -16,6 +16,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
+from alignvlm.data.formats import CAPTION_PROMPT, DETAILED_PROMPT
+from alignvlm.data.record import Record, one_turn
+
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 217), "yellow": (241, 196, 15)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -29,8 +32,6 @@ POSITIONS = {
 QUESTION_KINDS = ("yes_no", "colour", "count", "position")
 NUMBER_WORDS = ("zero", "one", "two")
 HELD_OUT_SHARE = 0.1
-SHORT_CAPTION_PROMPT = "Write a short caption."
-DETAILED_CAPTION_PROMPT = "Describe the picture in detail."
 
 Split = Literal["train", "test"]
 AnnotationType = Literal["short_caption", "detailed_caption", "questions"]
@@ -110,14 +111,9 @@ def detailed_caption(scene: Scene) -> str:
     return " ".join(f"A {s.size} {s.colour} {s.kind} is at the {s.position}." for s in scene)
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Eight questions with one right answer each, two of each kind: `prompt`, `response`, `kind`."""
-    asked = []
-    for kind, ask in _ASK.items():
-        for index in range(2):
-            prompt, response = ask(scene, rng, index)
-            asked.append({"prompt": prompt, "response": response, "kind": kind})
-    return asked
+def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Eight questions with one right answer each, two of each kind: question, answer and kind."""
+    return [(*ask(scene, rng, index), kind) for kind, ask in _ASK.items() for index in range(2)]
 
 
 def _pick(rng: np.random.Generator, choices):
@@ -174,7 +170,20 @@ _ASK = dict(zip(QUESTION_KINDS, (_ask_yes_no, _ask_colour, _ask_count, _ask_posi
 RECORD_FEATURES = Features(
     {
         "images": List(Image()),
-        "annotations": List({"prompt": Value("string"), "response": Value("string"), "kind": Value("string")}),
+        "conversations": List(
+            {
+                "messages": List(
+                    {
+                        "role": Value("string"),
+                        "content": List({"type": Value("string"), "text": Value("string")}),
+                    }
+                ),
+                "responses": List(Value("string")),
+                "train_on": Value("string"),
+                "kind": Value("string"),
+            }
+        ),
+        "id": Value("string"),
     }
 )
 
@@ -195,8 +204,8 @@ def make_scenes(
         image_size: side of the square pictures in pixels.
 
     Returns:
-        `datasets.Dataset` with `images` (one) and `annotations` (`prompt`, `response`, and `kind`: the caption's type or the
-        question's kind from `QUESTION_KINDS`).
+        `datasets.Dataset` of records as `Record.to_row` writes them, with one image; a conversation's `kind` is the caption's type or the
+        question's kind from `QUESTION_KINDS`.
     """
     unknown = set(annotations) - {"short_caption", "detailed_caption", "questions"}
     if unknown or split not in ("train", "test"):
@@ -209,19 +218,20 @@ def make_scenes(
         scene = random_scene(rng, split)
         image = io.BytesIO()
         draw(scene, rng, image_size).save(image, "BMP")  # lossless, and quick to write and read
-        records.append({"images": [{"bytes": image.getvalue()}], "annotations": annotate(scene, annotations, rng)})
+        asked = [one_turn(prompt, [response], 1, kind) for prompt, response, kind in annotate(scene, annotations, rng)]
+        records.append(Record([{"bytes": image.getvalue()}], asked).to_row())
     return Dataset.from_list(records, features=RECORD_FEATURES)
 
 
-def annotate(scene: Scene, annotations: tuple[AnnotationType, ...], rng: np.random.Generator) -> list[dict[str, str]]:
-    """The annotations of a scene, of the given types."""
+def annotate(
+    scene: Scene, annotations: tuple[AnnotationType, ...], rng: np.random.Generator
+) -> list[tuple[str, str, str]]:
+    """Prompt, response and kind of a scene's annotations, of the given types."""
     made = []
     if "short_caption" in annotations:
-        made.append({"prompt": SHORT_CAPTION_PROMPT, "response": short_caption(scene), "kind": "short_caption"})
+        made.append((CAPTION_PROMPT, short_caption(scene), "short_caption"))
     if "detailed_caption" in annotations:
-        made.append(
-            {"prompt": DETAILED_CAPTION_PROMPT, "response": detailed_caption(scene), "kind": "detailed_caption"}
-        )
+        made.append((DETAILED_PROMPT, detailed_caption(scene), "detailed_caption"))
     if "questions" in annotations:
         made += questions(scene, rng)
     return made
@@ -234,7 +244,6 @@ def make_texts(count: int, split: Split = "train", seed: int = 0) -> Dataset:
     for _ in range(count):
         scene = random_scene(rng, split)
         asked = questions(scene, rng)
-        chosen = asked[rng.integers(len(asked))]
-        annotation = {**chosen, "prompt": f"{detailed_caption(scene)} {chosen['prompt']}"}
-        records.append({"images": [], "annotations": [annotation]})
+        question, answer, kind = asked[rng.integers(len(asked))]
+        records.append(Record([], [one_turn(f"{detailed_caption(scene)} {question}", [answer], kind=kind)]).to_row())
     return Dataset.from_list(records, features=RECORD_FEATURES)

@@ -132,18 +132,18 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
 
-    def dialogue() -> list[dict[str, str]]:
+    def dialogue() -> list[tuple[str, str]]:
         scene = scenes.random_scene(rng, "train")
         asked = scenes.annotate(scene, ("short_caption", "detailed_caption", "questions"), rng)
-        asked = [asked[i] for i in rng.permutation(len(asked))]
-        asked[0] = {**asked[0], "prompt": f"{scenes.detailed_caption(scene)} {asked[0]['prompt']}"}
-        return asked
+        turns = [asked[i][:2] for i in rng.permutation(len(asked))]
+        first, response = turns[0]
+        return [(f"{scenes.detailed_caption(scene)} {first}", response), *turns[1:]]
 
     sample = [
         text
         for _ in range(2000)
-        for turn in dialogue()
-        for text in (f"User: {turn['prompt']}\n", f"Assistant: {turn['response']}")
+        for prompt, response in dialogue()
+        for text in (f"User: {prompt}\n", f"Assistant: {response}")
     ]
     tokenizer = train_tokenizer(sample)
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -169,9 +169,9 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
 
     def tokens_and_labels() -> tuple[list[int], list[int]]:
         input_ids, labels = [], []
-        for turn in dialogue():
-            prompt = encode(f"User: {turn['prompt']}\nAssistant:")
-            response = encode(f" {turn['response']}{tokenizer.eos_token}")
+        for asked, answered in dialogue():
+            prompt = encode(f"User: {asked}\nAssistant:")
+            response = encode(f" {answered}{tokenizer.eos_token}")
             line_end = encode("\n")
             input_ids += prompt + response + line_end
             labels += [-100] * len(prompt) + response + [-100] * len(line_end)

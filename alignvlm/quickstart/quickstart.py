@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from transformers.utils import logging
 
 from alignvlm.data import scenes
+from alignvlm.data.formats import CAPTION_PROMPT, DETAILED_PROMPT
 from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.evaluation.precision import choose_precision, matrix_rate
 from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
@@ -87,7 +88,7 @@ def evaluate_on_scenes(folder: Path, data: Path, *options: str) -> dict:
 
 def cider_by_prompt(result: dict) -> dict[str, float]:
     """CIDEr of the `short` and of the `detailed` captions."""
-    names = {scenes.SHORT_CAPTION_PROMPT: "short", scenes.DETAILED_CAPTION_PROMPT: "detailed"}
+    names = {CAPTION_PROMPT: "short", DETAILED_PROMPT: "detailed"}
     found = result["metrics"]["cider"]["by_prompt"]
     return {name: found[prompt]["cider"] for prompt, name in names.items()}
 
@@ -118,7 +119,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
 
 def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
     """Loads the checkpoint where this package cannot be imported, and lets it describe a picture."""
-    prompts = (scenes.SHORT_CAPTION_PROMPT, scenes.DETAILED_CAPTION_PROMPT, "How many shapes are there?")
+    prompts = (CAPTION_PROMPT, DETAILED_PROMPT, "How many shapes are there?")
     command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), str(picture.resolve()), *prompts]
     result = subprocess.run(command, cwd=picture.parent, capture_output=True, text=True)
     if result.returncode != 0:
@@ -209,7 +210,7 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
         metrics = result["metrics"]
         accuracy, cider = metrics["pathvqa_accuracy"]["accuracy"], metrics["cider"]["cider"]
         stages.append({**stage, "accuracy": accuracy, "cider": cider, "cider_by_prompt": cider_by_prompt(result)})
-    kinds = [annotation["kind"] for record in test for annotation in record["annotations"]]
+    kinds = [conversation["kind"] for record in test for conversation in record["conversations"]]
     blank_result = evaluate_on_scenes(output / "stage4", test_data, "--blank_image")
     last, blank = (
         {

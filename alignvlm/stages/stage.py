@@ -21,7 +21,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from alignvlm.data.mixture import Mixture, Part, load_mixture, read_parts
-from alignvlm.data.rows import ON_BAD_ROW, shown
+from alignvlm.data.record import ON_BAD_ROW, Record, shown
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.alignment import alignment_figures, text_perplexity
@@ -580,11 +580,11 @@ def _figures(
 def _text_of(parts: list[Part], processor: AlignVLMProcessor, records: int = 5000) -> str:
     """The first records one after the other: exchanges as the chat template writes them, plain text as it is."""
     texts = []
-    for part in parts:
-        for annotation in (a for record in islice(iter(part.source), records) for a in record["annotations"]):
-            roles = {"user": annotation["prompt"], "assistant": annotation["response"]}
-            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in roles.items()]
-            texts.append(processor.apply_chat_template(messages) if annotation["prompt"] else annotation["response"])
+    for row in (row for part in parts for row in islice(iter(part.source), records)):
+        for conversation in Record.from_row(row).conversations:
+            for response in conversation.responses:
+                answered = [*conversation.messages, {"role": "assistant", "content": response}]
+                texts.append(processor.apply_chat_template(answered) if conversation.messages else response)
     return "\n".join(text.strip() for text in texts)
 
 

@@ -33,7 +33,7 @@ def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1
         tokens, images, annotations, bad, seen = [], [], [], [], 0
         for record in part.sample(sample or (1000 if streamed else len(part.source))):
             seen += 1
-            annotations.append(len(record["annotations"]))
+            annotations.append(sum(len(conversation["responses"]) for conversation in record["conversations"]))
             image, text = collator.token_counts(record)
             tokens.append(image + text)
             images.append(image)

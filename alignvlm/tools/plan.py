@@ -10,7 +10,7 @@ import argparse
 import copy
 import glob
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from alignvlm.data.mixture import Mixture, load_mixture
+from alignvlm.data.mixture import Mixture, Part, TokenCounts, load_mixture
 from alignvlm.rows.collator import IGNORED, AlignVLMCollator
 from alignvlm.stages.lora import add_lora, language_linear_layers
 from alignvlm.stages.stage import StageArguments, check_row_length, make_collator, make_mixture, parse_anywhere
@@ -133,6 +133,7 @@ class Plan:
     processes: int
     memory: dict[str, float]
     step_flops: float  # of all processes
+    other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
 
     @property
     def flops(self) -> float:
@@ -274,6 +275,7 @@ def plan_stage(
         processes,
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
+        [other_turns(part, collator.token_counts) for part in mixture.parts],
     )
 
 
@@ -305,6 +307,17 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
     return plans
 
 
+def other_turns(part: Part, token_counts: TokenCounts, records: int = 200) -> tuple[str, float] | None:
+    """What the other way to take turns (`whole` or `independent`) is called, and the tokens a record would have with it; None where all
+    conversations have one turn, or the source is a stream."""
+    found = part.source.with_other_turns()
+    if found is None:
+        return None
+    other = replace(part, source=found[1])
+    here, there = (sum(map(sum, map(token_counts, this.sample(records)))) for this in (part, other))
+    return None if here == there else (found[0], part.tokens * there / here)
+
+
 def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     """The plan of a stage as text."""
     arguments = plan.arguments
@@ -327,6 +340,9 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         lines.append(
             f"  {part.name:<20} {drawn} ({part.image_tokens:.0f} image + {part.text_tokens:.0f} text tokens a record)"
         )
+        if plan.other_turns[index] is not None:
+            turns, tokens = plan.other_turns[index]
+            lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes
     places = np.mean([batch.rows * batch.length for batch in plan.batches])
     padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / places

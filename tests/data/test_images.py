@@ -12,6 +12,7 @@ from PIL import Image
 from alignvlm.data import images
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.rows.collator import AlignVLMCollator
+from tests.records import of_exchanges
 
 
 RED, GREEN = (200, 30, 30), (30, 160, 60)
@@ -83,7 +84,7 @@ def test_transparency_is_laid_on_white_and_sixteen_bits_are_scaled():
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (3, 50), (50, 3), (1, 3), (3, 1)])
 def test_thin_images_are_not_mistaken_for_channels(processor, size):
     """An array of shape (1, N, 3) could be taken for one channel of N x 3; the picture's mean colour would tell."""
-    record = {"images": [Image.new("RGB", size, RED)], "annotations": [{"prompt": "What?", "response": "red"}]}
+    record = of_exchanges([Image.new("RGB", size, RED)], [("What?", "red")])
     pixels = AlignVLMCollator(processor)([record])["pixel_values"][0]
     expected = (np.array(RED) / 255 - 0.5) / 0.5
     assert np.abs(pixels.mean((1, 2)).numpy() - expected).max() < 0.01

@@ -29,6 +29,7 @@ from alignvlm.stages.stage import main as run
 from alignvlm.tools.show_data import main
 from hub_upload.run_record import read_run_record
 from tests import examples
+from tests.records import exchanges_of, of_exchanges, responses_of
 from tests.running import arguments_for
 
 
@@ -258,7 +259,7 @@ class TestStreams:
         assert text["scene_texts"] / (image + text).total() == pytest.approx(0.2, abs=0.02)
 
         def first(stream):
-            return [r["annotations"] for r in islice(stream, 50)]
+            return [r["conversations"] for r in islice(stream, 50)]
 
         assert first(mixture.dataset) == first(self.load(collator).dataset)
         assert first(mixture.dataset) != first(self.load(collator, seed=1).dataset)
@@ -274,7 +275,7 @@ class TestStreams:
         count = 40 * ranks
 
         def seen(records):
-            return [json.dumps(r["annotations"]) for r in records]
+            return [json.dumps(r["conversations"]) for r in records]
 
         whole = seen(islice(stream, count))
         shards = [IterableDatasetShard(stream, 5, num_processes=ranks, process_index=r) for r in range(ranks)]
@@ -305,7 +306,7 @@ def test_a_tag_stands_before_every_prompt_and_the_recipe_says_which_to_use(colla
     mixture = load_mixture(sources, collator.token_counts)
     for index in (0, 45):
         record, tag = mixture.dataset[index], "[web]" if index < 40 else "[book]"
-        assert all(a["prompt"].startswith(f"{tag} ") for a in record["annotations"])
+        assert all(prompt.startswith(f"{tag} ") for prompt, _ in exchanges_of(record))
     arguments = stage_arguments(checkpoint, tmp_path, sources=sources, max_steps=1, evaluation_tag="[web]")
     entry = run(arguments)
     assert entry["evaluation_tag"] == "[web]" and [d["tag"] for d in entry["data"]] == ["[web]", "[book]"]
@@ -379,7 +380,7 @@ class TestLeftOut:
 
     def test_a_batch_of_nothing_but_bad_images_trains_nothing(self, processor, photos, make_model):
         collator = AlignVLMCollator(processor, on_bad_image="skip")
-        record = {"images": [str(photos / "3.png")], "annotations": [{"prompt": "p", "response": "r"}], "source": "x"}
+        record = of_exchanges([str(photos / "3.png")], [("p", "r")], source="x")
         batch = collator([record, record])
         assert [loss["kind"] for loss in batch.pop("losses_of_data")] == ["bad_image"] * 2
         assert (batch["labels"] == -100).all() and "pixel_values" not in batch
@@ -467,7 +468,7 @@ def test_the_table_and_the_contact_sheet_show_what_the_model_gets(checkpoint, tm
     sheet = (tmp_path / "a/sheet.html").read_text()
     assert sheet.count("<article>") == 6 and sheet.count("<img") == 3 and "[4 image tokens]" in sheet
     dataset = load_mixture(sources, AlignVLMCollator_of(checkpoint).token_counts).dataset
-    response = dataset[0]["annotations"][0]["response"]
+    response = responses_of(dataset[0])[0]
     assert f"<b> {response}&lt;/s&gt;</b>" in sheet and "[web]" in sheet
 
 
@@ -505,6 +506,4 @@ def test_streamed_parquet_is_read_as_needed(tmp_path, collator):
     loader = DataLoader(once, batch_size=4, num_workers=2, collate_fn=lambda records: records)
     records = [record for batch in loader for record in batch]
     plain = load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train")
-    assert sorted(json.dumps([a["response"] for a in r["annotations"]]) for r in records) == sorted(
-        json.dumps([a["response"] for a in annotations]) for annotations in plain["annotations"]
-    )
+    assert sorted(map(responses_of, records)) == sorted(map(responses_of, plain))

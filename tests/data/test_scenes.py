@@ -46,15 +46,15 @@ def answer_by_reading(scene, question: str) -> str:
 @given(some_scenes, st.integers(0, 2**31))
 def test_every_question_has_one_right_answer(scene, seed):
     asked = scenes.questions(scene, np.random.default_rng(seed))
-    assert [q["kind"] for q in asked] == [kind for kind in scenes.QUESTION_KINDS for _ in range(2)]
-    for question in asked:
-        assert answer_by_reading(scene, question["prompt"]) == question["response"], question
+    assert [kind for _, _, kind in asked] == [kind for kind in scenes.QUESTION_KINDS for _ in range(2)]
+    for question, answer, _ in asked:
+        assert answer_by_reading(scene, question) == answer, question
 
 
 def test_same_arguments_same_records_and_other_seeds_others():
     first, again = scenes.make_scenes(5, seed=3), scenes.make_scenes(5, seed=3)
     other = scenes.make_scenes(5, seed=4)
-    assert first["annotations"] == again["annotations"] != other["annotations"]
+    assert first["conversations"] == again["conversations"] != other["conversations"]
     pixels = [np.asarray(r["images"][0]) for d in (first, again, other) for r in d]
     assert all(np.array_equal(a, b) for a, b in zip(pixels[:5], pixels[5:10]))
     assert not np.array_equal(pixels[0], pixels[10])
@@ -72,9 +72,8 @@ def test_no_held_out_composition_is_ever_trained_on():
 def test_answers_are_balanced_enough_that_guessing_does_not_pay():
     dataset = scenes.make_scenes(400, "test", ("questions",))
     by_kind: dict[str, list[str]] = {}
-    for row in dataset["annotations"]:
-        for annotation in row:
-            by_kind.setdefault(annotation["kind"], []).append(annotation["response"])
+    for conversation in (conversation for row in dataset["conversations"] for conversation in row):
+        by_kind.setdefault(conversation["kind"], []).extend(conversation["responses"])
     best = {kind: max(map(given.count, set(given))) / len(given) for kind, given in by_kind.items()}
     assert best["yes_no"] < 0.6 and best["colour"] < 0.35 and best["position"] < 0.4 and best["count"] < 0.65
 
@@ -97,7 +96,7 @@ def test_captions_name_what_is_drawn():
 
 def test_texts_have_no_pictures():
     texts = scenes.make_texts(3)
-    assert texts["images"] == [[], [], []] and all(len(a) == 1 for a in texts["annotations"])
+    assert texts["images"] == [[], [], []] and all(len(asked) == 1 for asked in texts["conversations"])
 
 
 @pytest.mark.parametrize("arguments", [{"split": "validation"}, {"annotations": ("poems",)}])

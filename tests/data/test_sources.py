@@ -3,15 +3,18 @@
 import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
+from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.images import read_image
-from alignvlm.data.rows import BadRow
-from alignvlm.data.sources import GENERATED, SOURCES, read_source
+from alignvlm.data.record import BadRow, Record
+from alignvlm.data.sources import read_source
+from tests.records import exchanges_of, responses_of
 
 
 def png(shade: int) -> bytes:
@@ -22,6 +25,10 @@ def png(shade: int) -> bytes:
 
 def embedded(shade: int) -> dict:
     return {"bytes": png(shade), "path": f"{shade}.png"}
+
+
+def said(*turns: tuple[str, str], role: str = "from", content: str = "value") -> list[dict]:
+    return [{role: speaker, content: words} for speaker, words in turns]
 
 
 @pytest.fixture
@@ -187,6 +194,131 @@ def pathvqa(folder: Path) -> dict:
     return {"data": "pathvqa"}
 
 
+def people(folder: Path, name: str, **columns) -> dict:
+    """OK-VQA, TextVQA and VizWiz: `answers` of several people; the most frequent is the one."""
+    rows = [
+        {
+            "image": embedded(i),
+            "question_id": str(10 * i + q),
+            "question": f"question {q}?",
+            "answers": ["no", f"shade {i}" if q == 0 else "yes", f"shade {i}" if q == 0 else "yes"],
+            **columns,
+        }
+        for i in range(3)
+        for q in range(2)
+    ]
+    text = Value("string")
+    features = {"image": Image(), "question_id": text, "question": text, "answers": List(text)}
+    features |= dict.fromkeys(columns, text)
+    parquet(folder, f"{name}/data/val-00000-of-00001.parquet", rows, **features)
+    return {"data": name, "split": "val"}
+
+
+def gqa(folder: Path) -> dict:
+    """Questions name images that stand in another config; one image is asked about in no question."""
+    instructions = [
+        {
+            "id": f"{i}{q}",
+            "imageId": str(i),
+            "question": f"question {q}?",
+            "answer": f"shade {i}" if q == 0 else "yes",
+            "fullAnswer": "A whole sentence.",
+            "isBalanced": True,
+        }
+        for i in range(3)
+        for q in range(2)
+    ]
+    parquet(folder, "gqa/train_balanced_instructions/train-00000-of-00001.parquet", instructions)
+    images = [{"id": str(i), "image": embedded(i)} for i in (3, 2, 1, 0)]
+    parquet(folder, "gqa/train_balanced_images/train-0.parquet", images, id=Value("string"), image=Image())
+    return {"data": "gqa"}
+
+
+def slake(folder: Path) -> dict:
+    """One json list per split, in two languages; images in `imgs/`."""
+    rows = [
+        {
+            "img_id": i,
+            "img_name": f"{i}.png",
+            "question": f"question {q}?" if language == "en" else "什么?",
+            "answer": f"shade {i}" if q == 0 else "Yes",
+            "q_lang": language,
+            "location": "Lung",
+            "answer_type": "OPEN" if q == 0 else "CLOSED",
+            "qid": 10 * i + q,
+        }
+        for i in range(3)
+        for language in ("zh", "en")
+        for q in range(2)
+    ]
+    (folder / "slake").mkdir()
+    (folder / "slake/train.json").write_text(json.dumps(rows))
+    return {"data": "slake", "image_dir": "images"}
+
+
+def conversation_of(i: int) -> list[dict]:
+    """Two turns; the image stands in the middle of the first question."""
+    return said(("human", "Is this <image> dark?"), ("gpt", f"shade {i}"), ("human", "And now?"), ("gpt", "no"))
+
+
+def llava_instruct(folder: Path) -> dict:
+    rows = [{"id": str(i), "image": f"images/{i}.png", "conversations": conversation_of(i)} for i in range(3)]
+    (folder / "mix665k.json").write_text(json.dumps(rows))
+    return {"data": "mix665k.json"}
+
+
+def llava_onevision(folder: Path) -> dict:
+    text = Value("string")
+    rows = [
+        {"id": str(i), "image": embedded(i), "conversations": conversation_of(i), "data_source": "sharegpt4v"}
+        for i in range(3)
+    ]
+    features = {
+        "id": text,
+        "image": Image(),
+        "conversations": List({"from": text, "value": text}),
+        "data_source": text,
+    }
+    parquet(folder, "onevision/sharegpt4v(coco)/train-00000-of-00001.parquet", rows, **features)
+    return {"data": "onevision", "config": "sharegpt4v(coco)"}
+
+
+def finevision(folder: Path) -> dict:
+    """Four ratings per turn, some of them missing; the fourth row has no turn that is rated well."""
+    ratings = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+    rows = [
+        {
+            "images": [embedded(i)],
+            "texts": [
+                {"user": "Spam?", "assistant": "spam"},
+                {"user": "What shade?", "assistant": f"shade {i}"},
+                {"user": "And now?", "assistant": "no"},
+            ],
+            "source": "made",
+            **{f"{name}_ratings": [1, 5, None] if i < 3 else [1, 1, 2] for name in ratings},
+            **{f"{name}_min": 1 for name in ratings},
+        }
+        for i in range(4)
+    ]
+    text, number = Value("string"), Value("int64")
+    features = {"images": List(Image()), "texts": List({"user": text, "assistant": text}), "source": text}
+    features |= {f"{name}_ratings": List(number) for name in ratings} | {f"{name}_min": number for name in ratings}
+    parquet(folder, "finevision/made/train-00000-of-00001.parquet", rows, **features)
+    return {"data": "finevision", "config": "made", "min_relevance": 3, "min_formatting": 2}
+
+
+def webdataset(folder: Path) -> dict:
+    """Two shards of images with a caption beside each."""
+    for shard, shades in enumerate(((0, 1), (2,))):
+        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
+            for i in shades:
+                for name, content in ((f"{i:05d}.png", png(i)), (f"{i:05d}.txt", f"shade {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return {"data": "."}
+
+
 def imagefolder(folder: Path) -> dict:
     lines(folder, "images/metadata.jsonl", [{"file_name": f"{i}.png", "text": f"shade {i}"} for i in range(3)])
     for shade in range(3, 6):
@@ -208,62 +340,186 @@ def local_parquet(folder: Path) -> dict:
     return {"data": parquet(folder, "records.parquet", rows, images=List(Image()), annotations=List(annotation))}
 
 
-# For each: the source, what a recipe says, and prompt and number of annotations of the records.
+def local_csv(folder: Path) -> dict:
+    (folder / "rows.csv").write_text(
+        "image,question,answer\n" + "".join(f"images/{i}.png,What?,shade {i}\n" for i in range(3))
+    )
+    return {"data": "rows.csv"}
+
+
+def trl(folder: Path) -> dict:
+    """`messages` and `images`, as TRL's vision data sets have them: typed content, keys that only some parts have."""
+    rows = [
+        {
+            "images": [embedded(i)],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "What shade?", "index": None},
+                        {"type": "image", "text": None, "index": 0},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": f"shade {i}", "index": None}]},
+            ],
+        }
+        for i in range(3)
+    ]
+    text = Value("string")
+    part = {"type": text, "text": text, "index": Value("int64")}
+    features = {"images": List(Image()), "messages": List({"role": text, "content": List(part)})}
+    return {"data": parquet(folder, "trl.parquet", rows, **features)}
+
+
+# For each: the source, what a recipe says, the first prompt of record 1, and its number of exchanges.
+BLIP, CAPTION = "Give a brief description of the image.", "Write a short caption."
 FIXTURES = {
-    "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), "Give a brief description of the image.", 1),
-    "sharegpt4v": (lambda f: llava(f, "share-captioner"), "Describe the picture in detail.", 1),
-    "coco_captions": (coco, "Write a short caption.", 2),
-    "coco_captions ": (karpathy, "Write a short caption.", 1),
-    "flickr30k_captions": (flickr30k, "Write a short caption.", 2),
-    "cauldron": (cauldron, "What shade?\nAnswer briefly.", 2),
-    "vqav2": (vqav2, "question 0?", 2),
-    "pathvqa": (pathvqa, "what shade?", 2),
-    "imagefolder": (imagefolder, "Write a short caption.", 1),
-    "local": (local_records, "p", 1),
-    "local ": (local_parquet, "p", 1),
+    "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), f"{BLIP}<image>", 1),
+    "sharegpt4v": (lambda f: llava(f, "share-captioner"), "<image>Describe the picture in detail.", 1),
+    "llava_instruct": (llava_instruct, "Is this<image>dark?", 2),
+    "llava_onevision": (llava_onevision, "Is this<image>dark?", 2),
+    "coco_captions": (coco, f"<image>{CAPTION}", 2),
+    "coco_captions, Karpathy's file": (karpathy, f"<image>{CAPTION}", 1),
+    "flickr30k_captions": (flickr30k, f"<image>{CAPTION}", 2),
+    "cauldron": (cauldron, "<image>What shade?\nAnswer briefly.", 2),
+    "finevision": (finevision, "<image>What shade?", 2),
+    "vqav2": (vqav2, "<image>question 0?", 2),
+    "gqa": (gqa, "<image>question 0?", 2),
+    "okvqa": (lambda f: people(f, "okvqa", question_type="one", answer_type="other"), "<image>question 0?", 2),
+    "textvqa": (lambda f: people(f, "textvqa", image_id="a", set_name="val"), "<image>question 0?", 2),
+    "vizwiz": (lambda f: people(f, "vizwiz", category="other"), "<image>question 0?", 2),
+    "pathvqa": (pathvqa, "<image>what shade?", 2),
+    "vqa_rad": (pathvqa, "<image>what shade?", 2),
+    "slake": (slake, "<image>question 0?", 2),
+    "imagefolder": (imagefolder, f"<image>{CAPTION}", 1),
+    "webdataset": (webdataset, f"<image>{CAPTION}", 1),
+    "local": (local_records, "<image>p", 1),
+    "local, parquet": (local_parquet, "<image>p", 1),
+    "local, csv": (local_csv, "<image>What?", 1),
+    "local, TRL": (trl, "What shade?<image>", 1),
+    "local, tar": (webdataset, f"<image>{CAPTION}", 1),
 }
 
 
+def written(messages: list[dict]) -> list[str]:
+    """Each message as text, with `<image>` for an image."""
+    return [
+        "".join("<image>" if part["type"] == "image" else part["text"] for part in message["content"])
+        for message in messages
+    ]
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
-@pytest.mark.parametrize("name", FIXTURES)
-def test_a_data_set_of_the_hubs_schema_becomes_records(name, folder, streaming):
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streaming, processor):
     """Image and response belong together: the shade of the picture is the number in the text."""
-    make, prompt, count = FIXTURES[name]
-    source = read_source({"name": name.strip(), **make(folder)}, folder, streaming)
+    from alignvlm.rows.collator import AlignVLMCollator
+
+    make, prompt, count = FIXTURES[fixture]
+    name = fixture.split(",")[0]
+    arguments = {"name": name, **make(folder)}
+    if name == "gqa" and streaming:
+        with pytest.raises(ValueError, match="images in a config of their own, which a stream cannot look up"):
+            read_source(arguments, folder, streaming)
+        return
+    source = read_source(arguments, folder, streaming)
     records = list(source.rows if streaming else source)
     assert len(records) == 3
-    for index, record in enumerate(records):
-        (image,) = record["images"]
+    for index, row in enumerate(records):
+        (image,) = row["images"]
         assert read_image(image).getpixel((0, 0)) == (index, 10, 20)
-        assert record["annotations"][0]["response"] == f"shade {index}" and len(record["annotations"]) == count
-    assert records[1]["annotations"][0]["prompt"] == prompt
+        record = Record.from_row(row)
+        turns = [
+            text
+            for conversation in record.conversations
+            for text in (*written(conversation.messages)[1::2], *conversation.responses)
+        ]
+        assert turns[0] == f"shade {index}" and len(turns) == count
+    assert written(Record.from_row(records[1]).conversations[0].messages)[0] == prompt
     assert source.identity["data"]
+    batch = AlignVLMCollator(processor)(records)
+    assert len(batch["pixel_values"]) == 3 and (batch["labels"] != -100).any(1).all()
 
 
-def test_every_row_of_the_table_is_tested_or_text():
-    assert {name.strip() for name in FIXTURES} == set(SOURCES) - {"text"}
-    for kind in SOURCES.values():
+def test_every_data_set_of_the_catalogue_is_tested():
+    drawn = {name for name, kind in CATALOGUE.items() if kind.generate}
+    assert {name.split(",")[0] for name in FIXTURES} == set(CATALOGUE) - {"text"} - drawn
+    for kind in CATALOGUE.values():
         assert kind.licence and (kind.data is None or kind.licence != "unknown")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_turns_are_kept_whole_or_made_independent(folder, streaming, processor):
+    """Whole, the second answer is trained behind the first exchange; independent, both see the image alone, which is there once."""
+    from alignvlm.rows.collator import AlignVLMCollator
+
+    arguments = {"name": "llava_instruct", **llava_instruct(folder)}
+    collator = AlignVLMCollator(processor)
+
+    def first(**options) -> tuple[list, dict]:
+        source = read_source({**arguments, **options}, folder, streaming)
+        row = next(iter(source.rows if streaming else source))
+        return Record.from_row(row).conversations, collator([row])
+
+    (whole,), batch = first()
+    assert whole.train_on == "all" and written(whole.messages) == ["Is this<image>dark?", "shade 0", "And now?"]
+    trained = processor.decode(batch["input_ids"][batch["labels"] != -100])
+    assert "shade 0" in trained and trained.strip().endswith("no</s>") and batch["branch_ids"].max() == 0
+    _, batch = first(train_on="last")
+    assert processor.decode(batch["input_ids"][batch["labels"] != -100]).strip() == "no</s>"
+    apart, batch = first(turns="independent")
+    assert [written(c.messages) for c in apart] == [["Is this<image>dark?"], ["<image>And now?"]]
+    assert [c.responses for c in apart] == [["shade 0"], ["no"]] and batch["pixel_values"].shape[0] == len(apart)
+
+
+def test_a_name_may_be_left_out_and_a_schema_named(folder):
+    rows = [{"image": "images/0.png", "conversations": said(("human", "h"), ("gpt", "g")), "text": "other"}]
+    data = lines(folder, "rows.jsonl", rows)
+    assert exchanges_of(read_source({"data": data}, folder)[0]) == [("h", "g")]
+    assert exchanges_of(read_source({"data": data, "format": "captions"}, folder)[0]) == [(CAPTION, "other")]
+    for key in ("format", "turns", "train_on"):
+        with pytest.raises(ValueError, match=f"{key}='chatml'. Valid values: "):
+            read_source({"data": data, key: "chatml"}, folder)
+
+
+def test_what_the_options_leave_out_is_counted(folder):
+    source = read_source({"name": "finevision", **finevision(folder)}, folder)
+    assert (len(source), source.left_out, source.bad_rows) == (3, 1, [])
+    with pytest.raises(ValueError, match="leave out all 12 rows"):
+        read_source({"name": "slake", **slake(folder), "language": "fr"}, folder)
+    with pytest.raises(BadRow, match="min_relevance=3 needs the column `relevance_ratings`"):
+        read_source({"name": "cauldron", **cauldron(folder), "min_relevance": 3}, folder)
+
+
+def test_an_image_that_is_not_in_the_images_config_is_named(folder):
+    gqa(folder)
+    row = {"imageId": "9", "question": "q?", "answer": "a", "id": "1"}
+    parquet(folder, "gqa/train_balanced_instructions/train-00000-of-00001.parquet", [row])
+    with pytest.raises(BadRow, match="`imageId` is '9', of which there is no image"):
+        read_source({"name": "gqa", "data": "gqa"}, folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
 @pytest.mark.parametrize(
-    "row, prompt, response",
+    "row, messages, response",
     [
-        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}, "Hi", "Hello"),
-        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "Be kind.\nHi", "Hello"),
-        ({"prompt": "2 + 2?", "completion": "4"}, "2 + 2?", "4"),
-        ({"question": "2 + 2?", "answer": "4", "image_id": "x"}, "2 + 2?", "4"),
-        ({"text": "Once upon a time."}, "", "Once upon a time."),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}, ["Hi"], "Hello"),
+        ({"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, ["Be kind.", "Hi"], "Hello"),
+        ({"messages": said(("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), role="role", content="content")}, ["1?", "one", "2?"], "two"),
+        ({"prompt": "2 + 2?", "completion": "4"}, ["2 + 2?"], "4"),
+        ({"question": "2 + 2?", "answer": "4", "image_id": "x"}, ["2 + 2?"], "4"),
+        ({"text": "Once upon a time."}, [], "Once upon a time."),
+        ({"text": "Once upon a time.", "image": "gone.png"}, [], "Once upon a time."),
     ],
 )  # fmt: skip
-def test_texts(tmp_path, row, prompt, response, streaming):
+def test_texts(tmp_path, row, messages, response, streaming):
     lines(tmp_path, "texts.jsonl", [row, row])
     source = read_source({"name": "text", "data": "texts.jsonl"}, tmp_path, streaming)
     records = list(source.rows if streaming else source)
     assert len(records) == 2
-    assert records[0]["images"] == []
-    assert records[0]["annotations"] == [{"prompt": prompt, "response": response, "kind": ""}]
+    (conversation,) = Record.from_row(records[0]).conversations
+    assert records[0]["images"] == [] and conversation.responses == [response]
+    assert written(conversation.messages) == messages
 
 
 def test_a_text_file_is_read_by_paragraph(tmp_path, processor):
@@ -271,7 +527,7 @@ def test_a_text_file_is_read_by_paragraph(tmp_path, processor):
 
     (tmp_path / "book.txt").write_text("One line\nand another.\n\nA second paragraph.\n")
     source = read_source({"name": "text", "data": "book.txt"}, tmp_path)
-    assert [r["annotations"][0]["response"] for r in source] == ["One line\nand another.", "A second paragraph."]
+    assert [responses_of(record)[0] for record in source] == ["One line\nand another.", "A second paragraph."]
     batch = AlignVLMCollator(processor)([source[1]])  # no template: every token but the first is trained
     assert processor.decode(batch["input_ids"][0]) == "A second paragraph.</s>"
     assert (batch["labels"][0, 1:] == batch["input_ids"][0, 1:]).all() and batch["labels"][0, 0] == -100
@@ -282,17 +538,13 @@ def test_labels_of_an_image_folder(folder):
         (folder / "by_label" / name).mkdir(parents=True)
         (folder / f"by_label/{name}/0.png").write_bytes(png(7))
     source = read_source({"name": "imagefolder", "data": "by_label"}, folder)
-    assert [r["annotations"][0]["response"] for r in source] == ["black cat", "dog"]
+    assert [responses_of(record)[0] for record in source] == ["black cat", "dog"]
 
 
 def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder):
     rows = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
     source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder)
-    assert [[a["prompt"] for a in record["annotations"]] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
-
-
-def said(*turns: tuple[str, str], role: str = "from", content: str = "value") -> list[dict]:
-    return [{role: speaker, content: words} for speaker, words in turns]
+    assert [[prompt for prompt, _ in exchanges_of(record)] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
@@ -313,35 +565,42 @@ def test_every_row_of_an_image_is_kept_whatever_its_form(folder, streaming):
     rows = [{"image": "images/0.png", **form} for form in forms] + [{"image": "images/1.png", **forms[0]}]
     source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder, streaming)
     records = list(source.rows if streaming else source)
-    assert [[a["response"] for a in record["annotations"]] for record in records] == [
-        ["first", "second", "turn", "next", "a", "r", "c", "d"],
+    assert [responses_of(record) for record in records] == [
+        ["first", "second", "next", "a", "r", "c", "d"],
         ["first"],
     ]
 
 
 CONVERSATIONS = [
-    ([("assistant", "Hello! Ask me."), ("user", "What?"), ("assistant", "A cat.")], [("What?", "A cat.")]),
-    ([("system", "Be brief."), ("user", "What?"), ("assistant", "A cat.")], [("Be brief.\nWhat?", "A cat.")]),
-    ([("user", "Look."), ("user", "What?"), ("assistant", "A cat.")], [("Look.\nWhat?", "A cat.")]),
-    ([("user", "What?"), ("assistant", "A cat."), ("assistant", "Grey.")], [("What?", "A cat.\nGrey.")]),
-    ([("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), ("user", "3?")], [("1?", "one"), ("2?", "two")]),
+    ([("assistant", "Hello! Ask me."), ("user", "What?"), ("assistant", "A cat.")], ["What?", "A cat."]),
+    ([("system", "Be brief."), ("user", "What?"), ("assistant", "A cat.")], ["Be brief.", "What?", "A cat."]),
+    ([("user", "What?"), ("assistant", "A cat."), ("system", "Be brief."), ("user", "And?"), ("assistant", "A dog.")], ["What?", "A cat.", "Be brief.\nAnd?", "A dog."]),
+    ([("user", "Look."), ("user", "What?"), ("assistant", "A cat.")], ["Look.\nWhat?", "A cat."]),
+    ([("user", "What?"), ("assistant", "A cat."), ("assistant", "Grey.")], ["What?", "A cat.\nGrey."]),
+    ([("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"), ("user", "3?")], ["1?", "one", "2?", "two"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
 @pytest.mark.parametrize("turns, expected", CONVERSATIONS)
-def test_exchanges_are_paired_by_who_speaks(folder, turns, expected, streaming):
+def test_conversations_stay_whole_and_are_paired_by_who_speaks(folder, turns, expected, streaming):
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     llava = {"image": "images/0.png", "conversations": said(*((names[speaker], words) for speaker, words in turns))}
     chat = {"messages": said(*turns, role="role", content="content")}
-    for name, row, pairs in (
-        ("llava_pretrain", llava, expected),
-        ("local", llava, expected),
-        ("text", chat, expected[:1]),
+    shown = {**chat, "images": ["images/0.png"]}  # images nobody placed stand before the first prompt
+    for name, row, image in (
+        ("llava_pretrain", llava, True),
+        ("local", llava, True),
+        ("local", shown, True),
+        ("text", chat, False),
     ):
         source = read_source({"name": name, "data": lines(folder, f"{name}.jsonl", [row])}, folder, streaming)
         (record,) = source.rows if streaming else source
-        assert [(a["prompt"], a["response"]) for a in record["annotations"]] == pairs
+        (conversation,) = Record.from_row(record).conversations
+        said_by_all = [*written(conversation.messages), *conversation.responses]
+        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "user")
+        assert said_by_all[first].startswith("<image>") == image
+        assert [text.removeprefix("<image>") for text in said_by_all] == expected
 
 
 QUESTION = {"image": "images/0.png", "question": "q?", "answer": "a"}
@@ -369,7 +628,10 @@ BAD_ROWS = {
     "nobody asked": ("local", LLAVA, {"conversations": said(("gpt", "g"))}, "no prompt of the user with a response"),
     "turn": ("local", LLAVA, {"conversations": said(("human", "h"), ("gpt", 4))}, r"`conversations\[1\].value` is 4 \(int\)"),
     "response": ("local", {"annotations": [{"prompt": "p", "response": "r"}]}, {"annotations": [{"prompt": "p"}]}, r"`annotations\[0\].response` is None"),
-    "nothing": ("local", QUESTION, {"question": None, "answer": None}, "has none of `annotations`"),
+    "nothing": ("local", QUESTION, {"question": None, "answer": None}, r"matches no schema: it has \['image', 'split'\]; `captions` lacks captions or"),
+    "places": ("local", LLAVA, {"conversations": said(("human", "<image> or <image>?"), ("gpt", "g"))}, r"has 2 image part\(s\) or <image>, and the row 1 image"),
+    "URL": ("local", QUESTION, {"image": "https://a.b/c.jpg"}, "download them first"),
+    "empty image": ("local", QUESTION, {"image": None}, "`image` is empty"),
 }  # fmt: skip
 
 
@@ -389,7 +651,7 @@ def test_a_bad_row_is_named_or_skipped_when_it_is_read(folder, kind, streaming):
     (problem,) = problems
     assert re.search(f"^rows.jsonl, line 3: .*{message}", problem)
     expected = list(read_source({**arguments, "data": lines(folder, "good.jsonl", rows[1:2] + rows[3:])}, folder))
-    assert [r["annotations"] for r in records if r["annotations"]] == [r["annotations"] for r in expected]
+    assert [r["conversations"] for r in records if r["conversations"]] == [r["conversations"] for r in expected]
 
 
 def test_bad_rows_are_found_wherever_rows_come_from(folder):
@@ -435,8 +697,9 @@ def test_splits_limits_prompts_and_tags(folder):
     assert len(read_source({**given, "split": "validation"}, folder)) == 1
     assert len(read_source({**given, "split": "train", "limit": 1}, folder)) == 1
     assert len(list(read_source({**given, "split": "train", "limit": 1}, folder, streaming=True).rows)) == 1
-    (annotation,) = read_source({**given, "prompt": "Describe."}, folder)[0]["annotations"]
-    assert annotation == {"prompt": "Describe.", "response": "1", "kind": "short_caption"}
+    (conversation,) = Record.from_row(read_source({**given, "prompt": "Describe."}, folder)[0]).conversations
+    assert (conversation.prompt, conversation.responses) == ("Describe.", ["1"])
+    assert conversation.kind == "short_caption"
     with pytest.raises(ValueError, match="no rows of split 'test'"):
         read_source({**given, "split": "test"}, folder)
 
@@ -452,16 +715,16 @@ def test_splits_limits_prompts_and_tags(folder):
         (
             {"name": "cauldron", "data": "rows.jsonl"},
             ValueError,
-            r"needs a column images; rows.jsonl has \['image', 'text'\]",
+            r"needs a column images; rows.jsonl has \['image', 'text'\]. For rows of another schema",
         ),
         ({"name": "local", "data": "rows.jsonl", "image_dir": "nowhere"}, FileNotFoundError, "No such image_dir"),
         (
             {"name": "local", "data": "odd.jsonl"},
             ValueError,
-            r"odd.jsonl, line 1.*none of `annotations`.*has \['image', 'words'\]",
+            r"odd.jsonl, line 1.*matches no schema: it has \['image', 'words'\]; `captions` lacks captions or",
         ),
         ({"name": "local", "data": "picture.png"}, ValueError, "expected a file of json"),
-        ({"name": "local", "data": "empty"}, ValueError, "holds no train-"),
+        ({"name": "local", "data": "empty"}, ValueError, r"holds no train-\*.parquet"),
         (
             {"name": "local", "data": "named", "split": "test"},
             ValueError,
@@ -481,7 +744,6 @@ def test_mistakes_are_named_before_anything_is_spent(folder, arguments, error, m
 
 
 def test_generated_sources_are_records():
-    assert set(GENERATED) == {"scenes", "scene_texts"}
     source = read_source({"name": "scenes", "count": 3, "annotations": ["questions"]})
     assert len(source) == 3 and read_image(source[0]["images"][0]).size == (64, 64)
 
@@ -500,7 +762,7 @@ def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
         found, images = 0, set()
         for record in source:
             assert collator.token_counts(record)[0] == 4
-            found += len(record["annotations"])
+            found += len(responses_of(record))
             images.add(record["images"][0]["path"])
         assert images == set(rows["image"]) and len(images) == len(source)
         if records:

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from alignvlm.data import scenes
+from alignvlm.data.formats import CAPTION_PROMPT, DETAILED_PROMPT
 from alignvlm.evaluation.evaluate_model import compare, evaluate_checkpoint, judge, main, parser, report
 from alignvlm.evaluation.tasks import Question, Record
 from hub_upload.run_record import RUN_RECORD
@@ -66,7 +67,7 @@ def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path
 
 def test_captions_are_judged_per_prompt_too(result):
     own = result["metrics"]["cider"]["by_prompt"]
-    assert set(own) == {scenes.SHORT_CAPTION_PROMPT, scenes.DETAILED_CAPTION_PROMPT}
+    assert set(own) == {CAPTION_PROMPT, DETAILED_PROMPT}
     for prompt, numbers in own.items():
         scores = [p["scores"]["cider"] for p in result["predictions"] if p["prompt"] == prompt]
         assert numbers["count"] == len(scores) == 14
@@ -87,8 +88,8 @@ def test_a_prompt_answered_rightly_has_its_own_number():
     ]
     answers = [["Nothing.", record.questions[1].references[0]] for record in records]
     own = judge(records, answers, samples=20)["metrics"]["cider"]["by_prompt"]
-    assert own[scenes.SHORT_CAPTION_PROMPT]["cider"] == 0
-    assert own[scenes.DETAILED_CAPTION_PROMPT]["cider"] > 5
+    assert own[CAPTION_PROMPT]["cider"] == 0
+    assert own[DETAILED_PROMPT]["cider"] > 5
 
 
 def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):

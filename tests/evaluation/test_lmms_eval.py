@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignvlm.data import scenes
+from tests.records import exchanges_of
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (pip install 'alignvlm[lmms]')")
@@ -34,10 +35,10 @@ def images(doc):
     return [image.convert("RGB") for image in doc["images"]]
 
 def question(doc):
-    return doc["annotations"][2]["prompt"]
+    return doc["conversations"][2]["messages"][0]["content"][-1]["text"]
 
 def answer(doc):
-    return doc["annotations"][2]["response"]
+    return doc["conversations"][2]["responses"][0]
 
 def judge(doc, results):
     return {"exact": float(results[0] == answer(doc))}
@@ -78,7 +79,7 @@ def test_lmms_eval_answers_as_we_do(checkpoint, tmp_path):
         model,
         processor,
         [record["images"][0] for record in records],
-        [[record["annotations"][2]["prompt"]] for record in records],
+        [[exchanges_of(record)[2][0]] for record in records],
         max_new_tokens=6,
     )
     theirs = {sample["doc_id"]: sample["filtered_resps"] for sample in found["samples"]}

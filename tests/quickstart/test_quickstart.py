@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from alignvlm.data import scenes
+from alignvlm.data.formats import CAPTION_PROMPT, DETAILED_PROMPT
 from alignvlm.evaluation.precision import choose_precision
 from alignvlm.quickstart import nano
 from alignvlm.quickstart.quickstart import QuickstartArguments, expected_flops, forecast, main
@@ -44,8 +44,8 @@ def test_quickstart_leaves_four_stages_and_a_summary(small_recipe, tmp_path, mon
         if stage:
             metrics = json.loads((tmp_path / f"stage{stage}/results/scenes.json").read_text())["metrics"]
             assert set(metrics["cider"]["by_prompt"]) == {
-                scenes.SHORT_CAPTION_PROMPT,
-                scenes.DETAILED_CAPTION_PROMPT,
+                CAPTION_PROMPT,
+                DETAILED_PROMPT,
             }
     assert summary["captions"] == 10 and summary["questions"] == 40
     assert summary["precision"] == choose_precision().name == summary["stages"][0]["precision"]

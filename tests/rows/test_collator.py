@@ -9,11 +9,12 @@ from PIL import Image
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from tests.records import of_exchanges
 
 
 def record(*annotations, images=1) -> dict:
     pictures = [Image.new("RGB", (16, 16), (60 * i, 200, 30)) for i in range(images)]
-    return {"images": pictures, "annotations": [{"prompt": p, "response": r} for p, r in annotations]}
+    return of_exchanges(pictures, annotations)
 
 
 QUESTIONS = (("Is there a circle?", "yes"), ("What colour is it?", "red"), ("How many shapes are there?", "two"))
@@ -107,7 +108,7 @@ def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processo
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (record(), "no conversations"),
+        ({"images": [], "conversations": []}, "no conversations"),
         (record(("What is <image>?", "a tag")), r"'What is <image>\?' holds the placeholder"),
         (record(("What?", "an <image>")), "'an <image>' holds the placeholder"),
     ],

@@ -14,6 +14,7 @@ from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
 from modeling_alignvlm import AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
 from tests import examples
+from tests.records import of_exchanges
 from tests.rows.test_packing import WORDS, assert_same, loss_and_gradients
 
 
@@ -135,7 +136,7 @@ def test_captions_share_their_prompt(processor):
     rng = random.Random(0)
     prompt = "how many shapes"
     captions = ["a red circle", "two squares", "no green at the left"]
-    record = {"images": [image(rng)], "annotations": [{"prompt": prompt, "response": c} for c in captions]}
+    record = of_exchanges([image(rng)], [(prompt, caption) for caption in captions])
     batch = AlignVLMCollator(processor)([record])
     ids, branches = batch["input_ids"][0], batch["branch_ids"][0]
     trunk = processor.decode(ids[branches == 0])

@@ -13,6 +13,7 @@ from alignvlm.stages.alignment import alignment_figures, frechet_distance, modal
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration
+from tests.records import responses_of
 from tests.running import arguments_for
 
 
@@ -66,7 +67,7 @@ def test_figures_of_a_model_do_not_depend_on_the_batch(checkpoint, processor):
 
 def test_perplexity_of_a_text_window_by_window(checkpoint, processor):
     model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).eval()
-    text = " ".join(a["response"] for r in scenes.make_scenes(5) for a in r["annotations"])
+    text = " ".join(response for record in scenes.make_scenes(5) for response in responses_of(record))
     ids = processor.tokenizer(text)["input_ids"]
     losses = []
     for start in (0, 16, 32):

@@ -173,7 +173,7 @@ def test_without_packing_a_row_holds_one_annotation(mpt, tmp_path):
     processor = AlignVLMProcessor.from_pretrained(tmp_path / "run")
     records = scenes.make_scenes(2)
     apart = AlignVLMCollator(processor, shared_image=model.config.packing)([records[0]])
-    assert apart["input_ids"].shape[0] == len(records[0]["annotations"]) > 1
+    assert apart["input_ids"].shape[0] == len(records[0]["conversations"]) > 1
     assert model(**apart).loss.isfinite()
     packed = AlignVLMCollator(processor)([records[0]])
     with pytest.raises(ValueError, match=r"packed rows, which the language model 'mpt' cannot keep apart"):

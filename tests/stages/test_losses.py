@@ -81,7 +81,7 @@ def test_the_trainers_weighted_loss_is_the_plain_one_weighted(checkpoint, proces
     loss.backward()
 
     plain = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).train()
-    rows = [collator([{**r, "annotations": [a]}]) for r in records for a in r["annotations"]]
+    rows = [collator([{**r, "conversations": [c]}]) for r in records for c in r["conversations"]]
     with_image = log_probabilities(plain, rows)
     weights = []
     for row, own in zip(rows, with_image):

@@ -1,5 +1,6 @@
 """The plan of a stage against what the stage then does."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.stage import StageArguments, main
 from alignvlm.stages.trainer import freeze_all_but
+from alignvlm.tools.plan import describe, plan_stages, step_flops
 from alignvlm.tools.plan import main as plan_main
-from alignvlm.tools.plan import plan_stages, step_flops
 from tests.running import SOURCES, arguments_for, recompute_activations
 
 
@@ -61,6 +62,39 @@ def test_records_steps_and_parameters_are_those_of_the_run(checkpoint, tmp_path)
     for part, data in zip(plan.mixture.parts, entry["data"]):
         assert part.name == data["name"] and data["records_per_epoch"] == len(part.source)
     assert plan.memory["optimizer"] == 8 * projector and plan.memory["gradients"] == 4 * projector
+
+
+def test_the_plan_says_what_the_other_way_to_take_turns_costs(checkpoint, tmp_path):
+    """Of three turns about an image: whole, each sees those before it; independent, each is a branch. The plan counts both."""
+    (tmp_path / "0.png").touch()
+    turns = [{"user": f"What is at {place}?", "assistant": "a red circle"} for place in ("top", "left", "bottom")]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"image": "0.png", "texts": turns}) + "\n" for _ in range(3))
+    )
+    costs = {}
+    for name in ("whole", "independent"):
+        sources = [{"data": "rows.jsonl", "turns": name}, {"name": "scenes", "count": 4}]
+        (plan,) = plan_stages(
+            [
+                parse(
+                    *arguments_for(
+                        checkpoint,
+                        tmp_path / "run",
+                        sources=sources,
+                        data_dir=str(tmp_path),
+                        projector_learning_rate=1e-3,
+                    )
+                )
+            ],
+            processes=1,
+        )
+        costs[name] = plan.mixture.parts[0].tokens
+        assert plan.other_turns[1] is None
+        text = describe(plan, "H100", 0.4)
+        other, tokens = plan.other_turns[0]
+        assert other != name and f"with `turns: {other}`: {tokens:.0f} tokens a record" in text
+        costs[f"{other}, told"] = tokens
+    assert costs["whole"] == costs["whole, told"] != costs["independent"] == costs["independent, told"]
 
 
 def model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

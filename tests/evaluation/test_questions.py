@@ -10,8 +10,10 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from alignvlm.data import scenes
-from alignvlm.data.rows import BadRow
-from alignvlm.evaluation.tasks import BadRows, blank, load_task, question_records, shuffled_rows
+from alignvlm.data.record import BadRow
+from alignvlm.data.sources import read_source
+from alignvlm.evaluation.questions import blank, load_task, shuffled
+from tests.records import exchanges_of
 
 
 def png(colour) -> dict:
@@ -36,24 +38,25 @@ def karpathy(tmp_path) -> Path:
 
 def test_karpathy_splits_keep_all_their_references(karpathy):
     found = load_task("coco_captions", "test", str(karpathy), prompt="Caption it.")
-    assert [len(record.questions[0].references) for record in found.records] == [7, 5]
+    assert [len(one.conversations[0].responses) for one in found.asked] == [7, 5]
     assert found.notes == {"images": 2, "questions": 2, "references": 12}
-    question = found.records[0].questions[0]
-    assert (question.prompt, question.metric) == ("Caption it.", "cider")
-    assert question.references[6] == "Caption 6 of 1."
-    assert [image.getpixel((0, 0))[0] for image in found.images(found.records)] == [1, 3]
-    assert found.source["split"] == "test" and len(found.source["sha256"]) == 64
-    assert len(load_task("coco_captions", "val", str(karpathy)).records) == 1
-    assert len(load_task("coco_captions", "test", str(karpathy), limit=1).records) == 1
+    question = found.asked[0].conversations[0]
+    assert (question.prompt, found.source.metric_of(question)) == ("Caption it.", "cider")
+    assert question.responses[6] == "Caption 6 of 1."
+    assert [image.getpixel((0, 0))[0] for (image,) in found.images(found.asked)] == [1, 3]
+    (file,) = found.source.identity["files"]
+    assert found.source.identity["split"] == "test" and len(file["sha256"]) == 64
+    assert len(load_task("coco_captions", "val", str(karpathy)).asked) == 1
+    assert len(load_task("coco_captions", "test", str(karpathy), limit=1).asked) == 1
 
 
 def test_images_may_lie_elsewhere(karpathy, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("photos")
     (karpathy / "val2014").rename(elsewhere / "val2014")
-    with pytest.raises(ValueError, match=r"No such image: .*1\.png.*image_dir"):
+    with pytest.raises(ValueError, match=r"line|entry 2: Cannot read .*1\.png.*image_dir"):
         load_task("coco_captions", "test", str(karpathy))
     found = load_task("coco_captions", "test", str(karpathy), image_dir=str(elsewhere))
-    assert found.images(found.records)[0].size == (8, 6)
+    assert found.images(found.asked)[0][0].size == (8, 6)
 
 
 def test_parquet_in_the_schema_of_flickr30k(tmp_path):
@@ -78,7 +81,7 @@ def test_pathvqa_with_and_without_exact_duplicates(tmp_path):
     features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test-00000-of-00001.parquet")
     found = load_task("pathvqa", "test", str(tmp_path))
-    assert [[q.prompt for q in record.questions] for record in found.records] == [
+    assert [[c.prompt for c in one.conversations] for one in found.asked] == [
         ["Is it a cell?", "What is it?", "Is it a cell?"],
         ["Is it a cell?"],
     ]
@@ -88,36 +91,41 @@ def test_pathvqa_with_and_without_exact_duplicates(tmp_path):
     assert (kept.notes["questions"], kept.notes["exact_duplicates_are"]) == (5, "kept")
 
 
-def test_pathvqa_has_as_many_questions_as_the_field_counts(shared_data):
+def test_pathvqa_has_as_many_questions_as_the_field_counts(shared_data, tmp_path):
     rows = [json.loads(line) for line in (shared_data / "pathvqa/qa.jsonl").open()]
+    for name in {row["image_id"] for row in rows}:  # the images are not there: one drawn image stands for each
+        (tmp_path / f"{name}.png").write_bytes(png((1, 0, 0))["bytes"])
+    rows = [{**row, "image": f"{row['image_id']}.png"} for row in rows]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for split, with_duplicates, without in (("train", 19755, 19654), ("val", 6279, 6259)):
-        chosen = [row for row in rows if row["split"] == split]
-        data = Dataset.from_list(
-            [
-                {
-                    "image": {"bytes": row["image_id"].encode(), "path": None},
-                    "question": row["question"],
-                    "answer": row["answer"],
-                }
-                for row in chosen
-            ],
-            features=Features({"image": Image(decode=False), "question": Value("string"), "answer": Value("string")}),
-        )
         for keep, expected in ((True, with_duplicates), (False, without)):
-            records, notes = question_records(data, "", keep, BadRows("raise", str))
-            assert sum(len(record.questions) for record in records) == expected
-            assert notes["exact_duplicates"] == with_duplicates - without
+            found = load_task("pathvqa", split, str(tmp_path / "qa.jsonl"), keep_duplicates=keep)
+            assert found.notes["questions"] == expected
+            assert found.notes["exact_duplicates"] == with_duplicates - without
+
+
+def test_pathvqa_itself_and_vqa_rad_are_asked_as_their_files_have_them(shared_data):
+    """Every question of the official training split's held-out images, with its image."""
+    found = load_task("local", "dev", str(shared_data / "pathvqa/dev.jsonl"))
+    assert (found.notes["images"], found.notes["questions"]) == (300, 2278)
+    kinds = {c.kind for one in found.asked for c in one.conversations}
+    assert kinds == {"yes/no", "open"}
+    found = load_task("local", "train", str(shared_data / "vqa_rad/train.jsonl"))
+    assert (found.notes["images"], found.notes["questions"]) == (313, 1797)
 
 
 def test_local_rows_are_judged_by_what_they_hold(tmp_path):
     PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "What?", "answer": "a chair", "split": "val"}]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    question = load_task("local", "val", str(tmp_path / "qa.jsonl")).records[0].questions[0]
-    assert (question.prompt, question.references, question.metric) == ("What?", ["a chair"], "pathvqa_accuracy")
+    found = load_task("local", "val", str(tmp_path / "qa.jsonl"))
+    (question,) = found.asked[0].conversations
+    assert (question.prompt, question.responses) == ("What?", ["a chair"])
+    assert found.source.metric_of(question) == "pathvqa_accuracy"
     rows = [{"image": "a.png", "captions": ["one", "two"], "split": "val"}]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert load_task("local", "val", str(tmp_path / "captions.jsonl")).records[0].questions[0].metric == "cider"
+    found = load_task("local", "val", str(tmp_path / "captions.jsonl"))
+    assert found.source.metric_of(found.asked[0].conversations[0]) == "cider"
     with pytest.raises(ValueError, match="has no rows of split 'test'"):
         load_task("local", "test", str(tmp_path / "captions.jsonl"))
 
@@ -143,14 +151,14 @@ BAD_ROWS = {
     "list": (QUESTION, {"answer": ["a", "b"]}, r"`answer` is \['a', 'b'\]"),
     "placeholder": (QUESTION, {"question": "<image> What?"}, "`question` holds the image placeholder"),
     "empty caption": (CAPTION, {"captions": ["a cat", " "]}, r"`captions\[1\]` is empty"),
-    "no caption": (CAPTION, {"captions": None}, "No caption"),
+    "no caption": (CAPTION, {"captions": None}, "No caption: none of the columns captions"),
     "response": (
         ANNOTATED,
         {"annotations": [{"prompt": "What?", "response": 1}]},
         r"`annotations\[0\].response` is 1",
     ),
     "no image": (QUESTION, {"image": None}, "`image` is empty"),
-    "no picture": (CAPTION, {"image": None}, "neither bytes nor a path"),
+    "no picture": (CAPTION, {"image": None}, "A caption without an image"),
     "missing image": (QUESTION, {"image": "gone.png"}, r"Cannot read the image .*gone\.png"),
     "truncated image": (QUESTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
     "truncated caption image": (CAPTION, {"image": "half.png"}, r"Cannot read the image .*half\.png"),
@@ -172,17 +180,44 @@ def test_a_bad_row_is_found_before_anything_is_asked(tmp_path, kind):
     assert found.notes["images"] == 1 and found.notes["bad_rows"] == 1
     (problem,) = found.notes["bad_row_list"]
     assert problem.startswith("rows.jsonl, line 3: ")
-    assert [image.size for image in found.images(found.records)] == [(8, 6)]
+    assert [image.size for (image,) in found.images(found.asked)] == [(8, 6)]
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[2]) + "\n")
-    with pytest.raises(ValueError, match=r"None of the 1 rows .* can be used|No such image|No column of captions"):
+    with pytest.raises(ValueError, match=r"None of the 1 rows .* can be used|1 of 1 rows of bad.jsonl cannot be used"):
         load_task("local", "test", str(tmp_path / "bad.jsonl"), on_bad_row="skip")
 
 
 def test_scenes_are_captioned_and_questioned(tmp_path):
     scenes.make_scenes(2, "test").to_parquet(tmp_path / "test.parquet")
     found = load_task("scenes", "test", str(tmp_path))
-    assert [q.metric for q in found.records[0].questions] == ["cider"] * 2 + ["pathvqa_accuracy"] * 8
-    assert found.images(found.records)[1].size == (64, 64)
+    metrics = [found.source.metric_of(conversation) for conversation in found.asked[0].conversations]
+    assert metrics == ["cider"] * 2 + ["pathvqa_accuracy"] * 8
+    assert found.images(found.asked)[1][0].size == (64, 64)
+
+
+def test_training_and_evaluation_read_a_row_alike(tmp_path):
+    """A row with `alt_text` and `caption` trains on the very captions it is judged by."""
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "alt_text": ["one"], "caption": "another"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    found = load_task("local", "test", str(tmp_path))
+    trained = read_source({"data": "test.jsonl"}, tmp_path)[0]
+    asked = [(c.prompt, response) for c in found.asked[0].conversations for response in c.responses]
+    assert asked == exchanges_of(trained) == [("Write a short caption.", "one")]
+
+
+def test_every_image_of_a_conversation_is_shown(tmp_path):
+    for index in range(2):
+        PILImage.new("RGB", (8, 6), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    turns = [("human", "<image> or <image>?"), ("gpt", "the second"), ("human", "Why?"), ("gpt", "It is red.")]
+    row = {"images": ["0.png", "1.png"], "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    found = load_task("local", "test", str(tmp_path))
+    (images,) = found.images(found.asked)
+    assert [image.getpixel((0, 0))[0] for image in images] == [0, 1]
+    (conversation,) = found.asked[0].conversations
+    assert (conversation.prompt, conversation.responses) == ("Why?", ["It is red."]) and len(
+        conversation.messages
+    ) == 3
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
@@ -199,17 +234,19 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     Dataset.from_list(
         [{"image": png((1, 0, 0)), "text": "x"}], Features({"image": Image(), "text": Value("string")})
     ).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match="No column of captions"):
+    with pytest.raises(ValueError, match=r"'okvqa'\. No metric here judges it as the field does\. Valid tasks: "):
+        load_task("okvqa", "val")
+    with pytest.raises(ValueError, match="needs a column filename"):
         load_task("coco_captions", "test", str(tmp_path))
 
 
 def test_controls_change_every_image(tmp_path):
     scenes.make_scenes(7, "test").to_parquet(tmp_path / "test.parquet")
     found = load_task("scenes", "test", str(tmp_path))
-    grey = blank(found.images(found.records))
-    assert all(image.getcolors() == [(64 * 64, (128, 128, 128))] for image in grey)
+    grey = blank(found.images(found.asked))
+    assert all(image.getcolors() == [(64 * 64, (128, 128, 128))] for (image,) in grey)
     for seed in range(20):
-        shuffled = shuffled_rows(found.records, seed)
-        assert sorted(record.row for record in shuffled) == list(range(7))
-        assert all(new.row != old.row for new, old in zip(shuffled, found.records))
-        assert [record.questions for record in shuffled] == [record.questions for record in found.records]
+        mixed = shuffled(found.asked, seed)
+        assert sorted(one.index for one in mixed) == list(range(7))
+        assert all(new.index != old.index for new, old in zip(mixed, found.asked))
+        assert [one.conversations for one in mixed] == [one.conversations for one in found.asked]

@@ -1,0 +1,223 @@
+"""The data sets that have a name: one table for training and evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from datasets import Dataset
+
+from alignvlm.data import formats, scenes
+from alignvlm.data.formats import CAPTION_COLUMNS, DETAILED_PROMPT, IMAGE_COLUMNS
+from alignvlm.data.record import Conversation, Record
+
+
+CIDER, ACCURACY = "cider", "pathvqa_accuracy"
+BY_KIND = "by kind"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set: where it is, how its rows are read, and what judges answers to it.
+
+    Args:
+        read: makes a record of a row (of `formats`); its keyword arguments may stand in a recipe.
+        columns: what the rows must have (any of a tuple's names).
+        data: the data set on the Hub; None: the recipe must name `data`.
+        config: of a Hub data set.
+        file: the file to read, where the Hub's repository is files rather than a data set of rows.
+        group_by: the column whose equal values make one record; `image`: equal images.
+        images: where images stand in a config of their own: what of a config's name is replaced by what, and the columns that match.
+        image_folder: whether it is a folder of images rather than of tables.
+        generate: draws the records; such a data set has no rows to read.
+        metric: `cider`, `pathvqa_accuracy`, `by kind` (captions by the first, else the second), or None: no metric of this package judges
+            it as the field does.
+        licence: as its page states it. The images often have terms of their own.
+        note: what a user must know.
+    """
+
+    read: Callable[..., Record | None] | None = None
+    columns: tuple[str | tuple[str, ...], ...] = ()
+    data: str | None = None
+    config: str | None = None
+    file: str | None = None
+    group_by: str | None = None
+    images: tuple[str, str, str, str] | None = None
+    image_folder: bool = False
+    generate: Callable[..., Dataset] | None = None
+    metric: str | None = BY_KIND
+    licence: str = "unknown"
+    note: str = ""
+
+    def metric_of(self, conversation: Conversation) -> str | None:
+        """The metric that judges answers to a conversation."""
+        if self.metric != BY_KIND:
+            return self.metric
+        return CIDER if "caption" in conversation.kind else ACCURACY
+
+
+CATALOGUE: dict[str, DataSet] = {
+    "llava_pretrain": DataSet(
+        formats.llava,
+        ("image", "conversations"),
+        data="liuhaotian/LLaVA-Pretrain",
+        file="blip_laion_cc_sbu_558k.json",
+        metric=CIDER,
+        licence="other: those of CC-3M and of BLIP",
+        note="558k short BLIP captions. Download the repository, unpack images.zip, and name the folder as `image_dir`.",
+    ),
+    "sharegpt4v": DataSet(
+        partial(formats.llava, prompt=DETAILED_PROMPT),
+        ("image", "conversations"),
+        data="Lin-Chen/ShareGPT4V",
+        file="share-captioner_coco_lcs_sam_1246k_1107.json",
+        metric=CIDER,
+        licence="CC BY-NC 4.0",
+        note="1.2M detailed captions by Share-Captioner; images of COCO, LLaVA-Pretrain and SAM below `image_dir`.",
+    ),
+    "llava_instruct": DataSet(
+        formats.llava,
+        ("image", "conversations"),
+        data="liuhaotian/LLaVA-Instruct-150K",
+        file="llava_v1_5_mix665k.json",
+        metric=None,
+        licence="CC BY 4.0, and OpenAI's terms",
+        note="665k conversations of one to many turns; images of five data sets below `image_dir`.",
+    ),
+    "llava_onevision": DataSet(
+        formats.llava,
+        ("conversations",),
+        data="lmms-lab/LLaVA-OneVision-Data",
+        metric=None,
+        licence="by subset",
+        note="Some ninety subsets of one form; `config` names one, as `sharegpt4v(coco)`.",
+    ),
+    "cauldron": DataSet(
+        formats.texts,
+        ("images", "texts"),
+        data="HuggingFaceM4/the_cauldron",
+        metric=None,
+        licence="by subset; prompts CC BY 4.0",
+        note="Fifty data sets of one form; `config` names one, as vqav2 or ai2d. `turns: independent` where turns do not build on each "
+        "other.",
+    ),
+    "finevision": DataSet(
+        formats.texts,
+        ("images", "texts"),
+        data="HuggingFaceM4/FineVision",
+        metric=None,
+        licence="by subset",
+        note="185 subsets; `config` names one. `min_relevance: 3` and the like leave out turns that are rated lower.",
+    ),
+    "coco_captions": DataSet(
+        formats.captions,
+        ("filename", "sentences"),
+        data="yerevann/coco-karpathy",
+        metric=CIDER,
+        licence="CC BY 4.0",
+        note="Captions only; COCO's images below `image_dir`. Karpathy's training split is usually `train+restval`.",
+    ),
+    "flickr30k_captions": DataSet(
+        formats.captions,
+        (IMAGE_COLUMNS, CAPTION_COLUMNS),
+        data="AnyModal/flickr30k",
+        metric=CIDER,
+        licence="non-commercial research",
+    ),
+    "vqav2": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "multiple_choice_answer"),
+        data="lmms-lab/VQAv2",
+        group_by="image",
+        metric=None,
+        licence="CC BY 4.0",
+        note="Its labelled split on the Hub is `validation`; the training split is the_cauldron's `vqav2`.",
+    ),
+    "gqa": DataSet(
+        formats.question,
+        ("imageId", "question", "answer"),
+        data="lmms-lab/GQA",
+        config="train_balanced_instructions",
+        images=("instructions", "images", "imageId", "id"),
+        group_by="imageId",
+        metric=ACCURACY,
+        licence="MIT",
+        note="Images stand in a config of their own, which is read with it; `config: testdev_balanced_instructions` for its test.",
+    ),
+    "okvqa": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "answers"),
+        data="lmms-lab/OK-VQA",
+        group_by="image",
+        metric=None,
+        note="The Hub has the split `val2014` only.",
+        licence="unknown: its page states none",
+    ),
+    "textvqa": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "answers"),
+        data="lmms-lab/textvqa",
+        group_by="image",
+        metric=None,
+        licence="CC BY 4.0",
+    ),
+    "vizwiz": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "answers"),
+        data="lmms-lab/VizWiz-VQA",
+        group_by="image",
+        metric=None,
+        licence="CC BY 4.0",
+        note="The Hub's labelled split is `val`.",
+    ),
+    "pathvqa": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "answer"),
+        data="flaviagiammarino/path-vqa",
+        group_by="image",
+        metric=ACCURACY,
+        licence="MIT",
+        note="19,654 training questions about 2,599 images, without exact duplicates.",
+    ),
+    "vqa_rad": DataSet(
+        formats.question,
+        (IMAGE_COLUMNS, "question", "answer"),
+        data="flaviagiammarino/vqa-rad",
+        group_by="image",
+        metric=ACCURACY,
+        licence="CC0 1.0",
+        note="Its split is by question: images of the test questions are in the training split too.",
+    ),
+    "slake": DataSet(
+        partial(formats.question, language="en"),
+        ("img_name", "question", "answer", "q_lang"),
+        data="BoKelvin/SLAKE",
+        group_by="image",
+        metric=ACCURACY,
+        licence="CC BY 4.0",
+        note="Download the repository and unpack imgs.zip; `image_dir` is its folder `imgs`. `language: zh` for the Chinese half.",
+    ),
+    "text": DataSet(
+        formats.text_only,
+        data="HuggingFaceTB/smol-smoltalk",
+        metric=None,
+        licence="Apache-2.0",
+        note="Whole conversations, also any other instructions or plain text. Images are left aside.",
+    ),
+    "local": DataSet(
+        formats.record_of,
+        group_by="image",
+        note="Any schema of alignvlm/data/formats.py: files of jsonl, json, csv, parquet or tar, or a data set on the Hub.",
+    ),
+    "imagefolder": DataSet(
+        formats.label,
+        ("image",),
+        image_folder=True,
+        note="A folder of images with a metadata file, or one folder per label.",
+    ),
+    "webdataset": DataSet(
+        formats.webdataset,
+        note="Tar files of images with a .txt or .json beside each.",
+    ),
+    "scenes": DataSet(generate=scenes.make_scenes, licence="Apache-2.0", note="Drawn when they are read."),
+    "scene_texts": DataSet(generate=scenes.make_texts, metric=None, licence="Apache-2.0", note="Text about scenes."),
+}

@@ -1,0 +1,326 @@
+"""Data sets on the Hub or on disk, to the rows of a split: with what was read, and where each row stands."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from alignvlm.data.record import BadRow, shown
+from hub_upload.run_record import sha256_of
+
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".tar": "webdataset",
+}
+FILE_TYPES = ", ".join(suffix[1:] for suffix in BUILDERS)
+SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # what data sets call the same split
+
+
+@dataclass
+class Rows:
+    """Rows as read.
+
+    Args:
+        rows: the rows; a stream of local files has the columns `row` and `place`.
+        identity: what was read: the Hub's id and commit, or the files; goes into run records and results.
+        place: where the row of an index stands.
+        folder: where image paths start; None for a data set of the Hub.
+    """
+
+    rows: Dataset | IterableDataset
+    identity: dict
+    place: Callable[[int], str]
+    folder: Path | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the rows (of a stream of files: those of its first row); none if there is no row."""
+        if isinstance(self.rows, Dataset):
+            return self.rows.column_names if len(self.rows) else []
+        if self.rows.column_names is not None:
+            return self.rows.column_names
+        first = next(iter(self.rows), {})
+        return list(first.get("row", first))
+
+
+def read_rows(
+    data: str,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    *,
+    file: str | None = None,
+    folder_of_images: bool = False,
+    data_dir: str | Path = ".",
+    streaming: bool = False,
+    hash_all: bool = False,
+) -> Rows:
+    """Reads the rows of one split.
+
+    Args:
+        data: a local file or folder (from `data_dir`, unless absolute), or a data set on the Hub.
+        split: `a+b` joins two.
+        config, revision: of a Hub data set; locally, `config` is a folder in it.
+        file: the file to read of a Hub repository of files.
+        folder_of_images: read images with a metadata file, or in one folder per label.
+        streaming: read rows as they are needed.
+        hash_all: put the SHA-256 of every file into the identity, also of large ones that hold images.
+
+    Raises:
+        FileNotFoundError: for data that is neither on disk nor of the form of a Hub id.
+        ValueError: for a split nobody finds, or files that cannot be read.
+    """
+    local = Path(data_dir) / data
+    if local.exists():
+        found = _local(local, split, config, folder_of_images, streaming, hash_all)
+    elif is_hub_id(data):
+        found = _hub(data, split, config, revision, file, streaming)
+    else:
+        raise FileNotFoundError(
+            f"No such file or folder: {local}, and {data!r} is no Hub id, user/name. Paths start at {str(Path(data_dir).resolve())!r}."
+        )
+    if not found.columns:
+        raise ValueError(f"{data} has no rows of split {split!r}.")
+    return found
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name of data that is not on disk can be that of a data set on the Hub, `user/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and Path(name).suffix not in BUILDERS
+
+
+def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
+    """Rows of a Hub data set at a commit that is stated, so that a run can be repeated."""
+    if not huggingface_hub.constants.is_offline_mode():
+        revision = _hub_commit(data, revision)
+    options = {"data_files": file, "split": "train" if file else split, "revision": revision, "streaming": streaming}
+    try:
+        rows = load_dataset(data, config, **options)
+    except ConnectionError as error:  # offline, and never read before
+        raise FileNotFoundError(_NOT_FOUND.format(data=data, error=error)) from error
+    identity = {"data": data, "config": config, "split": split, "revision": revision, "file": file}
+    return Rows(rows, identity, partial(_numbered, f"{data}, split {split}"), None)
+
+
+def _hub_commit(data: str, revision: str | None) -> str:
+    """The commit that a branch or tag of a data set on the Hub stands for now.
+
+    Raises:
+        FileNotFoundError: if the Hub gives none; the name may have been meant as that of a folder.
+    """
+    try:
+        return HfApi().dataset_info(data, revision=revision).sha
+    except OSError as error:
+        raise FileNotFoundError(_NOT_FOUND.format(data=data, error=error)) from error
+
+
+_NOT_FOUND = "No such file or folder: {data}, and the Hub gives no data set of that name: {error}"
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{name}, row {index} (counted from 0)"
+
+
+def _local(
+    path: Path, split: str, config: str | None, folder_of_images: bool, streaming: bool, hash_all: bool
+) -> Rows:
+    """Rows of local files in any of the forms the Hub has them in."""
+    folder = path if path.is_dir() else path.parent
+    if folder_of_images:
+        named = [path / name for name in _names(split) if (path / name).is_dir()]
+        rows = load_dataset("imagefolder", data_dir=str((named or [path])[0]), split="train", streaming=streaming)
+        return Rows(rows, {"data": path.name, "split": split}, partial(_numbered, path.name), folder)
+    files = [path] if path.is_file() else _files(path / config if config else path, split)
+    if not files:
+        raise ValueError(
+            f"{path} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({FILE_TYPES})."
+        )
+    if files[0].suffix not in BUILDERS:
+        raise ValueError(f"{files[0]}: expected a file of {FILE_TYPES}.")
+    has_splits = False
+    if files[0].suffix == ".tar":
+        names = [str(file) for file in files]
+        rows = load_dataset("webdataset", data_files=names, split="train", streaming=streaming)
+        place: Callable[[int], str] = partial(_place_of_sample, rows)
+    elif streaming:
+        place = _place_in_files(files)
+        rows = IterableDataset.from_generator(_stream_files, gen_kwargs={"files": files, "splits": _names(split)})
+        has_splits = any("split" in row for file in files for _, row in islice(read_file(file), 1))
+    else:
+        place = _place_in_files(files)
+        rows = load_files(files)
+        if has_splits := "split" in rows.column_names:
+            chosen = [i for i, value in enumerate(rows.data.column("split").to_pylist()) if value in _names(split)]
+            rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
+    named = files[0].name.startswith(_names(split))
+    if path.is_dir() and not named and not has_splits and split != "train":
+        raise ValueError(
+            f"No file in {path} is named after the split {split!r} ({split}-*.parquet, {split}.jsonl), and its rows have no column "
+            "`split` to choose by. Name the file itself to take all of its rows."
+        )
+    identity = {"data": path.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
+    return Rows(rows, identity, place, folder)
+
+
+def _place_of_chosen(place: Callable[[int], str], chosen: list[int], index: int) -> str:
+    return place(chosen[index])
+
+
+def _place_of_sample(rows: Dataset, index: int) -> str:
+    return sample_name(rows.select_columns(["__key__", "__url__"])[index])
+
+
+def sample_name(row: dict) -> str:
+    """What messages call a sample of a webdataset."""
+    return f"{Path(row['__url__']).name}, sample {row['__key__']}"
+
+
+def _stream_files(files: list[Path], splits: tuple[str, ...]) -> Iterator[dict]:
+    """Each row of the split and its place; `files` are the shards."""
+    for file in files:
+        for place, row in read_file(file):
+            if "split" not in row or row["split"] in splits:
+                yield {"row": row, "place": place}
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return tuple(name for part in split.split("+") for name in SPLIT_NAMES.get(part, (part,)))
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    endings = (".parquet", "-*.parquet", ".jsonl", ".json", ".csv", ".tar", "-*.tar")
+    named = sorted(file for name in _names(split) for end in endings for file in folder.glob(f"**/{name}{end}"))
+    if named:
+        return [file for file in named if file.suffix == named[0].suffix]
+    for pattern in ("dataset_*.json", "**/*.parquet", "*.jsonl", "*.json", "*.csv", "*.tar", "*.txt"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def _file_identity(file: Path, hashed: bool) -> dict:
+    """Name and bytes, and the SHA-256; of parquet and tar files, which hold the images, only if it is asked for."""
+    identity = {"name": file.name, "bytes": file.stat().st_size}
+    return {**identity, "sha256": sha256_of([file])} if hashed or file.suffix not in (".parquet", ".tar") else identity
+
+
+def _is_karpathy(file: Path) -> bool:
+    """Whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
+    with file.open() as stream:
+        return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
+
+
+def read_file(file: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of one file as they are written, each with its place.
+
+    Raises:
+        BadRow: for a line that is not JSON.
+    """
+    if file.suffix == ".parquet":
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield f"{file.name}, row {number} (counted from 0)", row
+                number += 1
+    elif file.suffix == ".txt":
+        for number, paragraph in enumerate(_paragraphs(file), 1):
+            yield f"{file.name}, paragraph {number}", {"text": paragraph}
+    elif file.suffix == ".csv":
+        with file.open(newline="") as stream:
+            for number, row in enumerate(csv.DictReader(stream), 1):
+                yield f"{file.name}, row {number}", row
+    elif _is_one_value(file):
+        content = json.loads(file.read_text())
+        for number, row in enumerate(content["images"] if isinstance(content, dict) else content, 1):
+            yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
+    else:
+        with file.open() as stream:
+            for number, line in enumerate(stream, 1):
+                place = f"{file.name}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise BadRow(f"{place}: not JSON ({error}): {shown(line.strip())}") from error
+                yield place, _mapping(row, place)
+
+
+def _mapping(row: Any, place: str) -> dict:
+    if not isinstance(row, dict):
+        raise BadRow(f"{place}: {shown(row)} is no row; expected a mapping of column names to values.")
+    return row
+
+
+def _is_one_value(file: Path) -> bool:
+    """Whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
+    with file.open() as stream:
+        return stream.read(64).lstrip().startswith("[") or (file.suffix == ".json" and _is_karpathy(file))
+
+
+def _paragraphs(file: Path) -> list[str]:
+    return [part for part in (part.strip("\n") for part in file.read_text().split("\n\n")) if part]
+
+
+def load_files(files: list[Path]) -> Dataset:
+    """The rows of files of one type as one table.
+
+    Raises:
+        ValueError: for files that do not fit into a table; the message says which file and line it is, if it is one.
+    """
+    suffix = files[0].suffix
+    options: dict = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+    if suffix == ".json" and _is_karpathy(files[0]):
+        options["field"] = "images"
+    if suffix == ".csv":  # every value as it is written: "None" and "3" are answers
+        with files[0].open(newline="") as stream:
+            columns = next(csv.reader(stream), [])
+        options |= {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
+    try:
+        return load_dataset(BUILDERS[suffix], data_files=[str(file) for file in files], split="train", **options)
+    except (DatasetGenerationError, ValueError) as error:
+        for file in files:
+            for _ in read_file(file):  # finds the line that is not JSON
+                pass
+        names = ", ".join(file.name for file in files)
+        raise ValueError(
+            f"{names} cannot be read as one table: {error.__cause__ or error}. Remove empty lines, and write every column as one type."
+        ) from error
+
+
+def _place_in_files(files: list[Path]) -> Callable[[int], str]:
+    """Where the row of an index stands in files that were read one behind the other; they are looked at when it is asked."""
+
+    places: list[str] = []
+
+    def place(index: int) -> str:
+        if not places:
+            for file in files:
+                if file.suffix == ".parquet":  # not read for this: it may hold images
+                    count = pq.read_metadata(file).num_rows
+                    places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
+                else:
+                    places.extend(place for place, _ in read_file(file))
+        return places[index]
+
+    return place

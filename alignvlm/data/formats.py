@@ -1,0 +1,525 @@
+"""Rows of data sets as people have them, to records: one function per row schema.
+
+A function takes a row, and options a recipe may set, and returns a record whose images are as the row holds them (bytes, or a path that
+nobody has looked at). It returns None for a row that the options leave out, and raises `BadRow` for one that cannot be used.
+`FORMATS` names them; `record_of` finds the one that a row's columns ask for.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from PIL import Image
+
+from alignvlm.data.record import BadRow, Conversation, Record, one_turn, shown
+
+
+CAPTION_PROMPT = "Write a short caption."
+DETAILED_PROMPT = "Describe the picture in detail."
+IMAGE_TOKEN = "<image>"
+CAPTION_COLUMNS = ("captions", "sentences", "original_alt_text", "alt_text", "caption")
+IMAGE_COLUMNS = ("images", "image", "filename", "img_name")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+
+def text(value: Any, column: str, may_be_empty: bool = False, may_hold_images: bool = False) -> str:
+    """The text of a column, stripped.
+
+    Raises:
+        BadRow: if the value is not a string, is empty, or holds the image placeholder.
+    """
+    if not isinstance(value, str):
+        raise BadRow(
+            f"`{column}` is {shown(value)} ({type(value).__name__}), not a text. Write it as the text that is meant, in quotes."
+        )
+    if not may_be_empty and not value.strip():
+        raise BadRow(f"`{column}` is empty. Fill it in, or remove the row.")
+    if not may_hold_images and IMAGE_TOKEN in value:
+        raise BadRow(
+            f"`{column}` holds the image placeholder {IMAGE_TOKEN}: {shown(value)}. Remove it; only what a user says can hold an image."
+        )
+    return value.strip()
+
+
+def items(value: Any, column: str) -> list:
+    """The items of a column that holds a list.
+
+    Raises:
+        BadRow: if it holds none.
+    """
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"`{column}` is {shown(value)}; expected a list with at least one item.")
+    return value
+
+
+def entry(value: Any, key: str, column: str) -> Any:
+    """`value[key]` of an item of a list; None if there is no such key.
+
+    Raises:
+        BadRow: if the item is not a mapping.
+    """
+    if not isinstance(value, dict):
+        raise BadRow(f"`{column}` is {shown(value)}; expected a mapping with `{key}`.")
+    return value.get(key)
+
+
+def is_image_column(name: str) -> bool:
+    """Whether a column of this name holds images, or their paths."""
+    return name in IMAGE_COLUMNS or name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+
+
+def images_of(row: dict) -> list[Any]:
+    """The images of a row, whatever its columns call them: bytes as `{"bytes", "path"}`, or paths.
+
+    Raises:
+        BadRow: for something else.
+    """
+    if row.get("images") is not None:
+        found = row["images"]
+    elif row.get("image") is not None:
+        found = row["image"]
+    elif row.get("filename") is not None:  # Karpathy's split files
+        found = "/".join(filter(None, [row.get("filepath"), row["filename"]]))
+    elif row.get("img_name") is not None:
+        found = row["img_name"]
+    else:
+        names = sorted(name for name in row if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS)
+        found = [row[name] for name in names if row[name] is not None]
+    found = found if isinstance(found, list) else [found]
+    return [_image(image) for image in found]
+
+
+def _image(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise BadRow(f"An image is at {shown(value)}. Images are not fetched while training: download them first.")
+    if not isinstance(value, (str, dict, Image.Image)):
+        raise BadRow(
+            f"An image is {shown(value)} ({type(value).__name__}), neither a path nor the bytes of a picture."
+        )
+    return value
+
+
+# Conversations: what is said, by whom, and where its images stand.
+
+Turn = tuple[str, list[dict]]  # who speaks, and the parts of what is said
+
+
+def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[dict]:
+    """The parts of what somebody says: a text, in which `<image>` stands for an image where it is the user's, or transformers' list of
+    parts. Images that a part holds itself are put behind `images`.
+
+    Raises:
+        BadRow: for something else.
+    """
+    if not isinstance(value, list):
+        said = text(value, column, may_be_empty=speaker != "assistant", may_hold_images=speaker == "user")
+        pieces = [piece.strip() for piece in said.split(IMAGE_TOKEN)]
+        parts = [part for piece in pieces for part in (_IMAGE, {"type": "text", "text": piece})][1:]
+        return [part for part in parts if part["type"] == "image" or part["text"]]
+    parts = []
+    for index, part in enumerate(value):
+        place = f"{column}[{index}]"
+        kind = entry(part, "type", place)
+        if kind == "text":
+            said = text(part.get("text"), f"{place}.text", may_be_empty=True)
+            parts += [{"type": "text", "text": said}] if said else []
+        elif kind in ("image", "image_url"):
+            if speaker != "user":
+                raise BadRow(f"`{place}` is an image of the {speaker}; only the user shows images.")
+            own = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+            images += [] if own is None else [_image(own["url"] if kind == "image_url" and "url" in own else own)]
+            parts.append(_IMAGE)
+        else:
+            raise BadRow(f"`{place}.type` is {shown(kind)}. Valid types: text, image.")
+    if speaker == "assistant" and not parts:
+        raise BadRow(f"`{column}` is empty. Fill it in, or remove the row.")
+    return parts
+
+
+_IMAGE = {"type": "image", "text": None}
+
+
+def turns_of(value: Any, column: str, role: str, content: str, images: list[Any]) -> list[Turn]:
+    """The turns of a list of mappings that say who speaks (`role`, one of `SPEAKERS`) and what (`content`)."""
+    turns = []
+    for index, turn in enumerate(items(value, column)):
+        place = f"{column}[{index}]"
+        speaker = entry(turn, role, place)
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise BadRow(f"`{place}.{role}` is {shown(speaker)}. Valid values: {', '.join(SPEAKERS)}.")
+        speaker = SPEAKERS[speaker]
+        turns.append((speaker, parts_of(turn.get(content), f"{place}.{content}", speaker, images)))
+    return turns
+
+
+def conversation(turns: list[Turn], images: list[Any], column: str, kind: str = "") -> Record:
+    """The record of a conversation: its last answer is the response, and all answers are trained.
+
+    Turns of one speaker in a row are one, joined by line breaks. A system message behind the first turn stands before the next
+    prompt. What the assistant says before it was asked anything is left out, and so is a prompt without an answer. Images without a
+    part of their own stand before the first prompt, as in TRL.
+
+    Raises:
+        BadRow: if the user's prompts get no answer, or there are not as many image parts as images.
+    """
+    messages: list[dict] = []
+    waiting: list[dict] = []  # of a system message behind the first turn
+    for speaker, parts in turns:
+        if speaker == "assistant" and not any(message["role"] == "user" for message in messages):
+            continue
+        if speaker == "system" and any(message["role"] != "system" for message in messages):
+            waiting = _joined(waiting, parts)
+            continue
+        if speaker == "user" and waiting:
+            parts, waiting = _joined(waiting, parts), []
+        if messages and messages[-1]["role"] == speaker:
+            messages[-1]["content"] = _joined(messages[-1]["content"], parts)
+        else:
+            messages.append({"role": speaker, "content": parts})
+    left_out = messages.pop() if messages and messages[-1]["role"] == "user" else {"content": []}
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(f"`{column}` holds no prompt of the user with a response of the assistant.")
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    unused = sum(part["type"] == "image" for part in left_out["content"])
+    if places + unused and places + unused != len(images):
+        raise BadRow(
+            f"`{column}` has {places + unused} image part(s) or {IMAGE_TOKEN}, and the row {len(images)} image(s). Give one image per "
+            "part, or no part at all: images then stand before the first prompt."
+        )
+    if not places + unused:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [*([_IMAGE] * len(images)), *first["content"]]
+    for message in messages:
+        message["content"] = message["content"] or [{"type": "text", "text": ""}]
+    response = "\n".join(part["text"] for part in messages.pop()["content"])
+    train_on = "all" if any(message["role"] == "assistant" for message in messages) else "last"
+    return Record(images[: len(images) - unused], [Conversation(messages, [response], train_on, kind)])
+
+
+def _joined(first: list[dict], second: list[dict]) -> list[dict]:
+    """The parts of two turns of one speaker; texts that meet are one, joined by a line break."""
+    if first and second and first[-1]["type"] == second[0]["type"] == "text":
+        return [*first[:-1], {"type": "text", "text": f"{first[-1]['text']}\n{second[0]['text']}"}, *second[1:]]
+    return [*first, *second]
+
+
+# One function per row schema.
+
+
+def messages(row: dict) -> Record:
+    """TRL's conversational form: `messages` of `{"role", "content"}`, with `images` or `image` if there are any."""
+    images = images_of(row)
+    return conversation(turns_of(row["messages"], "messages", "role", "content", images), images, "messages")
+
+
+def prompt_completion(row: dict) -> Record:
+    """TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages; or a `prompt` or `instruction` with a
+    `completion`, `response`, `answer` or `output`. Only the completion is trained."""
+    images = images_of(row)
+    asked = next(name for name in PROMPTS if row.get(name) is not None)
+    answered = next((name for name in COMPLETIONS if row.get(name) is not None), COMPLETIONS[0])
+    if row[asked] == "" and not images:
+        return Record([], [one_turn("", [text(row.get(answered), answered)])])
+    turns: list[Turn] = []
+    for name, speaker in ((asked, "user"), (answered, "assistant")):
+        if isinstance(row.get(name), list):
+            turns += turns_of(row[name], name, "role", "content", images)
+        else:
+            turns.append((speaker, parts_of(row.get(name), name, speaker, images)))
+    earlier, trained = (
+        sum(turn["role"] == "assistant" for turn in row[name]) if isinstance(row[name], list) else 0
+        for name in (asked, answered)
+    )
+    if earlier and trained > 1:
+        raise BadRow(
+            f"`{asked}` and `{answered}` both hold turns of the assistant, the latter several. Write the row as `messages`, which trains "
+            "all answers, or as one row per answer."
+        )
+    found = conversation(turns, images, f"{asked}` and `{answered}")
+    (said,) = found.conversations
+    return Record(found.images, [replace(said, train_on="all" if trained > 1 else "last")])
+
+
+PROMPTS = ("prompt", "instruction")
+COMPLETIONS = ("completion", "response", "answer", "output")
+
+
+def llava(row: dict, *, prompt: str | None = None) -> Record:
+    """LLaVA's and ShareGPT's form: `conversations` of `{"from": "human", "gpt" or "system", "value"}` (or `role` and `content`), `<image>`
+    anywhere in what the human says, a column `system` or none.
+
+    `prompt` replaces the human's words, which in LLaVA-Pretrain are one of eleven ways to ask for a caption.
+    """
+    images = images_of(row)
+    first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else {}
+    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
+    turns = turns_of(row["conversations"], "conversations", *keys, images)
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        turns.insert(0, ("system", parts_of(row["system"], "system", "system", images)))
+    if prompt is not None:
+        asked = {"type": "text", "text": prompt.strip()}
+        turns = [
+            (speaker, [*(part for part in parts if part["type"] == "image"), asked] if speaker == "user" else parts)
+            for speaker, parts in turns
+        ]
+    return conversation(turns, images, "conversations")
+
+
+RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
+
+
+def texts(
+    row: dict,
+    *,
+    min_relevance: int | None = None,
+    min_image_correspondence: int | None = None,
+    min_visual_dependency: int | None = None,
+    min_formatting: int | None = None,
+) -> Record | None:
+    """The Cauldron's and FineVision's form: `texts` of `{"user", "assistant"}`, one conversation.
+
+    Turns that FineVision rates lower than asked for (1 to 5) are left out; one without a rating stays. A row of which no turn stays is
+    left out.
+    """
+    wanted = dict(
+        zip(RATINGS, (min_relevance, min_image_correspondence, min_visual_dependency, min_formatting), strict=True)
+    )
+    images = images_of(row)
+    turns: list[Turn] = []
+    kinds = set()
+    for index, turn in enumerate(items(row["texts"], "texts")):
+        if any(_rated_lower(row, name, index, least) for name, least in wanted.items() if least is not None):
+            continue
+        asked, answered = (entry(turn, key, f"texts[{index}]") for key in ("user", "assistant"))
+        turns.append(("user", parts_of(asked, f"texts[{index}].user", "user", images)))
+        turns.append(("assistant", parts_of(answered, f"texts[{index}].assistant", "assistant", images)))
+        kinds.add(_kind(turn.get("source"), f"texts[{index}].source"))
+    if not turns:
+        return None
+    return conversation(turns, images, "texts", kinds.pop() if len(kinds) == 1 else "")
+
+
+def _rated_lower(row: dict, name: str, index: int, least: int) -> bool:
+    column = f"{name}_ratings"
+    if row.get(column) is None:
+        raise BadRow(f"min_{name}={least} needs the column `{column}`, which the row does not have.")
+    ratings = row[column]
+    return index < len(ratings) and ratings[index] is not None and ratings[index] < least
+
+
+def question(row: dict, *, instruction: str = "", language: str | None = None) -> Record | None:
+    """A `question` about the image with its `answer`, VQAv2's `multiple_choice_answer` (the one most of its ten people gave), or `answers`
+    of several people, of which the most frequent is trained, the first among equals.
+
+    Args:
+        instruction: put behind each question.
+        language: the only value of `q_lang` (SLAKE) that is read.
+    """
+    if language is not None and row.get("q_lang") != language:
+        return None
+    images = images_of(row)
+    if not images and (columns := [name for name in row if is_image_column(name)]):
+        raise BadRow(f"`{columns[0]}` is empty. Name the image the question is about, or remove the row.")
+    asked = text(row.get("question"), "question")
+    name = next((name for name in ANSWERS if row.get(name) is not None), "answer")
+    answer = _most_frequent(row[name]) if name == "answers" else text(row.get(name), name)
+    kind = next((row[name] for name in ("answer_type", "type") if isinstance(row.get(name), str)), "question")
+    return Record(images, [one_turn(f"{asked} {instruction}".strip(), [answer], len(images), kind)])
+
+
+ANSWERS = ("multiple_choice_answer", "answer", "answers")
+
+
+def _most_frequent(answers: Any) -> str:
+    given = [
+        text(answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer, f"answers[{index}]")
+        for index, answer in enumerate(items(answers, "answers"))
+    ]
+    return Counter(given).most_common(1)[0][0]
+
+
+def questions(row: dict, *, instruction: str = "") -> Record:
+    """All questions of an image in one row: `questions` of `{"question", "answer", "type"}`."""
+    images = images_of(row)
+    found = []
+    for index, asked in enumerate(items(row["questions"], "questions")):
+        place = f"questions[{index}]"
+        entry(asked, "question", place)
+        try:
+            found += question({**asked, "images": images}, instruction=instruction).conversations
+        except BadRow as error:
+            raise BadRow(f"{place}: {error}") from error
+    return Record(images, found)
+
+
+def captions(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record:
+    """An image with captions, all answers to one `prompt`: a list (of texts, or Karpathy's `{"raw": text}`), or one text."""
+    images = images_of(row)
+    if not images:
+        raise BadRow("A caption without an image: `image` is empty.")
+    return Record(images, [one_turn(prompt.strip(), _captions(row), len(images), "short_caption")])
+
+
+def _captions(row: dict) -> list[str]:
+    """The captions of the first column that holds some."""
+    present = [name for name in (*CAPTION_COLUMNS, "text") if row.get(name) is not None]
+    name = next((name for name in present if row[name]), next(iter(present), None))
+    if name is None:
+        raise BadRow(f"No caption: none of the columns {', '.join(CAPTION_COLUMNS)} is filled.")
+    if not isinstance(row[name], list):
+        return [text(row[name], name)]
+    return [
+        text(caption["raw"] if isinstance(caption, dict) and "raw" in caption else caption, f"{name}[{index}]")
+        for index, caption in enumerate(items(row[name], name))
+    ]
+
+
+def annotations(row: dict) -> Record:
+    """Exchanges about the images: `annotations` of `{"prompt", "response", "kind"}`."""
+    images = images_of(row)
+    found = []
+    for index, annotation in enumerate(items(row["annotations"], "annotations")):
+        place = f"annotations[{index}]"
+        asked = text(entry(annotation, "prompt", place), f"{place}.prompt", may_be_empty=True)
+        answered = text(annotation.get("response"), f"{place}.response")
+        found.append(one_turn(asked, [answered], len(images), _kind(annotation.get("kind"), f"{place}.kind")))
+    return Record(images, found)
+
+
+def _kind(value: Any, column: str) -> str:
+    return "" if value is None else text(value, column, may_be_empty=True)
+
+
+def record(row: dict) -> Record:
+    """A record as `Record.to_row` writes it: `images` and `conversations` of `{"messages", "responses", "train_on", "kind"}`."""
+    try:
+        found = Record.from_row({**row, "images": images_of(row)})
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadRow(f"`conversations` is no list of conversations: {error}") from error
+    for index, conversation in enumerate(found.conversations):
+        for number, response in enumerate(conversation.responses):
+            text(response, f"conversations[{index}].responses[{number}]")
+    return found
+
+
+def plain_text(row: dict) -> Record:
+    """No image: a `text` that is trained without a chat template."""
+    return Record([], [one_turn("", [text(row["text"], "text")])])
+
+
+def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Record:
+    """An `imagefolder`: captions from its metadata file (`text`, `caption`), else the name of each image's folder."""
+    if names is None:
+        return captions(row, prompt=prompt or CAPTION_PROMPT)
+    images = images_of(row)
+    named = names[row["label"]].replace("_", " ")
+    return Record(images, [one_turn(prompt or "What does the picture show?", [named], len(images), "label")])
+
+
+def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
+    """A sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
+    content = row["json"] if isinstance(row.get("json"), dict) else {}
+    caption = {} if row.get("txt") is None else {"text": row["txt"]}
+    return record_of({**content, **caption, "images": images_of(row)}, prompt=prompt)
+
+
+def text_only(row: dict) -> Record | None:
+    """Any schema of `FORMATS` without its images."""
+    return record_of({name: value for name, value in row.items() if not is_image_column(name)})
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row schema: its function, and what a row must have: at least one column of each tuple."""
+
+    read: Callable[..., Record | None]
+    needs: tuple[tuple[str, ...], ...]
+
+
+# Of those whose columns a row has, the first is taken.
+FORMATS: dict[str, Format] = {
+    "webdataset": Format(webdataset, (("__key__",),)),
+    "annotations": Format(annotations, (("annotations",),)),
+    "messages": Format(messages, (("messages",),)),
+    "questions": Format(questions, (("questions",),)),
+    "texts": Format(texts, (("texts",),)),
+    "record": Format(record, (("conversations",),)),
+    "llava": Format(llava, (("conversations",),)),
+    "question": Format(question, (("question",), ANSWERS)),
+    "prompt_completion": Format(prompt_completion, (PROMPTS, COMPLETIONS)),
+    "captions": Format(captions, (IMAGE_COLUMNS, (*CAPTION_COLUMNS, "text"))),
+    "plain_text": Format(plain_text, (("text",),)),
+}
+
+
+def record_of(row: dict, *, prompt: str | None = None) -> Record | None:
+    """The record of a row of any schema of `FORMATS`, told by its columns; `prompt` is what captions answer to.
+
+    Raises:
+        BadRow: for a row that matches no schema; the message shows its columns, and what the nearest schemas miss.
+    """
+    name = format_of(row)
+    options = {"prompt": prompt} if prompt is not None and name == "captions" else {}
+    return FORMATS[name].read(row, **options)
+
+
+def format_of(row: dict) -> str:
+    """The name of the schema that a row's columns ask for: all it needs is filled, or else most of it, the rest being there and empty, so
+    that the schema's function can say what is missing.
+
+    Raises:
+        BadRow: if there is none.
+    """
+    filled = {name for name, value in row.items() if value is not None and value != [] and value != ""}
+    found: dict[str, int] = {}
+    for name, form in FORMATS.items():
+        if name == "record" and not _is_record(row.get("conversations")):
+            continue
+        if all(needed & row.keys() for needed in map(set, form.needs)):
+            found[name] = sum(bool(needed & filled) for needed in map(set, form.needs))
+    complete = [name for name, count in found.items() if count == len(FORMATS[name].needs)]
+    partial = sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
+    if not complete and not partial:
+        raise BadRow(_no_format(row))
+    return [*complete, *partial][0]
+
+
+def _is_record(conversations: Any) -> bool:
+    first = conversations[0] if isinstance(conversations, list) and conversations else None
+    return isinstance(first, dict) and "responses" in first
+
+
+def _no_format(row: dict) -> str:
+    """What is said of a row that matches no schema: its columns, and what the nearest schemas miss."""
+    filled = sorted(name for name, value in row.items() if value is not None)
+    known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
+    hints = []
+    for name, form in FORMATS.items():
+        missing = [needed for needed in form.needs if not set(filled) & set(needed)]
+        if len(missing) < len(form.needs):
+            hints.append(f"`{name}` lacks {' and '.join(' or '.join(needed) for needed in missing)}")
+    for name in filled:
+        if name not in known and (match := get_close_matches(name, known, n=1, cutoff=0.75)):
+            hints.append(f"`{name}` may be meant as `{match[0]}`")
+    return (
+        f"The row matches no schema: it has {filled}; {'; '.join(hints) or 'none comes near'}. Schemas: {', '.join(FORMATS)} "
+        "(docs/data.md)."
+    )
+
+
+def options_of(read: Callable[..., Any]) -> list[str]:
+    """The options of a schema's function that a recipe may set."""
+    parameters = inspect.signature(read).parameters.items()
+    return [name for name, p in parameters if p.kind is p.KEYWORD_ONLY and name != "names"]

@@ -1,0 +1,171 @@
+"""What a model is asked: the conversations of a data set, whose responses are the references."""
+
+import random
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from alignvlm.data.catalogue import CATALOGUE
+from alignvlm.data.formats import options_of
+from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.record import ON_BAD_ROW, BadRow, Conversation
+from alignvlm.data.sources import Source, read_source
+
+
+TASKS = [name for name, kind in CATALOGUE.items() if kind.metric is not None]
+
+
+@dataclass
+class Asked:
+    """All that is asked about the images of one record: its conversations, and which record of the source has the images."""
+
+    id: str
+    index: int
+    conversations: list[Conversation]
+
+
+@dataclass
+class EvaluationSet:
+    """The records of a task, in their order; images are read when they are asked for."""
+
+    asked: list[Asked]
+    source: Source
+    notes: dict = field(default_factory=dict)
+
+    def images(self, asked: Iterable[Asked]) -> list[list[Image.Image]]:
+        """The images of each, in RGB, upright."""
+        return [[read_image(image) for image in self.source[one.index]["images"]] for one in asked]
+
+
+def load_task(
+    task: str,
+    split: str,
+    data: str | None = None,
+    revision: str | None = None,
+    image_dir: str | None = None,
+    prompt: str | None = None,
+    keep_duplicates: bool = False,
+    limit: int | None = None,
+    on_bad_row: str = "raise",
+) -> EvaluationSet:
+    """Loads what a task asks.
+
+    Args:
+        task: a data set of `CATALOGUE` with a metric.
+        split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`).
+        data: a Hub data set, or a local folder or file. Each data set has a default, but for `local` and drawn ones.
+        revision: of a Hub data set.
+        image_dir: where image paths in the data start; the data's own folder by default.
+        prompt: what captions are asked for with; None: as in training.
+        keep_duplicates: whether exact duplicates (image, question and answer) are asked again.
+        limit: the first so many records.
+        on_bad_row: what a row does whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it. All are tried here, so
+            that none is found when most answers are written; what is skipped stands in the notes.
+
+    Raises:
+        ValueError: for an unknown task, missing columns, or a split with no rows. A row that cannot be used is a `BadRow`, which names
+            its file, its number, and what is wrong.
+    """
+    if task not in TASKS:
+        unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
+        raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row={on_bad_row!r}. Valid values: {', '.join(ON_BAD_ROW)}.")
+    kind = CATALOGUE[task]
+    if (data or kind.data) is None:
+        raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
+    given = {"data": data, "split": split, "revision": revision, "keep_duplicates": keep_duplicates}
+    if image_dir is not None:
+        given["image_dir"] = image_dir
+    name = task if kind.generate is None else "local"
+    if prompt is not None and "prompt" in options_of(CATALOGUE[name].read):
+        given["prompt"] = prompt
+    try:
+        source = read_source(
+            {"name": name, **given}, max_bad_rows=None if on_bad_row == "raise" else 1.0, hash_all=True
+        )
+    except BadRow as error:
+        raise BadRow(f"{error} {REMEDY}") from error
+    source.metric_of = kind.metric_of
+    names = source.ids or map(str, range(len(source)))
+    asked = [
+        Asked(name, index, found)
+        for index, (name, found) in enumerate(zip(names, source.conversations(keep_duplicates), strict=True))
+    ]
+    notes: dict = {}
+    if source.groups is not None:
+        more, fewer = (sum(map(len, source.conversations(keep))) for keep in (True, False))
+        notes = {"exact_duplicates": more - fewer, "exact_duplicates_are": "kept" if keep_duplicates else "removed"}
+    readable, unreadable = _readable(asked, source, limit, on_bad_row)
+    bad = [*source.bad_rows, *unreadable]
+    if not readable:
+        raise BadRow(
+            f"None of the {len(source.rows)} rows of {source.identity['data']} can be used. The first: {bad[0]}"
+        )
+    conversations = [conversation for one in readable for conversation in one.conversations]
+    notes |= {
+        "images": len(readable),
+        "questions": len(conversations),
+        "references": sum(len(conversation.responses) for conversation in conversations),
+    }
+    if bad:
+        notes |= {"bad_rows": len(bad), "bad_row_list": bad[:1000]}
+    return EvaluationSet(readable, source, notes)
+
+
+REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."
+
+
+def _readable(asked: list[Asked], source: Source, limit: int | None, on_bad_row: str) -> tuple[list[Asked], list[str]]:
+    """The first records, at most `limit`, whose images can be decoded, and what is wrong with the others before them."""
+    readable: list[Asked] = []
+    unreadable: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(asked), 256):
+            chosen = asked[start : start + 256]
+            images = [source[one.index]["images"] for one in chosen]
+            for one, problem in zip(chosen, pool.map(_problem, images)):
+                if len(readable) == limit:
+                    return readable, unreadable
+                if problem is None:
+                    readable.append(one)
+                    continue
+                place = source.place(source.rows_of(one.index)[0])
+                if on_bad_row == "raise":
+                    raise BadRow(f"{place}: {problem} {REMEDY}")
+                unreadable.append(f"{place}: {problem}")
+    return readable, unreadable
+
+
+def _problem(images: list) -> str | None:
+    for image in images:
+        try:
+            read_image(image)
+        except BadImage as error:
+            folder = image.get("folder") if isinstance(image, dict) else None
+            if folder is not None and not (Path(folder) / image["path"]).exists():
+                return f"{error} Image paths start at {folder} (image_dir)."
+            return str(error)
+    return None
+
+
+def blank(images: list[list[Image.Image]]) -> list[list[Image.Image]]:
+    """Every image a grey square of its size: what a model answers without looking."""
+    return [[Image.new("RGB", image.size, (128, 128, 128)) for image in group] for group in images]
+
+
+def shuffled(asked: list[Asked], seed: int) -> list[Asked]:
+    """Every record with the images of another that has as many, none with its own (where there is more than one such record)."""
+    alike: dict[int, list[int]] = {}
+    for position, one in enumerate(asked):
+        alike.setdefault(max(c.image_count for c in one.conversations), []).append(position)
+    found = list(asked)
+    for positions in alike.values():
+        order = positions.copy()
+        random.Random(seed).shuffle(order)
+        for place, position in enumerate(order):
+            found[position] = replace(asked[position], index=asked[order[(place + 1) % len(order)]].index)
+    return found

@@ -1,0 +1,206 @@
+"""Row schemas one by one: what is said, by whom, where images stand; and what is said of a row that matches none."""
+
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
+
+from alignvlm.data.catalogue import CATALOGUE
+from alignvlm.data.formats import FORMATS, format_of, messages, prompt_completion, question, record_of
+from alignvlm.data.record import BadRow, Conversation, Record
+from tests import examples
+
+
+WORDS = st.text("abc ", min_size=1).map(str.strip).filter(bool)
+IMAGES = [f"{index}.png" for index in range(3)]
+
+
+def said(*words: str, first: str = "user") -> list[dict]:
+    """Messages of the user and the assistant in turn."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[index % 2], "content": text} for index, text in enumerate(words)]
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.lists(WORDS, min_size=2, max_size=8), st.one_of(st.none(), WORDS), st.integers(0, 3))
+def test_images_without_a_place_stand_where_trl_puts_them(turns, system, images):
+    turns = turns[: len(turns) // 2 * 2]
+    given = [*([{"role": "system", "content": system}] if system else []), *said(*turns)]
+    record = messages({"messages": given, "images": IMAGES[:images]})
+    expected = prepare_multimodal_messages(given, [Image.new("RGB", (2, 2))] * images)
+    expected = [
+        (message["role"], [part["type"] if part["type"] == "image" else part["text"] for part in message["content"]])
+        for message in expected
+    ]
+    (conversation,) = record.conversations
+    answered = [*conversation.messages, {"role": "assistant", "content": conversation.responses[0]}]
+    found = [
+        (m["role"], [p["type"] if p["type"] == "image" else p["text"] for p in Conversation.parts(m)])
+        for m in answered
+    ]
+    assert found == expected and record.images == IMAGES[:images]
+    assert conversation.train_on == ("last" if len(turns) == 2 else "all")
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.one_of(WORDS, st.just(None)), min_size=1, max_size=4), WORDS), min_size=1, max_size=4
+    )
+)
+def test_an_image_stays_where_it_is_shown(turns):
+    """`<image>` in a text, typed parts and parts that hold their image are one thing; None stands for an image."""
+    count = sum(part is None for asked, _ in turns for part in asked)
+    names = iter([f"{index}.png" for index in range(count)] * 2)
+    typed, placeholders, own = [], [], []
+    for asked, answered in turns:
+        answer = {"role": "assistant", "content": answered}
+        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in asked]
+        typed += [{"role": "user", "content": parts}, answer]
+        text = "\n".join("<image>" if part is None else part for part in asked)
+        placeholders += [{"from": "human", "value": text}, {"from": "gpt", "value": answered}]
+        own += [
+            {"role": "user", "content": [p if p["type"] == "text" else {**p, "path": next(names)} for p in parts]},
+            answer,
+        ]
+    images = [f"{index}.png" for index in range(count)]
+    found = [
+        record_of({"messages": typed, "images": images}),
+        record_of({"conversations": placeholders, "image": images}),
+        record_of({"messages": own}),
+    ]
+    for record in found:
+        assert record.images == images and record.conversations[0].image_count == count
+    assert shape(found[0]) == shape(found[2])
+    # Texts that follow each other are one line each where they are written as one text.
+    assert [images_and_words(record) for record in found] == [images_and_words(found[0])] * 3
+
+
+def shape(record: Record) -> list:
+    return [[(p["type"], p.get("text")) for p in Conversation.parts(m)] for m in record.conversations[0].messages]
+
+
+def images_and_words(record: Record) -> list:
+    return [
+        word
+        for kind, text in chain.from_iterable(shape(record))
+        for word in (["<image>"] if kind == "image" else text.split())
+    ]
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(st.lists(st.tuples(WORDS, st.integers(0, 2), WORDS), min_size=1, max_size=4), st.booleans())
+def test_exchanges_of_a_conversation_see_their_images_and_no_other_exchange(turns, with_system):
+    shown = sum(count for _, count, _ in turns)
+    given = [{"role": "system", "content": "Be kind."}] if with_system else []
+    for asked, count, answered in turns:
+        given += [{"role": "user", "content": [*[{"type": "image"}] * count, {"type": "text", "text": asked}]}]
+        given += [{"role": "assistant", "content": answered}]
+    record = messages({"messages": given, "images": [f"{index}.png" for index in range(shown)]})
+    apart = record.conversations[0].exchanges()
+    assert [(c.prompt, *c.responses) for c in apart] == [(asked, answered) for asked, _, answered in turns]
+    before = 0
+    for conversation, (_, count, _) in zip(apart, turns):
+        before += count
+        assert conversation.image_count == before and len(conversation.messages) == 1 + with_system
+    Record(record.images, apart)  # the k-th part is the k-th image
+
+
+@pytest.mark.parametrize(
+    "row, expected, train_on",
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, ["2 + 2?", "4"], "last"),
+        ({"prompt": said("2 + 2?"), "completion": said("4", first="assistant")}, ["2 + 2?", "4"], "last"),
+        ({"prompt": said("1?", "one", "2?"), "completion": said("two", first="assistant")}, ["1?", "one", "2?", "two"], "last"),
+        ({"prompt": said("1?"), "completion": said("one", "2?", "two", first="assistant")}, ["1?", "one", "2?", "two"], "all"),
+        ({"instruction": "2 + 2?", "output": "4"}, ["2 + 2?", "4"], "last"),
+        ({"prompt": "", "completion": "Once upon a time."}, ["Once upon a time."], "last"),
+    ],
+)  # fmt: skip
+def test_trls_prompt_and_completion_train_the_completion_alone(row, expected, train_on):
+    for images in ([], ["a.png"]):
+        if row.get("prompt") == "" and images:
+            continue
+        record = record_of({**row, "images": images})
+        (conversation,) = record.conversations
+        found = [
+            *(text for kind, text in chain.from_iterable(shape(record)) if kind == "text"),
+            *conversation.responses,
+        ]
+        assert (found, conversation.train_on) == (expected, train_on)
+        assert conversation.image_count == len(images)
+
+
+def test_a_completion_that_cannot_be_trained_apart_is_refused():
+    row = {"prompt": said("1?", "one", "2?"), "completion": said("two", "3?", "three", first="assistant")}
+    with pytest.raises(BadRow, match="Write the row as `messages`"):
+        prompt_completion(row)
+
+
+def test_a_sharegpt_row_has_its_system_message_apart():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    record = record_of({"conversations": turns, "system": "Be kind."})
+    assert [message["role"] for message in record.conversations[0].messages] == ["system", "user"]
+
+
+def test_the_answer_most_people_gave_is_trained():
+    def answer(*given) -> str:
+        row = {"image": "a.png", "question": "q?", "answers": list(given)}
+        return question(row).conversations[0].responses[0]
+
+    assert answer("no", "yes", "yes") == "yes"
+    assert answer("no", "yes") == "no"  # the first among equals
+    assert answer({"answer": "two", "answer_id": 1}, {"answer": "two", "answer_id": 2}, {"answer": "2"}) == "two"
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"image": "a.png", "words": "x"}, r"it has \['image', 'words'\]; `captions` lacks captions or .* or text"),
+        ({"image": "a.png", "question": "q?", "anwser": "a"}, "`question` lacks multiple_choice_answer or answer or answers; .*`anwser` may be meant as `answer`"),
+        ({"prompt": "p"}, "`prompt_completion` lacks completion or response or answer or output"),
+        ({"mesages": []}, "`mesages` may be meant as `messages`"),
+        ({"blob": 1}, "none comes near. Schemas: webdataset, annotations, messages"),
+        ({}, r"it has \[\]"),
+    ],
+)  # fmt: skip
+def test_a_row_that_matches_no_schema_is_told_what_the_nearest_miss(row, message):
+    with pytest.raises(BadRow, match=message):
+        record_of(row)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([{"type": "video"}], r"`messages\[0\].content\[0\].type` is 'video'. Valid types: text, image"),
+        ([{"type": "text", "text": 3}], r"`messages\[0\].content\[0\].text` is 3"),
+        ([{"type": "image", "url": "https://a.b/c.png"}], "download them first"),
+        ([{"type": "image"}, {"type": "image"}], r"2 image part\(s\) or <image>, and the row 0 image"),
+        (None, r"`messages\[0\].content` is None"),
+    ],
+)
+def test_parts_nobody_can_read_are_named(content, message):
+    with pytest.raises(BadRow, match=message):
+        record_of({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]})
+
+
+def test_only_the_user_shows_images():
+    answer = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "here"}]}
+    with pytest.raises(BadRow, match="is an image of the assistant; only the user shows images"):
+        record_of({"messages": [*said("Draw."), answer], "images": ["a.png"]})
+
+
+def test_records_written_as_rows_are_read_as_they_were():
+    record = record_of({"messages": said("1?", "one", "2?", "two"), "images": ["a.png", "b.png"]})
+    row = record.to_row()
+    assert format_of(row) == "record" and record_of(row).to_row() == row
+
+
+def test_every_schema_of_the_catalogue_has_a_name():
+    named = {form.read for form in FORMATS.values()}
+    for kind in CATALOGUE.values():
+        read = getattr(kind.read, "func", kind.read)
+        assert read is None or read in named or read.__name__ in ("record_of", "text_only", "label")
