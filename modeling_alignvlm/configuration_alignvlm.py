@@ -4,9 +4,10 @@ from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .masking_alignvlm import MASK_TYPES  # needs torch alone, which transformers has imported by now
+
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
-MASK_TYPES = ("causal", "image", "prefix", "mutual")
 PROJECTOR_TYPES = ("linear", "mlp")
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
@@ -36,8 +37,8 @@ class AlignVLMConfig(PreTrainedConfig):
         vision_feature_layer (`int`):
             -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings).
         attention_mask_type (`str`):
-            Which later tokens a token may see too: `"causal"` (none), `"image"` (those of the same image), `"prefix"`
-            (all before the first response) or `"mutual"` (`"image"`, and image tokens see the prompt).
+            Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
+            `"image"` (those of the same image).
         image_token_id (`int`): the id of the placeholder that image features replace.
         image_size (`list[int]`, *optional*): height and width in pixels of what the image processor makes.
         image_grid (`list[int]`, *optional*): rows and columns of the features that the encoder makes of it.
@@ -99,7 +100,7 @@ class AlignVLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
-        self._check_value("attention_mask_type", MASK_TYPES)
+        self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
@@ -120,7 +121,7 @@ class AlignVLMConfig(PreTrainedConfig):
         if kept is not None and self.attention_mask_type not in kept:
             raise ValueError(
                 f"The language model {self.text_config.model_type!r} cannot keep attention_mask_type="
-                f"{self.attention_mask_type!r}: that was seen when it was assembled. It keeps: {', '.join(kept)}."
+                f"{self.attention_mask_type!r}, or was assembled before that mask type existed. It was seen to keep: {', '.join(kept)}."
             )
 
     @classmethod

@@ -1,6 +1,6 @@
 """Who may attend to whom: the one definition behind training, prefill, decoding, the processor's dense mask and every kernel.
 
-`attention_rule` turns a `TokenLayout` and a mask type into an index-based boolean function `rule(batch, head, query, key)`.
+`MASK_TYPES` is the table of mask types; a row added to it is all that a new one needs. `attention_rule` turns a `TokenLayout` and a mask type into an index-based boolean function `rule(batch, head, query, key)`.
 Evaluated by broadcasting it is a dense mask (`dense_mask`), converted once it is an additive mask for eager attention, and
 traced it is a block mask for flex attention (`attention_mask_for`). The same function proves that no answer can leak into
 its own prediction (`leaking_edges`).
@@ -11,9 +11,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-from .configuration_alignvlm import MASK_TYPES
 
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -109,33 +106,99 @@ class TokenLayout:
         )
 
 
+def same_image(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """True where tokens q and k of row b are tokens of the same image."""
+    return (layout.image_ids[b, q] == layout.image_ids[b, k]) & (layout.image_ids[b, q] >= 0)
+
+
+def both_before_response(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """True where tokens q and k of row b both come before the first response of their branch."""
+    return layout.prompt_mask[b, q] & layout.prompt_mask[b, k]
+
+
+def same_image_or_image_to_prompt(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """As `same_image`, and True where q is an image token and k comes before the first response."""
+    return same_image(layout, b, q, k) | ((layout.image_ids[b, q] >= 0) & layout.prompt_mask[b, k])
+
+
+@dataclass(frozen=True)
+class MaskType:
+    """A row of the table: which later tokens a token may see too.
+
+    Args:
+        explanation (`str`): the later tokens that a token sees, in a few words, for help texts.
+        looks_ahead (`Callable`):
+            `looks_ahead(layout, b, q, k)` on index tensors that broadcast: True where token q of row b sees a later token k of
+            its record and branch. None for never.
+        needs_prompt (`bool`): whether `looks_ahead` reads `prompt_mask`.
+        text_looks_ahead (`bool`): whether tokens look ahead in rows without images, too.
+        shares_trunk (`bool`):
+            whether no token of a trunk sees into a branch, so that branches with different prompts can share it. Where False, the
+            collator makes one row per branch, and every question is answered from a complete prompt.
+    """
+
+    explanation: str
+    looks_ahead: Callable[[TokenLayout, Tensor, Tensor, Tensor], Tensor] | None
+    needs_prompt: bool
+    text_looks_ahead: bool
+    shares_trunk: bool
+
+
+MASK_TYPES = {
+    "causal": MaskType(
+        "none",
+        looks_ahead=None,
+        needs_prompt=False,
+        text_looks_ahead=False,
+        shares_trunk=True,
+    ),
+    "image": MaskType(
+        "those of the same image",
+        looks_ahead=same_image,
+        needs_prompt=False,
+        text_looks_ahead=False,
+        shares_trunk=True,
+    ),
+    "prefix": MaskType(
+        "all before the first response",
+        looks_ahead=both_before_response,
+        needs_prompt=True,
+        text_looks_ahead=True,
+        shares_trunk=False,
+    ),
+    "mutual": MaskType(
+        "as `image`, and image tokens see the prompt",
+        looks_ahead=same_image_or_image_to_prompt,
+        needs_prompt=True,
+        text_looks_ahead=False,
+        shares_trunk=False,
+    ),
+}
+
+
+def get_mask_type(name: str) -> MaskType:
+    """The row of the table with this name. Raises a `ValueError` that lists the valid names."""
+    if name not in MASK_TYPES:
+        raise ValueError(f"Unknown mask type {name!r}. Valid values: {', '.join(MASK_TYPES)}.")
+    return MASK_TYPES[name]
+
+
+def describe_mask_types() -> str:
+    """The table in one line, for help texts: each name with its explanation."""
+    return "; ".join(f"`{name}`: {mask_type.explanation}" for name, mask_type in MASK_TYPES.items())
+
+
 def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
     """`rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
 
-    Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or
-    `forward(q, k)`; every token sees itself, so no row of a mask is empty. `forward` is the mask type:
-
-    - `causal`: never.
-    - `image`: q and k are tokens of the same image.
-    - `prefix`: q and k both come before the first response of their branch.
-    - `mutual`: as `image`, or q is an image token and k comes before the first response.
+    Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or the
+    mask type lets q look ahead to k. Every token sees itself, so no row of a mask is empty.
     """
-    if mask_type not in MASK_TYPES:
-        raise ValueError(f"Unknown mask type {mask_type!r}. Valid values: {', '.join(MASK_TYPES)}.")
-    image, record, branch, prompt = layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask
-
-    def same_image(b, q, k):
-        return (image[b, q] == image[b, k]) & (image[b, q] >= 0)
-
-    def forward(b, q, k):
-        if mask_type == "image":
-            return same_image(b, q, k)
-        if mask_type == "prefix":
-            return prompt[b, q] & prompt[b, k]
-        return same_image(b, q, k) | ((image[b, q] >= 0) & prompt[b, k])
+    looks_ahead = get_mask_type(mask_type).looks_ahead
+    record, branch = layout.record_ids, layout.branch_ids
 
     def rule(b, h, q, k):
-        in_order = k <= q if mask_type == "causal" else (k <= q) | forward(b, q, k)
+        in_order = k <= q if looks_ahead is None else (k <= q) | looks_ahead(layout, b, q, k)
         same_record = (record[b, q] == record[b, k]) & (record[b, k] >= 0)
         in_reach = (branch[b, k] == 0) | (branch[b, k] == branch[b, q])
         return (same_record & in_reach & in_order) | (q == k)
@@ -165,6 +228,9 @@ def attention_mask_for(
     Returns:
         `(batch, 1, length, kv_length)`: bool for `sdpa`, additive float for `eager`, a `BlockMask` for `flex_attention`.
     """
+    # Imported here, because it takes 1.5 s and the configuration, which needs no kernel, imports this file.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=inputs_embeds.shape[0],
         q_length=inputs_embeds.shape[1],
@@ -211,4 +277,16 @@ def check_no_leak(layout: TokenLayout, mask_type: str, response_mask: Tensor) ->
         )
 
 
-__all__ = ["TokenLayout", "attention_mask_for", "attention_rule", "check_no_leak", "dense_mask", "leaking_edges"]
+__all__ = [
+    "MASK_TYPES",
+    "MaskType",
+    "TokenLayout",
+    "attention_mask_for",
+    "attention_rule",
+    "check_no_leak",
+    "dense_mask",
+    "describe_mask_types",
+    "get_mask_type",
+    "leaking_edges",
+    "same_image",
+]

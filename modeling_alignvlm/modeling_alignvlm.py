@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .configuration_alignvlm import AlignVLMConfig
-from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule
+from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, get_mask_type
 
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
@@ -87,7 +87,8 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
         """FlashAttention kernels ignore mask functions: they would silently train the causal baseline."""
-        if config.attention_mask_type != "causal" and is_flash_attention_requested(attention_config):
+        looks_ahead = get_mask_type(config.attention_mask_type).looks_ahead is not None
+        if looks_ahead and is_flash_attention_requested(attention_config):
             raise ValueError(
                 f"attn_implementation={attention_config._attn_implementation!r} cannot apply the mask type "
                 f"{config.attention_mask_type!r}. Use 'sdpa', 'flex_attention' or 'eager', or attention_mask_type='causal'."
@@ -207,8 +208,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
-                their tokens. The mask types `prefix` and `mutual` need `prompt_mask`, except behind cached tokens, where
-                what is new comes after the first response.
+                their tokens. Some mask types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens:
+                new tokens come after the first response.
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return as `last_hidden_state` only these positions, as one row `(1, kept, hidden)`: a trainer whose head
                 works on hidden states need not project what has no label.
@@ -287,16 +288,16 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
     def _needs_layout(self, has_images: bool, begins_rows: bool, record_ids, branch_ids, prompt_mask) -> bool:
         """Whether anything in this call departs from the plain causal mask of the language model."""
-        mask_type = self.config.attention_mask_type
-        needs_prompt = mask_type == "prefix" or (mask_type == "mutual" and has_images)
-        if needs_prompt and prompt_mask is None and begins_rows:
+        mask_type = get_mask_type(self.config.attention_mask_type)
+        governs_row = has_images or mask_type.text_looks_ahead
+        if mask_type.needs_prompt and governs_row and prompt_mask is None and begins_rows:
             raise ValueError(
-                f"The mask type {mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
+                f"The mask type {self.config.attention_mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
                 "first response. (`generate` fills it in for a prompt; the collator of `training` for training rows.)"
             )
         if record_ids is not None or branch_ids is not None:
             return True
-        return mask_type != "causal" and (has_images or prompt_mask is not None)
+        return mask_type.looks_ahead is not None and (has_images or prompt_mask is not None)
 
     def _layout(self, inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs) -> TokenLayout:
         """The layout of this call's tokens, `(batch, length)`, from what is given and what the tokens tell."""
@@ -518,10 +519,12 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         if name == "input_ids" and model_kwargs.get("mm_token_type_ids") is None:
             model_kwargs["mm_token_type_ids"] = (inputs == self.config.image_token_id).long()
-        needs_prompt = (
-            self.config.attention_mask_type in ("prefix", "mutual") and model_kwargs.get("prompt_mask") is None
-        )
-        if needs_prompt and _begins_rows(model_kwargs.get(CACHE_NAME), inputs.shape[1]):
+        needs_prompt = get_mask_type(self.config.attention_mask_type).needs_prompt
+        if (
+            needs_prompt
+            and model_kwargs.get("prompt_mask") is None
+            and _begins_rows(model_kwargs.get(CACHE_NAME), inputs.shape[1])
+        ):
             model_kwargs["prompt_mask"] = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         return inputs, name, model_kwargs
 
@@ -532,10 +535,11 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
                 "`generate` gives `inputs_embeds` to the first step only, so without a cache later steps would not see the prompt. "
                 "Leave out use_cache=False, or pass `input_ids`."
             )
-        if generation_config.prefill_chunk_size is not None and self.config.attention_mask_type == "prefix":
+        mask_type = self.config.attention_mask_type
+        if generation_config.prefill_chunk_size is not None and get_mask_type(mask_type).text_looks_ahead:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt into pieces that cannot look ahead, and the "
-                "mask type 'prefix' lets every token of a prompt do so. Leave it out."
+                f"mask type {mask_type!r} lets text do so. Leave it out."
             )
         return generation_config, model_kwargs
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, pipeline
 
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from modeling_alignvlm import TokenLayout, dense_mask, to_rgb
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
 
 WITHOUT_CHECKS = """\
