@@ -114,7 +114,7 @@ class AlignVLMCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.row_length = row_length
-        self.shared_image = shared_image and get_mask_type(mask_type).shares_trunk
+        self.shared_image = get_mask_type(mask_type).shares_trunk and shared_image
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image

@@ -20,6 +20,7 @@ def layout_of(rows: list[list[tuple[int, int, int, bool]]]) -> TokenLayout:
 
 @dataclass
 class Token:
+    index: int
     image: int
     prompt: bool
 
@@ -42,7 +43,7 @@ def oracle(layout: TokenLayout, mask_type: str) -> torch.Tensor:
             values[b].tolist()
             for values in (layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask)
         )
-        tokens = list(map(Token, image, prompt))
+        tokens = list(map(Token, range(length), image, prompt))
         for q in range(length):
             for k in range(length):
                 forward = LOOKS_AHEAD[mask_type](tokens[q], tokens[k])
@@ -75,6 +76,26 @@ LAYOUTS = {
 def test_mask_equals_the_written_definition(name, mask_type):
     layout = layout_of(LAYOUTS[name])
     assert torch.equal(dense_mask(layout, mask_type), oracle(layout, mask_type))
+
+
+CONVERSATION = [TEXT, TEXT, I0, I0, TEXT, TEXT, I1, I1, TEXT, TEXT, ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_the_table_says_what_the_rules_do(mask_type):
+    """A row's three claims against its rule, on one conversation with text, an image, text, an image, text and an answer."""
+    row, layout = MASK_TYPES[mask_type], layout_of([CONVERSATION])
+    mask = dense_mask(layout, mask_type)[0, 0]
+    ahead = torch.ones_like(mask).triu(1)
+    without_prompt = layout_of([[(image, record, branch, F) for image, record, branch, _ in CONVERSATION]])
+    assert row.needs_prompt == (not torch.equal(dense_mask(without_prompt, mask_type)[0, 0], mask))
+    text = layout_of([[token for token in CONVERSATION if token[0] < 0]])
+    assert row.text_looks_ahead == dense_mask(text, mask_type)[0, 0].triu(1).any()
+    # A trunk ends before the last token of the prompt and never inside an image.
+    trunks = [end for end in range(1, 10) if end not in (3, 7)]
+    assert row.shares_trunk == (not any(mask[:end, end:].any() for end in trunks))
+    assert (row.looks_ahead is None) == (not (mask & ahead).any())
+    assert row.needs_prompt or not row.text_looks_ahead, "text that looks ahead everywhere sees responses"
 
 
 @st.composite
