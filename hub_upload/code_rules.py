@@ -1,6 +1,6 @@
-"""What Python files that `trust_remote_code` runs may do, read from their syntax trees; nothing here is executed.
+"""Rules for Python files that `trust_remote_code` runs, checked on their syntax trees; nothing is executed.
 
-A help for reading, not a sandbox: Python has more ways than rules.
+They help a reader and are no sandbox: Python has more ways than there are rules.
 """
 
 import ast
@@ -36,7 +36,7 @@ HARMLESS_CALLS = frozenset(
 
 @dataclass
 class Findings:
-    """What a file imports, and what of it the rules do not allow, each with its line."""
+    """The imports of a file, and everything in it that breaks a rule, with its line."""
 
     imports: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def read_code(path: Path, known_files: set[str]) -> Findings:
 
 
 class _Reader(ast.NodeVisitor):
-    """Collects imports and forbidden uses; names are followed to what was imported under them."""
+    """Collects imports and forbidden uses; follows names to their imports."""
 
     def __init__(self, known_files: set[str]):
         self.known_files = known_files
@@ -82,7 +82,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         module = node.module or ""
-        if node.level:  # transformers finds `from .name import x` by a regular expression, and nothing else
+        if node.level:  # transformers finds only `from .name import x`, by a regular expression
             self.imports.add("." * node.level + module)
             if node.level > 1 or not module or "." in module:
                 self.report(node, "transformers cannot follow this relative import")
@@ -191,7 +191,7 @@ def _only_holds_values(node: ast.ClassDef, names: Counter[str], stands_for: dict
 
 
 def _runs_at_import(body: list[ast.stmt], own: set[str], values: set[str]) -> Iterator[tuple[int, str]]:
-    """The lines and texts of what does more than define, in a module and in its classes.
+    """Yields line and text of everything that does more than define, in a module and its classes.
 
     Args:
         own: the names the file defines.

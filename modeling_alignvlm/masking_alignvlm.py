@@ -1,9 +1,9 @@
 """Who may attend to whom: the one definition behind training, prefill, decoding, the processor's dense mask and every kernel.
 
-`MASK_TYPES` is the table of mask types; a row added to it is all that a new one needs. `attention_rule` turns a `TokenLayout` and a mask type into an index-based boolean function `rule(batch, head, query, key)`.
-Evaluated by broadcasting it is a dense mask (`dense_mask`), converted once it is an additive mask for eager attention, and
-traced it is a block mask for flex attention (`attention_mask_for`). The same function proves that no answer can leak into
-its own prediction (`leaking_edges`).
+`MASK_TYPES` is the table of mask types: a new one is a row of it. `attention_rule` turns a `TokenLayout` and a mask type into
+an index-based boolean function `rule(batch, head, query, key)`. Evaluated by broadcasting it is a dense mask (`dense_mask`),
+converted once it is an additive mask for eager attention, and traced it is a block mask for flex attention
+(`attention_mask_for`). The same function proves that no answer can leak into its own prediction (`leaking_edges`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class TokenLayout:
-    """What each token of a batch of rows is; every field has shape `(batch, length)`.
+    """Describes each token of a batch of rows; every field has shape `(batch, length)`.
 
     Args:
         image_ids (`torch.LongTensor`): -1, or the index of the token's image within its row.
@@ -54,7 +54,7 @@ class TokenLayout:
         record_ids: Tensor | None = None,
         branch_ids: Tensor | None = None,
     ) -> "TokenLayout":
-        """The layout of rows whose image tokens are known; whatever else is not given is filled in plainly.
+        """Builds the layout of rows whose image tokens are known, with defaults for the rest.
 
         Args:
             is_image (`torch.BoolTensor` of shape `(batch, length)`): True at image tokens, for instance
@@ -75,13 +75,13 @@ class TokenLayout:
 
     @classmethod
     def from_input_ids(cls, input_ids: Tensor, image_token_id: int, image_seq_length: int, **known) -> "TokenLayout":
-        """The layout read off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
+        """Reads the layout off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
         return cls.from_image_mask(input_ids == image_token_id, image_seq_length, **known)
 
     def placed_in_cache(
         self, past_length: int | Tensor, total_length: int, attention_mask: Tensor | None
     ) -> "TokenLayout":
-        """This layout behind `past_length` cached tokens, in a cache of `total_length` positions.
+        """Places this layout behind `past_length` cached tokens, in a cache of `total_length` positions.
 
         Cached tokens count as text of record 0's trunk (the queries come after them, so no forward edge needs more), unless
         `attention_mask` of shape `(batch, <= total_length)` marks them as padding; unused positions are padding.
@@ -177,19 +177,19 @@ MASK_TYPES = {
 
 
 def get_mask_type(name: str) -> MaskType:
-    """The row of the table with this name. Raises a `ValueError` that lists the valid names."""
+    """Looks up a row of the table; raises a `ValueError` that lists the valid names for an unknown one."""
     if name not in MASK_TYPES:
         raise ValueError(f"Unknown mask type {name!r}. Valid values: {', '.join(MASK_TYPES)}.")
     return MASK_TYPES[name]
 
 
 def describe_mask_types() -> str:
-    """The table in one line, for help texts: each name with its explanation."""
+    """Lists each name with its explanation in one line, for help texts."""
     return "; ".join(f"`{name}`: {mask_type.explanation}" for name, mask_type in MASK_TYPES.items())
 
 
 def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
-    """`rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
+    """Returns `rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
 
     Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or the
     mask type lets q look ahead to k. Every token sees itself, so no row of a mask is empty.
@@ -207,7 +207,7 @@ def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
 
 
 def dense_mask(layout: TokenLayout, mask_type: str) -> Tensor:
-    """The rule as a bool tensor of shape `(batch, 1, length, length)`, True where attention is allowed."""
+    """Evaluates the rule as a bool tensor of shape `(batch, 1, length, length)`, True where attention is allowed."""
     batch, length = layout.image_ids.shape
     index = torch.arange(length, device=layout.image_ids.device)
     rows = torch.arange(batch, device=layout.image_ids.device)[:, None, None, None]
@@ -218,7 +218,7 @@ def dense_mask(layout: TokenLayout, mask_type: str) -> Tensor:
 def attention_mask_for(
     rule: Rule, config, inputs_embeds: Tensor, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0
 ):
-    """The rule in the form that the attention kernel of `config` reads.
+    """Converts the rule to the form that the attention kernel of `config` reads.
 
     Args:
         rule: indices are absolute: query i of `inputs_embeds` is token `q_offset + i`, key j is token `kv_offset + j`.
@@ -247,10 +247,10 @@ def attention_mask_for(
 
 
 def leaking_edges(layout: TokenLayout, mask_type: str, response_mask: Tensor) -> Tensor:
-    """Edges through which a response could reach the prediction of itself or of something before it.
+    """Finds the edges through which a response could reach its own prediction or an earlier one.
 
-    An edge q -> k with k > q is safe iff no response token lies in (q, k]: then whatever k carries was known before the
-    first of them was predicted.
+    An edge q -> k with k > q is safe iff no response token lies in (q, k]: then k carries nothing that was not known
+    when the first of them was predicted.
 
     Args:
         response_mask (`torch.BoolTensor` of shape `(batch, length)`): True at tokens with a label.
