@@ -16,8 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 from matplotlib import pyplot
 from matplotlib.colors import ListedColormap
 
-from modeling_alignvlm import TokenLayout, dense_mask
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm import MASK_TYPES, TokenLayout, dense_mask
 
 
 # A token's kind and its branch: start of the prompt, image, rest of the prompt, response.
@@ -51,7 +50,7 @@ def draw(axes, tokens: list[tuple[str, int]], mask_type: str, title: str) -> Non
 
 
 def main() -> None:
-    figure, grid = pyplot.subplots(1, 5, figsize=(16, 3.6), layout="constrained")
+    figure, grid = pyplot.subplots(1, len(MASK_TYPES) + 1, figsize=(16, 3.6), layout="constrained")
     for axes, mask_type in zip(grid, MASK_TYPES):
         draw(axes, ONE, mask_type, mask_type)
     draw(grid[-1], PACKED, "image", "image, two annotations packed")

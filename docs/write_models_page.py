@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from alignvlm.stages.backbones import join
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder
 from alignvlm.stages.language_trial import try_language_model
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
 
 PAGE = Path(__file__).parent / "models.md"
@@ -274,7 +274,7 @@ def _first_line(error: BaseException) -> str:
     return f"{name}{text.splitlines()[0][:200].rstrip(':')}"
 
 
-LANGUAGE_HEADER = f"| type | {' | '.join(f'`{name}`' for name in MASK_TYPES)} | packing | why not |\n|{'---|' * 7}"
+LANGUAGE_HEADER = f"| type | {' | '.join(f'`{name}`' for name in MASK_TYPES)} | packing | why not |\n|{'---|' * (len(MASK_TYPES) + 3)}"
 ENCODER_HEADER = f"| type | image tokens of {IMAGE_SIZE} x {IMAGE_SIZE} pixels | why not |\n|---|---|---|"
 
 

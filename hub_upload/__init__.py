@@ -1,1 +1,1 @@
-"""From a checkpoint folder to a repository on the Hub: package, check, push; and a look at what others' repositories would run."""
+"""Brings a checkpoint folder to the Hub: package, check, push; and shows which code of others' repositories would run."""

@@ -1,4 +1,4 @@
-"""The model card: `model_card.md` filled from the run record. What is not in the record cannot stand in the card."""
+"""Writes the model card: `model_card.md`, filled from the run record and nothing else."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ from hub_upload.shared_files import CARD_TEMPLATE, shared_folder
 
 
 MINIMUM_TRANSFORMERS = "5.23"
-PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, which does not know where it will lie
-# The number of each metric that the front matter names, and what it is called there.
+PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, whose repository is not known yet
+# Each metric's number in the front matter, and the name it has there.
 HEADLINES = {
     "cider": ("cider", "CIDEr"),
     "pathvqa_accuracy": ("accuracy", "Accuracy"),
@@ -22,7 +22,7 @@ TASK_TYPES = {"cider": "image-to-text", "pathvqa_accuracy": "visual-question-ans
 
 
 def template_path() -> Path:
-    """`model_card.md`, in the checkout or where the installed package has it."""
+    """The path of `model_card.md`, in the checkout or in the installed package."""
     return shared_folder() / CARD_TEMPLATE
 
 
@@ -32,11 +32,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def make_card(record: dict, config: dict, parameters: int, repository: str = PLACEHOLDER) -> str:
-    """The text of a model's README.md. Its license is that of `licence_of`; where it is not known, the card claims none.
+    """Writes the text of a model's README.md, under the license of `licence_of`; if that is not known, the card claims none.
 
     Args:
-        record: the run record, with what was measured under `results` (see `hub_upload.package.results_of`), the license somebody gave
-            under `licence`, and the releases it was loaded with under `loaded_with`.
+        record: the run record, with measurements under `results` (see `hub_upload.package.results_of`), a license given by hand under
+            `licence`, and the releases that loaded the checkpoint under `loaded_with`.
         config: the checkpoint's config.json.
         parameters: number of weights.
         repository: what the examples load.
@@ -97,7 +97,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
 
 
 def _releases(versions: dict[str, str]) -> str:
-    """The releases of what a checkpoint is loaded with, in words."""
+    """Names the releases of libraries in words."""
     names = {"transformers": "`transformers`", "torch": "`torch`", "python": "Python"}
     found = [f"{words} {versions[name]}" for name, words in names.items() if versions.get(name)]
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
@@ -126,7 +126,7 @@ def _stage(stage: dict) -> dict:
 
 
 def _data(record: dict) -> list[dict]:
-    """The data of all stages, each once."""
+    """Lists the data of all stages, each once."""
     found = {}
     for stage in record["stages"]:
         for entry in stage.get("data", []):

@@ -1,6 +1,6 @@
-"""Whose text a card is, and how its metadata are renewed without touching what somebody wrote.
+"""Tells whose text a card is, and renews its metadata without touching text that somebody wrote.
 
-The last line of a card we write is a comment with the hash of the text above it. A text that no longer has its hash was edited by hand.
+The last line of a card of ours is a comment with the hash of the text above it. A text with another hash was edited by hand.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _HINT = "A card edited by hand keeps its text when the model is pushed again."
 
 
 def split_card(text: str) -> tuple[dict, str]:
-    """The metadata and the body of a card.
+    """Splits a card into its metadata and its body.
 
     Raises:
         ValueError: if the metadata are not a YAML mapping.
@@ -42,7 +42,7 @@ def split_card(text: str) -> tuple[dict, str]:
 
 
 def body_of(text: str) -> str:
-    """What a card says, without metadata and mark."""
+    """The text of a card without metadata and mark."""
     return _MARK.sub("\n", split_card(text)[1]).strip()
 
 
@@ -59,17 +59,17 @@ def author_of(text: str) -> str:
 
 
 def join_card(data: dict, body: str, author: str) -> str:
-    """A card with metadata, text, and the mark that says whose text it is."""
+    """Joins metadata, text and the mark of its author to a card."""
     body = _MARK.sub("\n", body).strip()
     digest = "" if author == HAND else f", sha256 {hashlib.sha256(body.encode()).hexdigest()}"
     return f"---\n{yaml_dump(data, sort_keys=False).strip()}\n---\n\n{body}\n\n<!-- AlignVLM card: {author}{digest}. {_HINT} -->\n"
 
 
 def renewed_metadata(theirs: dict, ours: dict, license_given: bool = False) -> dict:
-    """The metadata of a card that is there, renewed by those of a new card.
+    """Renews the metadata of an existing card by those of a new one.
 
-    What only the card that is there names stays, except results (`model-index`), which hold for the old weights. Its language stays, and
-    its tags beside ours. Its license stays where it is the stricter one, unless `license_given`.
+    Fields that only the existing card has stay, except results (`model-index`), which hold for the old weights. Its language stays, and
+    its tags stay beside ours. Its license stays if it is the stricter one, unless `license_given`.
 
     Raises:
         ValueError: if neither license is the stricter one.

@@ -1,9 +1,9 @@
-"""Whether a packaged folder can be trusted and loaded by anyone: every rule a push insists on.
+"""Checks whether anyone can trust and load a packaged folder: every rule that a push insists on.
 
     python -m hub_upload.checks out/to_push
 
-The last and decisive one: a process that cannot import this package, with an empty cache of remote code and without a network, loads
-the folder by the Auto classes and answers about a picture.
+The last rule decides: a process that cannot import this package, with an empty cache of remote code and without a network, loads the
+folder by the Auto classes and answers about an image.
 """
 
 import argparse
@@ -63,8 +63,8 @@ model, info = AutoModelForImageTextToText.from_pretrained(
     folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
 )
 wrong = {name: sorted(map(str, found)) for name, found in info.items() if found and name.endswith("keys")}
-picture = Image.linear_gradient("L").convert("RGB")
-messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+image = Image.linear_gradient("L").convert("RGB")
+messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]}]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
@@ -77,7 +77,7 @@ print("RESULT " + json.dumps({"wrong": wrong, "new": new, "finite": finite, "rel
 
 
 def check(folder: str | Path, load: bool = True) -> list[str]:
-    """Everything wrong with a packaged folder, a sentence each; empty if it may be pushed.
+    """Lists everything wrong with a packaged folder, one sentence each; empty if it may be pushed.
 
     Args:
         load: also load it in a process of its own, which runs its code.
@@ -96,7 +96,7 @@ def _check_files(folder: Path) -> list[str]:
     for name in files_of(folder):
         path = folder / name
         if path.is_symlink():
-            problems.append(f"{name}: a link, which would be pushed as what it leads to")
+            problems.append(f"{name}: a link, whose target would be pushed")
         elif not is_allowed(name):
             problems.append(f"{name}: not on the list of what a repository holds")
         elif path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
@@ -171,7 +171,7 @@ def _check_code(folder: Path) -> list[str]:
 
 
 def _check_texts(folder: Path) -> list[str]:
-    """Secrets and paths of the machine it was made on."""
+    """Finds secrets, and paths of the machine that made the folder."""
     problems = []
     for name in files_of(folder):
         if name.endswith(".safetensors") or not is_allowed(name):
@@ -235,7 +235,7 @@ def try_loading(folder: Path) -> tuple[list[str], dict[str, str]]:
     if not result["finite"]:
         problems.append("some weights are not finite")
     if result["new"] < 1:
-        problems.append("says nothing about a picture")
+        problems.append("says nothing about an image")
     return problems, result["releases"]
 
 

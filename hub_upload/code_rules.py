@@ -1,10 +1,11 @@
-"""What Python files that `trust_remote_code` runs may do, read from their syntax trees; nothing here is executed.
+"""Rules for Python files that `trust_remote_code` runs, checked on their syntax trees; nothing is executed.
 
-A help for reading, not a sandbox: Python has more ways than rules.
+They help a reader and are no sandbox: Python has more ways than there are rules.
 """
 
 import ast
 import builtins
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ HARMLESS_CALLS = frozenset(
 
 @dataclass
 class Findings:
-    """What a file imports, and what of it the rules do not allow, each with its line."""
+    """The imports of a file, and everything in it that breaks a rule, with its line."""
 
     imports: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -54,13 +55,13 @@ def read_code(path: Path, known_files: set[str]) -> Findings:
     reader = _Reader(known_files)
     reader.visit(tree)
     own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for line, text in _runs_at_import(tree.body, own):
+    for line, text in _runs_at_import(tree.body, own, _value_classes(tree, reader.stands_for)):
         reader.problems.append(f"line {line}: {text[:60]!r} runs at import")
     return Findings(sorted(reader.imports), list(dict.fromkeys(reader.problems)))
 
 
 class _Reader(ast.NodeVisitor):
-    """Collects imports and forbidden uses; names are followed to what was imported under them."""
+    """Collects imports and forbidden uses; follows names to their imports."""
 
     def __init__(self, known_files: set[str]):
         self.known_files = known_files
@@ -81,7 +82,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         module = node.module or ""
-        if node.level:  # transformers finds `from .name import x` by a regular expression, and nothing else
+        if node.level:  # transformers finds only `from .name import x`, by a regular expression
             self.imports.add("." * node.level + module)
             if node.level > 1 or not module or "." in module:
                 self.report(node, "transformers cannot follow this relative import")
@@ -140,8 +141,62 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-def _runs_at_import(body: list[ast.stmt], own: set[str]) -> Iterator[tuple[int, str]]:
-    """The lines and texts of what does more than define, in a module and in its classes; `own` are names the file defines."""
+def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from _outside_functions(node)
+
+
+def _value_classes(tree: ast.Module, stands_for: dict[str, str]) -> set[str]:
+    """Dataclasses that only hold values: making one runs no code of the file, so that a table may consist of them.
+
+    They have fields, with constants as defaults, and methods, none of which is special or shares its name with a field. A file that
+    rebinds such a class, or assigns to an attribute of anything while it is imported, has none.
+    """
+    names: Counter[str] = Counter()
+    for node in _outside_functions(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names[node.name] += 1
+        elif isinstance(node, ast.alias):
+            names[node.asname or node.name] += 1
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names[node.id] += 1
+        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            return set()
+    return {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and names[node.name] == 1 and _only_holds_values(node, names, stands_for)
+    }
+
+
+def _only_holds_values(node: ast.ClassDef, names: Counter[str], stands_for: dict[str, str]) -> bool:
+    if node.bases or node.keywords or len(node.decorator_list) != 1:
+        return False
+    decorator = node.decorator_list[0]
+    decorator = decorator.func if isinstance(decorator, ast.Call) else decorator
+    if not isinstance(decorator, ast.Name) or names[decorator.id] != 1:
+        return False
+    fields, methods = set(), set()
+    for part in node.body:
+        constant = isinstance(getattr(part, "value", None), ast.Constant)
+        if isinstance(part, ast.AnnAssign) and (part.value is None or constant):
+            fields.add(ast.unparse(part.target))
+        elif isinstance(part, ast.FunctionDef) and not part.name.startswith("__"):
+            methods.add(part.name)
+        elif not (isinstance(part, ast.Expr) and constant):
+            return False
+    return stands_for.get(decorator.id) == "dataclasses.dataclass" and not fields & methods
+
+
+def _runs_at_import(body: list[ast.stmt], own: set[str], values: set[str]) -> Iterator[tuple[int, str]]:
+    """Yields line and text of everything that does more than define, in a module and its classes.
+
+    Args:
+        own: the names the file defines.
+        values: its classes that only hold values.
+    """
     for node in body:
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if not isinstance(node, DEFINITIONS) and not is_text:
@@ -154,12 +209,14 @@ def _runs_at_import(body: list[ast.stmt], own: set[str]) -> Iterator[tuple[int, 
             evaluated = [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults]
         elif isinstance(node, ast.ClassDef):
             evaluated = [*node.decorator_list, *node.bases, *(keyword.value for keyword in node.keywords)]
-            yield from _runs_at_import(node.body, own)
+            yield from _runs_at_import(node.body, own, values)
         for decorator in getattr(node, "decorator_list", []):
             if isinstance(decorator, ast.Name) and (decorator.id in own or _runs(decorator.id)):
                 yield decorator.lineno, f"@{ast.unparse(decorator)}"
         for call in (inner for value in evaluated if value is not None for inner in ast.walk(value)):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] not in HARMLESS_CALLS:
+            if not isinstance(call, ast.Call) or (isinstance(call.func, ast.Name) and call.func.id in values):
+                continue
+            if ast.unparse(call.func).split(".")[-1] not in HARMLESS_CALLS:
                 yield call.lineno, ast.unparse(call)
 
 

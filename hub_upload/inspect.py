@@ -1,9 +1,9 @@
-"""What `trust_remote_code=True` would run of a repository or folder, without running it.
+"""Shows what `trust_remote_code=True` would run of a repository or folder, without running it.
 
     alignvlm inspect user/name [--revision COMMIT]
 
-Lists each Python file with its hash, its imports, and what in it is more than model code needs; and everything else that loading
-could execute: pickles, code of other repositories, `custom_generate`. It works for anyone's repository of this kind.
+Lists each Python file with its hash, its imports and everything beyond what model code needs; and everything else that loading could
+execute: pickles, code of other repositories, `custom_generate`. It works for anyone's repository of this kind.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MAPPINGS = (
 
 @dataclass
 class CodeFile:
-    """A Python file, and what is to be known of it before it runs."""
+    """A Python file, and what to know about it before it runs."""
 
     name: str
     sha256: str
@@ -44,7 +44,7 @@ class CodeFile:
 
 @dataclass
 class Inspection:
-    """What a repository would run."""
+    """The code that a repository would run."""
 
     revision: str | None
     auto_map: dict[str, str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Inspection:
 
 
 def inspect(name: str, revision: str | None = None) -> Inspection:
-    """Reads the code and the mappings of a folder or Hub repository; of the latter nothing else is downloaded."""
+    """Reads the code and the mappings of a folder or Hub repository; downloads nothing else."""
     if Path(name).is_dir():
         names, commit = files_of(Path(name)), None
         paths = {file: Path(name) / file for file in names}
@@ -100,7 +100,7 @@ def inspect(name: str, revision: str | None = None) -> Inspection:
 
 
 def _targets(content: dict) -> Iterator[tuple[str, str]]:
-    """The classes that a configuration makes transformers load from Python files, by what asks for them."""
+    """Yields each class that a configuration makes transformers load from a Python file, behind the name that asks for it."""
     mapping = content.get("auto_map", {})
     named = (
         mapping.items() if isinstance(mapping, dict) else [("AutoTokenizer", mapping)]
@@ -117,7 +117,7 @@ def _targets(content: dict) -> Iterator[tuple[str, str]]:
 
 
 def describe(name: str, found: Inspection) -> str:
-    """The inspection as text."""
+    """Writes the inspection as text."""
     lines = [f"{name}" + (f" at {found.revision}" if found.revision else "")]
     if not found.files:
         lines.append("  no Python files: trust_remote_code would run nothing of it")

@@ -1,7 +1,7 @@
-"""Licences of weights: those of the backbones as their repositories state them, and the strictest of these for what is made of them.
+"""Licences of weights: the backbones', as their repositories state them, and the strictest of these for the model.
 
-A licence is a dictionary of the Hub's own card fields: `license`, and for `other` also `license_name` and `license_link`. What is not
-stated is None, and never guessed.
+A licence is a dictionary of the Hub's own card fields: `license`, and for `other` also `license_name` and `license_link`. A licence
+that is not stated is None, and never guessed.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ HALVES = {"vision": "vision encoder", "language": "language model"}
 
 
 def read_licence(name: str, revision: str | None = None) -> dict[str, str] | None:
-    """The licence that the README.md of a local folder or Hub repository states; None if it states none, or cannot be had.
+    """Reads the licence in the README.md of a local folder or Hub repository; None if it states none or cannot be read.
 
     Of several licences the strictest is taken. A link to a file of the repository becomes an address, and is left out for a local
     folder, whose files nobody else has.
@@ -76,13 +76,13 @@ def read_licence(name: str, revision: str | None = None) -> dict[str, str] | Non
 
 
 def strictest(licences: list[dict[str, str] | None]) -> dict[str, str] | None:
-    """The strictest of several licences; None if one of them is not known, or two cannot be compared."""
+    """Finds the strictest of several licences; None if one of them is not known, or two cannot be compared."""
     if not licences or None in licences:
         return None
     own_terms = [licence for licence in licences if licence["license"] not in ORDER]
     if not own_terms:
         return max(licences, key=lambda licence: ORDER.index(licence["license"]))
-    # Terms of one's own say more than open licences, but nobody can say whether more than other such terms.
+    # A licence with terms of its own is stricter than open ones; two such licences cannot be compared.
     comparable = (own_terms[0]["license"], *PERMISSIVE, *WEAK_COPYLEFT, *COPYLEFT)
     same = all(licence == own_terms[0] for licence in own_terms)
     return own_terms[0] if same and all(licence["license"] in comparable for licence in licences) else None
@@ -91,10 +91,10 @@ def strictest(licences: list[dict[str, str] | None]) -> dict[str, str] | None:
 def given_licence(
     license: str | None, license_name: str | None = None, license_link: str | None = None
 ) -> dict[str, str] | None:
-    """What `--license`, `--license_name` and `--license_link` say; None if they say nothing.
+    """What `--license`, `--license_name` and `--license_link` say; None if they are not given.
 
     Raises:
-        ValueError: if the Hub would want more.
+        ValueError: if the Hub needs more of them.
     """
     if not license:
         if license_name or license_link:

@@ -1,8 +1,8 @@
-"""Stages a checkpoint as a clean folder: what is on the allow-list, a card, a manifest of hashes, and nothing else.
+"""Stages a checkpoint as a clean folder: files on the allow-list, a card, a manifest of hashes, and nothing else.
 
     python -m hub_upload.package out/stage4 out/to_push
 
-Made twice from the same checkpoint, the folder is the same byte for byte.
+The same checkpoint gives the same folder, byte for byte.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_
 
 
 MANIFEST = "manifest.sha256"
-# Whole names, as regular expressions; everything else stays behind.
+# Complete names, as regular expressions; all other files are left out.
 ALLOWED = (
     r"README\.md",
     r"LICENSE",
@@ -58,12 +58,12 @@ def files_of(folder: Path) -> list[str]:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, as results name them by their hash."""
+    """The weight files of a checkpoint; results name their hash."""
     return sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
 
 
 def results_of(folder: Path) -> list[dict]:
-    """The results in a checkpoint's `results/` that were measured with the very weights it holds, without the predictions.
+    """Reads the results in a checkpoint's `results/` that were measured with its own weights, without the predictions.
 
     Controls (blank or shuffled images) and results on part of the data are left out.
     """
@@ -82,7 +82,7 @@ ABSOLUTE_PATH = r"(?<![\w.:/\\~-])(?:~?(?:/[^\s'\"/:,;()<>{}|]+){2,}|[A-Za-z]:(?
 
 
 def without_local_paths(value):
-    """A JSON value whose absolute paths are cut to their last name, also inside of sentences."""
+    """Cuts the absolute paths in a JSON value to their last name, inside sentences too."""
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -108,11 +108,11 @@ def package(
         max_shard_size: weights above it are split, as `save_pretrained` does.
         license, license_name, license_link: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0. Left out:
             the strictest of the backbones'.
-        repository: where it will lie, for the card's examples.
+        repository: the one that the card's examples load.
         overwrite_card: write the card anew where the folder's was edited by hand. Otherwise its text stays, and its metadata are renewed.
 
     Raises:
-        FileNotFoundError: if the folder is not a whole checkpoint.
+        FileNotFoundError: if the folder is not a complete checkpoint.
         ValueError: if `output` is not empty and was not made by this function, the licence is not known, or the folder's card has metadata
             that cannot be read.
     """
@@ -120,7 +120,7 @@ def package(
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or not weights_of(folder):
         raise FileNotFoundError(
-            f"{folder} is not a whole checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
+            f"{folder} is not a complete checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
     record = read_run_record(folder)
     record = without_local_paths({**record, "results": results_of(folder)})
@@ -148,13 +148,13 @@ def package(
 
 
 def note_releases(output: Path, releases: dict[str, str], repository: str = PLACEHOLDER) -> None:
-    """Puts the releases that a packaged folder was loaded with into its run record and card."""
+    """Writes the releases that loaded a packaged folder into its run record and card."""
     record = read_run_record(output)
     _write_texts(output, {**record, "loaded_with": releases}, repository, (output / "README.md").read_text())
 
 
 def _write_texts(output: Path, record: dict, repository: str, there: str | None, license_given: bool = False) -> None:
-    """Writes run record, card and manifest. Of the card that is there, a text edited by hand and metadata of its own stay."""
+    """Writes run record, card and manifest. An existing card keeps text edited by hand, and metadata of its own."""
     write_run_record(output, record)
     config = json.loads((output / "config.json").read_text())
     card = make_card(record, config, parameter_count(output), repository)
@@ -163,7 +163,7 @@ def _write_texts(output: Path, record: dict, repository: str, there: str | None,
 
 
 def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_given: bool = False) -> str:
-    """The new `card` of a folder, with the text of the one that is there if somebody edited it, and with metadata of its own.
+    """Renews the card of a folder; an existing one keeps text that somebody edited, and metadata of its own.
 
     Raises:
         ValueError: if its metadata cannot be read, or name a licence that is neither stricter nor less strict than ours.
@@ -180,7 +180,7 @@ def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_g
 
 
 def _write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
-    """Writes the hash of every other file of a packaged folder; of those not `changed` it is taken from the manifest that is there."""
+    """Writes the hash of every other file of a packaged folder; takes that of files not in `changed` from the existing manifest."""
     known = read_manifest((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
     known = {name: digest for name, digest in known.items() if name not in changed}
     names = [name for name in files_of(folder) if name != MANIFEST]
@@ -189,12 +189,12 @@ def _write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
 
 
 def read_manifest(text: str) -> dict[str, str]:
-    """The hash of each file that a manifest lists."""
+    """Reads the hash of each file in a manifest."""
     return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
 
 
 def parameter_count(folder: Path) -> int:
-    """Of the weights of a folder; tied ones count once."""
+    """Counts the weights in a folder; tied ones count once."""
     count = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
@@ -207,9 +207,9 @@ def parameter_count(folder: Path) -> int:
 
 
 def _merge_lora(lora: Path, output: Path) -> None:
-    """Adds the LoRA products that a stage left apart to the weights in `output`: W + alpha / rank * B A (arXiv 2106.09685).
+    """Adds LoRA products that a stage kept apart to the weights in `output`: W + alpha / rank * B A (arXiv 2106.09685).
 
-    Nobody who loads a repository would look for them.
+    Loading a repository would not look for them.
     """
     config = json.loads((lora / "adapter_config.json").read_text())
     apart = load_file(lora / "adapter_model.safetensors")
@@ -247,7 +247,7 @@ def _shard(folder: Path, max_shard_size: str) -> None:
 
 
 def add_card_options(parser: argparse.ArgumentParser) -> None:
-    """The options of packaging that concern the card."""
+    """Adds the options of packaging that concern the card."""
     parser.add_argument(
         "--license", help="Of the weights, by the Hub's name. Left out: the strictest of the backbones."
     )

@@ -2,9 +2,9 @@
 
     python hub_upload/push.py out/stage4 user/my-alignvlm [--public] [--tag v1] [--dry_run]
 
-The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either as before or
-complete; a second try sends no large file again. Only the files of the checkpoint that was there are replaced; what else the repository
-holds stays, an edited card too.
+The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either unchanged or
+complete, and a second try sends no large file again. A push replaces only the files of an earlier checkpoint; all others stay, and so
+does an edited card.
 """
 
 import sys
@@ -62,20 +62,20 @@ HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, 
 THE_HUBS = ".gitattributes"
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".tflite")
-# What transformers would use beside our files, so that what loads is not what was checked.
+# Files that transformers would load beside ours, unchecked.
 INTERFERING = ("adapter_config.json", "custom_generate/generate.py", "chat_template.json")
 TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0  # seconds
 
 
 class PushError(RuntimeError):
-    """A push that did not happen, with what to do about it."""
+    """A push failed; the message says what to do."""
 
 
 @dataclass
 class Pushed:
-    """What a push left on the Hub, or in a dry run would leave; `commit` is None then.
+    """The result of a push, or in a dry run what it would be; `commit` is None then.
 
-    `removed` and `kept` are the files that the repository held besides; `card` says whose text its README.md has, if somebody edited it.
+    `removed` and `kept` are the other files of the repository; `card` says whose text its README.md has, if somebody edited it.
     """
 
     repository: str
@@ -92,7 +92,7 @@ class Pushed:
         return f'AutoModelForImageTextToText.from_pretrained("{self.repository}", revision="{self.commit}", trust_remote_code=True)'
 
     def notes(self) -> list[str]:
-        """What a user should know of the files that were there, a sentence each."""
+        """Tells what becomes of existing files, one sentence each."""
         dry = self.commit is None
         notes = []
         if self.removed:
@@ -137,10 +137,10 @@ def push(
         dry_run: look at the repository, and stop before anything is sent.
         license, license_name, license_link: of the weights. Left out: the strictest of the backbones'.
         overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays.
-        delete_others: delete what the repository holds besides the checkpoint. Otherwise it stays.
+        delete_others: delete all files of the repository that are not the checkpoint's. Otherwise they stay.
 
     Raises:
-        PushError: if the folder must not be pushed, or the Hub did not take it; the message says what to do.
+        PushError: if the folder must not be pushed or the Hub refuses it; the message says what to do.
     """
     check_name(repository)
     if create_pr and tag:
@@ -252,7 +252,7 @@ def send(
 
 
 def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str | None:
-    """The commit of the branch, which is made if need be; None if there is none and it is not to be made."""
+    """Finds the commit of the branch. Creates a missing branch if `make`, else returns None for it."""
     try:
         return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
     except RevisionNotFoundError:
@@ -282,10 +282,10 @@ def _compare(
     overwrite_card: bool,
     delete_others: bool,
 ) -> _Change:
-    """What is to be done at a commit of the repository.
+    """Compares a commit of the repository with the staged folder.
 
     Raises:
-        PushError: if it holds another kind of model, or what would be loaded in place of ours.
+        PushError: if it holds another kind of model, or files that would be loaded in place of ours.
     """
     there = _tree(api, repository, commit)
 
@@ -315,7 +315,7 @@ def _compare(
             contents[CARD] = card.encode()
             contents[MANIFEST] = _with_hash(staged, contents[CARD])
     others = sorted(set(there) - set(contents) - {THE_HUBS})
-    # What an earlier push brought, or a checkpoint consists of: a stale index or shard would be loaded in place of the new weights.
+    # Files of an earlier push, or of a kind that checkpoints consist of: a stale index or shard would be loaded in place of the new weights.
     stale = [
         name for name in others if is_ours and (name in listed or (is_allowed(name) and not name.endswith(".py")))
     ]
@@ -355,7 +355,7 @@ def _check_kind(repository: str, config: str | None, there: dict[str, RepoFile])
 
 
 def _card_for(ours: str, on_the_hub: str, license_given: bool) -> tuple[str, bool]:
-    """The card to push where one is there already, and whether its text is the one that is there."""
+    """Makes the card to push over an existing one; also returns whether the existing text stays."""
     data, body = split_card(ours)
     data = renewed_metadata(split_card(on_the_hub)[0], data, license_given)
     author, on_the_hubs_author = author_of(ours), author_of(on_the_hub)
@@ -366,19 +366,19 @@ def _card_for(ours: str, on_the_hub: str, license_given: bool) -> tuple[str, boo
 
 
 def _with_hash(staged: Path, card: bytes) -> bytes:
-    """The manifest of a packaged folder, with the hash of another card."""
+    """Makes the manifest of a packaged folder, with the hash of another card."""
     listed = read_manifest((staged / MANIFEST).read_text()) | {CARD: hashlib.sha256(card).hexdigest()}
     return "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
 
 
 def _tree(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
-    """The files of a commit, by their paths."""
+    """Lists the files of a commit, by their paths."""
     tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _read(api: HfApi, repository: str, commit: str, name: str) -> str:
-    """A text file of a commit."""
+    """Reads a text file of a commit."""
     with tempfile.TemporaryDirectory() as temporary:
         path = _patiently(
             lambda: api.hf_hub_download(repository, name, revision=commit, local_dir=temporary), repository
@@ -387,7 +387,7 @@ def _read(api: HfApi, repository: str, commit: str, name: str) -> str:
 
 
 def _same(content: Path | bytes, entry: RepoFile) -> bool:
-    """Whether a content is what the Hub holds: by SHA-256 for large files, else by git's hash of the content."""
+    """Whether the Hub holds this content: by SHA-256 for large files, else by git's hash of the content."""
     if isinstance(content, Path):
         if not content.is_file() or entry.size != content.stat().st_size:
             return False
@@ -425,7 +425,7 @@ def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
 
 
 def _patiently(call, repository: str):
-    """The call's result; overload and lost connections are tried again, anything else is explained."""
+    """Returns the call's result; tries again after overload and lost connections, and explains other errors."""
     for attempt in range(TRIES):
         try:
             return call()
@@ -490,7 +490,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--create_pr", action="store_true", help="Propose the change instead of making it.")
     parser.add_argument("--dry_run", action="store_true", help="Package, check, look at the repository; send nothing.")
     parser.add_argument(
-        "--delete_others", action="store_true", help="Delete what the repository holds besides the checkpoint."
+        "--delete_others",
+        action="store_true",
+        help="Delete all files of the repository that are not the checkpoint's.",
     )
     add_card_options(parser)
     parser.add_argument("--max_shard_size", default="5GB")

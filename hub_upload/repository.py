@@ -1,4 +1,4 @@
-"""A model's name, which is a folder or a repository of the Hub: whether it is there, its files, its commit."""
+"""Finds a model by its name, a folder or a repository of the Hub: whether it exists, its files, its commit."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,10 @@ from transformers.utils.hub import extract_commit_hash
 
 
 def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
-    """Checks that a model is there before anything is loaded.
+    """Checks that a model exists before anything is loaded.
 
     Raises:
-        FileNotFoundError: if `name` is neither a folder nor a model of the Hub that can be read; the message says which of them it can
-            be.
+        FileNotFoundError: if `name` is neither a folder nor a readable model of the Hub; the message says which of them it can be.
     """
     if Path(name).is_dir():
         return
@@ -38,7 +37,7 @@ def file_of(model: str | os.PathLike, name: str, revision: str | None = None) ->
 
 
 def commit_of(model: str | os.PathLike, revision: str | None = None) -> str | None:
-    """The commit that a Hub repository's branch or tag stands for now; None for a folder."""
+    """The commit that a Hub repository's branch or tag points to now; None for a folder."""
     if Path(model).is_dir():
         return None
     return extract_commit_hash(cached_file(str(model), "config.json", revision=revision), None)

@@ -1,4 +1,4 @@
-"""The run record of a checkpoint, `alignvlm_run.json`: how its weights came about, and the versions and hashes that it names.
+"""The run record of a checkpoint, `alignvlm_run.json`: how its weights were trained, with versions and hashes.
 
 It is written last, so a folder with a run record is complete.
 """
@@ -28,7 +28,7 @@ VERSIONED_PACKAGES = (
 
 
 def read_run_record(model: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
-    """The run record of a checkpoint; one without stages if the folder or Hub repository has none."""
+    """Reads the run record of a checkpoint; returns one without stages if the folder or Hub repository has none."""
     path = file_of(model, RUN_RECORD, revision)
     return json.loads(Path(path).read_text()) if path else {"stages": []}
 

@@ -1,4 +1,4 @@
-"""Files of the project that are no modules: the template of the model card, stage scripts, recipes."""
+"""Finds files of the project that are not modules: the template of the model card, stage scripts, recipes."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ CARD_TEMPLATE = "model_card.md"
 
 
 def shared_folder() -> Path:
-    """The folder they lie in: the checkout, or where pip has put them, `share/alignvlm` beside site-packages or above it.
+    """Finds their folder: the checkout, or `share/alignvlm` beside or above site-packages, where pip puts it.
 
     Raises:
-        FileNotFoundError: if the installation has lost them.
+        FileNotFoundError: if the installation lacks them.
     """
     root = Path(__file__).resolve().parents[1]
     folders = [root, *(parent / "share/alignvlm" for parent in (root, *root.parents))]

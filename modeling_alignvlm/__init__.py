@@ -3,7 +3,17 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_alignvlm import AlignVLMConfig
-from .masking_alignvlm import TokenLayout, attention_rule, check_no_leak, dense_mask, leaking_edges
+from .masking_alignvlm import (
+    MASK_TYPES,
+    MaskType,
+    TokenLayout,
+    attention_rule,
+    check_no_leak,
+    dense_mask,
+    get_mask_type,
+    leaking_edges,
+    same_image,
+)
 from .modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, AlignVLMModel
 from .processing_alignvlm import AlignVLMProcessor, to_rgb
 
@@ -20,14 +30,18 @@ AlignVLMProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "CACHE_NAME",
+    "MASK_TYPES",
     "AlignVLMConfig",
     "AlignVLMForConditionalGeneration",
     "AlignVLMModel",
     "AlignVLMProcessor",
+    "MaskType",
     "TokenLayout",
     "attention_rule",
     "check_no_leak",
     "dense_mask",
+    "get_mask_type",
     "leaking_edges",
+    "same_image",
     "to_rgb",
 ]

@@ -4,9 +4,10 @@ from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .masking_alignvlm import MASK_TYPES  # needs torch alone, which transformers has imported by now
+
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
-MASK_TYPES = ("causal", "image", "prefix", "mutual")
 PROJECTOR_TYPES = ("linear", "mlp")
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
@@ -14,7 +15,7 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
     "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
 }
-# Keys that transformers itself writes into, or passes along with, a configuration.
+# Keys that transformers itself adds to a configuration.
 _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
     "output_attentions", "quantization_config", "torch_dtype", "use_cache",
@@ -25,7 +26,7 @@ class AlignVLMConfig(PreTrainedConfig):
     """
     Args:
         vision_config (`dict` or `PreTrainedConfig`):
-            Configuration of the vision encoder, of any registered model type that yields one feature per place of an
+            Configuration of the vision encoder, of any registered model type that yields one feature per position of an
             image, as a sequence (SigLIP, CLIP, DINOv2, ViT, ...) or as a map (ResNet, ConvNeXt, ...). Defaults to SigLIP.
         text_config (`dict` or `PreTrainedConfig`):
             Configuration of the language model, of any registered causal LM. Defaults to Qwen2.
@@ -36,16 +37,16 @@ class AlignVLMConfig(PreTrainedConfig):
         vision_feature_layer (`int`):
             -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings).
         attention_mask_type (`str`):
-            Which later tokens a token may see too: `"causal"` (none), `"image"` (those of the same image), `"prefix"`
-            (all before the first response) or `"mutual"` (`"image"`, and image tokens see the prompt).
+            Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
+            `"image"` (those of the same image).
         image_token_id (`int`): the id of the placeholder that image features replace.
-        image_size (`list[int]`, *optional*): height and width in pixels of what the image processor makes.
-        image_grid (`list[int]`, *optional*): rows and columns of the features that the encoder makes of it.
+        image_size (`list[int]`, *optional*): height and width in pixels of the image processor's output.
+        image_grid (`list[int]`, *optional*): rows and columns of the encoder's feature grid.
         vision_hidden_size (`int`, *optional*):
-            width of these features. The three are measured when a checkpoint is assembled; left out, they are the vision
-            config's `image_size`, `image_size // patch_size` and `hidden_size`, of a square input.
+            width of these features. Assembly measures these three; left out, they are the vision config's `image_size`,
+            `image_size // patch_size` and `hidden_size`, for a square input.
         supported_mask_types (`list[str]`, *optional*):
-            the mask types that the language model was seen to keep when the checkpoint was assembled; left out: all.
+            the mask types that assembly saw the language model keep; left out: all.
         packing (`bool`):
             whether rows may hold several annotations of an image or several records, and questions share a prefilled image.
             False for language models that do not honour `position_ids` or carry a state from token to token.
@@ -54,7 +55,7 @@ class AlignVLMConfig(PreTrainedConfig):
     Raises:
         ValueError: for an unknown key or value (the message lists the valid ones), for a checkpoint written by a later
             version, for feature grids that the pixel shuffle factor does not divide, and for an encoder whose config does
-            not tell the grid while `image_grid` is left out.
+            not state the grid if `image_grid` is left out.
     """
 
     model_type = "alignvlm"
@@ -99,7 +100,7 @@ class AlignVLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
-        self._check_value("attention_mask_type", MASK_TYPES)
+        self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
@@ -115,12 +116,12 @@ class AlignVLMConfig(PreTrainedConfig):
             )
 
     def check_mask_type(self) -> None:
-        """Raises a `ValueError` if the language model was seen not to keep `attention_mask_type`."""
+        """Raises a `ValueError` if `attention_mask_type` is not among `supported_mask_types`."""
         kept = self.supported_mask_types
         if kept is not None and self.attention_mask_type not in kept:
             raise ValueError(
                 f"The language model {self.text_config.model_type!r} cannot keep attention_mask_type="
-                f"{self.attention_mask_type!r}: that was seen when it was assembled. It keeps: {', '.join(kept)}."
+                f"{self.attention_mask_type!r}, or was assembled before that mask type existed. It was seen to keep: {', '.join(kept)}."
             )
 
     @classmethod
@@ -154,7 +155,7 @@ class AlignVLMConfig(PreTrainedConfig):
 
     @property
     def feature_grid(self) -> tuple[int, int]:
-        """Rows and columns of the encoder's features, one at each place of the image."""
+        """Rows and columns of the encoder's feature grid."""
         if self.image_grid is not None:
             height, width = self.image_grid
             return height, width
@@ -167,7 +168,7 @@ class AlignVLMConfig(PreTrainedConfig):
         return self.vision_hidden_size or self._stated("hidden_size", getattr(self.vision_config, "hidden_size", None))
 
     def _stated(self, key: str, value: int | list[int] | None) -> int:
-        """A value of the vision config, which must be there."""
+        """Returns a value of the vision config; raises a `ValueError` if it is missing."""
         if value is None:
             raise ValueError(
                 f"The configuration of the vision encoder {self.vision_config.model_type!r} has no {key!r}. Give image_size, "

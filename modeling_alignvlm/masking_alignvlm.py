@@ -1,9 +1,9 @@
 """Who may attend to whom: the one definition behind training, prefill, decoding, the processor's dense mask and every kernel.
 
-`attention_rule` turns a `TokenLayout` and a mask type into an index-based boolean function `rule(batch, head, query, key)`.
-Evaluated by broadcasting it is a dense mask (`dense_mask`), converted once it is an additive mask for eager attention, and
-traced it is a block mask for flex attention (`attention_mask_for`). The same function proves that no answer can leak into
-its own prediction (`leaking_edges`).
+`MASK_TYPES` is the table of mask types: a new one is a row of it. `attention_rule` turns a `TokenLayout` and a mask type into
+an index-based boolean function `rule(batch, head, query, key)`. Evaluated by broadcasting it is a dense mask (`dense_mask`),
+converted once it is an additive mask for eager attention, and traced it is a block mask for flex attention
+(`attention_mask_for`). The same function proves that no answer can leak into its own prediction (`leaking_edges`).
 """
 
 from collections.abc import Callable
@@ -11,9 +11,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-from .configuration_alignvlm import MASK_TYPES
 
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -21,7 +18,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class TokenLayout:
-    """What each token of a batch of rows is; every field has shape `(batch, length)`.
+    """Describes each token of a batch of rows; every field has shape `(batch, length)`.
 
     Args:
         image_ids (`torch.LongTensor`): -1, or the index of the token's image within its row.
@@ -57,7 +54,7 @@ class TokenLayout:
         record_ids: Tensor | None = None,
         branch_ids: Tensor | None = None,
     ) -> "TokenLayout":
-        """The layout of rows whose image tokens are known; whatever else is not given is filled in plainly.
+        """Builds the layout of rows whose image tokens are known, with defaults for the rest.
 
         Args:
             is_image (`torch.BoolTensor` of shape `(batch, length)`): True at image tokens, for instance
@@ -78,13 +75,13 @@ class TokenLayout:
 
     @classmethod
     def from_input_ids(cls, input_ids: Tensor, image_token_id: int, image_seq_length: int, **known) -> "TokenLayout":
-        """The layout read off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
+        """Reads the layout off `input_ids` of shape `(batch, length)`; `known` as in `from_image_mask`."""
         return cls.from_image_mask(input_ids == image_token_id, image_seq_length, **known)
 
     def placed_in_cache(
         self, past_length: int | Tensor, total_length: int, attention_mask: Tensor | None
     ) -> "TokenLayout":
-        """This layout behind `past_length` cached tokens, in a cache of `total_length` positions.
+        """Places this layout behind `past_length` cached tokens, in a cache of `total_length` positions.
 
         Cached tokens count as text of record 0's trunk (the queries come after them, so no forward edge needs more), unless
         `attention_mask` of shape `(batch, <= total_length)` marks them as padding; unused positions are padding.
@@ -109,33 +106,99 @@ class TokenLayout:
         )
 
 
-def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
-    """`rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
+def same_image(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """True where tokens q and k of row b are tokens of the same image."""
+    return (layout.image_ids[b, q] == layout.image_ids[b, k]) & (layout.image_ids[b, q] >= 0)
 
-    Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or
-    `forward(q, k)`; every token sees itself, so no row of a mask is empty. `forward` is the mask type:
 
-    - `causal`: never.
-    - `image`: q and k are tokens of the same image.
-    - `prefix`: q and k both come before the first response of their branch.
-    - `mutual`: as `image`, or q is an image token and k comes before the first response.
+def both_before_response(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """True where tokens q and k of row b both come before the first response of their branch."""
+    return layout.prompt_mask[b, q] & layout.prompt_mask[b, k]
+
+
+def same_image_or_image_to_prompt(layout: TokenLayout, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """As `same_image`, and True where q is an image token and k comes before the first response."""
+    return same_image(layout, b, q, k) | ((layout.image_ids[b, q] >= 0) & layout.prompt_mask[b, k])
+
+
+@dataclass(frozen=True)
+class MaskType:
+    """A row of the table: which later tokens a token may see too.
+
+    Args:
+        explanation (`str`): the later tokens that a token sees, in a few words, for help texts.
+        looks_ahead (`Callable`):
+            `looks_ahead(layout, b, q, k)` on index tensors that broadcast: True where token q of row b sees a later token k of
+            its record and branch. None for never.
+        needs_prompt (`bool`): whether `looks_ahead` reads `prompt_mask`.
+        text_looks_ahead (`bool`): whether tokens look ahead in rows without images, too.
+        shares_trunk (`bool`):
+            whether no token of a trunk sees into a branch, so that branches with different prompts can share it. Where False, the
+            collator makes one row per branch, and every question is answered from a complete prompt.
     """
-    if mask_type not in MASK_TYPES:
-        raise ValueError(f"Unknown mask type {mask_type!r}. Valid values: {', '.join(MASK_TYPES)}.")
-    image, record, branch, prompt = layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask
 
-    def same_image(b, q, k):
-        return (image[b, q] == image[b, k]) & (image[b, q] >= 0)
+    explanation: str
+    looks_ahead: Callable[[TokenLayout, Tensor, Tensor, Tensor], Tensor] | None
+    needs_prompt: bool
+    text_looks_ahead: bool
+    shares_trunk: bool
 
-    def forward(b, q, k):
-        if mask_type == "image":
-            return same_image(b, q, k)
-        if mask_type == "prefix":
-            return prompt[b, q] & prompt[b, k]
-        return same_image(b, q, k) | ((image[b, q] >= 0) & prompt[b, k])
+
+MASK_TYPES = {
+    "causal": MaskType(
+        "none",
+        looks_ahead=None,
+        needs_prompt=False,
+        text_looks_ahead=False,
+        shares_trunk=True,
+    ),
+    "image": MaskType(
+        "those of the same image",
+        looks_ahead=same_image,
+        needs_prompt=False,
+        text_looks_ahead=False,
+        shares_trunk=True,
+    ),
+    "prefix": MaskType(
+        "all before the first response",
+        looks_ahead=both_before_response,
+        needs_prompt=True,
+        text_looks_ahead=True,
+        shares_trunk=False,
+    ),
+    "mutual": MaskType(
+        "as `image`, and image tokens see the prompt",
+        looks_ahead=same_image_or_image_to_prompt,
+        needs_prompt=True,
+        text_looks_ahead=False,
+        shares_trunk=False,
+    ),
+}
+
+
+def get_mask_type(name: str) -> MaskType:
+    """Looks up a row of the table; raises a `ValueError` that lists the valid names for an unknown one."""
+    if name not in MASK_TYPES:
+        raise ValueError(f"Unknown mask type {name!r}. Valid values: {', '.join(MASK_TYPES)}.")
+    return MASK_TYPES[name]
+
+
+def describe_mask_types() -> str:
+    """Lists each name with its explanation in one line, for help texts."""
+    return "; ".join(f"`{name}`: {mask_type.explanation}" for name, mask_type in MASK_TYPES.items())
+
+
+def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
+    """Returns `rule(batch, head, query, key)` on index tensors: True where the query token may attend to the key token.
+
+    Query q may see key k iff k is real and in the same record, and k is in the trunk or in q's own branch, and `k <= q` or the
+    mask type lets q look ahead to k. Every token sees itself, so no row of a mask is empty.
+    """
+    looks_ahead = get_mask_type(mask_type).looks_ahead
+    record, branch = layout.record_ids, layout.branch_ids
 
     def rule(b, h, q, k):
-        in_order = k <= q if mask_type == "causal" else (k <= q) | forward(b, q, k)
+        in_order = k <= q if looks_ahead is None else (k <= q) | looks_ahead(layout, b, q, k)
         same_record = (record[b, q] == record[b, k]) & (record[b, k] >= 0)
         in_reach = (branch[b, k] == 0) | (branch[b, k] == branch[b, q])
         return (same_record & in_reach & in_order) | (q == k)
@@ -144,7 +207,7 @@ def attention_rule(layout: TokenLayout, mask_type: str) -> Rule:
 
 
 def dense_mask(layout: TokenLayout, mask_type: str) -> Tensor:
-    """The rule as a bool tensor of shape `(batch, 1, length, length)`, True where attention is allowed."""
+    """Evaluates the rule as a bool tensor of shape `(batch, 1, length, length)`, True where attention is allowed."""
     batch, length = layout.image_ids.shape
     index = torch.arange(length, device=layout.image_ids.device)
     rows = torch.arange(batch, device=layout.image_ids.device)[:, None, None, None]
@@ -155,7 +218,7 @@ def dense_mask(layout: TokenLayout, mask_type: str) -> Tensor:
 def attention_mask_for(
     rule: Rule, config, inputs_embeds: Tensor, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0
 ):
-    """The rule in the form that the attention kernel of `config` reads.
+    """Converts the rule to the form that the attention kernel of `config` reads.
 
     Args:
         rule: indices are absolute: query i of `inputs_embeds` is token `q_offset + i`, key j is token `kv_offset + j`.
@@ -165,6 +228,9 @@ def attention_mask_for(
     Returns:
         `(batch, 1, length, kv_length)`: bool for `sdpa`, additive float for `eager`, a `BlockMask` for `flex_attention`.
     """
+    # Imported here, because it takes 1.5 s and the configuration, which needs no kernel, imports this file.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
         batch_size=inputs_embeds.shape[0],
         q_length=inputs_embeds.shape[1],
@@ -181,10 +247,10 @@ def attention_mask_for(
 
 
 def leaking_edges(layout: TokenLayout, mask_type: str, response_mask: Tensor) -> Tensor:
-    """Edges through which a response could reach the prediction of itself or of something before it.
+    """Finds the edges through which a response could reach its own prediction or an earlier one.
 
-    An edge q -> k with k > q is safe iff no response token lies in (q, k]: then whatever k carries was known before the
-    first of them was predicted.
+    An edge q -> k with k > q is safe iff no response token lies in (q, k]: then k carries nothing that was not known
+    when the first of them was predicted.
 
     Args:
         response_mask (`torch.BoolTensor` of shape `(batch, length)`): True at tokens with a label.
@@ -211,4 +277,16 @@ def check_no_leak(layout: TokenLayout, mask_type: str, response_mask: Tensor) ->
         )
 
 
-__all__ = ["TokenLayout", "attention_mask_for", "attention_rule", "check_no_leak", "dense_mask", "leaking_edges"]
+__all__ = [
+    "MASK_TYPES",
+    "MaskType",
+    "TokenLayout",
+    "attention_mask_for",
+    "attention_rule",
+    "check_no_leak",
+    "dense_mask",
+    "describe_mask_types",
+    "get_mask_type",
+    "leaking_edges",
+    "same_image",
+]

@@ -1,4 +1,4 @@
-"""The AlignVLM model: image features, projected, take the place of image tokens in a causal language model.
+"""The AlignVLM model: projected image features replace the image tokens of a causal language model.
 
 `AlignVLMModel` holds vision encoder, projector and language model and builds the attention mask from the token layout;
 `AlignVLMForConditionalGeneration` adds the language modelling head, the loss and what generation needs.
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .configuration_alignvlm import AlignVLMConfig
-from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule
+from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, get_mask_type
 
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
@@ -40,7 +40,7 @@ class AlignVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class AlignVLMProjector(nn.Module):
-    """Maps features `(images, places, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
+    """Maps features `(images, positions, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
@@ -58,7 +58,7 @@ class AlignVLMProjector(nn.Module):
             )
 
     def pixel_shuffle(self, features: Tensor) -> Tensor:
-        """Stacks each square of `factor x factor` places into one token, row by row."""
+        """Stacks each square of `factor x factor` positions into one token, row by row."""
         images, _, hidden = features.shape
         rows, columns = (side // self.factor for side in self.grid)
         squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
@@ -86,8 +86,9 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
-        """FlashAttention kernels ignore mask functions: they would silently train the causal baseline."""
-        if config.attention_mask_type != "causal" and is_flash_attention_requested(attention_config):
+        """Refuses FlashAttention kernels, which ignore mask functions: they would silently train the causal baseline."""
+        looks_ahead = get_mask_type(config.attention_mask_type).looks_ahead is not None
+        if looks_ahead and is_flash_attention_requested(attention_config):
             raise ValueError(
                 f"attn_implementation={attention_config._attn_implementation!r} cannot apply the mask type "
                 f"{config.attention_mask_type!r}. Use 'sdpa', 'flex_attention' or 'eager', or attention_mask_type='causal'."
@@ -131,7 +132,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
 
         Returns:
-            `last_hidden_state`: features `(images, places, vision_hidden)`, class and register tokens dropped and feature
+            `last_hidden_state`: features `(images, positions, vision_hidden)`, class and register tokens dropped and feature
             maps flattened row by row;
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
         """
@@ -151,14 +152,14 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if features.ndim != 3 or extra_tokens < 0:
             raise ValueError(
                 f"The encoder {self.config.vision_config.model_type!r} made features of shape {tuple(features.shape)} of pixel "
-                f"values of shape {tuple(pixel_values.shape)}; expected (images, at least {height * width} places, hidden)."
+                f"values of shape {tuple(pixel_values.shape)}; expected (images, at least {height * width} positions, hidden)."
             )
         features = features[:, extra_tokens:]
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
 
     def _weightless_image(self) -> Tensor:
-        """Zero, from a blank image: in training it keeps the image side in the graph of a batch of text alone. Where only that
-        side trains there would be no graph at all, and processes whose batches have images would wait for this one."""
+        """Returns zero, computed from a blank image: it keeps the image side in the graph of a training batch without images. If
+        only that side trains, there would be no graph at all, and processes with images in their batches would wait for this one."""
         shape = (1, getattr(self.config.vision_config, "num_channels", 3), *self.config.input_size)
         device = next(self.projector.parameters()).device
         return 0.0 * self.get_image_features(torch.zeros(shape, device=device)).pooler_output.mean()
@@ -207,11 +208,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
-                their tokens. The mask types `prefix` and `mutual` need `prompt_mask`, except behind cached tokens, where
-                what is new comes after the first response.
+                their tokens. Some mask types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens:
+                new tokens come after the first response.
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
-                return as `last_hidden_state` only these positions, as one row `(1, kept, hidden)`: a trainer whose head
-                works on hidden states need not project what has no label.
+                return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
+                head itself need not project positions without labels.
             cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
         cache = past_key_values if cache is None else cache
@@ -277,29 +278,29 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         )
 
     def _refuse_packed_rows(self, record_ids: Tensor | None, branch_ids: Tensor | None) -> None:
-        """Where each row is one record without branches, `attention_mask` says all that these two do."""
+        """Refuses packed rows. In other rows `attention_mask` says all that these two inputs do."""
         for name, value in (("record_ids", record_ids), ("branch_ids", branch_ids)):
             if value is not None and value.max() > 0:
                 raise ValueError(
-                    f"`{name}` tells of packed rows, which the language model {self.config.text_config.model_type!r} cannot keep "
+                    f"`{name}` describes packed rows, which the language model {self.config.text_config.model_type!r} cannot keep "
                     "apart (config.packing is False). Give one record with one annotation per row."
                 )
 
     def _needs_layout(self, has_images: bool, begins_rows: bool, record_ids, branch_ids, prompt_mask) -> bool:
-        """Whether anything in this call departs from the plain causal mask of the language model."""
-        mask_type = self.config.attention_mask_type
-        needs_prompt = mask_type == "prefix" or (mask_type == "mutual" and has_images)
-        if needs_prompt and prompt_mask is None and begins_rows:
+        """Whether this call needs more than the causal mask of the language model."""
+        mask_type = get_mask_type(self.config.attention_mask_type)
+        governs_row = has_images or mask_type.text_looks_ahead
+        if mask_type.needs_prompt and governs_row and prompt_mask is None and begins_rows:
             raise ValueError(
-                f"The mask type {mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
-                "first response. (`generate` fills it in for a prompt; the collator of `training` for training rows.)"
+                f"The mask type {self.config.attention_mask_type!r} needs `prompt_mask`: a bool tensor of shape (batch, length), True before the "
+                "first response. (`generate` fills it in for a prompt; `AlignVLMCollator` for training rows.)"
             )
         if record_ids is not None or branch_ids is not None:
             return True
-        return mask_type != "causal" and (has_images or prompt_mask is not None)
+        return mask_type.looks_ahead is not None and (has_images or prompt_mask is not None)
 
     def _layout(self, inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs) -> TokenLayout:
-        """The layout of this call's tokens, `(batch, length)`, from what is given and what the tokens tell."""
+        """Builds the layout of this call's tokens, `(batch, length)`, from the given inputs and the image tokens."""
         shape = inputs_embeds.shape[:2]
         for name, value in {"image_ids": image_ids, "mm_token_type_ids": is_image, **layout_inputs}.items():
             if value is not None and value.shape != shape:
@@ -326,7 +327,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         return layout
 
     def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, cache: Cache | None):
-        """A dense mask given by the caller, in the form the attention kernel reads."""
+        """Converts a dense mask given by the caller to the form that the attention kernel reads."""
         batch, length = inputs_embeds.shape[:2]
         kv_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         if mask.shape != (batch, 1, length, kv_length) or mask.dtype != torch.bool:
@@ -338,7 +339,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         return attention_mask_for(lambda b, h, q, k: mask[b, 0, q, k], config, inputs_embeds, kv_length)
 
     def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, cache):
-        """The layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
+        """Makes the layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
         config = self.language_model.config
         if is_flash_attention_requested(config):
             raise ValueError(
@@ -379,15 +380,15 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
 
 def _begins_rows(cache: Cache | None, length: int) -> bool:
-    """Whether `length` new tokens are the first of their rows. A cache's length, which may have to come from the device, is read
-    only where several tokens come at once: a single one is the next step of a generation."""
+    """Whether `length` new tokens are the first of their rows. A single token behind a cache is the next step of a generation: the
+    cache's length, which may lie on the device, is not read for it."""
     if cache is None or not cache.is_initialized:
         return True
     return length > 1 and int(cache.get_seq_length()) == 0
 
 
 def _within_window(rule, layout: TokenLayout, position_ids: Tensor | None, past_length, window: int):
-    """The rule, restricted to keys less than `window` positions behind the query (positions of branches go on from the trunk)."""
+    """Restricts the rule to keys less than `window` positions behind the query (positions of branches go on from the trunk)."""
     positions = (layout.record_ids >= 0).long().cumsum(-1) - 1
     if position_ids is not None:
         own = past_length + torch.arange(position_ids.shape[-1], device=positions.device)
@@ -441,10 +442,10 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         """As `AlignVLMModel.forward`, and:
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch, length)`): the token at each place, or -100 where nothing is to be
+            labels (`torch.LongTensor` of shape `(batch, length)`): the token at each position, or -100 where nothing is to be
                 predicted; the shift by one happens inside. The loss is the mean over labels, or their sum divided by
                 `num_items_in_batch` if that is given.
-            logits_to_keep (`int` or `torch.Tensor`): compute logits only for the last so many (0: all) or for these places.
+            logits_to_keep (`int` or `torch.Tensor`): compute logits only for the last `logits_to_keep` positions (0: all), or for these.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -484,7 +485,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict:
-        """Gives the token types and layout inputs to the prefill (without a cache: to every step), for the tokens it is given.
+        """Passes token types and layout inputs to the prefill, or without a cache to every step.
 
         New tokens behind a kept cache take the last values of each row; images whose tokens are in the cache are left out.
         Candidates behind the prompt (prompt lookup, an assistant) are text.
@@ -518,10 +519,12 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         if name == "input_ids" and model_kwargs.get("mm_token_type_ids") is None:
             model_kwargs["mm_token_type_ids"] = (inputs == self.config.image_token_id).long()
-        needs_prompt = (
-            self.config.attention_mask_type in ("prefix", "mutual") and model_kwargs.get("prompt_mask") is None
-        )
-        if needs_prompt and _begins_rows(model_kwargs.get(CACHE_NAME), inputs.shape[1]):
+        needs_prompt = get_mask_type(self.config.attention_mask_type).needs_prompt
+        if (
+            needs_prompt
+            and model_kwargs.get("prompt_mask") is None
+            and _begins_rows(model_kwargs.get(CACHE_NAME), inputs.shape[1])
+        ):
             model_kwargs["prompt_mask"] = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         return inputs, name, model_kwargs
 
@@ -532,17 +535,18 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
                 "`generate` gives `inputs_embeds` to the first step only, so without a cache later steps would not see the prompt. "
                 "Leave out use_cache=False, or pass `input_ids`."
             )
-        if generation_config.prefill_chunk_size is not None and self.config.attention_mask_type == "prefix":
+        mask_type = self.config.attention_mask_type
+        if generation_config.prefill_chunk_size is not None and get_mask_type(mask_type).text_looks_ahead:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt into pieces that cannot look ahead, and the "
-                "mask type 'prefix' lets every token of a prompt do so. Leave it out."
+                f"mask type {mask_type!r} lets text do so. Leave it out."
             )
         return generation_config, model_kwargs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs
     ):
-        """Beams and several samples: images are repeated row by row, since rows may hold different numbers of them."""
+        """Repeats images row by row for beams and several samples, since rows may hold different numbers of them."""
         pixel_values = kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
             rows = pixel_values.split(self._images_per_row(kwargs["mm_token_type_ids"] == 1))
@@ -554,12 +558,12 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask=None, **kwargs):
-        """For compilable caches `generate` would build a causal mask ahead; `AlignVLMModel` builds its own from the 2D one."""
+        """Returns the 2D mask, from which `AlignVLMModel` builds its own. `generate` would build a causal one for compilable caches."""
         return attention_mask
 
 
 def _extended(name: str, value: Tensor, length: int) -> Tensor:
-    """A row input with the values of further tokens: text, no longer prompt, of the record and branch of the last token."""
+    """Extends a row input to `length` tokens: the new ones are text behind the prompt, in the record and branch of the last one."""
     missing = max(length - value.shape[1], 0)
     if name == "image_ids":
         tail = value.new_full((value.shape[0], missing), -1)

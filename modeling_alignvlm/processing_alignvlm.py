@@ -2,7 +2,7 @@
 
 Every image placeholder in a text becomes `image_seq_length` image tokens; every image, whatever its type, mode or orientation,
 becomes an 8-bit RGB image and then pixel values. Texts of unequal lengths are padded on the left, as generation needs it. On request
-the processor also returns the dense attention mask the model would build.
+the processor also returns the model's dense attention mask.
 """
 
 import os
@@ -21,7 +21,7 @@ PART_TYPES = ("text", "image", "image_url")
 
 
 def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
-    """An upright 8-bit RGB image of a PIL image or an array.
+    """Converts a PIL image or an array to an upright 8-bit RGB image.
 
     The EXIF rotation is applied, transparency is laid on white, and of an animation the current frame is taken. Values become 8-bit by
     dtype and range: booleans are black and white; integers are 0..255 or, if one is larger, 0..65535; floating numbers are 0..1 or,
@@ -49,14 +49,14 @@ def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         else:
             return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise what their format's parser happens to raise on damaged data
+    except Exception as error:  # on damaged data Pillow's decoders raise any exception of a format's parser
         name = getattr(image, "filename", "") or "an image in memory"
         raise ValueError(f"Cannot decode {name}: {error}. The file is damaged; replace it or leave it out.") from error
     return Image.fromarray(_to_8_bit(values)).convert("RGB")
 
 
 def _from_array(array, input_data_format: str | None) -> Image.Image:
-    """A PIL image of grey values, colours or either with transparency, by the number of channels."""
+    """Converts an array to a PIL image: grey, colours, or either with transparency, by the number of channels."""
     preferred = "channels_first" if isinstance(array, torch.Tensor) else "channels_last"
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
@@ -81,7 +81,7 @@ def _from_array(array, input_data_format: str | None) -> Image.Image:
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Values of an image as `uint8`; those less than half an 8-bit step outside their range are rounded to its end."""
+    """Converts values of an image to `uint8`; rounds those less than half an 8-bit step outside their range to its end."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -97,8 +97,8 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     else:
         raise ValueError(
             f"Cannot take values of dtype {values.dtype} from {low:g} to {high:g} for an image. Give floating numbers from 0 to 1 or "
-            "from 0 to 255, integers from 0 to 255 or to 65535, or booleans. What is normalised already goes to the model as "
-            "`pixel_values`; what interpolation carried over the ends must be clamped first."
+            "from 0 to 255, integers from 0 to 255 or to 65535, or booleans. Give normalised values to the model as "
+            "`pixel_values`, and clamp those that interpolation carried over the ends."
         )
     return (values.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
@@ -150,8 +150,8 @@ class AlignVLMProcessor(ProcessorMixin):
             text (`str` or `list[str]`): with one `image_token` per image; where it begins with the BOS token, none is added.
             dense_mask_type (`str`, *optional*):
                 return `attention_mask` as the dense bool mask `(batch, 1, length, length)` of this mask type, with the
-                whole text counted as prompt. Needs `return_tensors="pt"`, and padding in batches of unequal lengths.
-            **kwargs: for tokenizer and image processor, such as `padding`, `padding_side` (left, if not said otherwise),
+                complete text counted as prompt. Needs `return_tensors="pt"`, and padding in batches of unequal lengths.
+            **kwargs: for tokenizer and image processor, such as `padding`, `padding_side` (left by default),
                 `return_tensors`, `input_data_format`.
 
         Returns:
@@ -189,14 +189,14 @@ class AlignVLMProcessor(ProcessorMixin):
         return bool(bos) and isinstance(text, str) and text.startswith(bos)
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As in transformers, but nothing of a conversation vanishes silently.
+        """As in transformers, but refuses parts of a conversation that would vanish silently.
 
         Args:
             conversation: a list of messages `{"role", "content"}`, or a list of such lists. The content is a text, or a list of
                 `{"type": "text", "text"}` and `{"type": "image"}`, the latter with `image`, `path`, `url` or `base64` where the
                 conversation is tokenized too; OpenAI's `image_url` parts are images.
             chat_template (`str`, *optional*): a template in place of the processor's.
-            **kwargs: as in transformers; what is for `__call__`, such as `padding`, is in `processor_kwargs`.
+            **kwargs: as in transformers; options of `__call__`, such as `padding`, go into `processor_kwargs`.
 
         Raises:
             ValueError: for an empty conversation and a part that is neither text nor image; and for roles other than system, user and
@@ -240,8 +240,8 @@ class AlignVLMProcessor(ProcessorMixin):
             else:
                 self._check_counts([sum(counts)], [len(flat)])
         options = {**(kwargs.get("images_kwargs") or {}), **kwargs}
-        pictures = [self._open(image, options) for image in flat]
-        return pictures or None, texts, videos, audio
+        rgb_images = [self._open(image, options) for image in flat]
+        return rgb_images or None, texts, videos, audio
 
     def _check_counts(self, placeholders: list[int], images: list[int]) -> None:
         for index, (expected, given) in enumerate(zip(placeholders, images)):
@@ -259,11 +259,11 @@ class AlignVLMProcessor(ProcessorMixin):
                 )
 
     def _open(self, image, options: dict) -> Image.Image:
-        """An RGB image; URLs and base64 strings are read the way transformers reads them."""
+        """Opens an RGB image; reads URLs and base64 strings as transformers does."""
         if isinstance(image, (str, os.PathLike)):
             try:
                 image = Image.open(image) if os.path.isfile(image) else self.image_processor.fetch_images(str(image))
-            except Exception as error:  # also whatever the library that fetches URLs raises
+            except Exception as error:  # also any exception of the library that fetches URLs
                 reason = str(error).replace(str(image), "...")[:500]
                 raise ValueError(f"Cannot read the image {str(image)[:200]!r}: {reason}") from error
         if not isinstance(image, Image.Image):
@@ -286,7 +286,7 @@ class AlignVLMProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers, but how the tokenizer was found on this machine is not written down."""
+        """As in transformers, but does not write down how the tokenizer was found on this machine."""
         for key in ("is_local", "local_files_only"):
             self.tokenizer.init_kwargs.pop(key, None)
         return super().save_pretrained(save_directory, **kwargs)
@@ -297,7 +297,7 @@ class AlignVLMProcessor(ProcessorMixin):
 
 
 def _flatten(images) -> list:
-    """One flat list of images, from an image, a list, nested lists, or arrays of four dimensions."""
+    """Flattens an image, a list, nested lists or arrays of four dimensions into one list of images."""
     if images is None:
         return []
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
@@ -306,13 +306,13 @@ def _flatten(images) -> list:
 
 
 def _reads(template: str, *names: str) -> bool:
-    """Whether a template has these names one behind the other, whatever stands between: `message.tool_calls`, `message['name']`."""
+    """Whether these names follow each other in a template, behind any signs: `message.tool_calls`, `message['name']`."""
     words = "".join(character if character.isalnum() or character == "_" else " " for character in template).split()
     return f" {' '.join(names)} " in f" {' '.join(words)} "
 
 
 def _check_message(message: dict, index: int, template: str) -> None:
-    """Refuses what the template would drop or the model has never seen."""
+    """Refuses parts of a message that the template would drop or the model has never seen."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
         raise ValueError(f"Message {index} has the role {role!r}; the chat template knows {', '.join(ROLES)}.")

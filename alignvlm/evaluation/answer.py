@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from modeling_alignvlm import CACHE_NAME, TokenLayout, to_rgb
+from modeling_alignvlm import CACHE_NAME, MASK_TYPES, TokenLayout, to_rgb
 
 
 @torch.inference_mode()
@@ -80,7 +80,8 @@ def answer(
             if shown[entries[0]]:
                 flat = [to_rgb(image) for entry in entries for image in shown[entry]]
                 pixel_values = processor.image_processor(flat, return_tensors="pt")["pixel_values"].to(model.device)
-            shares_trunk = model.config.attention_mask_type in ("causal", "image") and pixel_values is not None
+            mask_type = MASK_TYPES.get(model.config.attention_mask_type)  # None: only the checkpoint's own code has it
+            shares_trunk = mask_type is not None and mask_type.shares_trunk and pixel_values is not None
             shares_trunk = shares_trunk and getattr(
                 model.config, "packing", True
             )  # code of format 1 has no such field

@@ -15,10 +15,9 @@ import torch
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import Conversation, Record
 from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
-from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak
+from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
 
 
-SHARED_TRUNK_MASK_TYPES = ("causal", "image")
 IGNORED = -100  # the label of tokens that are not predicted
 
 
@@ -115,7 +114,7 @@ class AlignVLMCollator:
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self.row_length = row_length
-        self.shared_image = shared_image and mask_type in SHARED_TRUNK_MASK_TYPES
+        self.shared_image = get_mask_type(mask_type).shares_trunk and shared_image
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image

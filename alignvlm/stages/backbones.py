@@ -32,6 +32,7 @@ from hub_upload.licences import read_licence
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +58,9 @@ class BackboneArguments:
     vision_feature_layer: int = field(
         default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
     )
-    attention_mask_type: str = field(default="image", metadata={"help": "`causal`, `image`, `prefix` or `mutual`."})
+    attention_mask_type: str = field(
+        default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
+    )
     image_size: int | None = field(
         default=None,
         metadata={

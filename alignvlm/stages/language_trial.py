@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, TokenLayout
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
-from modeling_alignvlm.masking_alignvlm import dense_mask
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES, dense_mask
 
 
 # In units of the logits' standard deviation. Float32 sums in another order differ by 1e-6 to 1e-5 (up to 1e-4 through dozens of
@@ -236,7 +235,7 @@ def _try_packing(model: AlignVLMForConditionalGeneration) -> None:
     positions = torch.arange(TRIAL_LENGTH, device=device)
     separate = _logits(model, rows, layout, position_ids=positions.expand(2, -1))
 
-    shared = model.config.attention_mask_type in ("causal", "image")  # elsewhere the trunk looks into the prompt
+    shared = MASK_TYPES[model.config.attention_mask_type].shares_trunk
     start = trunk if shared else 0
     places = [(0, place) for place in range(TRIAL_LENGTH)] + [(1, place) for place in range(start, TRIAL_LENGTH)]
     row_of, place_of = (torch.tensor(values, device=device) for values in zip(*places))

@@ -53,7 +53,7 @@ from hub_upload.push import check_name, push
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
 
 
 logger = logging.get_logger(__name__)
@@ -156,7 +156,7 @@ class StageArguments(TrainerArguments):
         default="none", metadata={"help": f"Weights of response tokens: one of {', '.join(TOKEN_WEIGHTINGS)}."}
     )
     attention_mask_type: str = field(
-        default="image", metadata={"help": f"Who may look ahead: one of {', '.join(MASK_TYPES)}."}
+        default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
     row_length: int | None = field(

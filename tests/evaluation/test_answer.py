@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from alignvlm.evaluation.answer import answer
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
 
 COLOURS = ((200, 30, 60), (20, 90, 220), (240, 240, 10))

@@ -248,6 +248,38 @@ def test_forbidden_code(tmp_path, code, problem):
     assert any(problem in found for found in problems), problems
 
 
+TABLE = "from dataclasses import dataclass, field\n@dataclass(frozen=True)\nclass Row:\n    x: object = 1\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        TABLE + "    def __post_init__(self):\n        print(1)\nROWS = {'a': Row(2)}",
+        TABLE + "    @property\n    def x(self):\n        return 1\nROWS = {'a': Row(2)}",
+        TABLE.replace("= 1", "= field(default_factory=print)") + "ROWS = {'a': Row()}",
+        TABLE.replace("class Row", "class Row(Exception)") + "ROWS = {'a': Row(2)}",
+        TABLE.replace("@", "dataclass = str\n@") + "ROWS = {'a': Row(2)}",
+        TABLE.replace("from dataclasses", "from .modeling_x") + "ROWS = {'a': Row(2)}",
+        TABLE + "def f(*_):\n    pass\nRow.__init__ = f\nROWS = {'a': Row(2)}",
+        TABLE + "def f(*_):\n    pass\nAlias = Row\nAlias.__init__ = f\nROWS = {'a': Row(2)}",
+        TABLE + "def f(*_):\n    pass\nRow = f\nROWS = {'a': Row(2)}",
+        TABLE + "ROWS = {'a': Row(print(1))}",
+    ],
+)
+def test_a_table_of_more_than_values_runs_at_import(tmp_path, code):
+    (tmp_path / "modeling_x.py").write_text(code)
+    problems = read_code(tmp_path / "modeling_x.py", {"modeling_x.py"}).problems
+    assert any("runs at import" in found for found in problems), problems
+
+
+def test_a_table_of_values_is_left_alone(tmp_path):
+    (tmp_path / "a.py").write_text(
+        TABLE
+        + '    """Text."""\n    def double(self):\n        return 2 * self.x\nROWS = {"a": Row(2), "b": Row(x=max)}\n'
+    )
+    assert read_code(tmp_path / "a.py", {"a.py"}).problems == []
+
+
 def test_ordinary_code_is_left_alone(tmp_path):
     (tmp_path / "a.py").write_text(
         '"""Text."""\nfrom __future__ import annotations\nimport os\nfrom dataclasses import dataclass, field\nimport torch\n'

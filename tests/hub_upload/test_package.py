@@ -208,7 +208,7 @@ def test_local_paths_lose_their_folders(text, expected):
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"not a whole checkpoint: LICENSE, alignvlm_run\.json missing"):
+    with pytest.raises(FileNotFoundError, match=r"not a complete checkpoint: LICENSE, alignvlm_run\.json missing"):
         package(trained / "checkpoint-2", tmp_path / "out")
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -224,7 +224,7 @@ def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
         with pytest.raises(ValueError, match=r"was not made by packaging.* would be lost. Name a new folder"):
             package(trained, output)
         assert (output / "model.safetensors").is_file()
-    with pytest.raises(SystemExit, match=r"error: .*not a whole checkpoint"):
+    with pytest.raises(SystemExit, match=r"error: .*not a complete checkpoint"):
         main([str(tmp_path), str(tmp_path / "out")])
 
 

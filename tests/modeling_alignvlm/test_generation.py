@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_alignvlm import CACHE_NAME
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES, get_mask_type
 
 
 IMAGE = -1  # in the rows below: four image tokens
@@ -69,7 +69,7 @@ def test_given_embeddings_have_the_mask_of_their_tokens(model, inputs_of, kernel
     )  # eager softmax is in float32: no padding in float64
     embedded = as_embeddings(model, inputs, merged)
     prompt = {}
-    if model.config.attention_mask_type in ("prefix", "mutual"):
+    if get_mask_type(model.config.attention_mask_type).needs_prompt:
         prompt["prompt_mask"] = inputs["attention_mask"].bool()
     torch.testing.assert_close(
         model(**embedded, **prompt).logits, model(**inputs, **prompt).logits, atol=1e-10, rtol=1e-10
@@ -199,7 +199,7 @@ def test_part_of_an_image_is_an_error(model, inputs_of):
     inputs = inputs_of([5, IMAGE, IMAGE, 6])
     embedded = as_embeddings(model, inputs, merged=True)
     cut = {name: value[:, 2:] for name, value in embedded.items()}
-    if model.config.attention_mask_type in ("prefix", "mutual"):
+    if get_mask_type(model.config.attention_mask_type).needs_prompt:
         cut["prompt_mask"] = cut["attention_mask"].bool()
     if model.config.attention_mask_type == "causal":
         model(**cut)
@@ -211,7 +211,7 @@ def test_part_of_an_image_is_an_error(model, inputs_of):
 @torch.no_grad()
 def test_a_prefill_in_pieces_is_refused_where_tokens_look_ahead(model, inputs_of):
     inputs = inputs_of([5, 6, 7, 8, 9])
-    if model.config.attention_mask_type != "prefix":  # text alone: the others are causal
+    if not get_mask_type(model.config.attention_mask_type).text_looks_ahead:  # text alone: causal
         expected = model.generate(**inputs, **GREEDY)
         assert_same_generation(model.generate(**inputs, **GREEDY, prefill_chunk_size=2), expected)
     else:

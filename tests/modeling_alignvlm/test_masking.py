@@ -1,12 +1,14 @@
 """The mask rules against the written definition, token by token."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_alignvlm import TokenLayout, attention_rule, check_no_leak, dense_mask, leaking_edges
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples
 
 
@@ -14,6 +16,22 @@ def layout_of(rows: list[list[tuple[int, int, int, bool]]]) -> TokenLayout:
     """A layout from rows of (image, record, branch, prompt) tuples."""
     image, record, branch, prompt = (torch.tensor([[token[i] for token in row] for row in rows]) for i in range(4))
     return TokenLayout(image, record, branch, prompt.bool())
+
+
+@dataclass
+class Token:
+    index: int
+    image: int
+    prompt: bool
+
+
+# DESIGN.md's table, written for single tokens: a new mask type needs its line here.
+LOOKS_AHEAD = {
+    "causal": lambda q, k: False,
+    "image": lambda q, k: q.image != -1 and q.image == k.image,
+    "prefix": lambda q, k: q.prompt and k.prompt,
+    "mutual": lambda q, k: q.image != -1 and (q.image == k.image or k.prompt),
+}
 
 
 def oracle(layout: TokenLayout, mask_type: str) -> torch.Tensor:
@@ -25,16 +43,10 @@ def oracle(layout: TokenLayout, mask_type: str) -> torch.Tensor:
             values[b].tolist()
             for values in (layout.image_ids, layout.record_ids, layout.branch_ids, layout.prompt_mask)
         )
+        tokens = list(map(Token, range(length), image, prompt))
         for q in range(length):
             for k in range(length):
-                if mask_type == "causal":
-                    forward = False
-                elif mask_type == "image":
-                    forward = image[q] != -1 and image[q] == image[k]
-                elif mask_type == "prefix":
-                    forward = prompt[q] and prompt[k]
-                else:
-                    forward = image[q] != -1 and (image[q] == image[k] or prompt[k])
+                forward = LOOKS_AHEAD[mask_type](tokens[q], tokens[k])
                 real = record[k] != -1
                 in_reach = record[q] == record[k] and branch[k] in (0, branch[q])
                 mask[b, 0, q, k] = (real and in_reach and (k <= q or forward)) or q == k
@@ -66,6 +78,26 @@ def test_mask_equals_the_written_definition(name, mask_type):
     assert torch.equal(dense_mask(layout, mask_type), oracle(layout, mask_type))
 
 
+CONVERSATION = [TEXT, TEXT, I0, I0, TEXT, TEXT, I1, I1, TEXT, TEXT, ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_the_table_says_what_the_rules_do(mask_type):
+    """A row's three claims against its rule, on one conversation with text, an image, text, an image, text and an answer."""
+    row, layout = MASK_TYPES[mask_type], layout_of([CONVERSATION])
+    mask = dense_mask(layout, mask_type)[0, 0]
+    ahead = torch.ones_like(mask).triu(1)
+    without_prompt = layout_of([[(image, record, branch, F) for image, record, branch, _ in CONVERSATION]])
+    assert row.needs_prompt == (not torch.equal(dense_mask(without_prompt, mask_type)[0, 0], mask))
+    text = layout_of([[token for token in CONVERSATION if token[0] < 0]])
+    assert row.text_looks_ahead == dense_mask(text, mask_type)[0, 0].triu(1).any()
+    # A trunk ends before the last token of the prompt and never inside an image.
+    trunks = [end for end in range(1, 10) if end not in (3, 7)]
+    assert row.shares_trunk == (not any(mask[:end, end:].any() for end in trunks))
+    assert (row.looks_ahead is None) == (not (mask & ahead).any())
+    assert row.needs_prompt or not row.text_looks_ahead, "text that looks ahead everywhere sees responses"
+
+
 @st.composite
 def random_layouts(draw) -> TokenLayout:
     """Rows of records with images, branches, prompts and padding on either side, in the order rows have them."""
@@ -91,13 +123,13 @@ def random_layouts(draw) -> TokenLayout:
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(random_layouts(), st.sampled_from(MASK_TYPES))
+@given(random_layouts(), st.sampled_from(list(MASK_TYPES)))
 def test_mask_equals_the_definition_for_random_layouts(layout, mask_type):
     assert torch.equal(dense_mask(layout, mask_type), oracle(layout, mask_type))
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(random_layouts(), st.sampled_from(MASK_TYPES), st.data())
+@given(random_layouts(), st.sampled_from(list(MASK_TYPES)), st.data())
 def test_leaking_edges_are_those_that_jump_over_or_onto_a_response_token(layout, mask_type, data):
     batch, length = layout.image_ids.shape
     response = torch.tensor([[data.draw(st.booleans()) for _ in range(length)] for _ in range(batch)])
@@ -110,7 +142,7 @@ def test_leaking_edges_are_those_that_jump_over_or_onto_a_response_token(layout,
 
 
 @settings(max_examples=examples(150), deadline=None)
-@given(random_layouts(), st.sampled_from(MASK_TYPES), st.data())
+@given(random_layouts(), st.sampled_from(list(MASK_TYPES)), st.data())
 def test_the_leak_check_agrees_with_transitive_reachability(layout, mask_type, data):
     """Prompts and responses lie anywhere: there is an unsafe edge iff some chain of attention leads from a place to a response
     token behind it, which that place predicts, or which comes after what it predicts."""

@@ -5,7 +5,7 @@ import torch
 from transformers import StaticCache
 
 from modeling_alignvlm import CACHE_NAME, AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.running import recompute_activations
 
 
@@ -44,8 +44,8 @@ def use_kernel(model, kernel: str) -> None:
 
 
 def with_prompt_mask(inputs, mask_type):
-    needed = mask_type in ("prefix", "mutual")
-    return {**inputs, "prompt_mask": inputs["attention_mask"].bool()} if needed else inputs
+    prompt_mask = {"prompt_mask": inputs["attention_mask"].bool()}
+    return inputs | (prompt_mask if MASK_TYPES[mask_type].needs_prompt else {})
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, pipeline
 
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from modeling_alignvlm import TokenLayout, dense_mask, to_rgb
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
 
 WITHOUT_CHECKS = """\
@@ -332,7 +332,7 @@ def test_input_data_format_reaches_arrays_and_nothing_else(processor):
     [
         (torch.randn(3, 16, 16), r"dtype float32 from -[\d.]+ to [\d.]+ .*`pixel_values`"),
         (np.full((16, 16, 3), np.nan), "dtype float64 from nan to nan"),
-        (np.linspace(-0.02, 1.03, 256).reshape(16, 16), "from -0.02 to 1.03 .*clamped"),
+        (np.linspace(-0.02, 1.03, 256).reshape(16, 16), "from -0.02 to 1.03 .*clamp"),
         (np.linspace(0, 1.03, 256).reshape(16, 16), "from 0 to 1.03"),
         (np.full((16, 16, 3), 300.0), "from 300 to 300"),
         (np.full((16, 16, 3), -1), "dtype int64 from -1 to -1"),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.records import of_exchanges
 
 
@@ -58,7 +58,7 @@ def test_a_packed_row_gives_loss_and_gradients_of_separate_rows(processor, make_
     records = [record(*QUESTIONS), record(QUESTIONS[1], images=2), record(("Say something.", "Fine."), images=0)]
     packed = AlignVLMCollator(processor, mask_type)(records)
     separate = AlignVLMCollator(processor, mask_type, shared_image=False)(records)
-    rows = {"causal": 3, "image": 3, "prefix": 5, "mutual": 5}[mask_type]
+    rows = 3 if MASK_TYPES[mask_type].shares_trunk else 5
     assert len(packed["input_ids"]) == rows and len(separate["input_ids"]) == 5
     gradients, losses = [], []
     for batch in (packed, separate):

@@ -12,7 +12,7 @@ from alignvlm.data.record import Conversation, Record
 from alignvlm.rows.collator import IGNORED, AlignVLMCollator
 from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
 from modeling_alignvlm import AlignVLMProcessor
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples
 from tests.records import of_exchanges
 from tests.rows.test_packing import WORDS, assert_same, loss_and_gradients
@@ -57,7 +57,7 @@ def random_record(rng: random.Random) -> dict:
 
 
 @settings(max_examples=examples(8), deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from(("sdpa", "eager")))
+@given(st.integers(0, 10**6), st.sampled_from(list(MASK_TYPES)), st.sampled_from(("sdpa", "eager")))
 def test_packed_equals_separate_for_random_conversations(processor, make_model, seed, mask_type, kernel):
     """In float64, but for the loss itself, and under eager attention for its softmax, which transformers takes in float32."""
     rng = random.Random(seed)

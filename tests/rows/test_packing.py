@@ -19,7 +19,7 @@ from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row, first_fit
 from alignvlm.rows.encode import Branch
 from alignvlm.stages.stage import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples
 from tests.records import of_exchanges
 from tests.running import recompute_activations
@@ -57,7 +57,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 
 
 @settings(max_examples=examples(6), deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(MASK_TYPES), st.sampled_from((None, 60, 200)))
+@given(st.integers(0, 10**6), st.sampled_from(list(MASK_TYPES)), st.sampled_from((None, 60, 200)))
 def test_packed_equals_separate_for_random_records(processor, make_model, seed, mask_type, row_length):
     """In float64 but for the loss and the rotary angles, so that rounding feigns no difference; `test_collator.py` and below have float32."""
     rng = random.Random(seed)

@@ -39,7 +39,7 @@ from alignvlm.stages.stage import StageArguments
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
-from modeling_alignvlm.configuration_alignvlm import MASK_TYPES
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.conftest import make_tokenizer
 from tests.running import arguments_for
 
