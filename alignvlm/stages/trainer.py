@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from alignvlm.rows.collator import IGNORED
-from alignvlm.stages.checkpoint import PROGRESS, last_whole_checkpoint
+from alignvlm.stages.checkpoint import PROGRESS, last_complete_checkpoint
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
@@ -117,6 +117,8 @@ class AlignVLMTrainer(SFTTrainer):
         super().__init__(model=model, **kwargs)
         # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
         self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
+        if getattr(self.args, "muon", False):
+            self.check_complete_weights("muon")
         self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
         self._counted_since = time.perf_counter()
 
@@ -162,11 +164,11 @@ class AlignVLMTrainer(SFTTrainer):
         return super()._prepare_inputs(inputs)
 
     def progress(self) -> dict:
-        """What training has taken and left out so far, in all processes and in all pieces of a run that was resumed.
+        """Reports what training has taken and dropped so far, in all processes and in all pieces of a run that was resumed.
 
         Returns:
             `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
-            `losses_of_data`, how many of each kind, and up to a thousand bad images and bad rows by name; and `order`.
+            `losses_of_data`, the dropped data: how many of each kind, and at most a thousand bad images and bad rows by name; and `order`.
         """
         found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
         earlier = self.earlier.get("losses_of_data", {})
@@ -189,8 +191,22 @@ class AlignVLMTrainer(SFTTrainer):
             "order": self.order,
         }
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process may hold only its share of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def check_complete_weights(self, option: str) -> None:
+        """Raises a `ValueError` for an option that cannot be had where the weights are sharded."""
+        if self.is_sharded:
+            raise ValueError(f"{option} needs complete weights on every process: use one process or DDP.")
+
+    def gathered_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Gathers sharded weights from all processes, which must all call this; None where the model holds all of them."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
+
     def total_steps(self) -> int:
-        """The steps the run will have in the end."""
+        """Counts the steps the run will have in the end."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
@@ -281,8 +297,8 @@ class AlignVLMTrainer(SFTTrainer):
                 if self._skipped_steps > 1
                 else ""
             )
-            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last whole "
-            f"checkpoint is {last_whole_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
+            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last complete "
+            f"checkpoint is {last_complete_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
             "in bf16 or fp32."
         )
 
@@ -294,8 +310,8 @@ class AlignVLMTrainer(SFTTrainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
-                f"{folder} could not be written: {error}. The last whole checkpoint is "
-                f"{last_whole_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+                f"{folder} could not be written: {error}. The last complete checkpoint is "
+                f"{last_complete_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -303,7 +319,7 @@ class AlignVLMTrainer(SFTTrainer):
         progress = self.progress()
         if self.is_world_process_zero():
             (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
-        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is whole
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
