@@ -272,7 +272,7 @@ class DataArguments(TrainerArguments):
         metadata={"help": "Read data as they are needed. Needs max_steps, and a share for every source."},
     )
     on_bad_image: str = field(
-        default="raise", metadata={"help": "What an image that cannot be read does: `raise`, or `skip` its record."}
+        default="raise", metadata={"help": "For an image that cannot be read: `raise`, or `skip` its record."}
     )
     max_bad_images: float = field(
         default=0.01,
@@ -281,7 +281,7 @@ class DataArguments(TrainerArguments):
     on_bad_row: str = field(
         default="raise",
         metadata={
-            "help": "What a row does whose texts cannot be used (null, a number, empty, ...): `raise`, or `skip` it."
+            "help": "For a row with texts that cannot be used (null, a number, empty, ...): `raise`, or `skip` it."
         },
     )
     max_bad_rows: float = field(
@@ -304,7 +304,7 @@ class DataArguments(TrainerArguments):
 
     @property
     def bad_rows_allowed(self) -> float | None:
-        """The share of rows that may be bad; None: none may be."""
+        """The share of rows that may be bad; None: none."""
         return self.max_bad_rows if self.on_bad_row == "skip" else None
 
     @property
@@ -334,7 +334,7 @@ class RecordArguments(TrainerArguments):
     allow_other_data: bool = field(
         default=False,
         metadata={
-            "help": "Go on from a checkpoint although the data, their order or the global batch size are others than before; some records "
+            "help": "Go on from a checkpoint although the data, their order or the global batch size differ from before; some records "
             "are then skipped or read twice."
         },
     )
@@ -381,7 +381,7 @@ def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tu
 
 
 def _read_json(arguments: Any, *names: str) -> None:
-    """Replaces fields that came from the command line, as JSON, by what they mean."""
+    """Decodes fields that came from the command line as JSON."""
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str):

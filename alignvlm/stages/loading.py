@@ -1,4 +1,4 @@
-"""What a stage loads: its model, the collator of its rows, and its data."""
+"""Loads what a stage starts from: its model, the collator of its rows, and its data."""
 
 import torch
 from transformers import PreTrainedConfig

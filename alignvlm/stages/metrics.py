@@ -1,4 +1,4 @@
-"""Metrics of a stage, measured before and after training: held-out loss, perplexity of a text, alignment of the modalities."""
+"""Measures a stage before and after training: held-out loss, perplexity of a text, alignment of the modalities."""
 
 from itertools import islice
 

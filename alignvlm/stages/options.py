@@ -1,4 +1,4 @@
-"""Options of a stage: objects that prepare the model before training and finish after it, the last one prepared first."""
+"""Options of a stage: objects with `before` and `after`, nested like brackets around training."""
 
 from typing import Any
 

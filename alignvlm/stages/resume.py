@@ -1,4 +1,4 @@
-"""Resuming a stage: from which checkpoint, and whether what it read is what the stage would read now."""
+"""Resumes a stage: finds its checkpoint, and compares the data it has read with those it would read now."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def checkpoint_to_resume(arguments: StageArguments) -> str | None:
-    """Finds the checkpoint the run goes on from; None for a new run.
+    """Finds the checkpoint to go on from; None for a new run.
 
     Raises:
         ValueError: if there is none, if the one named was not written to its end, or if a run that starts anew would mix its
@@ -61,7 +61,7 @@ def check_unfinished(arguments: StageArguments, checkpoint: str | None, total_st
 
 
 def order_of_records(arguments: StageArguments, mixture: Mixture) -> dict[str, Any]:
-    """Collects what decides which record is read when, as JSON gives it back: the contents of files count, not where they lie."""
+    """Collects what decides which record is read when, as JSON decodes it: the contents of files count, not their paths."""
     order = {
         "global_batch_size": arguments.records_per_step(),
         "sources": [{k: v for k, v in entry.items() if k not in ("data", "image_dir")} for entry in arguments.sources],

@@ -1,6 +1,6 @@
-"""Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints. Each prepares before, undoes after.
+"""Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints.
 
-To add one: a `WeightsOption`, with its fields in `WeightsArguments` (`alignvlm/stages/arguments.py`), and its name in `HELD` or `WRITTEN`.
+To add one: write a `WeightsOption`, put its fields into `WeightsArguments` (`alignvlm/stages/arguments.py`), and name it in `HELD` or `WRITTEN`.
 """
 
 import shutil
@@ -29,7 +29,7 @@ class WeightsOption(StageOption):
 
     @classmethod
     def of(cls, arguments: StageArguments) -> "WeightsOption | None":
-        """The option as the arguments ask for it; None if they do not."""
+        """Makes the option that the arguments ask for; None if they do not."""
         raise NotImplementedError
 
     def check(self, trainer: AlignVLMTrainer) -> None:
@@ -38,7 +38,7 @@ class WeightsOption(StageOption):
 
 @dataclass
 class LoRA(WeightsOption):
-    """LoRA layers on the language model; after training they are merged, or written into `folder` and taken off."""
+    """Adds LoRA layers to the language model; after training merges them, or writes them into `folder` and takes them off."""
 
     name = "lora_r"
 
@@ -88,7 +88,7 @@ class WithoutLoRA(StageOption):
 
 @dataclass
 class Frozen16Bit(WeightsOption):
-    """Frozen parameters in 16 bits; after training they get back the values that `read` reads, in the process that writes them."""
+    """Rounds frozen parameters to 16 bits; after training restores what `read` returns, in the process that writes the checkpoint."""
 
     name = "frozen_16_bit"
 
@@ -126,7 +126,7 @@ class Frozen16Bit(WeightsOption):
 
 @dataclass
 class Average(WeightsOption):
-    """After training, the mean of the weights of the last `count` checkpoints instead of the last weights."""
+    """Loads the mean of the weights of the last `count` checkpoints after training."""
 
     name = "average_last"
 
@@ -154,7 +154,7 @@ WRITTEN = (Average,)
 
 
 def asked_for(arguments: StageArguments, kinds: Iterable[type]) -> list[StageOption]:
-    """The options of these kinds that a stage's arguments turn on, the outermost first."""
+    """Makes the options of these kinds that a stage's arguments turn on, the outermost first."""
     return [option for kind in kinds if (option := kind.of(arguments)) is not None]
 
 

@@ -80,7 +80,7 @@ def test_killed_at_a_random_time(checkpoint, whole, tmp_path, seed):
     assert goes_on_as_if_never_interrupted(checkpoint, folder, whole)
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_whole(whole, checkpoint, tmp_path):
+def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, tmp_path):
     assert [path.name for path in complete_checkpoints(whole)] == ["checkpoint-4", "checkpoint-6"]
     state = (whole / "checkpoint-6/trainer_state.json").read_text()
     for step, text in ((8, None), (10, ""), (12, state[: len(state) // 2])):
