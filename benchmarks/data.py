@@ -29,8 +29,8 @@ from alignvlm.data.mixture import load_mixture
 from alignvlm.evaluation.precision import PRECISIONS, Precision, choose_precision, warn_if_emulated
 from alignvlm.quickstart.nano import train_nano_backbones
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import TrainerArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.stage import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/recipe_plan.py`
 
-from alignvlm.stages.stage import parse_anywhere
+from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.tools.plan import GPUS, describe, plan_stages
 
 

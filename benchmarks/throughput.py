@@ -90,7 +90,7 @@ def child(options: dict) -> dict:
     from alignvlm.data.formats import annotations
     from alignvlm.data.scenes import RECORD_FEATURES
     from alignvlm.rows.collator import IGNORED, AlignVLMCollator
-    from alignvlm.stages.stage import TrainerArguments
+    from alignvlm.stages.arguments import TrainerArguments
     from alignvlm.stages.trainer import AlignVLMTrainer
     from alignvlm.tools.plan import step_flops
     from benchmarks import models

@@ -26,7 +26,7 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/true_size.py`
 
 from alignvlm.evaluation.precision import PRECISIONS
-from alignvlm.stages.stage import StageArguments
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.tools.plan import plan_stages
 
 

@@ -9,8 +9,8 @@ import pytest
 from trl import TrlParser
 
 from alignvlm import cli
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.command_line import parse_fields
-from alignvlm.stages.stage import StageArguments
 from tests.running import arguments_for
 
 

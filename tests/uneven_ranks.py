@@ -9,7 +9,7 @@ from trl import TrlParser
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.stage import StageArguments
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.trainer import AlignVLMTrainer
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import arguments_for

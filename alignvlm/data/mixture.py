@@ -255,6 +255,7 @@ class Mixture:
             entry = {"name": part.name, **part.source.identity}
             if self.draws is not None:
                 entry |= {"records": len(part.source), "records_per_epoch": self.draws[index]}
+            entry |= {"rows_left_out": part.source.left_out} if part.source.left_out else {}
             for name in ("share", "image_tokens", "text_tokens"):
                 value = getattr(part, name)
                 entry |= {} if value is None else {name: round(value, 4)}

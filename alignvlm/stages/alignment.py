@@ -1,4 +1,4 @@
-"""Figures of how well the modalities are aligned, taken before and after a stage."""
+"""Metrics of how well the modalities are aligned, measured before and after a stage."""
 
 import math
 
@@ -47,8 +47,8 @@ def _without_outliers(states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def alignment_figures(model, collator: AlignVLMCollator, records: list[dict], batch_size: int = 8) -> dict[str, float]:
-    """MIR over the language model's layers, and the mean norms of image and text embeddings, on records with an image.
+def alignment_metrics(model, collator: AlignVLMCollator, records: list[dict], batch_size: int = 8) -> dict[str, float]:
+    """Computes MIR over the language model's layers, and the mean norms of image and text embeddings, on records with an image.
 
     Returns:
         `mir`, `image_embedding_norm` (image tokens as they enter the language model), `text_embedding_norm`.

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers.utils import logging
 
 from hub_upload.card import make_card
@@ -26,7 +25,7 @@ PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had re
 
 
 def read_progress(checkpoint: str | os.PathLike) -> dict | None:
-    """What `AlignVLMTrainer.progress` was when a `checkpoint-N` folder was written; None if it does not say."""
+    """Reads what `AlignVLMTrainer.progress` was when a `checkpoint-N` folder was written; None if it does not say."""
     path = Path(checkpoint) / PROGRESS
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -42,8 +41,8 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise OSError(f"output_dir {str(folder)!r} cannot be written to: {error}. Name another folder.") from error
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
+def is_complete(checkpoint: Path) -> bool:
+    """Tells whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
@@ -51,33 +50,15 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """The whole `checkpoint-N` folders of a run, in the order of their steps."""
+def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Lists the complete `checkpoint-N` folders of a run, in the order of their steps."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    return sorted(filter(is_whole, found), key=lambda path: int(path.name.split("-")[-1]))
+    return sorted(filter(is_complete, found), key=lambda path: int(path.name.split("-")[-1]))
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The last of `whole_checkpoints`; None if there is none."""
-    return next(reversed(whole_checkpoints(output_dir)), None)
-
-
-def average_weights(checkpoints: list[Path]) -> dict[str, torch.Tensor]:
-    """The mean of the weights of several checkpoint folders, summed in float64; dtypes are those of the first."""
-    files = [sorted(folder.glob("*.safetensors")) for folder in checkpoints]
-    mean = {}
-    for parts in zip(*files, strict=True):
-        opened = [safe_open(part, framework="pt") for part in parts]
-        for name in opened[0].keys():  # noqa: SIM118 - not a dictionary
-            first = opened[0].get_tensor(name)
-            total = first.double() if first.is_floating_point() else None
-            if total is None:
-                mean[name] = first
-                continue
-            for other in opened[1:]:
-                total += other.get_tensor(name).double()
-            mean[name] = (total / len(opened)).to(first.dtype)
-    return mean
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """Finds the last of `complete_checkpoints`; None if there is none."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
 
 
 def save_checkpoint(
@@ -87,7 +68,7 @@ def save_checkpoint(
     record: dict,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes a complete repository into `folder`, run record last: a folder with a record is whole.
+    """Writes a complete repository into `folder`, run record last: a folder with a record is complete.
 
     A README.md that was edited by hand keeps its text.
 
@@ -109,7 +90,7 @@ def save_checkpoint(
 
 
 def _licence_file() -> Path:
-    """The licence of the code files, from the checkout or the installed distribution."""
+    """Finds the licence of the code files, in the checkout or the installed distribution."""
     checkout = Path(__file__).resolve().parents[2] / "LICENSE"
     if checkout.is_file():
         return checkout

@@ -13,7 +13,7 @@ RENAMED = {"lora_rank": "lora_r", "lora_targets": "lora_target_modules"}
 
 
 def parse_fields(argv: Iterable[str], *dataclasses: type, also: Iterable[str] = ()) -> tuple:
-    """One instance of each dataclass, from the options in `argv` and the YAML file that `--config` names.
+    """Makes one instance of each dataclass, from the options in `argv` and the YAML file that `--config` names.
 
     Args:
         argv: the command line.

@@ -17,7 +17,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def language_linear_layers(model: nn.Module) -> list[str]:
-    """The last names of the language model's linear layers, its head not among them."""
+    """Lists the last names of the language model's linear layers, without its head."""
     names = (n for n, module in model.named_modules() if "language_model." in n and isinstance(module, nn.Linear))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
@@ -40,7 +40,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
 
 @torch.no_grad()
 def remove_lora(model: nn.Module, merge: bool) -> None:
-    """Takes the LoRA layers out again; with `merge` their products are added to the weights first.
+    """Takes the LoRA layers off again; with `merge`, adds their products to the weights first.
 
     Raises:
         ValueError: if a merged weight would not be finite.
@@ -72,7 +72,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
 
 
 def merge_saved_lora(model: nn.Module, checkpoint: str | Path, revision: str | None = None) -> bool:
-    """Merges the LoRA weights that a checkpoint (folder or Hub id) carries unmerged into `model`; False if it carries none."""
+    """Merges the unmerged LoRA weights of a checkpoint (folder or Hub id) into `model`; returns False if it has none."""
     files = [
         cached_file(
             str(checkpoint), f"{LORA_FOLDER}/{name}", revision=revision, _raise_exceptions_for_missing_entries=False

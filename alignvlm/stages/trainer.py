@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from alignvlm.rows.collator import IGNORED
-from alignvlm.stages.checkpoint import PROGRESS, last_whole_checkpoint
+from alignvlm.stages.checkpoint import PROGRESS, last_complete_checkpoint
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
@@ -29,7 +29,7 @@ MAX_SKIPPED_STEPS = 20
 
 
 def module_of(parameter_name: str) -> str:
-    """The module, one of `MODULES`, that a parameter of `AlignVLMForConditionalGeneration` belongs to, by its name."""
+    """Returns the module, one of `MODULES`, of a parameter of `AlignVLMForConditionalGeneration`, by its name."""
     if "vision_tower." in parameter_name:
         return "vision"
     return "projector" if "projector." in parameter_name else "language"
@@ -75,7 +75,7 @@ class AlignVLMTrainer(SFTTrainer):
     Args:
         learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
         sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
-        max_bad_images (`float`): the run stops when more than this share of the records read had an image that cannot be.
+        max_bad_images (`float`): stop when more than this share of the records read had an unreadable image.
         token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
         infinite_schedule (`dict`, *optional*): phases of `alignvlm.stages.schedules.infinite_factor`, instead of `lr_scheduler_type`.
         max_bad_rows (`float`): the same for rows of a stream that cannot be used.
@@ -87,7 +87,7 @@ class AlignVLMTrainer(SFTTrainer):
     `MAX_SKIPPED_STEPS` in a row. A checkpoint that cannot be written is removed and stops the run.
 
     The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
-    counted), each over the time since the last log, and `padding_share`, the share of the rows' places that hold no token.
+    counted), each over the time since the last log, and `padding_share`, the share of the rows' positions that hold no token.
     """
 
     def __init__(
@@ -117,7 +117,9 @@ class AlignVLMTrainer(SFTTrainer):
         super().__init__(model=model, **kwargs)
         # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
         self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
-        self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, places since the last log
+        if getattr(self.args, "muon", False):
+            self.check_complete_weights("muon")
+        self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, positions since the last log
         self._counted_since = time.perf_counter()
 
         self._records_read = 0
@@ -134,7 +136,7 @@ class AlignVLMTrainer(SFTTrainer):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def _prepare_inputs(self, inputs):
-        """Takes what the collator had to leave out from the batch, and stops the run when too many images cannot be read."""
+        """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
         losses = inputs.pop("losses_of_data", [])
         self._record_names = inputs.pop("record_names", [])
         if self.model.training:
@@ -162,11 +164,11 @@ class AlignVLMTrainer(SFTTrainer):
         return super()._prepare_inputs(inputs)
 
     def progress(self) -> dict:
-        """What training has taken and left out so far, in all processes and in all pieces of a run that was resumed.
+        """Reports what training has taken and dropped so far, in all processes and in all pieces of a run that was resumed.
 
         Returns:
             `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
-            `losses_of_data`, how many of each kind, and up to a thousand bad images and bad rows by name; and `order`.
+            `losses_of_data`, the dropped data: how many of each kind, and at most a thousand bad images and bad rows by name; and `order`.
         """
         found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
         earlier = self.earlier.get("losses_of_data", {})
@@ -189,17 +191,31 @@ class AlignVLMTrainer(SFTTrainer):
             "order": self.order,
         }
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process may hold only its share of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def check_complete_weights(self, option: str) -> None:
+        """Raises a `ValueError` for an option that cannot be had where the weights are sharded."""
+        if self.is_sharded:
+            raise ValueError(f"{option} needs complete weights on every process: use one process or DDP.")
+
+    def gathered_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Gathers sharded weights from all processes, which must all call this; None where the model holds all of them."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
+
     def total_steps(self) -> int:
-        """The steps the run will have in the end."""
+        """Counts the steps the run will have in the end."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
-        """As transformers', but of a run that has taken all its steps no epoch is left: it would take one step more."""
+        """Leaves no epoch to a run that has taken all its steps; transformers' own would take one step more."""
         resumed = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else resumed
 
     def create_optimizer(self, model=None):
-        """One group per module, weight decay and (with `muon`) optimizer, each with its module's learning rate."""
+        """Makes one group per module, weight decay and (with `muon`) optimizer, each with its module's learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
@@ -257,7 +273,7 @@ class AlignVLMTrainer(SFTTrainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Stops before a step that would put what is not finite into the weights."""
+        """Stops before a step that would make weights not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         step_records, self._step_records = self._step_records, []
         self._loss_sum += sum(loss.item() for loss, _ in step_records if torch.isfinite(loss))
@@ -281,8 +297,8 @@ class AlignVLMTrainer(SFTTrainer):
                 if self._skipped_steps > 1
                 else ""
             )
-            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last whole "
-            f"checkpoint is {last_whole_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
+            + f". Its records: {', '.join(bad_names) or 'unknown'}. The weights are as before the step, and the last complete "
+            f"checkpoint is {last_complete_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
             "in bf16 or fp32."
         )
 
@@ -294,8 +310,8 @@ class AlignVLMTrainer(SFTTrainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
-                f"{folder} could not be written: {error}. The last whole checkpoint is "
-                f"{last_whole_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+                f"{folder} could not be written: {error}. The last complete checkpoint is "
+                f"{last_complete_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -303,17 +319,17 @@ class AlignVLMTrainer(SFTTrainer):
         progress = self.progress()
         if self.is_world_process_zero():
             (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
-        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is whole
+        self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
+        """Computes TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
 
         With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
         """
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        # At each place, the token that comes next.
+        # At each position, the token that comes next.
         labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         keep = labels != IGNORED
         keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
@@ -329,7 +345,7 @@ class AlignVLMTrainer(SFTTrainer):
 
         super().compute_loss(remembering, dict(inputs), num_items_in_batch=num_items_in_batch)  # for TRL's metrics
         (outputs,) = found
-        # A label and the place it is predicted at belong to the same response: a branch's first token has no label.
+        # A label and the position it is predicted at belong to the same response: a branch's first token has no label.
         segments = response_segments(inputs["record_ids"], inputs["branch_ids"])[keep]
         if self.token_weighting == "length":
             weights = length_weights(segments)
@@ -344,7 +360,7 @@ class AlignVLMTrainer(SFTTrainer):
         return loss
 
     def _without_image(self, inputs: dict) -> dict:
-        """The same rows with image tokens nobody can see."""
+        """Hides the image tokens of the rows from all others."""
         is_image = inputs["input_ids"] == self.model.config.image_token_id
         return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
 
@@ -360,4 +376,4 @@ class AlignVLMTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Left to the stage, which writes the folder's card from its run record."""
+        """Leaves the card to the stage, which writes it from its run record."""

@@ -11,10 +11,10 @@ import argparse
 from PIL import Image
 from transformers.utils import logging
 
+from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
-from alignvlm.evaluation.tasks import CAPTION_PROMPT
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from alignvlm.data.mixture import Mixture, Part, TokenCounts, load_mixture
 from alignvlm.rows.collator import IGNORED, AlignVLMCollator
-from alignvlm.stages.lora import add_lora, language_linear_layers
-from alignvlm.stages.stage import StageArguments, check_row_length, make_collator, make_mixture, parse_anywhere
+from alignvlm.stages.arguments import StageArguments, parse_anywhere
+from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
 from alignvlm.stages.trainer import MODULES, freeze_all_but
+from alignvlm.stages.weights import LoRA
 from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -237,9 +238,8 @@ def plan_stage(
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
-        if arguments.lora_r:
-            targets = arguments.lora_target_modules or language_linear_layers(model)
-            add_lora(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets)
+        if lora := LoRA.of(arguments):
+            lora.before(model)
     parameters = freeze_all_but(model, arguments.learning_rates)
     collator = make_collator(arguments, processor, config)
     mixture = make_mixture(arguments, collator, earlier_stages, processes)

@@ -9,7 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignvlm.stages.stage import make_collator, make_mixture, parse_anywhere
+from alignvlm.stages.arguments import parse_anywhere
+from alignvlm.stages.loading import make_collator, make_mixture
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
 from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record

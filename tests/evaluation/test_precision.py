@@ -12,9 +12,10 @@ from trl import TrlParser
 
 from alignvlm.evaluation import evaluate_model
 from alignvlm.evaluation.precision import choose_precision, is_native, matrix_rate
-from alignvlm.stages.checkpoint import average_weights
-from alignvlm.stages.stage import StageArguments, main, parse_anywhere
+from alignvlm.stages.arguments import StageArguments, parse_anywhere
+from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import module_of
+from alignvlm.stages.weights import average_weights
 from hub_upload.run_record import read_run_record
 from tests.running import arguments_for
 

@@ -1,4 +1,4 @@
-"""Alignment figures against scipy and plain computations, and as a stage records them."""
+"""Alignment metrics against scipy and plain computations, and as a stage records them."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.alignment import alignment_figures, frechet_distance, modality_integration_rate, text_perplexity
+from alignvlm.stages.alignment import alignment_metrics, frechet_distance, modality_integration_rate, text_perplexity
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration
@@ -47,12 +47,12 @@ def test_mir_by_its_definition():
     assert found == pytest.approx(math.log(total), rel=1e-6)
 
 
-def test_figures_of_a_model_do_not_depend_on_the_batch(checkpoint, processor):
+def test_metrics_of_a_model_do_not_depend_on_the_batch(checkpoint, processor):
     model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).train()
     records = [scenes.make_scenes(6, annotations=("detailed_caption",))[i] for i in range(6)]
-    figures = alignment_figures(model, AlignVLMCollator(processor), records, batch_size=6)
-    assert alignment_figures(model, AlignVLMCollator(processor), records, batch_size=1) == pytest.approx(
-        figures, rel=1e-3
+    metrics = alignment_metrics(model, AlignVLMCollator(processor), records, batch_size=6)
+    assert alignment_metrics(model, AlignVLMCollator(processor), records, batch_size=1) == pytest.approx(
+        metrics, rel=1e-3
     )
     assert model.training
     features = [
@@ -62,7 +62,7 @@ def test_figures_of_a_model_do_not_depend_on_the_batch(checkpoint, processor):
         for r in records
     ]
     norms = torch.cat([f.reshape(-1, f.shape[-1]) for f in features]).norm(dim=-1)
-    assert figures["image_embedding_norm"] == pytest.approx(norms.mean().item(), rel=1e-4)
+    assert metrics["image_embedding_norm"] == pytest.approx(norms.mean().item(), rel=1e-4)
 
 
 def test_perplexity_of_a_text_window_by_window(checkpoint, processor):

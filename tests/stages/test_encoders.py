@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.stage import StageArguments
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignvlm.stages.checkpoint import is_whole, last_whole_checkpoint, save_checkpoint, whole_checkpoints
+from alignvlm.stages.checkpoint import complete_checkpoints, is_complete, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from tests.killing import start
@@ -46,7 +46,7 @@ def whole(checkpoint, tmp_path_factory) -> Path:
 
 
 def goes_on_as_if_never_interrupted(checkpoint: Path, folder: Path, whole: Path) -> bool:
-    resume = ["--resume_from_checkpoint"] if last_whole_checkpoint(folder) else []
+    resume = ["--resume_from_checkpoint"] if last_complete_checkpoint(folder) else []
     process = start([*arguments_for(checkpoint, folder, **SAVING), *resume], folder)
     assert finish(process) == 0, folder.with_suffix(".log").read_text()[-2000:]
     losses = [read_run_record(f)["stages"][-1]["logged_losses"] for f in (folder, whole)]
@@ -80,18 +80,18 @@ def test_killed_at_a_random_time(checkpoint, whole, tmp_path, seed):
     assert goes_on_as_if_never_interrupted(checkpoint, folder, whole)
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_whole(whole, checkpoint, tmp_path):
-    assert [path.name for path in whole_checkpoints(whole)] == ["checkpoint-4", "checkpoint-6"]
+def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, tmp_path):
+    assert [path.name for path in complete_checkpoints(whole)] == ["checkpoint-4", "checkpoint-6"]
     state = (whole / "checkpoint-6/trainer_state.json").read_text()
     for step, text in ((8, None), (10, ""), (12, state[: len(state) // 2])):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if text is not None:
             (folder / "trainer_state.json").write_text(text)
-        assert not is_whole(folder)
-    assert last_whole_checkpoint(tmp_path) is None and last_whole_checkpoint(tmp_path / "none") is None
+        assert not is_complete(folder)
+    assert last_complete_checkpoint(tmp_path) is None and last_complete_checkpoint(tmp_path / "none") is None
     fields = arguments_for(checkpoint, tmp_path, **SAVING)
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
         main([*fields, "--resume_from_checkpoint"])
     with pytest.raises(ValueError, match=r"checkpoint-12' is no checkpoint-. folder that was written to its end"):
         main([*fields, "--resume_from_checkpoint", str(tmp_path / "checkpoint-12")])
@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, whole, tmp_path, kin
         process = start(arguments_for(checkpoint, folder, **SAVING), folder, limit=limit)
         assert finish(process) == 1
         log = folder.with_suffix(".log").read_text()
-        assert "checkpoint-4 could not be written" in log and "The last whole checkpoint is" in log
+        assert "checkpoint-4 could not be written" in log and "The last complete checkpoint is" in log
         assert ("No space left" if mounted else "File too large") in log
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
         if mounted:
@@ -148,7 +148,7 @@ def test_a_dead_data_worker_ends_the_run(checkpoint, whole, tmp_path):
         "dataloader_num_workers": 1,
     }
     process = start(arguments_for(checkpoint, folder, **fields), folder)
-    while process.is_alive() and last_whole_checkpoint(folder) is None:
+    while process.is_alive() and last_complete_checkpoint(folder) is None:
         time.sleep(0.01)
     assert process.is_alive(), folder.with_suffix(".log").read_text()[-2000:]
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -158,7 +158,7 @@ def test_a_dead_data_worker_ends_the_run(checkpoint, whole, tmp_path):
     assert finish(process) == 1
     # It may die while it hands a batch over.
     assert re.search(r"DataLoader worker \(pid|ConnectionResetError", folder.with_suffix(".log").read_text())
-    assert last_whole_checkpoint(folder) is not None
+    assert last_complete_checkpoint(folder) is not None
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_names_the_records(poisoned, tmp_path, bf16):
     message = str(error.value)
     assert "the loss is not finite" in message and "local[6] ('This is row 6.')" in message
     assert message.count("This is row") == 2  # the batch, and no other
-    last = last_whole_checkpoint(tmp_path / "run")
+    last = last_complete_checkpoint(tmp_path / "run")
     assert last is None or str(last) in message
 
 
@@ -206,7 +206,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
     folder = tmp_path / "run"
     fields = {**SAVING, "max_steps": 4000, "num_train_epochs": 1000, "per_device_train_batch_size": 2}
     process = launch(["training/stage3.py", *arguments_for(checkpoint, folder, **fields)])
-    while process.poll() is None and last_whole_checkpoint(folder) is None:
+    while process.poll() is None and last_complete_checkpoint(folder) is None:
         time.sleep(0.02)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     assert ranks
@@ -214,7 +214,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output and "rank" in output
-    step = int(last_whole_checkpoint(folder).name.split("-")[1])
+    step = int(last_complete_checkpoint(folder).name.split("-")[1])
     fields["max_steps"] = step + 2
     process = launch(["training/stage3.py", *arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
     output, _ = process.communicate(timeout=120)

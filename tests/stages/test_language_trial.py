@@ -33,9 +33,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from alignvlm.data import scenes
 from alignvlm.evaluation.answer import answer
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.language_trial import last_position, try_language_model
-from alignvlm.stages.stage import StageArguments
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor

@@ -8,8 +8,8 @@ from trl import TrlParser
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.losses import contrast_weights, length_weights, response_segments
-from alignvlm.stages.stage import StageArguments
 from alignvlm.stages.trainer import AlignVLMTrainer
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 from tests.running import arguments_for

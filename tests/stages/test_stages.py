@@ -18,8 +18,9 @@ from alignvlm.data import scenes
 from alignvlm.data.images import read_image
 from alignvlm.data.sources import read_source
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import PROGRESS, read_progress
-from alignvlm.stages.stage import StageArguments, main
+from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import AlignVLMTrainer, module_of
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.evaluation.answer import answer
-from alignvlm.evaluation.tasks import CAPTION_PROMPT
 from alignvlm.tools import ask, chat
 from hub_upload.run_record import RUN_RECORD
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.stage import StageArguments, main
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import freeze_all_but
 from alignvlm.tools.plan import describe, plan_stages, step_flops
 from alignvlm.tools.plan import main as plan_main

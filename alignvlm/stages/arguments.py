@@ -1,0 +1,393 @@
+"""The arguments of a stage: the fields of TRL's `SFTConfig` and those of AlignVLM, in parts that each check their own fields.
+
+A recipe is one flat YAML file: `StageArguments` joins the parts, and TRL's parser reads them as one dataclass. A part inherits from those
+whose fields it reads, and checks its own in `__post_init__` after them.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from alignvlm.data.record import ON_BAD_ROW
+from alignvlm.evaluation.precision import Precision, choose_precision
+from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.losses import TOKEN_WEIGHTINGS
+from alignvlm.stages.schedules import check_phases
+from alignvlm.stages.trainer import MODULES
+from hub_upload.push import check_name
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
+
+
+NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
+
+
+@dataclass
+class TrainerArguments(SFTConfig):
+    """TRL's `SFTConfig` with `activation_checkpointing`, its name since transformers 5.24, under every release."""
+
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass instead of keeping them: less memory, a third more work. On by default.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "How: see transformers' `activation_checkpointing_enable`; on the command line as JSON."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The name activation_checkpointing had before transformers 5.24.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    def __post_init__(self):
+        # transformers 5.23 and TRL read the old names, transformers 5.24 the new ones, and warns where only an old one is set.
+        for option, default in (("checkpointing", True), ("checkpointing_kwargs", None)):
+            values = (getattr(self, f"{time}_{option}") for time in ("activation", "gradient"))
+            value = next((value for value in values if value is not None), default)
+            setattr(self, f"activation_{option}", value)
+            setattr(self, f"gradient_{option}", value)
+        super().__post_init__()
+
+
+@dataclass
+class ModelArguments(TrainerArguments):
+    """The checkpoint a stage starts from, which of its modules train, and who may attend to whom."""
+
+    model: str = field(
+        default="", metadata={"help": "Checkpoint to start from: the folder the stage before wrote, or a Hub id."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a model on the Hub."})
+    attention_mask_type: str = field(
+        default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the projector. Left out: frozen."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the vision encoder. Left out: frozen."}
+    )
+    language_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the language model and its head. Left out: frozen."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for module in MODULES:
+            rate = getattr(self, f"{module}_learning_rate")
+            if rate is not None and rate <= 0:
+                raise ValueError(
+                    f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
+                )
+        if not self.learning_rates:
+            raise ValueError(
+                f"Nothing trains: set at least one of {', '.join(f'{m}_learning_rate' for m in MODULES)}."
+            )
+        if not self.model:
+            raise ValueError(NEEDED)
+        _check_choice(self, "attention_mask_type", MASK_TYPES)
+        self.learning_rate = max(self.learning_rates.values())  # what the log shows first
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of each module that trains."""
+        rates = {module: getattr(self, f"{module}_learning_rate") for module in MODULES}
+        return {module: rate for module, rate in rates.items() if rate is not None}
+
+
+@dataclass
+class OptimizationArguments(TrainerArguments):
+    """What a stage computes in, its optimizer, its schedule and its loss."""
+
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "What the stage computes in, with float32 master weights: `fp32`, `bf16`, `fp16`, or `auto`: what the device does "
+            "natively. `bf16` and `fp16` of TRL are the same choice by flag."
+        },
+    )
+    muon: bool = field(
+        default=False,
+        metadata={
+            "help": "Muon instead of `optim` for the matrices of hidden layers, AdamW for the rest, at the same learning rates: fewer steps."
+        },
+    )
+    infinite_schedule: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Warm-up, cooldown, constant, anneal instead of lr_scheduler_type: {cooldown, anneal, constant, final}; {} for the "
+            "defaults; on the command line as JSON. See alignvlm/stages/schedules.py."
+        },
+    )
+    token_weighting: str = field(
+        default="none", metadata={"help": f"Weights of response tokens: one of {', '.join(TOKEN_WEIGHTINGS)}."}
+    )
+
+    def __post_init__(self):
+        self.chosen_precision = self._choose_precision()
+        self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
+        super().__post_init__()
+        _read_json(self, "infinite_schedule")
+        _check_choice(self, "token_weighting", TOKEN_WEIGHTINGS)
+        if self.label_smoothing_factor > 0:
+            raise ValueError(
+                "label_smoothing_factor needs the logits of all words at once, which stages do not compute. Leave it out."
+            )
+        if self.token_weighting != "none" and self.loss_type != "nll":
+            raise ValueError("token_weighting weighs the plain loss: leave out loss_type.")
+        if self.infinite_schedule is not None:
+            check_phases(**self.infinite_schedule)
+
+    def _choose_precision(self) -> Precision:
+        """What `precision` or the flags ask for; `bf16` is None where nobody set it."""
+        asked = self.precision
+        flags = {"bf16": self.bf16, "fp16": self.fp16 or None}
+        by_flag = next((name for name, value in flags.items() if value), "fp32" if self.bf16 is False else None)
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other: set one of them, or `precision`.")
+        if asked == "auto" and by_flag:
+            asked = by_flag
+        chosen = choose_precision(asked, self._device_type())
+        if any(value is not None and value != (chosen.name == name) for name, value in flags.items()):
+            given = ", ".join(f"{name}={value}" for name, value in flags.items() if value is not None)
+            raise ValueError(f"precision={self.precision!r} and {given} contradict each other: set one of them.")
+        return chosen
+
+    def _device_type(self) -> str:
+        return (
+            "cpu"
+            if self.use_cpu or not torch.accelerator.is_available()
+            else torch.accelerator.current_accelerator().type
+        )
+
+    @property
+    def dtype_16_bit(self) -> torch.dtype | None:
+        """What autocast computes in; None in float32."""
+        return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
+
+    def optimization_record(self) -> dict[str, Any]:
+        """The options of this part that are on, for the run record."""
+        options = {
+            "muon": self.muon or None,
+            "infinite_schedule": self.infinite_schedule,
+            "token_weighting": self.token_weighting if self.token_weighting != "none" else None,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass
+class WeightsArguments(OptimizationArguments, ModelArguments):
+    """How the model holds its weights in training, and which weights the stage writes: see `alignvlm/stages/weights.py`."""
+
+    lora_r: int = field(
+        default=0,
+        metadata={"help": "Train LoRA layers of this rank instead of all of the language model. 0: no LoRA."},
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's products are multiplied by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
+    lora_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the language model's linear layers that get LoRA; on the command line as JSON. Left out: all but the head."
+        },
+    )
+    lora_merge: bool = field(
+        default=True,
+        metadata={"help": "Add LoRA's products to the weights in the end. False: write them apart, into lora/."},
+    )
+    frozen_16_bit: bool = field(
+        default=False,
+        metadata={"help": "Hold frozen modules in the 16 bits of `bf16` or `fp16`; they are saved as read."},
+    )
+    average_last: int = field(
+        default=0,
+        metadata={"help": "Write the mean of the weights of the last N checkpoints. 0: the last weights."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _read_json(self, "lora_target_modules")
+        if self.lora_r and self.language_learning_rate is None:
+            raise ValueError("lora_r trains the language model: set language_learning_rate.")
+        if self.frozen_16_bit and self.dtype_16_bit is None:
+            raise ValueError(
+                f"frozen_16_bit needs bf16 or fp16, which say in which 16 bits; the stage computes in {self.chosen_precision}."
+            )
+        if self.average_last and self.save_strategy == "no":
+            raise ValueError(f"average_last={self.average_last} needs checkpoints: set save_strategy and save_steps.")
+        if self.average_last and self.save_total_limit is not None and self.save_total_limit < self.average_last:
+            raise ValueError(
+                f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
+            )
+
+
+@dataclass
+class DataArguments(TrainerArguments):
+    """What a stage trains on, how it is mixed and packed, what may be dropped, and what the stage is measured on."""
+
+    sources: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "What to train on: a list of {name, arguments}; on the command line as JSON."}
+    )
+    eval_sources: list[dict[str, Any]] | str | None = field(
+        default=None, metadata={"help": "Held-out records; their loss is recorded before and after the stage."}
+    )
+    text_sources: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={"help": "A fixed text, as sources; the perplexity on it is recorded before and after the stage."},
+    )
+    alignment_records: int = field(
+        default=0,
+        metadata={
+            "help": "On the first N records of eval_sources with an image, record the modality integration rate and the norms of image "
+            "and text embeddings before and after the stage."
+        },
+    )
+    data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Fill rows of several records up to N tokens (first fit); meant for flex_attention."},
+    )
+    image_token_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of image tokens among all tokens, reached by reading more or fewer text-only records."
+        },
+    )
+    image_start_fraction: float = field(
+        default=0.0, metadata={"help": "No record with an image comes before this fraction of the stage."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read data as they are needed. Needs max_steps, and a share for every source."},
+    )
+    on_bad_image: str = field(
+        default="raise", metadata={"help": "For an image that cannot be read: `raise`, or `skip` its record."}
+    )
+    max_bad_images: float = field(
+        default=0.01,
+        metadata={"help": "With on_bad_image: skip, the share of records at which the run stops after all."},
+    )
+    on_bad_row: str = field(
+        default="raise",
+        metadata={
+            "help": "For a row with texts that cannot be used (null, a number, empty, ...): `raise`, or `skip` it."
+        },
+    )
+    max_bad_rows: float = field(
+        default=0.01, metadata={"help": "With on_bad_row: skip, the share of rows at which the run stops after all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _read_json(self, "sources", "eval_sources", "text_sources")
+        if not self.sources:
+            raise ValueError(NEEDED)
+        _check_choice(self, "on_bad_image", ("raise", "skip"))
+        _check_choice(self, "on_bad_row", ON_BAD_ROW)
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError("A stream has no length: streaming needs max_steps.")
+        if self.alignment_records and not self.eval_sources:
+            raise ValueError("alignment_records are taken from eval_sources: name some.")
+        self.remove_unused_columns = False  # the collator reads records
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+
+    @property
+    def bad_rows_allowed(self) -> float | None:
+        """The share of rows that may be bad; None: none."""
+        return self.max_bad_rows if self.on_bad_row == "skip" else None
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of records."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def records_per_step(self, processes: int | None = None) -> int:
+        """The global batch size, of `processes` or else of those that run."""
+        per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return per_process * (self.world_size if processes is None else processes)
+
+
+@dataclass
+class RecordArguments(TrainerArguments):
+    """Which stage it is, what it goes on from, and what becomes of its checkpoint."""
+
+    stage: int = field(default=0, metadata={"help": "Number of the stage, 1 to 4; names it in logs and records."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the last checkpoint in output_dir, or from the one named.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+    allow_other_data: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint although the data, their order or the global batch size differ from before; some records "
+            "are then skipped or read twice."
+        },
+    )
+    evaluation_tag: str = field(
+        default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
+    )
+    push_to: str | None = field(
+        default=None,
+        metadata={
+            "help": "Repository of the Hub, user/name, that gets the checkpoint of the stage, tagged stage<N>. Private if new."
+        },
+    )
+    push_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, for the card that push_to writes. Left out: the strictest of the backbones'."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.push_to:
+            check_name(self.push_to)
+        self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
+
+
+@dataclass
+class StageArguments(RecordArguments, DataArguments, WeightsArguments):
+    """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
+
+
+class ArgumentsForAGPU(StageArguments):
+    """Arguments of a recipe that is only looked at where there is no GPU."""
+
+    def _device_type(self) -> str:
+        return "cuda"
+
+
+def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tuple:
+    """Parses `StageArguments` and `more` dataclasses for looking only: a recipe for a GPU is read without one too. See `parse_fields`."""
+    if torch.accelerator.is_available():
+        return parse_fields(argv, StageArguments, *more, also=also)
+    return parse_fields(["--use_cpu", "true", *argv], ArgumentsForAGPU, *more, also=also)
+
+
+def _read_json(arguments: Any, *names: str) -> None:
+    """Decodes fields that came from the command line as JSON."""
+    for name in names:
+        value = getattr(arguments, name)
+        if isinstance(value, str):
+            setattr(arguments, name, json.loads(value))
+
+
+def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:
+    if getattr(arguments, name) not in valid:
+        raise ValueError(f"Unknown {name} {getattr(arguments, name)!r}. Valid values: {', '.join(valid)}.")

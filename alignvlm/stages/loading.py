@@ -1,0 +1,87 @@
+"""Loads what a stage starts from: its model, the collator of its rows, and its data."""
+
+import torch
+from transformers import PreTrainedConfig
+
+from alignvlm.data.mixture import Mixture, load_mixture
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.language_trial import last_position
+from alignvlm.stages.lora import merge_saved_lora
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
+    """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage."""
+    model = AlignVLMForConditionalGeneration.from_pretrained(
+        arguments.model,
+        revision=arguments.model_revision,
+        attention_mask_type=arguments.attention_mask_type,
+        attn_implementation=arguments.attn_implementation,
+        dtype=torch.float32,  # master weights; fp16 and bf16 run under autocast
+    )
+    merge_saved_lora(model, arguments.model, arguments.model_revision)
+    return model
+
+
+def check_row_length(arguments: StageArguments, model: AlignVLMForConditionalGeneration) -> None:
+    """Raises a `ValueError` if rows may be longer than the language model has positions; RoPE and ALiBi have no last one."""
+    positions = last_position(model.model.language_model)
+    if positions is not None and (arguments.max_length is None or arguments.max_length > positions):
+        raise ValueError(
+            f"max_length={arguments.max_length} allows rows of more tokens than the language model "
+            f"{model.config.text_config.model_type!r} has positions, {positions}. Set max_length: {positions} or less."
+        )
+
+
+def make_collator(
+    arguments: StageArguments, processor: AlignVLMProcessor, config: PreTrainedConfig
+) -> AlignVLMCollator:
+    """Makes the collator of a stage that starts from a model of this config.
+
+    Raises:
+        ValueError: if the language model cannot pack rows and `row_length` asks for it.
+    """
+    if arguments.row_length is not None and not config.packing:
+        raise ValueError(
+            f"row_length={arguments.row_length} packs rows, which the language model {config.text_config.model_type!r} cannot keep "
+            "apart (packing is false in its config.json). Leave it out."
+        )
+    return AlignVLMCollator(
+        processor,
+        mask_type=arguments.attention_mask_type,
+        max_length=arguments.max_length,
+        shared_image=config.packing,
+        row_length=arguments.row_length,
+        pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
+        on_bad_image=arguments.on_bad_image,
+        name_records=True,
+    )
+
+
+def make_mixture(
+    arguments: StageArguments, collator: AlignVLMCollator, earlier_stages: list[dict], processes: int | None = None
+) -> Mixture:
+    """Mixes what a stage trains on; `earlier_stages` are those of the run record of its model."""
+    return load_mixture(
+        arguments.sources,
+        collator.token_counts,
+        arguments.data_dir,
+        seed=arguments.order_seed,
+        epochs=arguments.num_train_epochs,
+        image_token_share=arguments.image_token_share,
+        image_start_fraction=arguments.image_start_fraction,
+        streaming=arguments.streaming,
+        stream_records=arguments.max_steps * arguments.records_per_step(processes),
+        earlier_stages=earlier_stages,
+        max_bad_rows=arguments.bad_rows_allowed,
+    )
+
+
+def make_held_out(arguments: StageArguments, collator: AlignVLMCollator) -> Mixture | None:
+    """Reads `eval_sources`; None without any."""
+    if not arguments.eval_sources:
+        return None
+    return load_mixture(
+        arguments.eval_sources, collator.token_counts, arguments.data_dir, max_bad_rows=arguments.bad_rows_allowed
+    )

@@ -1,0 +1,77 @@
+"""Measures a stage before and after training: held-out loss, perplexity of a text, alignment of the modalities."""
+
+from itertools import islice
+
+from torch import nn
+
+from alignvlm.data.mixture import Part, read_parts
+from alignvlm.data.record import Record
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.alignment import (
+    alignment_metrics,
+    text_perplexity,
+)
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.options import StageOption
+from alignvlm.stages.trainer import AlignVLMTrainer
+from modeling_alignvlm import AlignVLMProcessor
+
+
+class StageMetrics(StageOption):
+    """Measures before and after what is entered inside it; the run record has each metric twice, as `NAME_before` and `NAME_after`."""
+
+    def __init__(self, arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator):
+        self.arguments, self.trainer, self.collator = arguments, trainer, collator
+        self.measured: dict[str, float | None] = {}
+
+    def before(self, model: nn.Module) -> None:
+        self._measure("before")
+
+    def after(self, model: nn.Module) -> None:
+        self._measure("after")
+
+    def record(self) -> dict[str, float | None]:
+        return self.measured
+
+    def _measure(self, when: str) -> None:
+        metrics = measure(self.arguments, self.trainer, self.collator)
+        self.measured |= {f"{name}_{when}": value for name, value in metrics.items()}
+
+
+def measure(
+    arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator
+) -> dict[str, float | None]:
+    """Measures the loss on held-out records, the perplexity of a text, and the alignment, as far as the recipe asks for them."""
+    metrics: dict[str, float | None] = {"eval_loss": None}
+    # DeepSpeed evaluates only what it has begun to train, unless it is ZeRO-3.
+    if trainer.eval_dataset is not None and not (trainer.is_deepspeed_enabled and trainer.deepspeed is None):
+        metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with trainer.compute_loss_context_manager():
+        if arguments.text_sources:
+            allowed = arguments.bad_rows_allowed
+            parts = read_parts(arguments.text_sources, collator.token_counts, arguments.data_dir, max_bad_rows=allowed)
+            text = _text_of(parts, collator.processor)
+            metrics["text_perplexity"] = text_perplexity(model, collator.tokenizer, text)
+        if arguments.alignment_records:
+            records = (trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset)))
+            with_image = list(islice((r for r in records if r["images"]), arguments.alignment_records))
+            if not with_image:
+                raise ValueError(
+                    "alignment_records: eval_sources hold no record with an image. Name some, or leave it out."
+                )
+            metrics |= alignment_metrics(model, collator, with_image)
+    if logged := {name: value for name, value in metrics.items() if name != "eval_loss"}:
+        trainer.log(logged)
+    return metrics
+
+
+def _text_of(parts: list[Part], processor: AlignVLMProcessor, records: int = 5000) -> str:
+    """The first records one after the other: exchanges as the chat template writes them, plain text as it is."""
+    texts = []
+    for row in (row for part in parts for row in islice(iter(part.source), records)):
+        for conversation in Record.from_row(row).conversations:
+            for response in conversation.responses:
+                answered = [*conversation.messages, {"role": "assistant", "content": response}]
+                texts.append(processor.apply_chat_template(answered) if conversation.messages else response)
+    return "\n".join(text.strip() for text in texts)

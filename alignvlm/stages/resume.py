@@ -1,0 +1,116 @@
+"""Resumes a stage: finds its checkpoint, and compares the data it has read with those it would read now."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from alignvlm.data.mixture import Mixture
+from alignvlm.data.record import shown
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.checkpoint import is_complete, last_complete_checkpoint, read_progress
+from hub_upload.package import RUN_RECORD
+
+
+logger = logging.get_logger(__name__)
+
+
+def checkpoint_to_resume(arguments: StageArguments) -> str | None:
+    """Finds the checkpoint to go on from; None for a new run.
+
+    Raises:
+        ValueError: if there is none, if the one named was not written to its end, or if a run that starts anew would mix its
+            checkpoints with those of another.
+    """
+    given, last = arguments.resume_from_checkpoint, last_complete_checkpoint(arguments.output_dir)
+    if given in (None, False):
+        if last is not None:
+            raise ValueError(
+                f"{arguments.output_dir!r} holds {last.name} of an earlier run. Go on from it with --resume_from_checkpoint, or name "
+                "another output_dir."
+            )
+        return None
+    if given in ("last", True):
+        if last is None:
+            raise ValueError(
+                f"Nothing to resume: {arguments.output_dir!r} holds no complete checkpoint-* folder. Start without the flag."
+            )
+        return str(last)
+    if not is_complete(Path(given)):
+        raise ValueError(f"Nothing to resume: {given!r} is no checkpoint-* folder that was written to its end.")
+    return given
+
+
+def check_unfinished(arguments: StageArguments, checkpoint: str | None, total_steps: int) -> None:
+    """Refuses to go on with a run that has taken all its steps and written its checkpoint.
+
+    Raises:
+        ValueError: for such a run.
+    """
+    finished = Path(arguments.output_dir) / RUN_RECORD  # written last
+    if checkpoint is None or not finished.is_file():
+        return
+    steps = _step_of(checkpoint)
+    if steps >= total_steps:
+        raise ValueError(
+            f"The run in {arguments.output_dir!r} is finished: {steps} of {total_steps} steps are taken, and its checkpoint is complete. "
+            "To train longer, raise max_steps or num_train_epochs; to train anew, name another output_dir."
+        )
+
+
+def order_of_records(arguments: StageArguments, mixture: Mixture) -> dict[str, Any]:
+    """Collects what decides which record is read when, as JSON decodes it: the contents of files count, not their paths."""
+    order = {
+        "global_batch_size": arguments.records_per_step(),
+        "sources": [{k: v for k, v in entry.items() if k not in ("data", "image_dir")} for entry in arguments.sources],
+        "data": mixture.record(),
+        "seed": arguments.order_seed,
+        "streaming": arguments.streaming,
+        "image_token_share": arguments.image_token_share,
+        "texts_first": None if mixture.sampler is None else mixture.sampler.texts_first,
+    }
+    return json.loads(json.dumps(order))
+
+
+def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: dict[str, Any]) -> dict[str, Any]:
+    """Reads how far the run had come at its checkpoint, as `AlignVLMTrainer.progress` tells it; {} for a new run.
+
+    Raises:
+        ValueError: if the run read other data, or in another order or batch size; the message says what differs.
+    """
+    if checkpoint is None:
+        return {}
+    progress, step = read_progress(checkpoint), _step_of(checkpoint)
+    if progress is None:
+        logger.warning(
+            f"{checkpoint} does not say what its run read (it was written by an earlier version): that the data are the same is not "
+            "checked, and seconds, train_loss and losses_of_data in the run record are those from here on."
+        )
+        return {"resumed_at": [step]}
+    others = list(differences(progress["order"], order))
+    if others and not arguments.allow_other_data:
+        raise ValueError(
+            f"{checkpoint} was written by a run that read other data: {'; '.join(others[:5])}. To go on from step {step} would skip "
+            "some records and read others twice. Give the stage what it had (for the same global batch size: "
+            "per_device_train_batch_size x gradient_accumulation_steps x processes), or go on all the same with "
+            "--allow_other_data true."
+        )
+    return {**progress, "resumed_at": [*progress["resumed_at"], step]}
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Says where two values that JSON can hold differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now)):
+            yield from differences(*pair, f"{name}[{index}]")
+    elif before != now:
+        yield f"{name} was {shown(before)} and is {shown(now)}"
+
+
+def _step_of(checkpoint: str) -> int:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]

@@ -1,0 +1,176 @@
+"""Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints.
+
+To add one: write a `WeightsOption`, put its fields into `WeightsArguments` (`alignvlm/stages/arguments.py`), and name it in `HELD` or `WRITTEN`.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from torch import nn
+
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.checkpoint import complete_checkpoints
+from alignvlm.stages.loading import load_model
+from alignvlm.stages.lora import LORA_FOLDER, add_lora, language_linear_layers, remove_lora, save_lora
+from alignvlm.stages.options import StageOption
+from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
+
+
+class WeightsOption(StageOption):
+    """An option that reads or changes weights, and so needs all of them in every process."""
+
+    name: str  # of the field that turns it on
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "WeightsOption | None":
+        """Makes the option that the arguments ask for; None if they do not."""
+        raise NotImplementedError
+
+    def check(self, trainer: AlignVLMTrainer) -> None:
+        trainer.check_complete_weights(self.name)
+
+
+@dataclass
+class LoRA(WeightsOption):
+    """Adds LoRA layers to the language model; after training merges them, or writes them into `folder` and takes them off."""
+
+    name = "lora_r"
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: list[str] | None  # None: all linear layers but the head
+    merge: bool
+    folder: Path
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "LoRA | None":
+        if not arguments.lora_r:
+            return None
+        given = (getattr(arguments, f"lora_{name}") for name in ("r", "alpha", "dropout", "target_modules", "merge"))
+        return cls(*given, folder=Path(arguments.output_dir) / LORA_FOLDER)
+
+    def before(self, model: nn.Module) -> None:
+        add_lora(model, self.r, self.alpha, self.dropout, self.target_modules or language_linear_layers(model))
+
+    def after(self, model: nn.Module) -> None:
+        if PartialState().is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier run
+            if not self.merge:
+                save_lora(model, self.folder)
+        remove_lora(model, merge=self.merge)
+
+    def record(self) -> dict[str, Any]:
+        names = ("r", "alpha", "dropout", "target_modules", "merge")
+        return {"lora": {name: getattr(self, name) for name in names}}
+
+
+@dataclass
+class WithoutLoRA(StageOption):
+    """Removes the LoRA weights that an earlier run left in `folder`, where this one writes none."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "WithoutLoRA | None":
+        return None if arguments.lora_r else cls(Path(arguments.output_dir) / LORA_FOLDER)
+
+    def after(self, model: nn.Module) -> None:
+        if PartialState().is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class Frozen16Bit(WeightsOption):
+    """Rounds frozen parameters to 16 bits; after training restores what `read` returns, in the process that writes the checkpoint."""
+
+    name = "frozen_16_bit"
+
+    dtype: torch.dtype
+    learning_rates: dict[str, float]
+    read: Callable[[], dict[str, torch.Tensor]]
+    rounded: set[str] = field(default_factory=set, init=False)
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "Frozen16Bit | None":
+        if not arguments.frozen_16_bit:
+            return None
+        return cls(arguments.dtype_16_bit, arguments.learning_rates, lambda: load_model(arguments).state_dict())
+
+    def before(self, model: nn.Module) -> None:
+        freeze_all_but(model, self.learning_rates)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                self.rounded.add(name)
+                parameter.data = parameter.data.to(self.dtype)
+
+    @torch.no_grad()
+    def after(self, model: nn.Module) -> None:
+        if not self.rounded or not PartialState().is_main_process:
+            return
+        model.float()
+        read = self.read()
+        for name, parameter in model.named_parameters():
+            if name in self.rounded:
+                parameter.copy_(read[name.replace(".base_layer.", ".")])  # where LoRA puts the layer it is added to
+
+    def record(self) -> dict[str, Any]:
+        return {"frozen_16_bit": True}
+
+
+@dataclass
+class Average(WeightsOption):
+    """Loads the mean of the weights of the last `count` checkpoints after training."""
+
+    name = "average_last"
+
+    count: int
+    output_dir: str
+    averaged: list[Path] = field(default_factory=list, init=False)
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "Average | None":
+        return cls(arguments.average_last, arguments.output_dir) if arguments.average_last else None
+
+    def after(self, model: nn.Module) -> None:
+        self.averaged = complete_checkpoints(self.output_dir)[-self.count :]
+        if self.averaged:
+            model.load_state_dict(average_weights(self.averaged), strict=False)
+
+    def record(self) -> dict[str, Any]:
+        return {"averaged": [path.name for path in self.averaged]} if self.averaged else {}
+
+
+# How the model holds its weights in training: prepared before the trainer sees it, undone when all is measured.
+HELD = (LoRA, WithoutLoRA, Frozen16Bit)
+# Which weights come out of training: what is measured after the stage, and written.
+WRITTEN = (Average,)
+
+
+def asked_for(arguments: StageArguments, kinds: Iterable[type]) -> list[StageOption]:
+    """Makes the options of these kinds that a stage's arguments turn on, the outermost first."""
+    return [option for kind in kinds if (option := kind.of(arguments)) is not None]
+
+
+def average_weights(checkpoints: list[Path]) -> dict[str, torch.Tensor]:
+    """Averages the weights of several checkpoint folders, summed in float64; dtypes are those of the first."""
+    files = [sorted(folder.glob("*.safetensors")) for folder in checkpoints]
+    mean = {}
+    for parts in zip(*files, strict=True):
+        opened = [safe_open(part, framework="pt") for part in parts]
+        for name in opened[0].keys():  # noqa: SIM118 - not a dictionary
+            first = opened[0].get_tensor(name)
+            total = first.double() if first.is_floating_point() else None
+            if total is None:
+                mean[name] = first
+                continue
+            for other in opened[1:]:
+                total += other.get_tensor(name).double()
+            mean[name] = (total / len(opened)).to(first.dtype)
+    return mean
