@@ -22,9 +22,10 @@ from trl import SFTConfig
 
 from alignvlm.data.mixture import Mixture, Part, load_mixture, read_parts
 from alignvlm.data.rows import ON_BAD_ROW, shown
+from alignvlm.evaluation.perplexity import text_perplexity
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.alignment import alignment_figures, text_perplexity
+from alignvlm.stages.alignment import alignment_figures
 from alignvlm.stages.checkpoint import (
     average_weights,
     check_writable,
