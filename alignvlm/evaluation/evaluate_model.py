@@ -35,13 +35,14 @@ from alignvlm.evaluation.tasks import (
     read_rows,
     shuffled_rows,
 )
+from hub_upload.command_line import ArgumentParser
 from hub_upload.repository import commit_of
 from hub_upload.run_record import library_versions, sha256_of, write_json
 
 
 def parser() -> argparse.ArgumentParser:
     tasks = (*TASKS, "text_perplexity")
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("checkpoint", nargs="?", help="A checkpoint's folder or Hub repository.")
     p.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="Two results of one task: B against A.")
     p.add_argument("--task", choices=tasks, help="What the model is asked.")
