@@ -41,8 +41,8 @@ def answer(
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
         images: per entry one image (PIL or an array, see `to_rgb`), or a list of none or several.
         prompts: for each entry of `images`, its prompts. A text stands behind all images of its entry. A conversation is a list of
-            messages in transformers' form, the last the user's; its k-th image part is the k-th image of its entry, and images
-            beyond its parts are not shown to it.
+            messages in transformers' form, the last the user's; its k-th image part is the k-th image of its entry (what the part
+            itself carries is not read), and images beyond its parts are not shown to it.
         batch_size: prompts answered at once.
         progress: the title of a progress bar; none without it.
         **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. Whatever is not given is as the
@@ -67,6 +67,8 @@ def answer(
                 "prompt several times with do_sample=True."
             )
     shown = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    if any(isinstance(group, str) for group in prompts):
+        raise ValueError("`prompts` holds a text in place of a list of prompts. Give one list per entry of `images`.")
     conversations = [
         [_conversation(prompt, len(entry), f"prompts[{row}][{column}]") for column, prompt in enumerate(group)]
         for row, (entry, group) in enumerate(zip(shown, prompts))
@@ -96,6 +98,10 @@ def answer(
 
 def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messages:
     """The messages of a prompt. A conversation that cannot be asked about so many images is refused by its `name`."""
+    if isinstance(prompt, dict):
+        raise ValueError(
+            f"{name} is a single message; expected a text or a list of messages. Put the conversation into a list."
+        )
     if isinstance(prompt, str):
         return [{"role": "user", "content": [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]}]
     try:

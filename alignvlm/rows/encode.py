@@ -191,6 +191,9 @@ def check_prompt(messages: list[dict[str, Any]]) -> int:
     Raises:
         ValueError: for no messages, a last one that is not the user's, and an unknown role or type of part.
     """
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"messages[{index}] is {message!r}; expected a mapping with `role` and `content`.")
     if not messages or messages[-1]["role"] != "user":
         found = f"is from the {messages[-1]['role']}" if messages else "is missing"
         raise ValueError(f"The last message {found}; expected one of the user, which is answered.")

@@ -127,12 +127,20 @@ def test_images_that_no_conversation_shows_are_not_encoded(make_model, processor
         ([], r"prompts\[1\]\[1\]: The last message is missing"),
         ([turn("user", {"type": "video"})], r"prompts\[1\]\[1\]: .*type 'video'"),
         ([turn("tool", "x"), turn("user", "?")], r"prompts\[1\]\[1\]: .*role 'tool'"),
+        ([{"role": "user", "text": "?"}], r"prompts\[1\]\[1\]: messages\[0\] is .*expected a mapping with `role`"),
+        (turn("user", "Why?"), r"prompts\[1\]\[1\] is a single message"),
         ([*HISTORY, turn("user", "a <image>")], "'a <image>' holds the placeholder"),
     ],
 )
 def test_conversations_that_cannot_be_answered_are_named(make_model, processor, messages, message):
     with pytest.raises(ValueError, match=message):
         answer(make_model(), processor, [shown_images(1)] * 2, [["Why?"], ["Why?", messages]], max_new_tokens=1)
+
+
+def test_a_text_in_place_of_a_list_is_refused(make_model, processor):
+    """Its letters would be the prompts."""
+    with pytest.raises(ValueError, match="a text in place of a list"):
+        answer(make_model(), processor, shown_images(1), ["Why?"])
 
 
 def test_a_processor_of_older_code_is_answered_too(make_model, processor, monkeypatch):
