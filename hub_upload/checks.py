@@ -6,7 +6,6 @@ The last rule decides: a process that cannot import this package, with an empty 
 folder by the Auto classes and answers about an image.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
+from hub_upload.command_line import ArgumentParser
 from hub_upload.package import ABSOLUTE_PATH, MANIFEST, files_of, is_allowed, read_manifest
 from hub_upload.run_record import RUN_RECORD, sha256_of
 
@@ -240,7 +240,7 @@ def try_loading(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Checks a packaged folder.")
+    parser = ArgumentParser(description="Checks a packaged folder.")
     parser.add_argument("folder")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     problems = check(arguments.folder)

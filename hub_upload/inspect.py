@@ -6,7 +6,6 @@ Lists each Python file with its hash, its imports and everything beyond what mod
 execute: pickles, code of other repositories, `custom_generate`. It works for anyone's repository of this kind.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hub_upload.code_rules import read_code
+from hub_upload.command_line import ArgumentParser
 from hub_upload.package import files_of
 from hub_upload.run_record import sha256_of
 
@@ -140,7 +140,7 @@ def describe(name: str, found: Inspection) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Shows what trust_remote_code would run.")
+    parser = ArgumentParser(description="Shows what trust_remote_code would run.")
     parser.add_argument("name", help="A folder, or a repository of the Hub.")
     parser.add_argument("--revision")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_upload.card import PLACEHOLDER, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
+from hub_upload.command_line import ArgumentParser
 from hub_upload.licences import given_licence, licence_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_run_record
 
@@ -259,7 +260,7 @@ def add_card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Stages a checkpoint as a clean folder.")
+    parser = ArgumentParser(description="Stages a checkpoint as a clean folder.")
     parser.add_argument("folder", help="The output_dir of a stage.")
     parser.add_argument("output", help="The clean folder.")
     parser.add_argument("--max_shard_size", default="5GB")

@@ -15,7 +15,6 @@ from os.path import abspath, dirname
 if __name__ == "__main__":
     sys.path[0] = dirname(dirname(abspath(__file__)))
 
-import argparse
 import hashlib
 import json
 import tempfile
@@ -46,6 +45,7 @@ from hub_upload.card_text import (
     split_card,
 )
 from hub_upload.checks import check, try_loading
+from hub_upload.command_line import ArgumentParser
 from hub_upload.package import (
     MANIFEST,
     add_card_options,
@@ -479,7 +479,7 @@ def _explained(error: Exception | None, repository: str, status: int | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Pushes a checkpoint to the Hub.")
+    parser = ArgumentParser(description="Pushes a checkpoint to the Hub.")
     parser.add_argument("folder", help="The output_dir of a stage.")
     parser.add_argument("repository", help="user/name")
     visibility = parser.add_mutually_exclusive_group()

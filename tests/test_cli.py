@@ -11,6 +11,7 @@ from trl import TrlParser
 from alignvlm import cli
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.command_line import parse_fields
+from hub_upload.command_line import ArgumentParser
 from tests.running import arguments_for
 
 
@@ -80,13 +81,23 @@ def test_a_mistyped_command_names_the_nearest():
         ("plan", ["--config", "RECIPE", "--row_lenght", "8"], "--row_length"),
         ("assemble", ["--visoin", "somewhere"], "--vision"),
         ("quickstart", ["--ouput_dir", "somewhere"], "--output_dir"),
+        ("evaluate", ["out/stage4", "--taks", "pathvqa"], "--task"),
+        ("evaluate", ["--use-cpu"], "--use_cpu"),
+        ("evaluate", ["out/stage4", "--bootstrap", "10"], "--bootstrap_samples"),  # no abbreviations
+        ("ask", ["--max_new_token=5"], "--max_new_tokens"),
+        ("ask", ["out/stage4", "photo.jpg", "--imgae", "other.jpg"], "--image"),
+        ("ask", ["out/stage4", "photo.jpg", "-revision", "v1"], "--revision"),
+        ("chat", ["out/stage4", "--dtpye", "fp32"], "--dtype"),
+        ("push", ["--dry_rnu"], "--dry_run"),
+        ("push", ["out/stage4", "user/name", "--licence", "mit"], "--license"),
+        ("inspect", ["user/name", "--revison", "v1"], "--revision"),
     ],
 )
 def test_a_mistyped_option_names_the_nearest(command, given, nearest, tmp_path):
     """Although other fields are missing, without which nothing could run."""
     recipe = tmp_path / "stage1.yaml"
     recipe.write_text("stage: 1\n")
-    with pytest.raises(SystemExit, match=rf"^error: there is no option --\S+\. Did you mean {nearest}\?$"):
+    with pytest.raises(SystemExit, match=rf"^error: there is no option --?\S+\. Did you mean {nearest}\?$"):
         cli.main([command, *(str(recipe) if item == "RECIPE" else item for item in given)])
 
 
@@ -137,3 +148,17 @@ def test_what_is_right_is_read_as_trl_reads_it(tmp_path):
     for written in (given, dashed, [f"--config={recipe}", *given[2:]]):
         (found,) = parse_fields(written, StageArguments)
         assert found.to_dict() == expected.to_dict() and (found.stage, found.lora_merge) == (2, False)
+
+
+def test_what_argparse_takes_is_taken_and_names_are_not_guessed(monkeypatch):
+    parser = ArgumentParser()
+    parser.add_argument("question")
+    parser.add_argument("--shift", type=float)
+    given = parser.parse_intermixed_args(["--shift", "-1.5", "-- what is it?"])
+    assert (given.question, given.shift) == ("-- what is it?", -1.5)
+    assert parser.parse_args(["--shift=2", "--", "--what"]).question == "--what"
+    with pytest.raises(SystemExit, match=r"^error: there is no option --qqqq\. --help lists them all\.$"):
+        parser.parse_args(["--qqqq"])
+    monkeypatch.setattr(sys, "argv", ["program", "--shfit", "2", "question"])
+    with pytest.raises(SystemExit, match=r"^error: there is no option --shfit\. Did you mean --shift\?$"):
+        parser.parse_args()

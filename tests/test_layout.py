@@ -139,7 +139,7 @@ def test_the_distribution_is_complete(target):
 
 IMPORT_ALL = """
 import sys
-import alignvlm.stages.stage, alignvlm.evaluation.evaluate_model
+import alignvlm.stages.stage, alignvlm.evaluation.evaluate_model, alignvlm.evaluation.judge
 import modeling_alignvlm, hub_upload.card
 from alignvlm.quickstart import quickstart
 
@@ -151,7 +151,7 @@ print(quickstart.TRAINING / "stage1.py")
 print(quickstart.QuickstartArguments().recipe + "/stage1.yaml")
 print(hub_upload.card.template_path())
 for metric in ("cider", "pathvqa_accuracy"):
-    print(alignvlm.evaluation.evaluate_model.METRICS / metric / f"{metric}.py")
+    print(alignvlm.evaluation.judge.METRICS / metric / f"{metric}.py")
 """
 
 

@@ -1,12 +1,13 @@
 """Batched answers of a model about images: what evaluation, the quickstart and the demo call.
 
-Many questions about one image share the trunk, all up to its last token. It is encoded and prefilled once, for several images at a
-time; then all their questions are asked in one batch from that cache. Under masks that let images see the prompt (`prefix`,
-`mutual`) no two questions share a trunk: there the image is encoded once and the rest is done per question.
+Each image is encoded once. Many prompts about one image share a trunk: the tokens that all of them begin with. It is prefilled once,
+for several entries at a time; then all their prompts are answered in one batch from that cache. Under masks that let images see the
+prompt (`prefix`, `mutual`) no two prompts share a trunk: there only the image features are shared.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from alignvlm.rows.encode import Branch, Encoder, check_prompt, trunk_length
 from modeling_alignvlm import CACHE_NAME, MASK_TYPES, TokenLayout, to_rgb
+
+
+Messages = list[dict[str, Any]]
 
 
 @torch.inference_mode()
@@ -22,7 +27,7 @@ def answer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     images: Sequence[Image.Image | Sequence[Image.Image]],
-    prompts: Sequence[Sequence[str]],
+    prompts: Sequence[Sequence[str | Messages]],
     batch_size: int = 64,
     max_new_tokens: int = 32,
     progress: str | None = None,
@@ -34,8 +39,10 @@ def answer(
 
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
-        images: per entry one image (PIL or an array, see `to_rgb`), or a list of none or several, which stand before the prompt.
-        prompts: for each entry of `images`, its prompts.
+        images: per entry one image (PIL or an array, see `to_rgb`), or a list of none or several.
+        prompts: for each entry of `images`, its prompts. A text stands behind all images of its entry. A conversation is a list of
+            messages in transformers' form, the last the user's; its k-th image part is the k-th image of its entry (what the part
+            itself carries is not read), and images beyond its parts are not shown to it.
         batch_size: prompts answered at once.
         progress: the title of a progress bar; none without it.
         **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. Whatever is not given is as the
@@ -45,8 +52,9 @@ def answer(
         The answers, nested as `prompts`, stripped of surrounding white space; the same as of one prompt at a time.
 
     Raises:
-        ValueError: if there are not as many lists of prompts as images, a prompt holds the image placeholder, or several answers
-            per prompt are asked for.
+        ValueError: if there are not as many lists of prompts as images, a prompt holds the image placeholder, a conversation has
+            more image parts than its entry images or does not end with the user's message, or several answers per prompt are
+            asked for.
     """
     if len(images) != len(prompts):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} lists of prompts; each image needs one list.")
@@ -59,6 +67,12 @@ def answer(
                 "prompt several times with do_sample=True."
             )
     shown = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+    if any(isinstance(group, str) for group in prompts):
+        raise ValueError("`prompts` holds a text in place of a list of prompts. Give one list per entry of `images`.")
+    conversations = [
+        [_conversation(prompt, len(entry), f"prompts[{row}][{column}]") for column, prompt in enumerate(group)]
+        for row, (entry, group) in enumerate(zip(shown, prompts))
+    ]
     options = {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,
@@ -67,41 +81,47 @@ def answer(
         "num_return_sequences": 1,
         "return_dict_in_generate": False,
     }
+    encoder = Encoder(processor)
     answers: list[list[str]] = [[] for _ in prompts]
     total = sum(map(len, prompts))
     with tqdm(total=total, desc=progress, disable=progress is None) as bar:
-        for entries in _batches([len(entry) for entry in shown], [len(group) for group in prompts], batch_size):
-            asked = [
-                (entry, _tokens(processor, len(shown[entry]), prompt))
-                for entry in entries
-                for prompt in prompts[entry]
-            ]
-            pixel_values = None
-            if shown[entries[0]]:
-                flat = [to_rgb(image) for entry in entries for image in shown[entry]]
-                pixel_values = processor.image_processor(flat, return_tensors="pt")["pixel_values"].to(model.device)
-            mask_type = MASK_TYPES.get(model.config.attention_mask_type)  # None: only the checkpoint's own code has it
-            shares_trunk = mask_type is not None and mask_type.shares_trunk and pixel_values is not None
-            shares_trunk = shares_trunk and getattr(
-                model.config, "packing", True
-            )  # code of format 1 has no such field
-            generate = _from_shared_trunks if shares_trunk else _from_image_features
-            rows = [(entries.index(entry), trunk, prompt) for entry, (trunk, prompt) in asked]
-            generated = generate(model, processor, rows, pixel_values, batch_size, options)
-            for (entry, _), text in zip(asked, processor.batch_decode(generated, skip_special_tokens=True)):
-                answers[entry].append(text.strip())
-            bar.update(len(asked))
+        for entries in _batches([len(group) for group in conversations], batch_size):
+            groups = [[encoder.prompt(messages) for messages in conversations[entry]] for entry in entries]
+            features = _image_features(model, processor, [shown[entry] for entry in entries], groups)
+            generated = iter(_generated(model, processor, groups, features, batch_size, options))
+            for entry, group in zip(entries, groups):
+                tokens = [next(generated) for _ in group]
+                answers[entry] = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+                bar.update(len(group))
     return answers
 
 
-def _batches(image_counts: list[int], prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Consecutive entries with equally many images and together at most `batch_size` prompts, or a single one with more."""
+def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messages:
+    """The messages of a prompt. A conversation that cannot be asked about so many images is refused by its `name`."""
+    if isinstance(prompt, dict):
+        raise ValueError(
+            f"{name} is a single message; expected a text or a list of messages. Put the conversation into a list."
+        )
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": [{"type": "image"}] * image_count + [{"type": "text", "text": prompt}]}]
+    try:
+        parts = check_prompt(prompt)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if parts > image_count:
+        raise ValueError(
+            f"{name} has {parts} image part(s), and its entry of `images` holds {image_count} image(s). Give one image per part."
+        )
+    return prompt
+
+
+def _batches(prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Consecutive entries with together at most `batch_size` prompts, or a single one with more."""
     batch: list[int] = []
     for entry, count in enumerate(prompt_counts):
         if count == 0:
             continue
-        full = sum(prompt_counts[other] for other in batch) + count > batch_size
-        if batch and (full or image_counts[entry] != image_counts[batch[0]]):
+        if batch and sum(prompt_counts[other] for other in batch) + count > batch_size:
             yield batch
             batch = []
         batch.append(entry)
@@ -109,72 +129,104 @@ def _batches(image_counts: list[int], prompt_counts: list[int], batch_size: int)
         yield batch
 
 
-def _tokens(processor: ProcessorMixin, image_count: int, prompt: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt behind its images as the chat template writes them: the trunk, image tokens expanded, and the rest."""
-    content = [*({"type": "image"} for _ in range(image_count)), {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    # The code of a checkpoint pushed before it had the method leaves special tokens to the tokenizer.
-    special = processor.adds_special_tokens(text) if hasattr(processor, "adds_special_tokens") else True
-    tokens = processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-    places = [place for place, token in enumerate(tokens) if token == processor.image_token_id]
-    if len(places) != image_count:
-        raise ValueError(f"The prompt {prompt!r} holds the placeholder {processor.image_token!r}. Remove it.")
-    end = places[-1] + 1 if places else 0
-    trunk = []
-    for token in tokens[:end]:
-        trunk += [token] * (processor.image_seq_length if token == processor.image_token_id else 1)
-    return trunk, tokens[end:]
+def _image_features(
+    model: PreTrainedModel, processor: ProcessorMixin, images: list[list], groups: list[list[Branch]]
+) -> list[Tensor | None]:
+    """Per entry the tokens `(tokens, hidden)` of the images that its prompts show, each encoded once; None without any."""
+    counts = [max(_image_tokens(model, prompt.input_ids) for prompt in group) for group in groups]
+    length = model.config.image_seq_length
+    flat = [to_rgb(image) for entry, count in zip(images, counts) for image in entry[: count // length]]
+    if not flat:
+        return [None] * len(groups)
+    pixel_values = processor.image_processor(flat, return_tensors="pt")["pixel_values"].to(model.device)
+    return list(model.get_image_features(pixel_values).pooler_output.flatten(0, 1).split(counts))
 
 
-def _left_padded(rows: list[list[int]], processor: ProcessorMixin, device) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask`, each `(rows, longest)`."""
-    padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
-    return padded["input_ids"], padded["attention_mask"]
+def _image_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> int:
+    return tokens.count(model.config.image_token_id)
 
 
-def _from_shared_trunks(model, processor, rows, pixel_values, batch_size: int, options: dict) -> list[Tensor]:
-    """Prefills the trunk of each entry once, then generates behind copies of that cache, `batch_size` prompts at a time."""
-    first_rows = {entry: trunk for entry, trunk, _ in reversed(rows)}
-    trunks = torch.tensor([first_rows[entry] for entry in sorted(first_rows)], device=model.device)  # (entries, trunk)
-    prefilled = getattr(model.model(input_ids=trunks, pixel_values=pixel_values, use_cache=True), CACHE_NAME)
+def _generated(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    groups: list[list[Branch]],
+    features: list[Tensor | None],
+    batch_size: int,
+    options: dict,
+) -> list[Tensor]:
+    """The new tokens of each prompt, `batch_size` at a time: behind copies of the entries' prefilled trunks where they share any."""
+    trunks = _trunks(model, groups, options)
+    past, cache = None, None
+    if any(trunks):
+        past = _left_padded(trunks, processor, model.device)
+        cache = _prefilled(model, *past, features)
+    rows = [(entry, prompt.input_ids) for entry, group in enumerate(groups) for prompt in group]
     generated = []
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        entry_of = torch.tensor([entry for entry, _, _ in batch], device=model.device)
-        prompt_ids, prompt_mask = _left_padded([prompt for _, _, prompt in batch], processor, model.device)
-        cache = copy.deepcopy(prefilled)  # generating goes on writing into it
-        cache.batch_select_indices(entry_of.repeat_interleave(options["num_beams"]))
-        input_ids = torch.cat([trunks[entry_of], prompt_ids], dim=1)
-        attention_mask = torch.cat([torch.ones_like(trunks[entry_of]), prompt_mask], dim=1)
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **{CACHE_NAME: cache}, **options)
+        entry_of = [entry for entry, _ in rows[start : start + batch_size]]
+        rests = [tokens[len(trunks[entry]) :] for entry, tokens in rows[start : start + batch_size]]
+        input_ids, attention_mask = _left_padded(rests, processor, model.device)
+        inputs = {}
+        if past is not None:
+            chosen = torch.tensor(entry_of, device=model.device)
+            input_ids, attention_mask = (
+                torch.cat([before[chosen], new], dim=1) for before, new in zip(past, (input_ids, attention_mask))
+            )
+            inputs[CACHE_NAME] = copy.deepcopy(cache)  # generating goes on writing into it
+            inputs[CACHE_NAME].batch_select_indices(chosen.repeat_interleave(options["num_beams"]))
+        if any(_image_tokens(model, rest) for rest in rests):
+            counts = [_image_tokens(model, tokens) for _, tokens in rows[start : start + batch_size]]
+            shown = [features[entry][:count] for entry, count in zip(entry_of, counts) if count]
+            inputs |= _embedded(model, input_ids, attention_mask, shown)
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **inputs, **options)
         generated += list(output[:, input_ids.shape[1] :])
     return generated
 
 
-def _from_image_features(model, processor, rows, pixel_values, batch_size: int, options: dict) -> list[Tensor]:
-    """Encodes each image once, then generates from whole prompts, `batch_size` at a time."""
-    entries = 1 + max(entry for entry, _, _ in rows)
-    if pixel_values is not None:
-        features = model.get_image_features(pixel_values).pooler_output
-        features = features.reshape(entries, -1, features.shape[-1])  # (entries, image tokens, hidden)
-    generated = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        input_ids, attention_mask = _left_padded(
-            [trunk + prompt for _, trunk, prompt in batch], processor, model.device
-        )
-        embeddings = model.get_input_embeddings()(input_ids)
-        layout_inputs = {}
-        if pixel_values is not None:
-            config = model.config
-            layout = TokenLayout.from_input_ids(
-                input_ids, config.image_token_id, config.image_seq_length, attention_mask=attention_mask
-            )
-            entry_of = torch.tensor([entry for entry, _, _ in batch], device=model.device)
-            is_image = (layout.image_ids >= 0).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(is_image, features[entry_of].to(embeddings.dtype))
-            layout_inputs["image_ids"] = layout.image_ids
-        generated += list(
-            model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **layout_inputs, **options)
-        )
-    return generated
+def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[tuple[int, ...]]:
+    """Per entry the tokens that its prompts share; none for all where nothing is saved, where later tokens change what a trunk means,
+    and where the language model cannot go on behind a padded cache."""
+    config, nothing = model.config, [()] * len(groups)
+    # Without `packing` positions count the padding behind a trunk. Code of format 1 has no such field.
+    mask_type = MASK_TYPES.get(config.attention_mask_type)  # None: only the checkpoint's own code has it
+    if mask_type is None or not mask_type.shares_trunk or not getattr(config, "packing", True):
+        return nothing
+    lengths = [trunk_length(group, config.image_token_id, config.image_seq_length) for group in groups]
+    if not any(length and len(group) > 1 for length, group in zip(lengths, groups)):
+        return nothing
+    rest = max(len(prompt) - length for length, group in zip(lengths, groups) for prompt in group)
+    window = getattr(config.text_config, "sliding_window", None)
+    if window is not None and max(lengths) + rest + options["max_new_tokens"] > window:
+        return nothing  # it would count the padding too
+    return [group[0].input_ids[:length] for length, group in zip(lengths, groups)]
+
+
+def _left_padded(rows: list[Sequence[int]], processor: ProcessorMixin, device) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask`, each `(rows, longest)`."""
+    rows = [list(row) for row in rows]
+    padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
+    return padded["input_ids"].long(), padded["attention_mask"].long()
+
+
+def _embedded(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor]
+) -> dict[str, Tensor]:
+    """`inputs_embeds` `(rows, length, hidden)` with the images' tokens in place, and `image_ids` `(rows, length)`."""
+    config = model.config
+    layout = TokenLayout.from_input_ids(
+        input_ids, config.image_token_id, config.image_seq_length, attention_mask=attention_mask
+    )
+    embeddings = model.get_input_embeddings()(input_ids)
+    is_image = (layout.image_ids >= 0).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(is_image, torch.cat(features).to(embeddings.dtype))
+    return {"inputs_embeds": embeddings, "image_ids": layout.image_ids}
+
+
+def _prefilled(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor | None]):
+    """The cache of left-padded trunks `(entries, length)`."""
+    counts = (input_ids == model.config.image_token_id).sum(-1).tolist()
+    shown = [images[:count] for images, count in zip(features, counts) if count]
+    inputs = _embedded(model, input_ids, attention_mask, shown) if shown else {"input_ids": input_ids}
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = model.model(attention_mask=attention_mask, position_ids=position_ids, use_cache=True, **inputs)
+    return getattr(outputs, CACHE_NAME)

@@ -12,9 +12,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.precision import choose_precision, warn_if_emulated
+from alignvlm.rows.encode import Encoder
+from modeling_alignvlm import to_rgb  # importing it registers the classes with the Auto classes
 
 
 def manifest() -> ModelManifest:
@@ -96,6 +97,7 @@ class AlignVLM(lmms):
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each request's continuation: its log probability in nats, and whether greedy decoding would write it."""
+        encoder = Encoder(self.processor)
         results = []
         for request in requests:
             context, doc_to_target, doc_to_visual, doc_id, task, split = request.args
@@ -103,24 +105,17 @@ class AlignVLM(lmms):
             target = doc_to_target(document) if callable(doc_to_target) else doc_to_target
             images = self._images(doc_to_visual, doc_id, task, split)
             content = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            prompt = self.processor(
-                images=[images] if images else None,
-                text=[text],
-                return_tensors="pt",
-                add_special_tokens=self.processor.adds_special_tokens(text),
-            )
-            response = self.tokenizer(target, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            length = prompt["input_ids"].shape[1]
-            input_ids = torch.cat([prompt["input_ids"], response], dim=1)
+            prompt = encoder.prompt([{"role": "user", "content": content}]).input_ids
+            response = self.tokenizer(target, add_special_tokens=False)["input_ids"]
+            length = len(prompt)
+            input_ids = torch.tensor([[*prompt, *response]])
             inputs = {"input_ids": input_ids, "prompt_mask": torch.arange(input_ids.shape[1])[None] < length}
-            if "pixel_values" in prompt:
-                inputs["pixel_values"] = prompt["pixel_values"]
+            if images:
+                pictures = [to_rgb(image) for image in images]
+                inputs["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
             logits = self.model(**{name: value.to(self.device) for name, value in inputs.items()}).logits
             logits = logits[0, length - 1 : -1].float()
-            response = response[0].to(logits.device)
+            response = torch.tensor(response, dtype=torch.long, device=logits.device)
             log_probability = logits.log_softmax(-1).gather(1, response[:, None]).sum().item()
             results.append((log_probability, bool((logits.argmax(-1) == response).all())))
         return results

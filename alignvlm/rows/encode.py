@@ -1,7 +1,8 @@
-"""A conversation to token ids and trained spans, and the trunk that its branches share.
+"""A conversation to token ids and trained spans, and the trunk that its branches share: the one encoder of training and inference.
 
-The chat template writes a conversation; each assistant turn and what stands before it are tokenised apart, so that a prompt has the very
-tokens it has at inference, and an answer those that the model would generate.
+The chat template writes a conversation. For training each assistant turn and what stands before it are tokenised apart, so that a
+prompt has the very tokens it has at inference, and an answer those that the model would generate. For inference `prompt` gives all
+tokens before the answer, as `processor.apply_chat_template` does when it tokenises.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
+from typing import Any
 
 from alignvlm.data.record import Conversation
 from modeling_alignvlm import AlignVLMProcessor
@@ -16,11 +18,11 @@ from modeling_alignvlm import AlignVLMProcessor
 
 @dataclass(frozen=True)
 class Branch:
-    """A conversation with one of its responses, as tokens.
+    """A conversation with one of its responses, or at inference without one, as tokens.
 
     Args:
         input_ids: every image `image_seq_length` image tokens.
-        trained: which of them are predicted. Never the first.
+        trained: which of them are predicted. Never the first; without a response none.
         prompt_length: the tokens before the first trained response.
     """
 
@@ -75,11 +77,42 @@ class Encoder:
         messages = json.dumps(conversation.messages)
         return [self._encode_again(messages, response, conversation.train_on) for response in conversation.responses]
 
-    def _encode_json(self, messages: str, response: str, train_on: str) -> Branch:
-        written = [
+    def prompt(self, messages: list[dict[str, Any]]) -> Branch:
+        """The tokens before the answer to `messages`, the generation prompt included: those that `processor.apply_chat_template` gives.
+
+        Args:
+            messages: as `Conversation.messages`, at least one.
+
+        Raises:
+            ValueError: for what `check_prompt` refuses, a text that holds the image placeholder, and a chat template that does not write
+                every image part.
+        """
+        expected = check_prompt(messages)
+        text = self.processor.apply_chat_template(self._written(messages), add_generation_prompt=True)
+        tokens = self.tokenizer(text, add_special_tokens=self._adds_special_tokens(text))["input_ids"]
+        found = tokens.count(self.processor.image_token_id)
+        if found != expected:
+            raise ValueError(
+                f"The messages have {expected} image part(s), and the chat template writes {found} placeholder(s). Put image parts into "
+                "user messages, or set a template that writes them."
+            )
+        ids = self._expanded(tokens)
+        return Branch(tuple(ids), (False,) * len(ids), prompt_length=len(ids))
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """As the processor says. The code of a checkpoint pushed before it had the method leaves special tokens to the tokenizer."""
+        adds = getattr(self.processor, "adds_special_tokens", None)
+        return adds is None or adds(text)
+
+    def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as the chat template takes them: a list of bare parts each."""
+        return [
             {"role": message["role"], "content": [self._part(part) for part in Conversation.parts(message)]}
-            for message in json.loads(messages)
+            for message in messages
         ]
+
+    def _encode_json(self, messages: str, response: str, train_on: str) -> Branch:
+        written = self._written(json.loads(messages))
         answer = self._part({"type": "text", "text": response})
         if not written:
             eos = self.tokenizer.eos_token_id
@@ -89,7 +122,7 @@ class Encoder:
         ids: list[int] = []
         trained: list[bool] = []
         for text, is_answer in self._segments(written):
-            special = not ids and self.processor.adds_special_tokens(text)
+            special = not ids and self._adds_special_tokens(text)
             tokens = self._expanded(self.tokenizer(text, add_special_tokens=special)["input_ids"])
             ids += tokens
             trained += [is_answer] * len(tokens)
@@ -103,7 +136,7 @@ class Encoder:
             return {"type": "image"}
         if self.processor.image_token in part["text"]:
             raise ValueError(
-                f"The text {part['text']!r} holds the placeholder {self.processor.image_token!r}. Remove it from the data."
+                f"The text {part['text']!r} holds the placeholder {self.processor.image_token!r}. Remove it."
             )
         return {"type": "text", "text": part["text"]}
 
@@ -149,6 +182,24 @@ class Encoder:
         return [t for token in tokens for t in [token] * (length if token == image_token else 1)]
 
 
+def check_prompt(messages: list[dict[str, Any]]) -> int:
+    """Refuses messages that cannot be answered.
+
+    Returns:
+        How many image parts they hold.
+
+    Raises:
+        ValueError: for no messages, a last one that is not the user's, and an unknown role or type of part.
+    """
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"messages[{index}] is {message!r}; expected a mapping with `role` and `content`.")
+    if not messages or messages[-1]["role"] != "user":
+        found = f"is from the {messages[-1]['role']}" if messages else "is missing"
+        raise ValueError(f"The last message {found}; expected one of the user, which is answered.")
+    return Conversation(messages, responses=[""]).image_count
+
+
 def shared_length(sequences: Sequence[Sequence]) -> int:
     """How many first items all sequences share."""
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences)))
@@ -156,7 +207,8 @@ def shared_length(sequences: Sequence[Sequence]) -> int:
 
 def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
     """How many first tokens a record's branches share: all they have in common that ends at least one token before the first trained
-    one of each (which predicts it) and not inside an image."""
+    one of each (which predicts it) and not inside an image. Prompts share it likewise: the last token of each predicts the answer's
+    first."""
     furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
     length = shared_length([branch.input_ids[:furthest] for branch in branches])
     return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length

@@ -79,29 +79,3 @@ def alignment_metrics(model, collator: AlignVLMCollator, records: list[dict], ba
         "image_embedding_norm": torch.cat(norms[True]).mean().item(),
         "text_embedding_norm": torch.cat(norms[False]).mean().item(),
     }
-
-
-@torch.no_grad()
-def text_perplexity(model, tokenizer, text: str, window: int = 512, windows: int = 64) -> float:
-    """Perplexity per token of the first `windows` windows of so many tokens of a text: what a stage makes the model forget of text.
-
-    Raises:
-        ValueError: if the text has less than two tokens.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: window * windows]
-    if len(ids) < 2:
-        raise ValueError(f"The text has {len(ids)} tokens; at least two are needed.")
-    loss, count = 0.0, 0
-    for start in range(0, len(ids) - 1, window):
-        input_ids = torch.tensor([ids[start : start + window]], device=device)
-        if input_ids.shape[1] < 2:
-            break
-        prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        logits = model(input_ids=input_ids, prompt_mask=prompt_mask, use_cache=False).logits
-        loss += torch.nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:], reduction="sum").item()
-        count += input_ids.shape[1] - 1
-    model.train(was_training)
-    return math.exp(loss / count)

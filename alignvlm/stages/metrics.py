@@ -6,10 +6,10 @@ from torch import nn
 
 from alignvlm.data.mixture import Part, read_parts
 from alignvlm.data.record import Record
+from alignvlm.evaluation.perplexity import text_perplexity
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.alignment import (
     alignment_metrics,
-    text_perplexity,
 )
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption

@@ -15,12 +15,11 @@ from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
+from hub_upload.command_line import ArgumentParser
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT IMAGE [QUESTION] [options]"
-    )
+    p = ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT IMAGE [QUESTION] [options]")
     p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
     p.add_argument("image", help="An image file.")
     p.add_argument("question", nargs="?", default=CAPTION_PROMPT, help=f"Default: {CAPTION_PROMPT!r}")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag
 from alignvlm.tools.ask import load, with_tag
+from hub_upload.command_line import ArgumentParser
 
 
 HELP = """\
@@ -26,7 +27,7 @@ HELP = """\
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = ArgumentParser(
         description="Talks with a checkpoint about images.",
         epilog=f"At the prompt:\n{HELP}",
         usage="%(prog)s CHECKPOINT [IMAGE] [options]",

@@ -7,6 +7,8 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from alignvlm.evaluation.answer import answer
+from alignvlm.rows.encode import Encoder, shared_length
+from modeling_alignvlm import AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
 
@@ -21,6 +23,132 @@ def alone(model, processor, image, prompt: str, **options) -> str:
     with torch.no_grad():
         tokens = model.generate(**inputs, do_sample=False, **options)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def conversation_alone(model, processor, images: list, messages: list[dict], **options) -> str:
+    """What plain `generate` answers to one conversation as transformers' chat template call prepares it."""
+    remaining = iter(images)
+    messages = [
+        {
+            "role": message["role"],
+            "content": [{**part, "image": next(remaining)} if part["type"] == "image" else part for part in content]
+            if not isinstance(content := message["content"], str)
+            else content,
+        }
+        for message in messages
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        tokens = model.generate(**inputs, do_sample=False, **options)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+IMAGE = {"type": "image"}
+
+
+def said(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def turn(role: str, *content) -> dict:
+    return {"role": role, "content": [said(part) if isinstance(part, str) else part for part in content]}
+
+
+HISTORY = [turn("user", IMAGE, "What colour is it?"), turn("assistant", "Red.")]
+# Per entry the number of its images, and its prompts: images anywhere, several turns, plain prompts among them.
+ENTRIES = [
+    (1, [[*HISTORY, turn("user", "Why?")], "Why?", [*HISTORY, turn("user", "How many are there?")]]),
+    (0, ["Why?", [turn("system", "Be brief."), turn("user", "How many?")], [turn("user", "How many circles?")]]),
+    (2, [[*HISTORY, turn("user", "And this", IMAGE, "?")], [*HISTORY, turn("user", "And here?", IMAGE)], "What differs?"]),
+    (3, [[turn("user", "First", IMAGE, IMAGE, "then", IMAGE, "what?")], [turn("user", "Why?")]]),
+    (2, []),
+    (3, [[turn("user", IMAGE), turn("assistant", "A circle."), turn("user", IMAGE, "Where?")]]),
+    (1, [[{"role": "user", "content": "No image here."}]]),
+]  # fmt: skip
+
+
+def shown_images(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (16, 16), colour) for colour in COLOURS[:count]]
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_conversations_have_the_answers_of_one_at_a_time(make_model, processor, mask_type, num_beams, batch_size):
+    model = make_model(mask_type).double()
+    options = {"max_new_tokens": 6, "num_beams": num_beams}
+    images = [shown_images(count) for count, _ in ENTRIES]
+    prompts = [group for _, group in ENTRIES]
+    expected = []
+    for entry, group in zip(images, prompts):
+        written = [[turn("user", *[IMAGE] * len(entry), p)] if isinstance(p, str) else p for p in group]
+        expected.append([conversation_alone(model, processor, entry, m, **options) for m in written])
+    assert answer(model, processor, images, prompts, batch_size=batch_size, **options) == expected
+    flat = [text for group in expected for text in group]
+    assert len(set(flat)) > len(flat) * 2 // 3  # they tell prompts apart
+
+
+def test_what_conversations_share_is_computed_once(make_model, processor):
+    """Not only up to the last image: the turns that all prompts of an entry begin with, but no token beyond."""
+    model = make_model()
+    lengths = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    prompts = [[*HISTORY, turn("user", text)] for text in ("Why?", "How many are there?", "Where?")]
+    answer(model, processor, [shown_images(1)] * 2, [prompts, prompts[:2]], max_new_tokens=1)
+    encoder = Encoder(processor)
+    tokens = [encoder.prompt(messages).input_ids for messages in prompts]
+    shared = shared_length(tokens)
+    history = len(encoder.processor.tokenizer(processor.apply_chat_template(HISTORY))["input_ids"])
+    assert shared > history
+    assert lengths == [(2, shared), (5, max(map(len, tokens)) - shared)]
+
+
+def test_images_that_no_conversation_shows_are_not_encoded(make_model, processor):
+    model = make_model()
+    encoded = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    prompts = [[*HISTORY, turn("user", "Why?")], [turn("user", "Why?")]]
+    found = answer(model, processor, [shown_images(3), shown_images(2)], [prompts, prompts[1:]], max_new_tokens=4)
+    assert sum(encoded) == 1 and found[0][1] == found[1][0]
+    assert found[0][1] == answer(model, processor, [[]], [prompts[1:]], max_new_tokens=4)[0][0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([turn("user", IMAGE, IMAGE, "?")], r"prompts\[1\]\[1\] has 2 image part\(s\).* holds 1 image"),
+        (HISTORY, r"prompts\[1\]\[1\]: The last message is from the assistant; expected one of the user"),
+        ([], r"prompts\[1\]\[1\]: The last message is missing"),
+        ([turn("user", {"type": "video"})], r"prompts\[1\]\[1\]: .*type 'video'"),
+        ([turn("tool", "x"), turn("user", "?")], r"prompts\[1\]\[1\]: .*role 'tool'"),
+        ([{"role": "user", "text": "?"}], r"prompts\[1\]\[1\]: messages\[0\] is .*expected a mapping with `role`"),
+        (turn("user", "Why?"), r"prompts\[1\]\[1\] is a single message"),
+        ([*HISTORY, turn("user", "a <image>")], "'a <image>' holds the placeholder"),
+    ],
+)
+def test_conversations_that_cannot_be_answered_are_named(make_model, processor, messages, message):
+    with pytest.raises(ValueError, match=message):
+        answer(make_model(), processor, [shown_images(1)] * 2, [["Why?"], ["Why?", messages]], max_new_tokens=1)
+
+
+def test_a_text_in_place_of_a_list_is_refused(make_model, processor):
+    """Its letters would be the prompts."""
+    with pytest.raises(ValueError, match="a text in place of a list"):
+        answer(make_model(), processor, shown_images(1), ["Why?"])
+
+
+def test_a_processor_of_older_code_is_answered_too(make_model, processor, monkeypatch):
+    """It cannot say who adds special tokens: the tokenizer does."""
+    model, images = make_model(), [shown_images(1)]
+    expected = answer(model, processor, images, [["Why?"]], max_new_tokens=6)
+    monkeypatch.delattr(AlignVLMProcessor, "adds_special_tokens")
+    assert answer(model, processor, images, [["Why?"]], max_new_tokens=6) == expected
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
@@ -47,14 +175,16 @@ def test_answers_are_those_of_one_prompt_at_a_time(make_model, processor, mask_t
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention"],
         },
+        {"model_type": "mistral", "sliding_window": 100},
         {"model_type": "llama"},
     ],
-    ids=lambda text: text["model_type"],
+    ids=lambda text: f"{text['model_type']}-{text.get('sliding_window')}",
 )
 def test_trunks_are_shared_under_other_language_models(make_model, processor, text):
-    model = make_model(text=text)
+    """Unless a window is so short that the padding behind a trunk would take the place of its tokens."""
+    model = make_model(text=text).double()
     images = [Image.new("RGB", (16, 16), colour) for colour in COLOURS]
-    prompts = [["What colour is the large circle at the top left?", "Why?", "How many?"], ["Why?"], ["How many?"]]
+    prompts = [["What colour is the large circle at the top left?", "Why?", "How many?"], ["Why?", ""], ["How many?"]]
     together = answer(model, processor, images, prompts, batch_size=2, max_new_tokens=8)
     assert together == [
         [alone(model, processor, i, p, max_new_tokens=8) for p in group] for i, group in zip(images, prompts)

@@ -8,8 +8,9 @@ import scipy.linalg
 import torch
 
 from alignvlm.data import scenes
+from alignvlm.evaluation.perplexity import text_perplexity
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.alignment import alignment_metrics, frechet_distance, modality_integration_rate, text_perplexity
+from alignvlm.stages.alignment import alignment_metrics, frechet_distance, modality_integration_rate
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVis
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.data.record import Conversation
-from alignvlm.evaluation.answer import _tokens as prompt_tokens
 from alignvlm.rows.encode import Encoder
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import (
@@ -128,12 +127,13 @@ def test_questions_are_asked_with_the_tokens_of_the_models_own_template(shipped,
     tokenizer, processor = shipped(name)
     question = TURNS[2]["content"]
     own = tokenizer.apply_chat_template(TURNS[2:3], add_generation_prompt=True)["input_ids"]
-    assert prompt_tokens(processor, 0, question) == ([], own)
-    trunk, rest = prompt_tokens(processor, 1, question)
+    encoder = Encoder(processor)
+    assert list(encoder.prompt([{"role": "user", "content": question}]).input_ids) == own
+    prompt = encoder.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}])
     shown = {"role": "user", "content": 4 * IMAGE_TOKEN + question}
     written = tokenizer.apply_chat_template([shown], add_generation_prompt=True, tokenize=False)
-    assert trunk + rest == processor.tokenizer(written, add_special_tokens=False)["input_ids"]
-    assert trunk[-4:] == 4 * [processor.image_token_id]
+    assert list(prompt.input_ids) == processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert prompt.input_ids.count(processor.image_token_id) == 4
 
 
 @by_name

@@ -45,6 +45,10 @@ Raises:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
 class Cider(evaluate.Metric):
+    # For `alignvlm/evaluation/judge.py`.
+    means = {"cider": ("cider", {})}
+    per_prompt = ("cider",)
+
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(

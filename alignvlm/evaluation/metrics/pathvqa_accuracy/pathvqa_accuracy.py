@@ -59,6 +59,16 @@ KINDS = ("", "yes_no_", "free_form_")
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS_DESCRIPTION)
 class PathVQAAccuracy(evaluate.Metric):
+    # For `alignvlm/evaluation/judge.py`.
+    means = {
+        "accuracy": ("correct", {}),
+        "yes_no_accuracy": ("correct", {"yes_no": True}),
+        "free_form_accuracy": ("correct", {"yes_no": False}),
+        "free_form_recall": ("recall", {"yes_no": False}),
+        "free_form_f1": ("f1", {"yes_no": False}),
+    }
+    per_prompt = ()
+
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(

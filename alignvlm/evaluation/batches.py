@@ -1,0 +1,79 @@
+"""Work in batches that can be interrupted and resumed, by any number of processes.
+
+Batches do not depend on the number of processes. Each process notes its finished batches on disk, a line each, so that work that was
+interrupted goes on where it stopped, with the same result.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+
+@dataclass
+class Work:
+    """Units that do not depend on each other, and what becomes of them.
+
+    Args:
+        length: the number of units.
+        settings: what decides the outputs, for the result file.
+        run: one output per unit of a range, each JSON-serialisable.
+        summarise: the result of all outputs, in order.
+    """
+
+    length: int
+    settings: dict
+    run: Callable[[range], list]
+    summarise: Callable[[list], dict]
+
+
+def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, title: str) -> list | None:
+    """Runs what `folder` does not hold yet, each process every n-th batch.
+
+    Args:
+        batch_size: units per batch.
+        folder: where finished batches are noted, the same for all processes. A crash costs at most the batches in flight.
+        title: of the progress bar.
+
+    Returns:
+        All outputs in order, on the main process; None on the others.
+    """
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished_lines(folder)
+    state.wait_for_everyone()
+    batches = {
+        start: range(start, min(start + batch_size, work.length)) for start in range(0, work.length, batch_size)
+    }
+    done = _finished_batches(folder)
+    state.wait_for_everyone()  # everyone has read before anyone writes
+    missing = [start for start in batches if start not in done]
+    mine = missing[state.process_index :: state.num_processes]
+    if done and state.is_main_process:
+        print(f"Going on with {folder}: {len(done)} of {len(batches)} batches are done.")
+    with (folder / f"{state.process_index}.jsonl").open("a") as file:
+        for start in tqdm(mine, desc=title, disable=not state.is_main_process):
+            file.write(json.dumps({"start": start, "outputs": work.run(batches[start])}) + "\n")
+            file.flush()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    done = _finished_batches(folder)
+    return [output for start in batches for output in done[start]]
+
+
+def _drop_unfinished_lines(folder: Path) -> None:
+    """Takes away a last line that a crash cut short, so that the next one does not continue it."""
+    for file in folder.glob("*.jsonl"):
+        whole, _, rest = file.read_text().rpartition("\n")
+        if rest:
+            file.write_text(whole + "\n" if whole else "")
+
+
+def _finished_batches(folder: Path) -> dict[int, list]:
+    """The outputs of finished batches by their first unit, whichever process noted them."""
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    return {entry["start"]: entry["outputs"] for entry in map(json.loads, lines)}
