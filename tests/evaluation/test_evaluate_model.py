@@ -61,7 +61,7 @@ def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path
     for numbers in result["metrics"].values():
         for name, (low, high) in numbers["intervals"].items():
             assert low <= numbers[name] <= high
-    assert result["data"]["images"] == 14 and len(result["data"]["sha256"]) == 64
+    assert result["data"]["images"] == 14 and len(result["data"]["files"][0]["sha256"]) == 64
     assert result["decoding"] == {"num_beams": 1, "max_new_tokens": 6, "do_sample": False}
     assert {"torch", "transformers", "evaluate", "alignvlm"} <= set(result["versions"])
 
