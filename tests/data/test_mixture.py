@@ -478,6 +478,7 @@ def AlignVLMCollator_of(checkpoint) -> AlignVLMCollator:
     return AlignVLMCollator(AlignVLMProcessor.from_pretrained(checkpoint))
 
 
+@pytest.mark.slow
 def test_real_photos_and_questions_through_the_mixture(shared_data, collator):
     """Flickr8k, DAQUAR and PathVQA's text in the shares of a stage, decoded and collated by a worker."""
     sources = [

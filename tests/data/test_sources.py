@@ -748,6 +748,7 @@ def test_generated_sources_are_records():
     assert len(source) == 3 and read_image(source[0]["images"][0]).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
     """Flickr8k, DAQUAR and the text of PathVQA: every record becomes a row, every photo a picture."""
     from alignvlm.rows.collator import AlignVLMCollator

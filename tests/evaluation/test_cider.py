@@ -67,12 +67,14 @@ def shared_captions(folder: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_tokens_equal_java_on_every_shared_caption(shared_data, official_tokens):
     for name, captions in shared_captions(shared_data).items():
         ours, official = ptb_tokenizer.tokenize(captions), official_tokens(captions)
         assert [c for c, a, b in zip(captions, ours, official) if a != b] == [], name
 
 
+@pytest.mark.slow
 def test_tokens_equal_java_on_999_of_1000_made_up_captions(official_tokens):
     rng = random.Random(2)
     captions, kinds = zip(*(caption(rng) for _ in range(100_000)))

@@ -103,6 +103,7 @@ def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data,
     assert answers["record"] == answers["given"] != answers["plain"] == answers["off"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
     config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
@@ -113,6 +114,7 @@ def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
     assert (tmp_path / "one/scenes.json").read_bytes() == (tmp_path / "two/scenes.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(checkpoint, data, tmp_path):
     command = [sys.executable, SCRIPT, *options(checkpoint, data, tmp_path / "killed", "--batch_size", "1")]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

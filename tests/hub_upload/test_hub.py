@@ -92,6 +92,7 @@ def change_weights(folder: Path, by: float = 0.0) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     (mine / ".env").write_text("SECRET=1")
@@ -451,6 +452,7 @@ def test_who_may_not_write_is_told(lfs_hub, staged, tmp_path, token, name, messa
     assert "hf_" not in (tmp_path / "client.log").read_text()
 
 
+@pytest.mark.slow
 def test_killed_half_way(lfs_hub, staged, tmp_path):
     """While a large file is on its way, and after it: the branch is as before, and no blob that arrived is sent again."""
     mine = shutil.copytree(staged, tmp_path / "mine")
@@ -494,6 +496,7 @@ def run(hub: LoopbackHub, folder: Path, *command, code: int = 0, **environment: 
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkpoint, tmp_path):
     lfs_hub.faults.clear()
     output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--tag", "v1")
@@ -560,6 +563,7 @@ def load(hub: LoopbackHub, folder: Path, name: str, revision: str, **environment
     return json.loads(re.search(r"RESULT (.*)", output)[1])
 
 
+@pytest.mark.slow
 def test_loading_from_the_hub(hub, client, checkpoint, tmp_path):
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     staged = package(mine, tmp_path / "staged")
@@ -596,6 +600,7 @@ def test_the_hf_command_downloads_what_was_pushed(hub, client, staged, tmp_path)
         assert (tmp_path / "copy" / name).read_bytes() == (staged / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client, checkpoint, staged, tmp_path):
     lfs_hub.faults.clear()
     pushed = lfs_client("hub_upload.push:send", staged, "user/start")
@@ -624,6 +629,7 @@ def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client
     lfs_hub.faults.clear()
 
 
+@pytest.mark.slow
 def test_serving_answers_the_openai_client_about_a_picture(lfs_hub, lfs_client, checkpoint, tmp_path):
     openai = pytest.importorskip("openai")
     lfs_hub.faults.clear()

@@ -48,6 +48,7 @@ def with_prompt_mask(inputs, mask_type):
     return inputs | (prompt_mask if MASK_TYPES[mask_type].needs_prompt else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()

@@ -35,6 +35,7 @@ torch.save(found, f"{written}/found.pt")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ALIGNVLM_OTHER_PYTHON" not in os.environ, reason="ALIGNVLM_OTHER_PYTHON names no interpreter")
 def test_checkpoints_travel_between_releases(checkpoint, tmp_path):
     written = tmp_path / "written"

@@ -89,6 +89,7 @@ print(json.dumps([type(config).__name__, texts[0]["generated_text"]]))
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_give_the_same_logits_and_save_the_same_files(checkpoint, workdir, processor):
     name, answer = json.loads(run_child(LOAD_AND_SAVE, checkpoint, workdir).splitlines()[-1])
     assert name == "AlignVLMConfig" and isinstance(answer, str)
@@ -123,3 +124,17 @@ def test_code_that_travels_imports_only_what_a_reader_expects(checkpoint):
             words = line.split()
             if line.startswith(("import ", "from ")):
                 assert words[1].startswith(".") or words[1].split(".")[0] in allowed, f"{name}: {line}"
+
+
+def test_the_configuration_waits_for_no_model_code(checkpoint):
+    """Its neighbour with the mask types imports torch alone, which transformers has imported by then."""
+    imports = {
+        name: [
+            line
+            for line in (checkpoint / f"{name}_alignvlm.py").read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        ]
+        for name in ("configuration", "masking")
+    }
+    assert [line.split()[1] for line in imports["configuration"]] == ["typing", "transformers", ".masking_alignvlm"]
+    assert {line.split()[1] for line in imports["masking"]} == {"collections.abc", "dataclasses", "torch"}

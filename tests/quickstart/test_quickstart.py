@@ -31,6 +31,7 @@ def small_recipe(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_quickstart_leaves_four_stages_and_a_summary(small_recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nano, "SCENE_COUNT", 128)
     given = {"output_dir": tmp_path, "recipe": small_recipe, "test_scenes": 5, "vision_steps": 1, "language_steps": 1}

@@ -55,6 +55,7 @@ def goes_on_as_if_never_interrupted(checkpoint: Path, folder: Path, whole: Path)
 
 
 # A save opens some ten files from Python, and there are four; the numbers stand for writes from the first to the last.
+@pytest.mark.slow
 @pytest.mark.parametrize("write", random.Random(1).sample(range(2, 45), 8))
 def test_killed_while_writing(checkpoint, whole, tmp_path, write):
     folder = tmp_path / "run"
@@ -66,6 +67,7 @@ def test_killed_while_writing(checkpoint, whole, tmp_path, write):
     assert goes_on_as_if_never_interrupted(checkpoint, folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_a_random_time(checkpoint, whole, tmp_path, seed):
     folder = tmp_path / "run"
@@ -80,6 +82,7 @@ def test_killed_at_a_random_time(checkpoint, whole, tmp_path, seed):
     assert goes_on_as_if_never_interrupted(checkpoint, folder, whole)
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, tmp_path):
     assert [path.name for path in complete_checkpoints(whole)] == ["checkpoint-4", "checkpoint-6"]
     state = (whole / "checkpoint-6/trainer_state.json").read_text()
@@ -97,11 +100,13 @@ def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, 
         main([*fields, "--resume_from_checkpoint", str(tmp_path / "checkpoint-12")])
 
 
+@pytest.mark.slow
 def test_a_run_does_not_mix_with_an_earlier_one(whole, checkpoint):
     with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run. Go on from it with --resume"):
         main(arguments_for(checkpoint, whole, **SAVING))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file size limit", "small disk"])
 def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, whole, tmp_path, kind):
     folder = tmp_path / "run"
@@ -138,6 +143,7 @@ def test_an_output_folder_nobody_can_write_to(checkpoint, tmp_path):
         main(arguments_for(checkpoint, tmp_path / "file/run", **RATES))
 
 
+@pytest.mark.slow
 def test_a_dead_data_worker_ends_the_run(checkpoint, whole, tmp_path):
     folder = tmp_path / "run"
     fields = {
@@ -202,6 +208,7 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_path):
     folder = tmp_path / "run"
     fields = {**SAVING, "max_steps": 4000, "num_train_epochs": 1000, "per_device_train_batch_size": 2}
@@ -222,6 +229,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
     assert read_run_record(folder)["stages"][-1]["steps"] == step + 2
 
 
+@pytest.mark.slow
 def test_images_on_one_rank_and_text_on_the_other(checkpoint, tmp_path):
     process = launch(["--module", "tests.uneven_ranks", str(checkpoint), str(tmp_path / "two")])
     output, _ = process.communicate(timeout=200)
@@ -234,6 +242,7 @@ def test_images_on_one_rank_and_text_on_the_other(checkpoint, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_no_remote_code_is_loaded_in_training(checkpoint, tmp_path):
     """So several processes cannot race for the modules cache."""
     fields = arguments_for(checkpoint, tmp_path / "run", **RATES, max_steps=1, per_device_train_batch_size=2)

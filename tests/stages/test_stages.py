@@ -328,6 +328,7 @@ def launch(script: str, *arguments: str, processes: int) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_of_one_with_the_same_global_batch(checkpoint, tmp_path):
     fields = {"language_learning_rate": 1e-3, "projector_learning_rate": 1e-3, "max_steps": 4}
     for name, processes, batch_size in (("one", 1, 4), ("two", 2, 2)):
@@ -387,6 +388,7 @@ def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
         main([*given, "--projektor_learning_rate", "1e-3"])
 
 
+@pytest.mark.slow
 def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_path):
     """Some steps of the recipe on the shared photos; the loss falls, and the result describes a validation photo."""
     from alignvlm.evaluation.answer import answer
