@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
 from alignvlm.data.catalogue import CATALOGUE
+from alignvlm.data.formats import FORMATS
 from alignvlm.data.images import read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
@@ -444,8 +445,11 @@ def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streamin
 def test_every_data_set_of_the_catalogue_is_tested():
     drawn = {name for name, kind in CATALOGUE.items() if kind.generate}
     assert {name.split(",")[0] for name in FIXTURES} == set(CATALOGUE) - {"text"} - drawn
-    for kind in CATALOGUE.values():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    for name, kind in CATALOGUE.items():
+        assert f"`{name}`" in page and (kind.data is None or f"`{kind.data}`" in page)
         assert kind.licence and (kind.data is None or kind.licence != "unknown")
+    assert all(f"| `{name}` |" in page for name in FORMATS)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
