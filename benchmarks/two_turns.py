@@ -20,14 +20,16 @@ import numpy as np
 import torch
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for `python benchmarks/two_turns.py`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/two_turns.py`
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.evaluation.questions import EvaluationSet, blank, load_task
 from hub_upload.run_record import read_run_record, write_json
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_conversations(folder: Path, split: scenes.Split, count: int, seed: int) -> Path:
