@@ -89,7 +89,8 @@ def child(options: dict) -> dict:
 
     from alignvlm.data.formats import annotations
     from alignvlm.data.scenes import RECORD_FEATURES
-    from alignvlm.rows.collator import IGNORED, AlignVLMCollator
+    from alignvlm.rows.collator import AlignVLMCollator
+    from alignvlm.rows.packing import IGNORED
     from alignvlm.stages.arguments import TrainerArguments
     from alignvlm.stages.trainer import AlignVLMTrainer
     from alignvlm.tools.plan import step_flops

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from alignvlm.rows.encode import Branch, Encoder, check_prompt, trunk_length
+from alignvlm.rows.encode import Branch, Encoder, check_prompt
+from alignvlm.rows.packing import trunk_length
 from modeling_alignvlm import CACHE_NAME, MASK_TYPES, TokenLayout, to_rgb
 
 

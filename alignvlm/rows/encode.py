@@ -8,7 +8,7 @@ tokens before the answer, as `processor.apply_chat_template` does when it tokeni
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -98,6 +98,12 @@ class Encoder:
             )
         ids = self._expanded(tokens)
         return Branch(tuple(ids), (False,) * len(ids), prompt_length=len(ids))
+
+    @cached_property
+    def up_to_an_image(self) -> int:
+        """The tokens up to the end of the image in a conversation that begins with one: what any image needs."""
+        ids = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]).input_ids
+        return ids.index(self.processor.image_token_id) + self.processor.image_seq_length
 
     def _adds_special_tokens(self, text: str) -> bool:
         """As the processor says. The code of a checkpoint pushed before it had the method leaves special tokens to the tokenizer."""
@@ -203,26 +209,3 @@ def check_prompt(messages: list[dict[str, Any]]) -> int:
 def shared_length(sequences: Sequence[Sequence]) -> int:
     """How many first items all sequences share."""
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences)))
-
-
-def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
-    """How many first tokens a record's branches share: all they have in common that ends at least one token before the first trained
-    one of each (which predicts it) and not inside an image. Prompts share it likewise: the last token of each predicts the answer's
-    first."""
-    furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
-    length = shared_length([branch.input_ids[:furthest] for branch in branches])
-    return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length
-
-
-def shortened(branch: Branch, length: int, image_token_id: int, image_seq_length: int) -> Branch | None:
-    """The first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. An image is never cut:
-    it is left out then, with what follows it."""
-    length = min(length, len(branch))
-    image_tokens = branch.input_ids[:length].count(image_token_id)
-    if image_tokens % image_seq_length and branch.input_ids[length : length + 1] == (image_token_id,):
-        length -= image_tokens % image_seq_length
-    while length and not branch.trained[length - 1]:
-        length -= 1
-    if not length:
-        return None
-    return Branch(branch.input_ids[:length], branch.trained[:length], branch.prompt_length)

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from alignvlm.rows.collator import IGNORED
+from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import PROGRESS, last_complete_checkpoint
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments

@@ -12,7 +12,8 @@ from PIL import Image
 
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.mixture import Mixture, Part
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.packing import IGNORED, Row
 
 
 STYLE = """body { font: 14px/1.5 sans-serif; margin: 2em; max-width: 70em }

@@ -21,7 +21,8 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from alignvlm.data.mixture import Mixture, Part, TokenCounts, load_mixture
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
 from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
 from alignvlm.stages.trainer import MODULES, freeze_all_but

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from alignvlm.evaluation.answer import answer
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.language_trial import try_language_model
 from modeling_alignvlm import AlignVLMConfig, MaskType, TokenLayout, same_image
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, both_before_response, describe_mask_types

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from alignvlm.data.record import Conversation, Record
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator
-from alignvlm.rows.encode import Branch, Encoder, shortened, trunk_length
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.encode import Branch, Encoder
+from alignvlm.rows.packing import IGNORED, shortened, trunk_length
 from modeling_alignvlm import AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples

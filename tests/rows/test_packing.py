@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignvlm.data.scenes import RECORD_FEATURES
-from alignvlm.rows.collator import IGNORED, AlignVLMCollator, Row, first_fit
+from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Branch
+from alignvlm.rows.packing import IGNORED, Row, first_fit
 from alignvlm.stages.arguments import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES

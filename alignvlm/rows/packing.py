@@ -1,0 +1,163 @@
+"""Shared-image packing: the branches of a record, to rows that hold what the branches begin with, their trunk, once.
+
+Branches see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what separate
+sequences would.
+"""
+
+from dataclasses import dataclass, field
+
+from alignvlm.rows.encode import Branch, Encoder, shared_length
+
+
+IGNORED = -100  # the label of tokens that are not predicted
+
+
+@dataclass
+class Row:
+    """One sequence of a batch; the lists have one entry per token."""
+
+    images: list
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    record_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    branch_ids: list[int] = field(default_factory=list)
+    prompt_mask: list[bool] = field(default_factory=list)
+
+    def append(self, branch: Branch, number: int, start: int = 0, end: int | None = None) -> None:
+        """Adds the tokens from `start` to `end` of a branch, as branch `number` of the row's record (0: its trunk)."""
+        end = len(branch) if end is None else end
+        labels = [token if trained else IGNORED for token, trained in zip(branch.input_ids, branch.trained)]
+        self.input_ids += branch.input_ids[start:end]
+        self.labels += labels[start:end]
+        self.record_ids += [0] * (end - start)
+        self.position_ids += range(start, end)
+        self.branch_ids += [number] * (end - start)
+        self.prompt_mask += [index < branch.prompt_length for index in range(start, end)]
+
+    def extend(self, other: "Row") -> None:
+        """Puts the records of another row behind this one's; they keep their positions and cannot be seen from here."""
+        first_record = self.record_ids[-1] + 1
+        self.images = [*self.images, *other.images]
+        self.record_ids += [first_record + record for record in other.record_ids]
+        for name in ("input_ids", "labels", "position_ids", "branch_ids", "prompt_mask"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def first_fit(rows: list[Row], row_length: int) -> list[Row]:
+    """Puts every row into the first one before it with room for it: rows of at most `row_length` tokens, or of one record."""
+    filled: list[Row] = []
+    for row in rows:
+        place = next((other for other in filled if len(other) + len(row) <= row_length), None)
+        if place is None:
+            filled.append(row)
+        else:
+            place.extend(row)
+    return filled
+
+
+def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
+    """How many first tokens a record's branches share: all they have in common that ends at least one token before the first trained
+    one of each (which predicts it) and not inside an image. Prompts share it likewise: the last token of each predicts the answer's
+    first."""
+    furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
+    length = shared_length([branch.input_ids[:furthest] for branch in branches])
+    return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length
+
+
+def shortened(branch: Branch, length: int, image_token_id: int, image_seq_length: int) -> Branch | None:
+    """The first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. An image is never cut:
+    it is left out then, with what follows it."""
+    length = min(length, len(branch))
+    image_tokens = branch.input_ids[:length].count(image_token_id)
+    if image_tokens % image_seq_length and branch.input_ids[length : length + 1] == (image_token_id,):
+        length -= image_tokens % image_seq_length
+    while length and not branch.trained[length - 1]:
+        length -= 1
+    if not length:
+        return None
+    return Branch(branch.input_ids[:length], branch.trained[:length], branch.prompt_length)
+
+
+class Packer:
+    """Makes rows of the branches of a record.
+
+    Args:
+        encoder: whose branches they are.
+        max_length: the longest row; None: any.
+        shares_trunk: False makes a row of each branch.
+    """
+
+    def __init__(self, encoder: Encoder, max_length: int | None = None, shares_trunk: bool = True):
+        self.encoder = encoder
+        self.image_token_id = encoder.processor.image_token_id
+        self.image_seq_length = encoder.processor.image_seq_length
+        self.max_length = max_length
+        self.shares_trunk = shares_trunk
+
+    def rows(self, images: list, branches: list[Branch], dropped: list[dict]) -> list[Row]:
+        """The rows of one record: one, or one per branch where the trunk cannot be shared; none if nothing fits.
+
+        Args:
+            images: of the record, as the rows will hold them.
+            dropped: gets a mapping for each thing that does not fit: see `AlignVLMCollator`.
+        """
+        groups = [branches] if self.shares_trunk else [[branch] for branch in branches]
+        fitting = (self._fitting(group, dropped) for group in groups)
+        return [self._row(images, group) for group in fitting if group]
+
+    def trunk_length(self, branches: list[Branch]) -> int:
+        """How many first tokens the branches share."""
+        return trunk_length(branches, self.image_token_id, self.image_seq_length)
+
+    def _row(self, images: list, branches: list[Branch]) -> Row:
+        row = Row([])
+        trunk = len(branches[0]) if len(branches) == 1 else self.trunk_length(branches)
+        row.append(branches[0], 0, end=trunk)
+        row.images = images[: self._image_count(branches[0], trunk)]
+        if len(branches) > 1:
+            for number, branch in enumerate(branches, 1):
+                row.append(branch, number, start=trunk)
+                row.images = [*row.images, *images[self._image_count(branch, trunk) : self._image_count(branch)]]
+        return row
+
+    def _image_count(self, branch: Branch, length: int | None = None) -> int:
+        """The images among the first `length` tokens of a branch."""
+        return branch.input_ids[:length].count(self.image_token_id) // self.image_seq_length
+
+    def _fitting(self, branches: list[Branch], dropped: list[dict]) -> list[Branch]:
+        """The branches that fit into `max_length` behind their trunk; else one with the end of its response cut; else none."""
+        if self.max_length is None:
+            return branches
+        if self.image_token_id in branches[0].input_ids and self.max_length < self.encoder.up_to_an_image + 2:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a prompt and a response behind {self.encoder.up_to_an_image} tokens up "
+                "to the end of an image. Raise max_length."
+            )
+        used = self.trunk_length(branches)
+        trunk, chosen, left_out = used, [], []
+        for branch in branches:
+            if used + len(branch) - trunk <= self.max_length:
+                chosen.append(branch)
+                used += len(branch) - trunk
+            else:
+                left_out.append(branch)
+        if not chosen:
+            for branch in branches:
+                cut = shortened(branch, self.max_length, self.image_token_id, self.image_seq_length)
+                if cut is not None:
+                    chosen, left_out = [cut], [other for other in branches if other is not branch]
+                    what = f"{branch.response_length} tokens to {cut.response_length}"
+                    dropped.append({"kind": "cut_response", "what": what})
+                    break
+            else:
+                what = f"{len(branches)} prompts, none of which leaves room for a response"
+                dropped.append({"kind": "dropped_record", "what": what})
+                return []
+        for branch in left_out:
+            what = f"{branch.prompt_length - trunk} + {branch.response_length} tokens"
+            dropped.append({"kind": "dropped_annotation", "what": what})
+        return chosen
