@@ -9,8 +9,8 @@ import torch
 
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import Record
-from alignvlm.rows.encode import Branch, Encoder
-from alignvlm.rows.packing import IGNORED, Packer, Row, first_fit
+from alignvlm.rows.encode import Encoder
+from alignvlm.rows.packing import IGNORED, Packer, Row
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
 
 
@@ -58,13 +58,13 @@ class AlignVLMCollator:
         self.tokenizer = processor.tokenizer
         self.mask_type = mask_type
         self.pad_to_multiple_of = pad_to_multiple_of or 1
-        self.row_length = row_length
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
         self.name_records = name_records
         self.encoder = Encoder(processor)
-        self.packer = Packer(self.encoder, max_length, get_mask_type(mask_type).shares_trunk and shared_image)
+        shares_trunk = get_mask_type(mask_type).shares_trunk and shared_image
+        self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
         """The rows of one record: one, or one per branch where the trunk cannot be shared. What does not fit is told in `dropped`, if
@@ -76,10 +76,6 @@ class AlignVLMCollator:
         if dropped is not None:
             dropped += ({**loss, "source": record.get("source", "")} for loss in own)
         return rows
-
-    def arrange(self, rows: list[Row]) -> list[Row]:
-        """The rows of a batch from those of its records."""
-        return rows if self.row_length is None else first_fit(rows, self.row_length)
 
     def token_counts(self, record: dict) -> tuple[int, int]:
         """The image and the text tokens of a record's rows; its images need not be readable."""
@@ -93,10 +89,7 @@ class AlignVLMCollator:
         If every record had to be skipped, there is one row of one token without a label."""
         dropped: list[dict] = []
         rows = [row for record in self._readable(records, dropped) for row in self.rows(record, dropped)]
-        if not rows:
-            rows = [Row([])]
-            rows[0].append(Branch((self._pad_token_id,), (False,), prompt_length=1), 0)
-        rows = self.arrange(rows)
+        rows = self.packer.arranged(rows)
         length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
 
@@ -105,7 +98,7 @@ class AlignVLMCollator:
 
         record_ids = padded("record_ids", -1)
         batch = {
-            "input_ids": padded("input_ids", self._pad_token_id),
+            "input_ids": padded("input_ids", self.packer.pad_token_id),
             "attention_mask": (record_ids >= 0).long(),
             "labels": padded("labels", IGNORED),
             "position_ids": padded("position_ids", 0),
@@ -134,10 +127,6 @@ class AlignVLMCollator:
         if self.name_records:
             batch["record_names"] = [_name(record) for record in records]
         return batch
-
-    @property
-    def _pad_token_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def _readable(self, records: list[dict], dropped: list[dict]) -> list[dict]:
         """The records with their images decoded, without those that cannot be."""

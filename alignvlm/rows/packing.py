@@ -87,15 +87,24 @@ class Packer:
 
     Args:
         encoder: whose branches they are.
-        max_length: the longest row; None: any.
+        max_length: the longest row of a record; None: any.
+        row_length: rows of several records fill up to so many tokens; None: one record per row.
         shares_trunk: False makes a row of each branch.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int | None = None, shares_trunk: bool = True):
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_length: int | None = None,
+        row_length: int | None = None,
+        shares_trunk: bool = True,
+    ):
         self.encoder = encoder
+        self.pad_token_id = encoder.tokenizer.pad_token_id or 0
         self.image_token_id = encoder.processor.image_token_id
         self.image_seq_length = encoder.processor.image_seq_length
         self.max_length = max_length
+        self.row_length = row_length
         self.shares_trunk = shares_trunk
 
     def rows(self, images: list, branches: list[Branch], dropped: list[dict]) -> list[Row]:
@@ -108,6 +117,13 @@ class Packer:
         groups = [branches] if self.shares_trunk else [[branch] for branch in branches]
         fitting = (self._fitting(group, dropped) for group in groups)
         return [self._row(images, group) for group in fitting if group]
+
+    def arranged(self, rows: list[Row]) -> list[Row]:
+        """The rows of a batch from those of its records; without any, one row of one token without a label."""
+        if not rows:
+            rows = [Row([])]
+            rows[0].append(Branch((self.pad_token_id,), (False,), prompt_length=1), 0)
+        return rows if self.row_length is None else first_fit(rows, self.row_length)
 
     def trunk_length(self, branches: list[Branch]) -> int:
         """How many first tokens the branches share."""

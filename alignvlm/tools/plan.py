@@ -158,7 +158,7 @@ def batches_of(
     for _ in range(count):
         parts = rng.choice(len(samples), batch_size, p=weights / weights.sum())
         rows = [r for p in parts for r in collator.rows(samples[p][rng.integers(len(samples[p]))])]
-        rows = collator.arrange(rows)
+        rows = collator.packer.arranged(rows)
         labels = sum(label != IGNORED for row in rows for label in row.labels)
         batches.append(
             Batch(sum(len(row.images) for row in rows), len(rows), max(map(len, rows)), labels, sum(map(len, rows)))
