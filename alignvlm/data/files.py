@@ -84,7 +84,7 @@ def read_rows(
 
     Raises:
         FileNotFoundError: for data that is neither on disk nor of the form of a Hub id.
-        ValueError: for a split nobody finds, or files that cannot be read.
+        ValueError: for a split that is not found, or files that cannot be read.
     """
     local = Path(data_dir) / data
     if local.exists():

@@ -191,14 +191,15 @@ def conversation(turns: list[Turn], images: list[Any], column: str, kind: str = 
     left_out = messages.pop() if messages and messages[-1]["role"] == "user" else {"content": []}
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRow(f"`{column}` holds no prompt of the user with a response of the assistant.")
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    kept = sum(part["type"] == "image" for message in messages for part in message["content"])
     unused = sum(part["type"] == "image" for part in left_out["content"])
-    if places + unused and places + unused != len(images):
+    image_parts = kept + unused
+    if image_parts not in (0, len(images)):
         raise BadRow(
-            f"`{column}` has {places + unused} image part(s) or {IMAGE_TOKEN}, and the row {len(images)} image(s). Give one image per "
+            f"`{column}` has {image_parts} image part(s) or {IMAGE_TOKEN}, and the row {len(images)} image(s). Give one image per "
             "part, or no part at all: images then stand before the first prompt."
         )
-    if not places + unused:
+    if not image_parts:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = [*([_IMAGE] * len(images)), *first["content"]]
     for message in messages:

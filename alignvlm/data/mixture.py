@@ -54,12 +54,12 @@ class Part:
         self.image_tokens, self.text_tokens = counts.mean(axis=0).tolist()
 
     def sample(self, records: int) -> Iterator[dict]:
-        """Up to so many records, images undecoded, with the tag."""
+        """At most `records` records, images undecoded, with the tag."""
         if isinstance(self.source.rows, IterableDataset):
             found = islice((record for record in self.source.rows if not record.get("bad_row")), records)
         else:
-            places = np.linspace(0, len(self.source) - 1, min(records, len(self.source))).round().astype(int)
-            found = (self.source[int(place)] for place in places)
+            chosen = np.linspace(0, len(self.source) - 1, min(records, len(self.source))).round().astype(int)
+            found = (self.source[int(index)] for index in chosen)
         return (tagged(record, self.name, self.tag) for record in found)
 
 
@@ -101,7 +101,7 @@ def records_per_epoch(parts: list[Part], image_token_share: float | None = None)
     """How many records of each part an epoch draws.
 
     Without shares every record once. A part with a share s of tokens is drawn, in part or again and again, as often as makes its
-    mean tokens times its draws s of the whole, the parts without a share being read once. If all have one, they must sum to 1, and
+    mean tokens times its draws s of all, the parts without a share being read once. If all have one, they must sum to 1, and
     the epoch ends when the first of them is through. `image_token_share` scales the records without images against all others.
 
     Raises:

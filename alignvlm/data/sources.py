@@ -4,32 +4,23 @@
 reads them.
 """
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from PIL import Image as PILImage
+from datasets import Dataset, Image, IterableDataset, List, Value
 
-from alignvlm.data import scenes
 from alignvlm.data.catalogue import CATALOGUE, DataSet
-from alignvlm.data.files import Rows, read_rows, sample_name
-from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, images_of, is_image_column, options_of
-from alignvlm.data.images import inside
-from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record, shown
+from alignvlm.data.files import Rows, read_rows
+from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of
+from alignvlm.data.reader import TURNS, ImageTable, Reader, image_key, rows_without_images
+from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
+from alignvlm.data.streams import UNDECODED_RECORD, stream
 
 
-UNDECODED_RECORD = Features({**scenes.RECORD_FEATURES, "images": List(Image(decode=False))})
-STREAMED_RECORD = Features({**UNDECODED_RECORD, "bad_row": Value("string")})
-MAX_BAD_ROWS_OF = 1000  # below so many rows the share of bad ones says little
-TURNS = ("whole", "independent")
+MAX_BAD_ROWS_OF = 1000  # of fewer rows the share of bad ones says little
 
 
 @dataclass
@@ -73,9 +64,8 @@ class Source:
         return (self[index] for index in range(len(self)))
 
     def with_other_turns(self) -> tuple[str, "Source"] | None:
-        """The same with conversations whole that are independent here, or the other way round, and what that is called; None for a
-        source that has no such choice."""
-        if not isinstance(self.to_record, _Reader):
+        """The other way to take turns (`whole` or `independent`) and the same source with it; None for a source without that choice."""
+        if not isinstance(self.to_record, Reader):
             return None
         (other,) = set(TURNS) - {self.to_record.turns}
         return other, replace(self, to_record=replace(self.to_record, turns=other))
@@ -83,116 +73,14 @@ class Source:
     def conversations(self, keep_duplicates: bool = False) -> Iterator[list[Conversation]]:
         """Those of each record, read without its images."""
         reader = self.to_record
-        if not isinstance(reader, _Reader):  # rows are records
+        if not isinstance(reader, Reader):  # rows are records
             for row in self.rows.select_columns(["conversations"]):
                 yield [Conversation(**fields) for fields in row["conversations"]]
             return
         reader = replace(reader.without_images(), keep_duplicates=keep_duplicates)
-        rows = list(_without_images(self.rows))
+        rows = list(rows_without_images(self.rows))
         for index in range(len(self)):
             yield reader.merged([reader.of_row(rows[row]) for row in self.rows_of(index)]).conversations
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Makes a record of the rows of one image.
-
-    Args:
-        read: a row's schema (of `formats`), with its options.
-        turns: `whole` keeps conversations; `independent` makes each exchange a conversation of its own.
-        train_on: replaces what each conversation says; None: as it is.
-        keep_duplicates: keep what occurs twice: the same messages with the same responses.
-        folder: where image paths start.
-        images: the images of a config of their own.
-    """
-
-    read: Callable[[dict], Record | None]
-    turns: str = "whole"
-    train_on: str | None = None
-    keep_duplicates: bool = False
-    folder: Path | None = None
-    images: "_Images | None" = None
-
-    def __call__(self, rows: list[dict], name: str) -> dict:
-        record = self.merged([found for row in rows if (found := self.of_row(row)) is not None])
-        return {**record.to_row(), "images": [self._placed(image) for image in record.images], "id": name}
-
-    def of_row(self, row: dict) -> Record | None:
-        """The record of one row; None if the options leave it out.
-
-        Raises:
-            BadRow: if it makes none.
-        """
-        try:
-            record = self.read(row if self.images is None else self.images.joined(row))
-        except BadRow:
-            raise
-        except ValueError as error:  # a conversation nobody can train
-            raise BadRow(str(error)) from error
-        if record is None:
-            return None
-        conversations = record.conversations
-        if self.turns == "independent":
-            conversations = [exchange for conversation in conversations for exchange in conversation.exchanges()]
-        if self.train_on is not None:
-            conversations = [replace(conversation, train_on=self.train_on) for conversation in conversations]
-        return replace(record, conversations=conversations)
-
-    def merged(self, records: list[Record]) -> Record:
-        """The records of one image as one: captions that answer one prompt are responses of one conversation, and what an earlier row
-        has is not there again."""
-        found: dict[Any, Conversation] = {}
-        for row, record in enumerate(records):
-            before = set() if self.keep_duplicates else {_said(conversation) for conversation in found.values()}
-            for number, conversation in enumerate(record.conversations):
-                key: Any = (row, number)
-                if "caption" in conversation.kind:
-                    key = (json.dumps(conversation.messages), conversation.kind)
-                    if key in found:
-                        conversation = replace(
-                            conversation, responses=[*found[key].responses, *conversation.responses]
-                        )
-                elif _said(conversation) in before:
-                    continue
-                found[key] = conversation
-        return replace(records[0], conversations=list(found.values()))
-
-    def without_images(self) -> "_Reader":
-        """The same for rows that hold an empty mapping in place of each image."""
-        return self if self.images is None else replace(self, images=replace(self.images, loads=False))
-
-    def _placed(self, image: Any) -> Any:
-        if not isinstance(image, str):
-            return image
-        return {"bytes": None, "path": image, "folder": None if self.folder is None else str(self.folder)}
-
-
-def _said(conversation: Conversation) -> tuple:
-    """The same for conversations of the same messages and responses."""
-    return (json.dumps(conversation.messages), *conversation.responses)
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images that stand in a table of their own, found by a column of the rows.
-
-    Args:
-        rows: the table.
-        column: of the rows, whose value names an image.
-        index: the table's row of each name.
-        loads: False puts an empty mapping in place of an image.
-    """
-
-    rows: Dataset
-    column: str
-    index: dict[str, int]
-    loads: bool = True
-
-    def joined(self, row: dict) -> dict:
-        """The row with its image."""
-        if row[self.column] not in self.index:
-            raise BadRow(f"`{self.column}` is {shown(row[self.column])}, of which there is no image.")
-        return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else {}}
 
 
 COMMON = (
@@ -224,7 +112,7 @@ def read_source(
             - `data`: a Hub id, or a local file or folder (from `data_dir`, unless absolute) of the same form;
             - `split` (default `train`; `a+b` joins two), `config` and `revision` of a Hub data set;
             - `image_dir`: where image paths start; by default the folder of the file that names them;
-            - `limit`: only the first so many records;
+            - `limit`: at most this number of records, from the first;
             - `format`: the schema of the rows (of `FORMATS`), where their columns do not tell;
             - `turns`: `whole` conversations (the default), or `independent`: each exchange a conversation of its own;
             - `train_on`: `last` or `all` turns of the assistant; by default all of a conversation's;
@@ -279,7 +167,7 @@ def read_source(
         before, after, column, key = kind.images
         table = read_rows(data, common["split"] or "train", config and config.replace(before, after), **given)
         index = {value: number for number, value in enumerate(table.rows[key])}
-        images = _Images(table.rows.cast_column("image", Image(decode=False)), column, index)
+        images = ImageTable(table.rows.cast_column("image", Image(decode=False)), column, index)
     _check_columns(found, kind, name, data)
     found.rows = _undecoded(found, data, kind.note)
     if kind.image_folder and not {"text", *CAPTION_COLUMNS} & set(found.columns):
@@ -290,7 +178,7 @@ def read_source(
                 f"Columns found: {sorted(found.columns)}."
             )
         options["names"] = found.rows.features["label"].names
-    reader = _Reader(
+    reader = Reader(
         partial(read, **options),
         common["turns"] or "whole",
         common["train_on"],
@@ -299,7 +187,8 @@ def read_source(
         images,
     )
     if streaming:
-        source = _streamed(found, reader, kind.group_by, common["limit"], max_bad_rows is not None)
+        records = stream(found, reader, kind.group_by, common["limit"], max_bad_rows is not None)
+        source = Source(records, _first, identity=found.identity)
     else:
         source = _indexed(found, reader, kind.group_by, common["limit"], max_bad_rows)
     source.metric_of = kind.metric_of
@@ -373,7 +262,7 @@ def _undecoded(found: Rows, data: str, note: str) -> Dataset | IterableDataset:
 
 
 def _indexed(
-    found: Rows, reader: _Reader, group_by: str | None, limit: int | None, max_bad_rows: float | None
+    found: Rows, reader: Reader, group_by: str | None, limit: int | None, max_bad_rows: float | None
 ) -> Source:
     """Records by their index. All texts are checked here; images that lie in the rows are not read for this.
 
@@ -404,51 +293,22 @@ def _indexed(
         source.ids = [str(index) for (index,) in source.groups]
     if limit is not None:
         source.groups, source.ids = source.groups[:limit], source.ids[:limit]
-    source[0]  # an image column nobody can read is found here, not after an hour
+    source[0]  # finds an image column that cannot be read now, not after an hour
     return source
 
 
-def _unusable(rows: Dataset, reader: _Reader) -> tuple[dict[int, str], set[int]]:
+def _unusable(rows: Dataset, reader: Reader) -> tuple[dict[int, str], set[int]]:
     """What is wrong with each row that makes no record, by its index; and the rows that the options leave out."""
     reader = reader.without_images()
     bad: dict[int, str] = {}
     left_out: set[int] = set()
-    for index, row in enumerate(_without_images(rows)):
+    for index, row in enumerate(rows_without_images(rows)):
         try:
             if reader.of_row(row) is None:
                 left_out.add(index)
         except BadRow as error:
             bad[index] = str(error)
     return bad, left_out
-
-
-def _without_images(rows: Dataset) -> Iterator[dict]:
-    """The rows, an empty mapping in place of each image that lies in them."""
-    embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
-    texts = rows.select_columns([name for name in rows.column_names if name not in embedded])
-    images = rows.select_columns(embedded).with_format("arrow")
-    for start in range(0, len(rows), 1000):
-        chosen = slice(start, start + 1000)
-        columns = texts[chosen] if texts.column_names else {}
-        if embedded:
-            batch = images[chosen]
-            columns |= {name: _stand_ins(batch.column(name)) for name in embedded}
-        for values in zip(*columns.values()):
-            yield dict(zip(columns, values))
-
-
-def _stand_ins(column: pa.ChunkedArray) -> list[Any]:
-    """An empty mapping for each image of a column, or a list of as many as there are."""
-    present = column.is_valid().to_pylist()
-    if pa.types.is_struct(column.type):
-        return [{} if there else None for there in present]
-    return [[{}] * count if there else None for there, count in zip(present, pc.list_value_length(column).to_pylist())]
-
-
-def _holds_images(feature: Any) -> bool:
-    """Whether the values of a column are the bytes of images, or lists of such."""
-    feature = feature.feature if isinstance(feature, List) else feature
-    return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def _groups(rows: Dataset, group_by: str, left_out: set[int]) -> dict[str, list[int]]:
@@ -458,76 +318,6 @@ def _groups(rows: Dataset, group_by: str, left_out: set[int]) -> dict[str, list[
     keyed = rows.select_columns(columns) if columns else [{}] * len(rows)
     for index, row in enumerate(keyed):
         if index not in left_out:
-            key = _image_key(row) if group_by == "image" else str(row[group_by])
+            key = image_key(row) if group_by == "image" else str(row[group_by])
             found.setdefault(key or f"row {index}", []).append(index)
     return found
-
-
-def _image_key(row: dict) -> str:
-    """The same for rows of the same images: their paths, or the beginning of the hash of their bytes; empty without an image."""
-    keys = []
-    for image in images_of(row):
-        if isinstance(image, PILImage.Image):
-            image = {"bytes": image.tobytes()}
-        content = None if isinstance(image, str) else image.get("bytes")
-        if content is not None:
-            keys.append(hashlib.sha256(content).hexdigest()[:16])
-        else:
-            keys.append(str(image if isinstance(image, str) else image.get("path")))
-    return " ".join(keys)
-
-
-def _streamed(found: Rows, reader: _Reader, group_by: str | None, limit: int | None, skip_bad_rows: bool) -> Source:
-    """Records as a stream; rows of one image become one record where they follow each other, as they do in these data sets."""
-    rows = found.rows
-    if rows.column_names is not None:  # not of files
-        rows = rows.map(partial(_unnumbered, found.identity["data"]), remove_columns=rows.column_names)
-    mapped = rows.map(
-        partial(_records_of_batch, reader, group_by, skip_bad_rows),
-        batched=True,
-        batch_size=256 if group_by is not None else 16,
-        remove_columns=["row", "place"],
-        features=STREAMED_RECORD,
-    )
-    return Source(mapped if limit is None else mapped.take(limit), _first, identity=found.identity)
-
-
-def _unnumbered(name: str, row: dict) -> dict:
-    """A row of a stream that does not say which one it is: several readers take turns at it."""
-    return {"row": row, "place": sample_name(row) if "__key__" in row else name}
-
-
-def _records_of_batch(
-    reader: _Reader, group_by: str | None, skip_bad_rows: bool, batch: dict[str, list]
-) -> dict[str, list]:
-    """The records of some rows, and in their places those that say what is wrong with a row."""
-    groups: list[tuple[str, list[dict]]] = []
-    records: list[dict] = []
-    for row, place in zip(batch["row"], batch["place"]):
-        try:
-            if reader.of_row(row) is None:
-                continue
-        except BadRow as error:
-            if not skip_bad_rows:
-                raise error.at(place) from error
-            records.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
-            continue
-        key = "" if group_by is None else _image_key(row) if group_by == "image" else str(row[group_by])
-        if key and groups and key == groups[-1][0]:
-            groups[-1][1].append(row)
-        else:
-            groups.append((key, [row]))
-    for key, group in groups:
-        record = reader(group, key)
-        records.append({**record, "images": [_joined(image) for image in record["images"]], "bad_row": None})
-    return {name: [record[name] for record in records] for name in STREAMED_RECORD}
-
-
-def _joined(image: Any) -> Any:
-    """`{"bytes", "path"}`, the path joined to its folder."""
-    if not isinstance(image, dict):
-        return image
-    path = image.get("path")
-    if image.get("folder") is not None:
-        path = inside(image["folder"], path)
-    return {"bytes": image.get("bytes"), "path": path}

@@ -98,7 +98,7 @@ def answer(
 
 
 def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messages:
-    """The messages of a prompt. A conversation that cannot be asked about so many images is refused by its `name`."""
+    """The messages of a prompt. Refuses, by its `name`, a conversation that cannot be asked about that number of images."""
     if isinstance(prompt, dict):
         raise ValueError(
             f"{name} is a single message; expected a text or a list of messages. Put the conversation into a list."

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _resampled_means(clusters: Sequence, values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """The mean of `values` `(items, columns)` in every resample of whole clusters: `(samples, columns)`."""
+    """The mean of `values` `(items, columns)` in every resample of complete clusters: `(samples, columns)`."""
     names, cluster_of = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))
     np.add.at(sums, cluster_of, values)

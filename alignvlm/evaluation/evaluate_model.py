@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
-    p.add_argument("--limit", type=int, help="Only the first so many images (or windows of text).")
+    p.add_argument("--limit", type=int, help="At most this number of images (or windows of text).")
     p.add_argument(
         "--on_bad_row",
         choices=ON_BAD_ROW,

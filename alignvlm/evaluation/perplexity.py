@@ -49,10 +49,10 @@ def text_perplexity(
     was_training = model.training
     model.eval()
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    places = windows_of(len(ids), window, windows)
-    loss = sum(window_loss(model, ids[place]) for place in places)
+    chosen = windows_of(len(ids), window, windows)
+    loss = sum(window_loss(model, ids[each]) for each in chosen)
     model.train(was_training)
-    return math.exp(loss / sum(len(ids[place]) - 1 for place in places))
+    return math.exp(loss / sum(len(ids[each]) - 1 for each in chosen))
 
 
 def summarise(windows: list[dict], samples: int = 1000, seed: int = 0) -> dict:

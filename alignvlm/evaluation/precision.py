@@ -107,7 +107,7 @@ def _instruction_limit() -> str | None:
 def matrix_rate(
     dtype: torch.dtype, device: str | torch.device = "cpu", seconds: float = 0.5, size: int = 512
 ) -> float:
-    """FLOP/s of the fastest product of square matrices in a dtype, among those of about so many seconds: other work counts little."""
+    """FLOP/s of the fastest product of square matrices in a dtype, among those that take about `seconds`: other work counts little."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = a @ b
     fastest, began = float("inf"), time.perf_counter()

@@ -61,7 +61,7 @@ def load_task(
         image_dir: where image paths in the data start; the data's own folder by default.
         prompt: what captions are asked for with; None: as in training.
         keep_duplicates: whether exact duplicates (image, question and answer) are asked again.
-        limit: the first so many records.
+        limit: at most this number of records, from the first.
         on_bad_row: what a row does whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it. All are tried here, so
             that none is found when most answers are written; what is skipped stands in the notes.
 

@@ -29,8 +29,8 @@ class AlignVLMCollator:
             loses the end of its response, never an image token; a record without such a one is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
-            fill rows of several records up to so many tokens, first fit. The default is one record per row, which suits kernels
-            that compute masked places too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
+            fill rows of several records up to this number of tokens, first fit. The default is one record per row, which suits kernels
+            that compute masked positions too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
         shared_image (`bool`): False makes one row per branch under every mask type, as other trainers do.
         on_bad_image (`str`):
             what an image that cannot be read does: `raise`, or `skip` its record.
@@ -38,9 +38,8 @@ class AlignVLMCollator:
             put the records' names into the batch as `record_names`, a list of strings; the trainer takes them out, and tells them
             where a loss is not finite.
 
-    What is skipped, dropped or cut is told in the batch's `losses_of_data`, a list of
-    `{"kind": "bad_row" | "bad_image" | "dropped_record" | "dropped_annotation" | "cut_response", "source", "what"}`, which is there only if there
-    is something to tell; the trainer takes it out, counts and records it.
+    The batch's `losses_of_data` lists what is skipped, dropped or cut, if anything is: mappings of `"kind"` (`bad_row`, `bad_image`,
+    `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes it out, counts and records it.
     """
 
     def __init__(
@@ -67,8 +66,7 @@ class AlignVLMCollator:
         self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
-        """The rows of one record: one, or one per branch where the trunk cannot be shared. What does not fit is told in `dropped`, if
-        that is given."""
+        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared. Adds what does not fit to `dropped`."""
         conversations = Record.from_row(record).conversations
         branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation)]
         own: list[dict] = []

@@ -88,7 +88,7 @@ class Packer:
     Args:
         encoder: whose branches they are.
         max_length: the longest row of a record; None: any.
-        row_length: rows of several records fill up to so many tokens; None: one record per row.
+        row_length: rows of several records fill up to this number of tokens; None: one record per row.
         shares_trunk: False makes a row of each branch.
     """
 

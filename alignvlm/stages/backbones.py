@@ -53,7 +53,7 @@ class BackboneArguments:
     )
     projector_type: str = field(default="mlp", metadata={"help": "`mlp` or `linear`."})
     pixel_shuffle_factor: int = field(
-        default=1, metadata={"help": "Merge squares of so many patches a side into one token."}
+        default=1, metadata={"help": "Merge squares with this number of patches a side into one token."}
     )
     vision_feature_layer: int = field(
         default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
@@ -181,7 +181,7 @@ def choose_mask_type(model: AlignVLMForConditionalGeneration, name: str) -> None
     if not trial.packing:
         logger.warning(
             f"The language model {name!r} ({config.text_config.model_type}) cannot pack rows: {trial.reasons['packing']}. Each row "
-            "will hold one annotation, and each question is answered from a whole prompt."
+            "will hold one annotation, and each question is answered from a complete prompt."
         )
 
 

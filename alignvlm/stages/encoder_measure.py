@@ -51,7 +51,7 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int =
 
     Raises:
         ValueError: if pictures of different forms do not become equally many features, if the encoder does not take what the
-            image processor makes, or if its features are no places of the image or not the same twice.
+            image processor makes, or if its features are no positions of the image or not the same twice.
     """
     training = encoder.training
     encoder.eval()
@@ -79,7 +79,7 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int =
     if grid is None:
         raise ValueError(
             f"The vision encoder {name!r} ({encoder.config.model_type}) makes {features.shape[1]} features of a picture of {size[0]} x "
-            f"{size[1]} pixels: no grid of places with at most {EXTRA_TOKENS} class and register tokens before it. Use an encoder "
+            f"{size[1]} pixels: no grid of positions with at most {EXTRA_TOKENS} class and register tokens before it. Use an encoder "
             "with one feature per place."
         )
     return EncoderMeasure(size, grid, features.shape[2])
@@ -128,13 +128,13 @@ def _features(name: str, encoder: nn.Module, pixel_values: Tensor, layer: int) -
     if features.ndim not in (3, 4) or features.shape[0] != pixel_values.shape[0]:
         raise ValueError(
             f"The vision encoder {name!r} ({kind}) makes features of shape {tuple(features.shape)} of {pixel_values.shape[0]} "
-            "pictures; AlignVLM needs (images, places, hidden) or (images, hidden, height, width)."
+            "pictures; AlignVLM needs (images, positions, hidden) or (images, hidden, height, width)."
         )
     return features
 
 
 def _check_channels_first(name: str, encoder: nn.Module, pixel_values: Tensor, features: Tensor, layer: int) -> None:
-    """A map's places grow with the picture, its channels do not. An encoder of one size only is taken at its word."""
+    """A map's positions grow with the image, its channels do not. An encoder of one size only is taken at its word."""
     taller = nn.functional.pad(pixel_values, (0, 0, 0, pixel_values.shape[-2]), mode="replicate")
     try:
         other = _features(name, encoder, taller, layer)

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 aten = torch.ops.aten
-# The factor of each product whose last dimension is summed over. `linear` and `matmul` arrive whole in inference mode only.
+# The factor of each product whose last dimension is summed over. `linear` and `matmul` arrive undivided in inference mode only.
 _PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.matmul: 0, aten.addmm: 1, aten.baddbmm: 1}
 
 

@@ -122,7 +122,7 @@ def _layout(device, kinds: str = KINDS) -> TokenLayout:
 
 
 def _embeddings(model: AlignVLMForConditionalGeneration, seed: int, count: int = 1) -> Tensor:
-    """Embeddings of random words, `(count, TRIAL_LENGTH, hidden)`, and at image places means of two: what the language model knows
+    """Embeddings of random words, `(count, TRIAL_LENGTH, hidden)`, and at image positions means of two: what the language model knows
     to read, but no words."""
     generator = torch.Generator().manual_seed(seed)
     image_token = model.config.image_token_id
@@ -261,7 +261,7 @@ def _try_packing(model: AlignVLMForConditionalGeneration) -> None:
 
 
 def _try_shared_cache(model, rows: Tensor, separate: Tensor, layout: TokenLayout, trunk: int) -> None:
-    """Questions of different lengths, left-padded behind one prefilled trunk, have the logits of whole rows."""
+    """Questions of different lengths, left-padded behind one prefilled trunk, have the logits of complete rows."""
     inputs = {"image_ids": layout.image_ids[:, :trunk], "mm_token_type_ids": (layout.image_ids[:, :trunk] >= 0).long()}
     cache = getattr(model.model(inputs_embeds=rows[:1, :trunk], use_cache=True, **inputs), CACHE_NAME)
     cache.batch_repeat_interleave(2)
@@ -286,6 +286,6 @@ def _try_shared_cache(model, rows: Tensor, separate: Tensor, layout: TokenLayout
     for index, shift in ((0, padding), (1, 0)):
         if (found := _difference(logits[index, shift:], separate[index, trunk : TRIAL_LENGTH - shift])) > SAME:
             raise PromiseBroken(
-                "answers from a prefilled image differ from answers to whole prompts "
+                "answers from a prefilled image differ from answers to complete prompts "
                 f"(by {found:.1g} standard deviations)"
             )

@@ -2,7 +2,7 @@
 
     alignvlm chat out/stage4 photo.jpg
 
-The conversation is kept as transformers' messages and generated from whole at each turn, as the chat template writes it: under the
+The conversation is kept as transformers' messages and generated from anew at each turn, as the chat template writes it: under the
 mask types `prefix` and `mutual` an answer on a kept cache would be another one.
 """
 
@@ -105,7 +105,7 @@ class Chat:
         return answer
 
     def add_image(self, path: str) -> None:
-        """Adds an image to the next message; one that cannot be read is told."""
+        """Adds an image to the next message; says so if it cannot be read."""
         try:
             self.images.append(read_image(Path(path).expanduser()))
         except ValueError as error:

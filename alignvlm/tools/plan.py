@@ -86,7 +86,7 @@ def step_flops(
 
     Of the encoder what PyTorch counts, twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the gradient of its weights if they train, and 2 P for the gradient of its
     input if anything before it trains; attention costs 4 H T^2 per row and layer forward (H hidden size, T row length: masked
-    places are computed too) and twice that backward if anything at or before it trains. The head counts where it is applied.
+    positions are computed too) and twice that backward if anything at or before it trains. The head counts where it is applied.
 
     Args:
         modules: vision encoder, projector, language model; on any device.
@@ -188,12 +188,12 @@ def memory_of(
     half = 2 if arguments.dtype_16_bit is not None else 4
     vision, text = model.config.vision_config, model.config.text_config
     height, width = model.config.feature_grid
-    places, trains_vision = height * width, "vision" in arguments.learning_rates
+    positions, trains_vision = height * width, "vision" in arguments.learning_rates
     activations, largest = 0.0, 0.0
     towers = [(text, batch.rows * batch.length, batch.rows, batch.length, True)]
     sizes = (getattr(vision, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     if all(isinstance(size, int) for size in sizes):
-        towers.append((vision, batch.images * places, batch.images, places, trains_vision))
+        towers.append((vision, batch.images * positions, batch.images, positions, trains_vision))
     else:
         activations += batch.images * image.values * half * trains_vision
     for config, tokens, rows, length, backward in towers:
@@ -345,8 +345,8 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes
-    places = np.mean([batch.rows * batch.length for batch in plan.batches])
-    padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / places
+    positions = np.mean([batch.rows * batch.length for batch in plan.batches])
+    padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / positions
     longest = max(batch.length for batch in plan.batches)
     hours = plan.flops / (rate * utilisation * plan.processes) / 3600
     lines += [

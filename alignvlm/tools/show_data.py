@@ -22,11 +22,9 @@ class ShowArguments:
     """What `alignvlm data` prints and writes."""
 
     show: int = field(
-        default=0, metadata={"help": "Put so many records, of all sources in turn, on the contact sheet."}
+        default=0, metadata={"help": "Put this number of records, of all sources in turn, on the contact sheet."}
     )
-    sample: int = field(
-        default=1000, metadata={"help": "Read at most so many records of each source; 0: all of them."}
-    )
+    sample: int = field(default=1000, metadata={"help": "Read at most this number of records of each source; 0: all."})
     sheet: str = field(default="out/data.html", metadata={"help": "Where the contact sheet goes."})
 
 

@@ -1,0 +1,164 @@
+"""The rows of one image to a record: each read by its schema, conversations whole or taken apart, what is said twice once."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Image, List
+from PIL import Image as PILImage
+
+from alignvlm.data.formats import images_of
+from alignvlm.data.record import BadRow, Conversation, Record, shown
+
+
+TURNS = ("whole", "independent")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes a record of the rows of one image.
+
+    Args:
+        read: a row's schema (of `formats`), with its options.
+        turns: `whole` keeps conversations; `independent` makes each exchange a conversation of its own.
+        train_on: replaces what each conversation says; None: as it is.
+        keep_duplicates: keep what occurs twice: the same messages with the same responses.
+        folder: where image paths start.
+        images: the images of a config of their own.
+    """
+
+    read: Callable[[dict], Record | None]
+    turns: str = "whole"
+    train_on: str | None = None
+    keep_duplicates: bool = False
+    folder: Path | None = None
+    images: "ImageTable | None" = None
+
+    def __call__(self, rows: list[dict], name: str) -> dict:
+        record = self.merged([found for row in rows if (found := self.of_row(row)) is not None])
+        return {**record.to_row(), "images": [self._placed(image) for image in record.images], "id": name}
+
+    def of_row(self, row: dict) -> Record | None:
+        """The record of one row; None if the options leave it out.
+
+        Raises:
+            BadRow: if it makes none.
+        """
+        try:
+            record = self.read(row if self.images is None else self.images.joined(row))
+        except BadRow:
+            raise
+        except ValueError as error:  # a conversation that cannot be trained
+            raise BadRow(str(error)) from error
+        if record is None:
+            return None
+        conversations = record.conversations
+        if self.turns == "independent":
+            conversations = [exchange for conversation in conversations for exchange in conversation.exchanges()]
+        if self.train_on is not None:
+            conversations = [replace(conversation, train_on=self.train_on) for conversation in conversations]
+        return replace(record, conversations=conversations)
+
+    def merged(self, records: list[Record]) -> Record:
+        """The records of one image as one: captions that answer one prompt are responses of one conversation, and what an earlier row
+        has is not there again."""
+        found: dict[Any, Conversation] = {}
+        for row, record in enumerate(records):
+            before = set() if self.keep_duplicates else {_said(conversation) for conversation in found.values()}
+            for number, conversation in enumerate(record.conversations):
+                key: Any = (row, number)
+                if "caption" in conversation.kind:
+                    key = (json.dumps(conversation.messages), conversation.kind)
+                    if key in found:
+                        conversation = replace(
+                            conversation, responses=[*found[key].responses, *conversation.responses]
+                        )
+                elif _said(conversation) in before:
+                    continue
+                found[key] = conversation
+        return replace(records[0], conversations=list(found.values()))
+
+    def without_images(self) -> "Reader":
+        """The same for rows that hold an empty mapping in place of each image."""
+        return self if self.images is None else replace(self, images=replace(self.images, loads=False))
+
+    def _placed(self, image: Any) -> Any:
+        if not isinstance(image, str):
+            return image
+        return {"bytes": None, "path": image, "folder": None if self.folder is None else str(self.folder)}
+
+
+def _said(conversation: Conversation) -> tuple:
+    """The same for conversations of the same messages and responses."""
+    return (json.dumps(conversation.messages), *conversation.responses)
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """Images that stand in a table of their own, found by a column of the rows.
+
+    Args:
+        rows: the table.
+        column: of the rows, whose value names an image.
+        index: the table's row of each name.
+        loads: False puts an empty mapping in place of an image.
+    """
+
+    rows: Dataset
+    column: str
+    index: dict[str, int]
+    loads: bool = True
+
+    def joined(self, row: dict) -> dict:
+        """The row with its image."""
+        if row[self.column] not in self.index:
+            raise BadRow(f"`{self.column}` is {shown(row[self.column])}, of which there is no image.")
+        return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else {}}
+
+
+def rows_without_images(rows: Dataset) -> Iterator[dict]:
+    """The rows, an empty mapping in place of each image that lies in them."""
+    embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
+    texts = rows.select_columns([name for name in rows.column_names if name not in embedded])
+    images = rows.select_columns(embedded).with_format("arrow")
+    for start in range(0, len(rows), 1000):
+        chosen = slice(start, start + 1000)
+        columns = texts[chosen] if texts.column_names else {}
+        if embedded:
+            batch = images[chosen]
+            columns |= {name: _stand_ins(batch.column(name)) for name in embedded}
+        for values in zip(*columns.values()):
+            yield dict(zip(columns, values))
+
+
+def _stand_ins(column: pa.ChunkedArray) -> list[Any]:
+    """An empty mapping for each image of a column, or a list of as many as there are."""
+    present = column.is_valid().to_pylist()
+    if pa.types.is_struct(column.type):
+        return [{} if there else None for there in present]
+    return [[{}] * count if there else None for there, count in zip(present, pc.list_value_length(column).to_pylist())]
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether the values of a column are the bytes of images, or lists of such."""
+    feature = feature.feature if isinstance(feature, List) else feature
+    return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def image_key(row: dict) -> str:
+    """The same for rows of the same images: their paths, or the beginning of the hash of their bytes; empty without an image."""
+    keys = []
+    for image in images_of(row):
+        if isinstance(image, PILImage.Image):
+            image = {"bytes": image.tobytes()}
+        content = None if isinstance(image, str) else image.get("bytes")
+        if content is not None:
+            keys.append(hashlib.sha256(content).hexdigest()[:16])
+        else:
+            keys.append(str(image if isinstance(image, str) else image.get("path")))
+    return " ".join(keys)

@@ -1,0 +1,74 @@
+"""Rows as they come to a stream of records, for data that are too large to be indexed."""
+
+from functools import partial
+from typing import Any
+
+from datasets import Features, Image, IterableDataset, List, Value
+
+from alignvlm.data.files import Rows, sample_name
+from alignvlm.data.images import inside
+from alignvlm.data.reader import Reader, image_key
+from alignvlm.data.record import BadRow
+from alignvlm.data.scenes import RECORD_FEATURES
+
+
+UNDECODED_RECORD = Features({**RECORD_FEATURES, "images": List(Image(decode=False))})
+STREAMED_RECORD = Features({**UNDECODED_RECORD, "bad_row": Value("string")})
+
+
+def stream(
+    found: Rows, reader: Reader, group_by: str | None, limit: int | None, skip_bad_rows: bool
+) -> IterableDataset:
+    """Records as a stream; rows of one image become one record where they follow each other, as they do in these data sets."""
+    rows = found.rows
+    if rows.column_names is not None:  # not of files
+        rows = rows.map(partial(_unnumbered, found.identity["data"]), remove_columns=rows.column_names)
+    mapped = rows.map(
+        partial(_records_of_batch, reader, group_by, skip_bad_rows),
+        batched=True,
+        batch_size=256 if group_by is not None else 16,
+        remove_columns=["row", "place"],
+        features=STREAMED_RECORD,
+    )
+    return mapped if limit is None else mapped.take(limit)
+
+
+def _unnumbered(name: str, row: dict) -> dict:
+    """A row of a stream that does not say which one it is: several readers take turns at it."""
+    return {"row": row, "place": sample_name(row) if "__key__" in row else name}
+
+
+def _records_of_batch(
+    reader: Reader, group_by: str | None, skip_bad_rows: bool, batch: dict[str, list]
+) -> dict[str, list]:
+    """The records of some rows, and in their places those that say what is wrong with a row."""
+    groups: list[tuple[str, list[dict]]] = []
+    records: list[dict] = []
+    for row, place in zip(batch["row"], batch["place"]):
+        try:
+            if reader.of_row(row) is None:
+                continue
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise error.at(place) from error
+            records.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
+            continue
+        key = "" if group_by is None else image_key(row) if group_by == "image" else str(row[group_by])
+        if key and groups and key == groups[-1][0]:
+            groups[-1][1].append(row)
+        else:
+            groups.append((key, [row]))
+    for key, group in groups:
+        record = reader(group, key)
+        records.append({**record, "images": [_joined(image) for image in record["images"]], "bad_row": None})
+    return {name: [record[name] for record in records] for name in STREAMED_RECORD}
+
+
+def _joined(image: Any) -> Any:
+    """`{"bytes", "path"}`, the path joined to its folder."""
+    if not isinstance(image, dict):
+        return image
+    path = image.get("path")
+    if image.get("folder") is not None:
+        path = inside(image["folder"], path)
+    return {"bytes": image.get("bytes"), "path": path}
