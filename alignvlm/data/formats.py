@@ -222,7 +222,18 @@ def _joined(first: list[dict], second: list[dict]) -> list[dict]:
 def messages(row: dict) -> Record:
     """TRL's conversational form: `messages` of `{"role", "content"}`, with `images` or `image` if there are any."""
     images = images_of(row)
-    return conversation(turns_of(row["messages"], "messages", "role", "content", images), images, "messages")
+    turns = turns_of(row["messages"], "messages", "role", "content", images)
+    _check_one_place(row, images)
+    return conversation(turns, images, "messages")
+
+
+def _check_one_place(row: dict, images: list[Any]) -> None:
+    """Refuses a row with images in a column and others in the parts of its messages: which part shows which is not said."""
+    if (count := len(images_of(row))) not in (0, len(images)):
+        raise BadRow(
+            f"The row has {count} image(s) in a column, and {len(images) - count} in parts of its messages. Put all of them into the "
+            "column, in their order, or all into the parts."
+        )
 
 
 def prompt_completion(row: dict) -> Record:
@@ -239,6 +250,7 @@ def prompt_completion(row: dict) -> Record:
             turns += turns_of(row[name], name, "role", "content", images)
         else:
             turns.append((speaker, parts_of(row.get(name), name, speaker, images)))
+    _check_one_place(row, images)
     earlier, trained = (
         sum(turn["role"] == "assistant" for turn in row[name]) if isinstance(row[name], list) else 0
         for name in (asked, answered)

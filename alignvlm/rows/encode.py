@@ -167,7 +167,7 @@ class Encoder:
                 raise ValueError(
                     f"The chat template writes what stands before message {answers[turn]} otherwise once it is answered, so the answer cannot "
                     "be trained as it would be generated. Set a template that leaves what it has written as it is (one that drops old "
-                    "thoughts or moves the system message does not), or train single exchanges without a system message."
+                    "thoughts or moves the system message does not), or train single exchanges (`turns: independent`) without a system message."
                 )
             whole = shared if kept else whole
             answer = whole[len(prompt) :].rstrip("\n")

@@ -187,6 +187,14 @@ def test_parts_nobody_can_read_are_named(content, message):
         record_of({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]})
 
 
+def test_images_in_a_column_and_in_parts_are_not_mixed():
+    parts = [{"type": "image", "path": "b.png"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
+    with pytest.raises(BadRow, match=r"1 image\(s\) in a column, and 1 in parts"):
+        record_of(
+            {"messages": [{"role": "user", "content": parts}, *said("this", first="assistant")], "images": ["a.png"]}
+        )
+
+
 def test_only_the_user_shows_images():
     answer = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "here"}]}
     with pytest.raises(BadRow, match="is an image of the assistant; only the user shows images"):
