@@ -148,7 +148,7 @@ def _rows(result: dict) -> list[dict]:
     rows = []
     for metric, numbers in result["metrics"].items():
         for name, value in numbers.items():
-            if name == "intervals" or value is None:
+            if value is None or isinstance(value, dict):  # `intervals`, `by_prompt`
                 continue
             interval = numbers.get("intervals", {}).get(name)
             rows.append(

@@ -29,8 +29,8 @@ class DataSet:
         images: where images stand in a config of their own: what of a config's name is replaced by what, and the columns that match.
         image_folder: whether it is a folder of images rather than of tables.
         generate: draws the records; such a data set has no rows to read.
-        metric: `cider`, `pathvqa_accuracy`, `by kind` (captions by the first, else the second), or None: no metric of this package judges
-            it as the field does.
+        metric: a folder of `alignvlm/evaluation/metrics`; `by kind`: `cider` for captions, else `pathvqa_accuracy`; None: no metric of
+            this package judges it as the field does.
         licence: as its page states it. The images often have terms of their own.
         note: what a user must know.
     """

@@ -23,11 +23,10 @@ def inside(folder: str | os.PathLike, path: str) -> str:
     Raises:
         BadImage: if `path` is absolute or leads out of the folder.
     """
-    root = os.path.normpath(folder)
-    full = os.path.normpath(os.path.join(root, path))
-    if os.path.isabs(path) or not full.startswith(root + os.sep):
+    relative = os.path.normpath(path)
+    if os.path.isabs(path) or relative.split(os.sep)[0] in (os.curdir, os.pardir):
         raise BadImage(f"The image path {path!r} leads out of the folder {folder}.")
-    return full
+    return os.path.normpath(os.path.join(folder, relative))
 
 
 def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:

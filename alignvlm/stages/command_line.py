@@ -1,12 +1,13 @@
 """Dataclasses from a command line and a YAML file, as TRL reads them; a mistyped name is refused with the nearest valid one."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 from trl import TrlParser
+
+from hub_upload.command_line import hint
 
 
 RENAMED = {"lora_rank": "lora_r", "lora_targets": "lora_target_modules"}
@@ -68,7 +69,7 @@ class _FieldParser(TrlParser):
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:
+    """As `hint`, and the new name of a field that was renamed."""
     if renamed := RENAMED.get(name.removeprefix("--").replace("-", "_")):
         return f" Its name is {'--' if name.startswith('--') else ''}{renamed} now."
-    nearest = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), valid, 1)
-    return f" Did you mean {nearest[0]}?" if nearest else " --help lists them all."
+    return hint(name, valid)

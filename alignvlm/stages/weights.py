@@ -1,6 +1,6 @@
 """Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints.
 
-To add one: write a `WeightsOption`, put its fields into `WeightsArguments` (`alignvlm/stages/arguments.py`), and name it in `HELD` or `WRITTEN`.
+docs/extend.md adds one: a `WeightsOption`, its fields in `WeightsArguments` (`alignvlm/stages/arguments.py`), its name in `HELD` or `WRITTEN`.
 """
 
 import shutil

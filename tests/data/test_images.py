@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from alignvlm.data import images
-from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.images import BadImage, inside, read_image
 from alignvlm.rows.collator import AlignVLMCollator
 from tests.records import of_exchanges
 
@@ -169,3 +170,12 @@ def test_missing_files_and_paths_out_of_the_folder_are_refused(tmp_path):
             read_image({"bytes": None, "path": path, "folder": str(folder)})
     with pytest.raises(BadImage, match="neither bytes nor a path"):
         read_image({"bytes": None, "path": None})
+
+
+@pytest.mark.parametrize("folder", [".", "./photos", "photos/..", "/"])
+def test_paths_may_start_at_the_current_folder(folder):
+    """A data file that lies there has the folder `.`."""
+    assert inside(folder, "sub/../a.png") == os.path.normpath(os.path.join(folder, "a.png"))
+    for path in ("../a.png", "..", ".", "/a.png"):
+        with pytest.raises(BadImage, match="leads out of the folder"):
+            inside(folder, path)

@@ -10,11 +10,12 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from alignvlm.data.catalogue import CATALOGUE
+from alignvlm.data.catalogue import BY_KIND, CATALOGUE
 from alignvlm.data.formats import FORMATS
 from alignvlm.data.images import read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
+from alignvlm.evaluation.judge import METRICS
 from tests.records import exchanges_of, responses_of
 
 
@@ -435,7 +436,7 @@ def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streamin
             for conversation in record.conversations
             for text in (*written(conversation.messages)[1::2], *conversation.responses)
         ]
-        assert turns[0] == f"shade {index}" and len(turns) == count
+        assert turns[0].removeprefix("shade ") == str(index) and len(turns) == count
     assert written(Record.from_row(records[1]).conversations[0].messages)[0] == prompt
     assert source.identity["data"]
     batch = AlignVLMCollator(processor)(records)
@@ -445,10 +446,15 @@ def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streamin
 def test_every_data_set_of_the_catalogue_is_tested():
     drawn = {name for name, kind in CATALOGUE.items() if kind.generate}
     assert {name.split(",")[0] for name in FIXTURES} == set(CATALOGUE) - {"text"} - drawn
+    for kind in CATALOGUE.values():
+        assert kind.licence and (kind.data is None or kind.licence != "unknown")
+        assert kind.metric in (None, BY_KIND) or (METRICS / kind.metric).is_dir()
+
+
+def test_the_page_about_data_has_all_names_and_schemas():
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     for name, kind in CATALOGUE.items():
         assert f"`{name}`" in page and (kind.data is None or f"`{kind.data}`" in page)
-        assert kind.licence and (kind.data is None or kind.licence != "unknown")
     assert all(f"| `{name}` |" in page for name in FORMATS)
 
 

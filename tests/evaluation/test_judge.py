@@ -92,5 +92,5 @@ def test_metrics_are_judged_side_by_side_and_an_unknown_one_is_named():
         "accuracy", "free_form_accuracy", "free_form_recall", "free_form_f1"
     }  # fmt: skip
     assert judge([]) == {"metrics": {}, "definitions": {}, "predictions": []}
-    with pytest.raises(ValueError, match=r"no metric 'bleu'\. Valid values: cider, pathvqa_accuracy"):
+    with pytest.raises(ValueError, match=r"no metric 'bleu'\. Valid values: cider, .*pathvqa_accuracy"):
         judge(predictions_of("bleu", "a"))

@@ -23,13 +23,14 @@ from tests.running import arguments_for
 
 def result_for(folder: Path, **fields) -> dict:
     """A result as the evaluation writes it."""
+    numbers = {"cider": 0.87654, "count": 5, "intervals": {"cider": [0.8, 0.95]}}
     return {
         "task": "coco_captions",
         "model": {"name": "x", "weights_sha256": sha256_of(weights_of(folder))},
         "data": {"data": "yerevann/coco-karpathy", "split": "test", "revision": "abc123"},
         "control": None,
         "limit": None,
-        "metrics": {"cider": {"cider": 0.87654, "count": 5, "intervals": {"cider": [0.8, 0.95]}}},
+        "metrics": {"cider": {**numbers, "by_prompt": {"Write a short caption.": numbers}}},
         "definitions": {"cider": "CIDEr-D."},
         "predictions": [{"prediction": "not to be published"}],
         **fields,

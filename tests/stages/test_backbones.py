@@ -16,7 +16,6 @@ from transformers import (
     PhiForCausalLM,
     SiglipConfig,
     SiglipModel,
-    SiglipVisionConfig,
     SiglipVisionModel,
     set_seed,
 )
@@ -26,9 +25,7 @@ from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
-
-
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+from tests.stages.conftest import SIZES
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +44,8 @@ def language(tmp_path_factory, text_tokenizer):
     return folder
 
 
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vision")
-    set_seed(2)
-    SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
 def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):
-    model, processor = assemble(BackboneArguments(str(vision), str(language), str(tmp_path)))
+    model, processor = assemble(BackboneArguments(vision, str(language), str(tmp_path)))
     encoder = SiglipVisionModel.from_pretrained(vision).state_dict()
     for name, value in model.model.vision_tower.state_dict().items():
         assert torch.equal(value, encoder[name]), name
@@ -74,7 +62,7 @@ def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):
 
 
 def test_chatml_prompts_read_as_chatml(vision, language, tmp_path):
-    _, processor = assemble(BackboneArguments(str(vision), str(language), str(tmp_path)))
+    _, processor = assemble(BackboneArguments(vision, str(language), str(tmp_path)))
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     messages.append({"role": "assistant", "content": "That."})
     assert processor.apply_chat_template(messages) == (
@@ -103,13 +91,13 @@ def test_a_head_that_is_more_than_a_product_is_noticed(vision, text_tokenizer, t
     phi.save_pretrained(tmp_path)
     text_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its head does more than a matrix product"):
-        assemble(BackboneArguments(str(vision), str(tmp_path), str(tmp_path / "stage0")))
+        assemble(BackboneArguments(vision, str(tmp_path), str(tmp_path / "stage0")))
 
 
 def test_really_pretrained_weights(vision, shared_data, tmp_path):
     """The stories model keeps telling stories."""
     stories = shared_data / "weights/stories260k"
-    model, processor = assemble(BackboneArguments(str(vision), str(stories), str(tmp_path)))
+    model, processor = assemble(BackboneArguments(vision, str(stories), str(tmp_path)))
     alone, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
     inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     options = {"max_new_tokens": 30, "do_sample": False}

@@ -7,7 +7,7 @@ import pytest
 from jinja2 import TemplateError
 from PIL import Image
 from tokenizers import processors
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.data.record import Conversation
@@ -23,6 +23,7 @@ from alignvlm.stages.chat_templates import (
 )
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
+from tests.stages.conftest import SIZES
 from tests.stages.shipped_templates import DEEPSEEK_R1, QWEN2_5, SHIPPED
 
 
@@ -370,11 +371,8 @@ def test_a_template_that_ends_no_turn_is_warned_of(caplog):
     assert "which holds no special token" in caplog.text
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
 @by_name
-def test_an_assembled_checkpoint_keeps_the_template_and_stops_at_the_end_of_a_turn(name, tmp_path):
+def test_an_assembled_checkpoint_keeps_the_template_and_stops_at_the_end_of_a_turn(name, vision, tmp_path):
     set_seed(0)
     tokenizer = shipped_tokenizer(name)
     config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -384,12 +382,7 @@ def test_an_assembled_checkpoint_keeps_the_template_and_stops_at_the_end_of_a_tu
         tokenizer.chat_template = {"default": QWEN2_5, "tool_use": "{{ tools }}"}
     for part in (language, tokenizer):
         part.save_pretrained(tmp_path / "language")
-    for part in (
-        SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)),
-        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
-    ):
-        part.save_pretrained(tmp_path / "vision")
-    assemble(BackboneArguments(str(tmp_path / "vision"), str(tmp_path / "language"), str(tmp_path / "stage0")))
+    assemble(BackboneArguments(vision, str(tmp_path / "language"), str(tmp_path / "stage0")))
 
     processor = AlignVLMProcessor.from_pretrained(tmp_path / "stage0")
     assert processor.chat_template.endswith(SHIPPED[name].template)

@@ -24,11 +24,8 @@ from transformers import (
     MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     set_seed,
 )
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.answer import answer
@@ -42,11 +39,11 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.conftest import make_tokenizer
 from tests.running import arguments_for
+from tests.stages.conftest import SIZES, VISION
 
 
 ALL = list(MASK_TYPES)
 VOCABULARY = 350
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 # kind: (class, config, mask types kept, packing)
 LANGUAGES = {
@@ -85,15 +82,6 @@ def make_language(kind: str, **fields):
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vision")
-    set_seed(2)
-    SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def language(tmp_path_factory):
     """A function that saves a language model with its tokenizer and returns the folder."""
 
@@ -118,8 +106,7 @@ def mpt(vision, language, tmp_path_factory):
 @pytest.mark.parametrize("kind", LANGUAGES)
 def test_the_trial_sees_what_each_language_model_keeps(kind):
     _, _, mask_types, packing = LANGUAGES[kind]
-    vision_config = SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)
-    config = AlignVLMConfig(vision_config=vision_config, text_config=make_language(kind).config)
+    config = AlignVLMConfig(vision_config=VISION.to_dict(), text_config=make_language(kind).config)
     model = AlignVLMForConditionalGeneration(config)
     model.model.language_model.load_state_dict(make_language(kind).base_model.state_dict())
     before = config.to_dict()
@@ -141,7 +128,7 @@ def test_what_cannot_be_kept_is_refused_with_what_can(vision, language, tmp_path
     model, _ = assemble(arguments)
     assert model.config.supported_mask_types == ["causal"] and model.config.packing
     given = arguments_for(tmp_path / "stage0", tmp_path / "run", projector_learning_rate=1e-3)
-    message = "'gpt_neo' cannot keep attention_mask_type='image'.* It keeps: causal"
+    message = "'gpt_neo' cannot keep attention_mask_type='image'.*seen to keep: causal"
     with pytest.raises(ValueError, match=message):
         run_stage(given)
     with pytest.raises(ValueError, match=message):
