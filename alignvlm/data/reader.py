@@ -62,7 +62,7 @@ class Reader:
             conversations = [exchange for conversation in conversations for exchange in conversation.exchanges()]
         if self.train_on is not None:
             conversations = [replace(conversation, train_on=self.train_on) for conversation in conversations]
-        return replace(record, conversations=conversations)
+        return record if conversations is record.conversations else replace(record, conversations=conversations)
 
     def merged(self, records: list[Record]) -> Record:
         """The records of one image as one: captions that answer one prompt are responses of one conversation, and what an earlier row
