@@ -12,6 +12,7 @@ from modeling_alignvlm import AlignVLMConfig, MaskType, TokenLayout, same_image
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, both_before_response, describe_mask_types
 from tests.modeling_alignvlm import test_masking
 from tests.modeling_alignvlm.test_masking import oracle
+from tests.records import of_exchanges
 
 
 def same_image_or_images_of_the_prompt(layout, b, q, k):
@@ -68,10 +69,7 @@ def picture(seed: int) -> Image.Image:
 
 
 def record(*annotations: tuple[str, str], images: int = 1) -> dict:
-    return {
-        "images": [picture(seed) for seed in range(images)],
-        "annotations": [{"prompt": prompt, "response": response} for prompt, response in annotations],
-    }
+    return of_exchanges([picture(seed) for seed in range(images)], list(annotations))
 
 
 RECORDS = [
