@@ -117,12 +117,18 @@ def _stage(stage: dict) -> dict:
         **stage,
         "trained": rates
         + (f"; LoRA of rank {lora.get('r') or lora['rank']}" if lora else ""),  # older records say `rank`
-        "sources": ", ".join(source["name"] for source in stage["sources"]),
+        "sources": ", ".join(_source(source) for source in stage["sources"]),
         "records": "a stream" if stage.get("records") is None else f"{stage['records']:,}",
         "steps": f"{stage['steps']:,}",
         "before": loss(stage.get("eval_loss_before")),
         "after": loss(stage.get("eval_loss_after")),
     }
+
+
+def _source(source: dict) -> str:
+    """Names a source of a recipe: without a name, by its data set, or by its file without the folders it lies in."""
+    data = str(source.get("data"))
+    return source.get("name") or (data if is_hub_id(data) else Path(data).name)
 
 
 def _data(record: dict) -> list[dict]:

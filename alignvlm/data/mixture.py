@@ -302,7 +302,7 @@ def read_parts(
                 f"Cannot rehearse {entry}: expected `stage`, one of {[e['stage'] for e in earlier_stages or []]}, the stages of the "
                 "model's run record, and optionally `share` and `tag`."
             )
-        names = [s for s in found[-1]["sources"] if s["name"] != "rehearsal"]
+        names = [s for s in found[-1]["sources"] if s.get("name") != "rehearsal"]
         again = read_parts(names, token_counts, data_dir, streaming, max_bad_rows=max_bad_rows)
         for part, proportion in zip(again, _proportions(again, token_counts, streaming)):
             part.tag = tag or part.tag

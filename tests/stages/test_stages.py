@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from trl import TrlParser
 
@@ -386,6 +387,36 @@ def test_a_field_nobody_knows_is_an_error(checkpoint, tmp_path):
         main(["--config", str(recipe), *given])
     with pytest.raises(SystemExit, match="--projektor_learning_rate"):
         main([*given, "--projektor_learning_rate", "1e-3"])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_what_people_have_for_trl_trains_and_is_asked(checkpoint, tmp_path, streaming):
+    """A jsonl file of `messages` with two images and two turns trains a stage as it is; then its last question is asked, images shown."""
+    from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
+
+    for index in range(2):
+        Image.new("RGB", (16, 16), (200 * index, 20, 20)).save(tmp_path / f"{index}.png")
+    said = ["Which is red?", "the second", "And the other?", "black"]
+    messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+    row = {"images": ["0.png", "1.png"], "messages": messages}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    sources = [{"data": "rows.jsonl"}]
+    fields = {"data_dir": tmp_path, "sources": sources, "streaming": streaming, "max_steps": 2}
+    entry = main(arguments_for(checkpoint, tmp_path / "stage", language_learning_rate=1e-3, **fields))
+    assert entry["steps"] == 2 and entry["losses_of_data"]["bad_row_list"] == []
+    command = [str(tmp_path / "stage"), "--task", "local", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    result = evaluate_checkpoint(parser().parse_args([*command, "--split", "train", "--max_new_tokens", "2"]))
+    (prediction, *_) = result["predictions"]
+    assert (prediction["prompt"], prediction["references"]) == ("And the other?", ["black"])
+    assert [message["role"] for message in prediction["messages"]] == ["user", "assistant", "user"]
+    assert "| 3 |" in (card := (tmp_path / "stage/README.md").read_text()) and "rows.jsonl" in card
+    assert str(tmp_path) not in card
+    if not streaming:  # and the next stage rehearses it
+        fields["sources"] = [{"name": "scenes", "count": 4}, {"name": "rehearsal", "stage": 3, "share": 0.5}]
+        entry = main(
+            arguments_for(tmp_path / "stage", tmp_path / "next", stage=4, language_learning_rate=1e-3, **fields)
+        )
+        assert [data["name"] for data in entry["data"]] == ["scenes", "rows.jsonl"]
 
 
 @pytest.mark.slow
