@@ -10,7 +10,7 @@ pictures and words, with the same backbones of random weights, the same precisio
 natively) and AdamW; a step is the whole step, collation and optimizer included. Each runs in a process of its own, in turns (`--rounds`); the median step counts.
 
 FLOPs of a step are counted by `alignvlm.tools.plan.step_flops`, the head where it is applied: at labels, or, for LLaVA on a CPU, everywhere.
-`bare` is the same for images and responses alone, without a prompt or a template: no trunk can save more of a system's rows.
+`bare` counts images and responses alone, without prompts and template: rows of that many tokens would be the least that any trunk leaves.
 `flops_share` is the step's rate over the machine's: that of products of 4096 x 4096 matrices in that dtype on the same threads,
 measured before and after every step, because the speed of a shared machine changes from minute to minute.
 
@@ -35,6 +35,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
@@ -122,7 +123,6 @@ class System:
 def make_system(options: dict, folder: str) -> System:
     """Model, data and trainer of one system."""
     from datasets import Dataset, Features, Image, List, Value
-    from transformers.utils import logging
     from trl import SFTTrainer
 
     from alignvlm.data.formats import annotations
@@ -132,8 +132,6 @@ def make_system(options: dict, folder: str) -> System:
     from alignvlm.stages.trainer import AlignVLMTrainer
     from benchmarks import models
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     vision, text = models.configs(options["shape"], options["vision_layers"], options["text_layers"])
     made = models.records(
         *(options["workload"], options["images"], vision["image_size"], text["vocab_size"]),
@@ -534,6 +532,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(json.loads(sys.argv[2]))))
     else:
