@@ -61,7 +61,7 @@ SHAPES = {
 }
 # Annotations per image, tokens of a prompt, tokens of a response with the one that ends it, as Qwen2.5's tokenizer counts them (measured,
 # and kept true, by tests/benchmarks/test_throughput.py): "Write a short caption." of the recipes is 5 tokens; PathVQA's questions are 9.1 on
-# average, their answers 3.7. The 20 tokens of a caption are a round number: Flickr30k's are 14.8 on average.
+# average, their answers 3.7. The 20 tokens of a caption are a round number: Flickr30k's are 15 on average.
 WORKLOADS = {
     "captions": ((5,), 5, 20),
     "questions": ((7, 7, 7, 6, 6), 9, 4),

@@ -99,11 +99,21 @@ def test_rows_are_as_long_as_qwens(qwen, options):
     assert len(qwen.tokenizer(CAPTION_PROMPT)["input_ids"]) == models.WORKLOADS["captions"][1]
 
 
-def test_questions_are_as_long_as_pathvqas(qwen, shared_data):
-    rows = map(json.loads, (shared_data / "pathvqa/train.jsonl").open())
-    pairs = [(asked["question"], asked["answer"]) for row in rows for asked in row["questions"]]
-    asked, answered = (
-        sum(map(len, qwen.tokenizer(list(texts))["input_ids"])) / len(pairs) for texts in zip(*pairs, strict=True)
-    )
+def test_questions_are_as_long_as_pathvqas_and_share_nothing(qwen, shared_data):
+    rows = [json.loads(line)["questions"] for line in (shared_data / "pathvqa/train.jsonl").open()]
+    tokens = iter(qwen.tokenizer([asked["question"] for row in rows for asked in row])["input_ids"])
+    asked = [[next(tokens) for _ in row] for row in rows]
+    answered = qwen.tokenizer([asked["answer"] for row in rows for asked in row])["input_ids"]
+    count = len(answered)
     _, prompt, response = models.WORKLOADS["questions"]
-    assert (round(asked), round(answered + 1)) == (prompt, response)  # the token that ends an answer is one more
+    assert round(sum(len(question) for row in asked for question in row) / count) == prompt
+    assert round(sum(map(len, answered)) / count + 1) == response  # the token that ends an answer is one more
+    alike = [len({question[0] for question in row}) == 1 for row in asked if len(row) > 1]
+    assert sum(alike) < 0.02 * len(alike)
+
+
+def test_captions_are_shorter_than_20_tokens(qwen, shared_data):
+    with (shared_data / "text/flickr30k_train_captions.jsonl").open() as file:
+        captions_of = [json.loads(line)["captions"] for _, line in zip(range(2000), file)]
+    tokens = qwen.tokenizer([caption for row in captions_of for caption in row])["input_ids"]
+    assert round(sum(map(len, tokens)) / len(tokens) + 1) == 15
