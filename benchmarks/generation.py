@@ -2,8 +2,8 @@
 
     python benchmarks/generation.py [--device cuda]
 
-The same backbones of random weights, the same pictures and questions (7 of 12 tokens each, 3-token answers). LLaVA answers once by
-its `generate` per question and once with all questions of an image as one batch, the image encoded per question both times, as its
+The same backbones of random weights, the same pictures and questions (7 of 9 tokens each in Qwen2.5's ChatML, 3-token answers). LLaVA
+answers once by its `generate` per question and once with all questions of an image as one batch, the image encoded per question both times, as its
 processor has it. Our answers are checked, token for token, against `generate` of each question alone.
 """
 

@@ -6,6 +6,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.encode import Branch
+from alignvlm.rows.packing import Packer
+from alignvlm.stages.chat_templates import CHATML_TEMPLATE
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
@@ -56,16 +60,19 @@ SHAPES = {
         },
     },
 }
-# Annotations per image, tokens of a prompt, tokens of a response with the one that ends it.
+# Annotations per image, tokens of a prompt, tokens of a response with the one that ends it, as Qwen2.5's tokenizer counts them (measured,
+# and kept true, by tests/benchmarks/test_throughput.py): "Write a short caption." of the recipes is 5 tokens; PathVQA's questions are 9.1 on
+# average, their answers 3.7. The 20 tokens of a caption are a round number: Flickr30k's are 15 on average.
 WORKLOADS = {
-    "captions": ((5,), 4, 20),
-    "questions": ((7, 7, 7, 6, 6), 12, 3),
+    "captions": ((5,), 5, 20),
+    "questions": ((7, 7, 7, 6, 6), 9, 4),
 }  # 6.6 questions on average, as in PathVQA
-TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-)
+# ChatML behind the system message that Qwen2.5's own template writes, token for token: 24 tokens stand before the image (16 of them the
+# system message's text), and 5 between a prompt and its response. Words stand for tokens, and so do line breaks.
+SYSTEM_MESSAGE = " ".join(["w8"] * 16)
+TEMPLATE = "{{ '<|im_start|>system\\n" + SYSTEM_MESSAGE + "<|im_end|>\\n' }}" + CHATML_TEMPLATE
+IMAGE_TOKEN_ID = 2
+SPECIAL_WORDS = ("<pad>", "<|im_end|>", "<image>", "<|im_start|>", "\n", "system", "user", "assistant")
 
 
 def configs(shape: str, vision_layers: int | None = None, text_layers: int | None = None) -> tuple[dict, dict]:
@@ -77,12 +84,21 @@ def configs(shape: str, vision_layers: int | None = None, text_layers: int | Non
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token per word `w5` ... and three special ones."""
-    vocabulary = {"<pad>": 0, "</s>": 1, "<image>": 2, **{f"w{i}": i for i in range(3, vocab_size)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """One token per word `w8` ..., per line break, and per word of ChatML."""
+    first = len(SPECIAL_WORDS)
+    vocabulary = {
+        **{word: i for i, word in enumerate(SPECIAL_WORDS)},
+        **{f"w{i}": i for i in range(first, vocab_size)},
+    }
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=f"w{first}"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", additional_special_tokens=["<image>"]
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<image>", "<|im_start|>"],
     )
 
 
@@ -91,7 +107,7 @@ def alignvlm(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     set_seed(0)
     words = tokenizer(text["vocab_size"])
     config = AlignVLMConfig(
-        vision_config=vision, text_config={**text, "eos_token_id": 1, "pad_token_id": 0}, image_token_id=2
+        vision_config=vision, text_config={**text, "eos_token_id": 1, "pad_token_id": 0}, image_token_id=IMAGE_TOKEN_ID
     )
     config._attn_implementation = attn_implementation
     model = AlignVLMForConditionalGeneration(config)
@@ -109,7 +125,7 @@ def llava(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     config = LlavaConfig(
         vision_config=vision,
         text_config={**text, "eos_token_id": 1, "pad_token_id": 0},
-        image_token_index=2,
+        image_token_index=IMAGE_TOKEN_ID,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         tie_word_embeddings=True,
@@ -130,22 +146,39 @@ def llava(vision: dict, text: dict, attn_implementation: str = "sdpa"):
     return model, processor
 
 
+class ImageTrunkPacker(Packer):
+    """Rows whose trunk ends with the image, as all rows did before a trunk held what prompts share: each branch repeats its prompt. For
+    records of one image."""
+
+    def trunk_length(self, branches: list[Branch]) -> int:
+        return self.encoder.up_to_an_image
+
+
+class ImageTrunkCollator(AlignVLMCollator):
+    """The collator with rows of `ImageTrunkPacker`."""
+
+    def __init__(self, processor: AlignVLMProcessor, **options):
+        super().__init__(processor, **options)
+        self.packer = ImageTrunkPacker(self.encoder, self.packer.max_length, self.packer.row_length)
+
+
 def records(
     workload: str,
     images: int,
     image_size: int,
     vocab_size: int,
     annotations: int | None = None,
+    prompt_tokens: int | None = None,
     response_tokens: int | None = None,
 ) -> list[dict]:
-    """Records of noise pictures and random words; `annotations` per image and `response_tokens` replace the workload's. All captions
-    are asked for with the same words, every question has its own."""
+    """Records of noise pictures and random words; `annotations` per image, `prompt_tokens` and `response_tokens` replace the workload's.
+    All captions are asked for with the same words, every question has its own."""
     rng = np.random.default_rng(0)
-    counts, prompt_tokens, usual_tokens = WORKLOADS[workload]
-    response_tokens = response_tokens or usual_tokens
+    counts, usual_prompt, usual_response = WORKLOADS[workload]
+    prompt_tokens, response_tokens = prompt_tokens or usual_prompt, response_tokens or usual_response
 
     def words(count: int) -> str:
-        return " ".join(f"w{i}" for i in rng.integers(3, vocab_size, count))
+        return " ".join(f"w{i}" for i in rng.integers(len(SPECIAL_WORDS), vocab_size, count))
 
     caption_prompt = words(prompt_tokens) if workload == "captions" else None
     made = []
