@@ -29,6 +29,7 @@ BUILDERS = {
     ".tar": "webdataset",
 }
 FILE_TYPES = ", ".join(suffix[1:] for suffix in BUILDERS)
+NOT_A_ROW = "__not_a_row__"  # the column that says of a line that is no row what is wrong, where such lines are kept
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # what data sets call the same split
 
 
@@ -70,6 +71,7 @@ def read_rows(
     data_dir: str | Path = ".",
     streaming: bool = False,
     hash_all: bool = False,
+    keep_bad_lines: bool = False,
 ) -> Rows:
     """Reads the rows of one split.
 
@@ -81,6 +83,7 @@ def read_rows(
         folder_of_images: read images with a metadata file, or in one folder per label.
         streaming: read rows as they are needed.
         hash_all: put the SHA-256 of every file into the identity, also of large ones that hold images.
+        keep_bad_lines: make of a line that is not JSON a row that says so in `NOT_A_ROW`, instead of raising.
 
     Raises:
         FileNotFoundError: for data that is neither on disk nor of the form of a Hub id.
@@ -88,7 +91,7 @@ def read_rows(
     """
     local = Path(data_dir) / data
     if local.exists():
-        found = _local(local, split, config, folder_of_images, streaming, hash_all)
+        found = _local(local, split, config, folder_of_images, streaming, hash_all, keep_bad_lines)
     elif is_hub_id(data):
         found = _hub(data, split, config, revision, file, streaming)
     else:
@@ -142,7 +145,13 @@ def _numbered(name: str, index: int) -> str:
 
 
 def _local(
-    path: Path, split: str, config: str | None, folder_of_images: bool, streaming: bool, hash_all: bool
+    path: Path,
+    split: str,
+    config: str | None,
+    folder_of_images: bool,
+    streaming: bool,
+    hash_all: bool,
+    keep_bad_lines: bool,
 ) -> Rows:
     """Rows of local files in any of the forms the Hub has them in."""
     folder = path if path.is_dir() else path.parent
@@ -163,14 +172,16 @@ def _local(
         rows = load_dataset("webdataset", data_files=names, split="train", streaming=streaming)
         place: Callable[[int], str] = partial(_place_of_sample, rows)
     elif streaming:
-        place = _place_in_files(files)
-        rows = IterableDataset.from_generator(_stream_files, gen_kwargs={"files": files, "splits": _names(split)})
-        has_splits = any("split" in row for file in files for _, row in islice(read_file(file), 1))
+        place = _place_in_files(files, keep_bad_lines)
+        given = {"files": files, "splits": _names(split), "keep_bad_lines": keep_bad_lines}
+        rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
+        has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
     else:
-        place = _place_in_files(files)
-        rows = load_files(files)
+        place = _place_in_files(files, keep_bad_lines)
+        rows = load_files(files, keep_bad_lines)
         if has_splits := "split" in rows.column_names:
-            chosen = [i for i, value in enumerate(rows.data.column("split").to_pylist()) if value in _names(split)]
+            wanted = (*_names(split), None) if NOT_A_ROW in rows.column_names else _names(split)
+            chosen = [i for i, value in enumerate(rows.data.column("split").to_pylist()) if value in wanted]
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
     named = files[0].name.startswith(_names(split))
     if path.is_dir() and not named and not has_splits and split != "train":
@@ -195,10 +206,10 @@ def sample_name(row: dict) -> str:
     return f"{Path(row['__url__']).name}, sample {row['__key__']}"
 
 
-def _stream_files(files: list[Path], splits: tuple[str, ...]) -> Iterator[dict]:
+def _stream_files(files: list[Path], splits: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
     """Each row of the split and its place; `files` are the shards."""
     for file in files:
-        for place, row in read_file(file):
+        for place, row in read_file(file, keep_bad_lines):
             if "split" not in row or row["split"] in splits:
                 yield {"row": row, "place": place}
 
@@ -230,11 +241,11 @@ def _is_karpathy(file: Path) -> bool:
         return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
 
 
-def read_file(file: Path) -> Iterator[tuple[str, dict]]:
+def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, dict]]:
     """The rows of one file as they are written, each with its place.
 
     Raises:
-        BadRow: for a line that is not JSON.
+        BadRow: for a line that is not JSON, unless it is kept as a row that says so.
     """
     if file.suffix == ".parquet":
         number = 0
@@ -262,7 +273,10 @@ def read_file(file: Path) -> Iterator[tuple[str, dict]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise BadRow(f"{place}: not JSON ({error}): {shown(line.strip())}") from error
+                    problem = BadRow(f"not JSON ({error}): {shown(line.strip())}")
+                    if not keep_bad_lines:
+                        raise problem.at(place) from error
+                    row = {NOT_A_ROW: str(problem)}
                 yield place, _mapping(row, place)
 
 
@@ -282,8 +296,8 @@ def _paragraphs(file: Path) -> list[str]:
     return [part for part in (part.strip("\n") for part in file.read_text().split("\n\n")) if part]
 
 
-def load_files(files: list[Path]) -> Dataset:
-    """The rows of files of one type as one table.
+def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
+    """The rows of files of one type as one table, in which `keep_bad_lines` makes rows of lines that are not JSON.
 
     Raises:
         ValueError: for files that do not fit into a table; the message says which file and line it is, if it is one.
@@ -299,6 +313,10 @@ def load_files(files: list[Path]) -> Dataset:
     try:
         return load_dataset(BUILDERS[suffix], data_files=[str(file) for file in files], split="train", **options)
     except (DatasetGenerationError, ValueError) as error:
+        if keep_bad_lines and suffix in (".json", ".jsonl"):
+            found = [row for file in files for _, row in read_file(file, keep_bad_lines)]
+            if any(NOT_A_ROW in row for row in found):
+                return Dataset.from_list([{NOT_A_ROW: None, **row} for row in found])
         for file in files:
             for _ in read_file(file):  # finds the line that is not JSON
                 pass
@@ -308,7 +326,7 @@ def load_files(files: list[Path]) -> Dataset:
         ) from error
 
 
-def _place_in_files(files: list[Path]) -> Callable[[int], str]:
+def _place_in_files(files: list[Path], keep_bad_lines: bool) -> Callable[[int], str]:
     """Where the row of an index stands in files that were read one behind the other; they are looked at when it is asked."""
 
     places: list[str] = []
@@ -320,7 +338,7 @@ def _place_in_files(files: list[Path]) -> Callable[[int], str]:
                     count = pq.read_metadata(file).num_rows
                     places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
                 else:
-                    places.extend(place for place, _ in read_file(file))
+                    places.extend(place for place, _ in read_file(file, keep_bad_lines))
         return places[index]
 
     return place

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
+from alignvlm.data.files import NOT_A_ROW
 from alignvlm.data.formats import images_of
 from alignvlm.data.record import BadRow, Conversation, Record, shown
 
@@ -49,6 +50,8 @@ class Reader:
         Raises:
             BadRow: if it makes none.
         """
+        if row.get(NOT_A_ROW):
+            raise BadRow(row[NOT_A_ROW])
         try:
             record = self.read(row if self.images is None else self.images.joined(row))
         except BadRow:

@@ -150,6 +150,7 @@ def read_source(
         folder_of_images=kind.image_folder,
         streaming=streaming,
         hash_all=hash_all,
+        keep_bad_lines=max_bad_rows is not None,
         **given,
     )
     if kind.licence != DataSet.licence:

@@ -682,6 +682,20 @@ def test_bad_rows_are_found_wherever_rows_come_from(folder):
             list(read_source({"name": "local", "data": "broken.jsonl"}, folder, streaming).rows)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_a_line_that_is_not_json_is_skipped_as_other_bad_rows(folder, streaming, with_splits):
+    split = {"split": "train"} if with_splits else {}
+    good = [json.dumps({**QUESTION, **split, "image": f"images/{i}.png"}) for i in range(3)]
+    (folder / "broken.jsonl").write_text("\n".join([*good[:2], '{"image": "images/1.png", "question": ', good[2]]))
+    source = read_source({"data": "broken.jsonl"}, folder, streaming, max_bad_rows=0.01)
+    records = list(source.rows if streaming else source)
+    problems = [record["bad_row"] for record in records if record["bad_row"]] if streaming else source.bad_rows
+    assert len([record for record in records if record["conversations"]]) == 3
+    (problem,) = problems
+    assert problem.startswith("broken.jsonl, line 3: not JSON (Expecting value")
+
+
 def test_too_many_bad_rows_are_not_skipped(folder):
     bad = {**QUESTION, "answer": 1}
     data = lines(folder, "rows.jsonl", [QUESTION] * 20 + [bad] * 11)
