@@ -95,6 +95,9 @@ def load_task(
         Asked(name, index, found)
         for index, (name, found) in enumerate(zip(names, source.conversations(keep_duplicates), strict=True))
     ]
+    if plain := next((one for one in asked if not all(c.messages for c in one.conversations)), None):
+        place = source.place(source.rows_of(plain.index)[0])
+        raise ValueError(f"{place}: plain text asks nothing. For its perplexity: --task text_perplexity.")
     notes: dict = {}
     if source.groups is not None:
         more, fewer = (sum(map(len, source.conversations(keep))) for keep in (True, False))
