@@ -232,7 +232,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no"):
         load_task("local", "test", str(tmp_path))
     (tmp_path / "book.txt").write_text("Once upon a time.\n\nThe end.")
-    with pytest.raises(ValueError, match="paragraph 1: plain text asks nothing. .*text_perplexity"):
+    with pytest.raises(ValueError, match=r"paragraph 1: plain text asks nothing\. .*text_perplexity"):
         load_task("local", "test", str(tmp_path / "book.txt"))
     (tmp_path / "book.txt").unlink()
     Dataset.from_list(
