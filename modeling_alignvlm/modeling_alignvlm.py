@@ -136,6 +136,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 module.eval()
         return self
 
+    @property
+    def multi_modal_projector(self) -> AlignVLMProjector:
+        """The projector, by the name that `transformers.exporters` looks for. Checkpoints store it as `projector`."""
+        return self.projector
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import Gemma3Config, SiglipVisionConfig, StaticCache
+from transformers.exporters.utils import decompose_multimodal
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from modeling_alignvlm import CACHE_NAME, AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
@@ -334,6 +335,15 @@ def test_the_pooling_projector_takes_grids_that_are_not_square(make_model):
         ValueError, match="pixel_shuffle_factor=3 must be at least 1 and divide the feature grid of 4 x 8"
     ):
         make_model(**{**grid, "pixel_shuffle_factor": 3})
+
+
+def test_exporters_of_transformers_find_every_part(make_model, rows):
+    model = make_model("image")
+    parts = decompose_multimodal(model, rows([5, IMAGE, 6]))
+    assert parts["multi_modal_projector"][0] is model.model.projector
+    assert parts["image_encoder"][0] is model.model.vision_tower
+    assert parts["language_model"][0] is model.model.language_model and parts["lm_head"][0] is model.lm_head
+    assert not any("multi_modal" in name for name in model.state_dict())  # the name in checkpoints stays
 
 
 def test_loss_is_that_of_the_labels_and_honours_num_items_in_batch(make_model, rows):
