@@ -16,6 +16,7 @@ FOLDERS = (
     "alignvlm/rows",
     "alignvlm/evaluation",
     "alignvlm/stages",
+    "alignvlm/export",
     "alignvlm/tools",
     "alignvlm/quickstart",
     "alignvlm",

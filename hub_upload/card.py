@@ -18,6 +18,7 @@ HEADLINES = {
     "pathvqa_accuracy": ("accuracy", "Accuracy"),
     "text": ("perplexity", "Perplexity"),
 }
+PROJECTORS = {"mlp": "two-layer", "linear": "linear", "pool": "pooling"}
 TASK_TYPES = {"cider": "image-to-text", "pathvqa_accuracy": "visual-question-answering", "text": "text-generation"}
 
 
@@ -75,7 +76,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             size=f"{parameters / 1e6:,.1f}M" if parameters < 1e9 else f"{parameters / 1e9:.2f}B",
             vision=_named(vision),
             language=_named(language),
-            projector="two-layer" if config.get("projector_type", "mlp") == "mlp" else "linear",
+            projector=PROJECTORS[config.get("projector_type", "mlp")],
             mask_type=config.get("attention_mask_type", "image"),
             transformers=MINIMUM_TRANSFORMERS,
             loaded_with=_releases(record.get("loaded_with", {})),

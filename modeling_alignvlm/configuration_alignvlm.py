@@ -8,7 +8,7 @@ from .masking_alignvlm import MASK_TYPES  # needs torch alone, which transformer
 
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
-PROJECTOR_TYPES = ("linear", "mlp")
+PROJECTOR_TYPES = ("linear", "mlp", "pool")
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
     "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
@@ -30,10 +30,12 @@ class AlignVLMConfig(PreTrainedConfig):
             image, as a sequence (SigLIP, CLIP, DINOv2, ViT, ...) or as a map (ResNet, ConvNeXt, ...). Defaults to SigLIP.
         text_config (`dict` or `PreTrainedConfig`):
             Configuration of the language model, of any registered causal LM. Defaults to Qwen2.
-        projector_type (`str`): `"mlp"` (two layers) or `"linear"`.
+        projector_type (`str`):
+            `"mlp"` (two layers), `"linear"`, or `"pool"` (averages of squares of patches, RMS norm, a layer without bias: as in Gemma 3).
         projector_hidden_act (`str`): activation of the MLP projector.
         pixel_shuffle_factor (`int`):
-            Merges squares of `factor x factor` neighbouring patches into one image token before the projector.
+            Merges squares of `factor x factor` neighbouring patches into one image token: `"pool"` averages them, the other projectors
+            take them stacked.
         vision_feature_layer (`int`):
             -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings).
         attention_mask_type (`str`):

@@ -46,9 +46,15 @@ class AlignVLMProjector(nn.Module):
         super().__init__()
         self.factor = config.pixel_shuffle_factor
         self.grid = config.feature_grid
-        in_features = config.feature_size * self.factor**2
+        self.pools = config.projector_type == "pool"
+        in_features = config.feature_size * (1 if self.pools else self.factor**2)
         out_features = config.text_config.hidden_size
-        if config.projector_type == "linear":
+        if self.pools:
+            norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
+            self.layers = nn.Sequential(
+                nn.RMSNorm(in_features, eps=norm_eps), nn.Linear(in_features, out_features, bias=False)
+            )
+        elif config.projector_type == "linear":
             self.layers = nn.Linear(in_features, out_features)
         else:
             self.layers = nn.Sequential(
@@ -57,15 +63,27 @@ class AlignVLMProjector(nn.Module):
                 nn.Linear(out_features, out_features),
             )
 
-    def pixel_shuffle(self, features: Tensor) -> Tensor:
-        """Stacks each square of `factor x factor` positions into one token, row by row."""
+    def squares(self, features: Tensor) -> Tensor:
+        """Sorts positions by squares of `factor x factor`, row by row: `(images, image_seq_length, factor**2, vision_hidden)`."""
         images, _, hidden = features.shape
         rows, columns = (side // self.factor for side in self.grid)
         squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
-        return squares.reshape(images, rows * columns, self.factor**2 * hidden)
+        return squares.reshape(images, rows * columns, self.factor**2, hidden)
+
+    def pixel_shuffle(self, features: Tensor) -> Tensor:
+        """Stacks each square of positions into one token."""
+        return self.squares(features).flatten(2)
+
+    def average(self, features: Tensor) -> Tensor:
+        """Averages each square of positions into one token."""
+        return self.squares(features).mean(2)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(self.pixel_shuffle(features) if self.factor > 1 else features)
+        if self.pools:
+            features = features.to(self.layers[0].weight.dtype)  # a frozen encoder may compute in 16 bit
+        if self.factor > 1:
+            features = self.average(features) if self.pools else self.pixel_shuffle(features)
+        return self.layers(features)
 
 
 class AlignVLMPreTrainedModel(PreTrainedModel):
@@ -117,6 +135,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    @property
+    def multi_modal_projector(self) -> AlignVLMProjector:
+        """The projector, by the name that `transformers.exporters` looks for. Checkpoints store it as `projector`."""
+        return self.projector
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

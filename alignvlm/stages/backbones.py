@@ -51,9 +51,14 @@ class BackboneArguments:
     language_revision: str | None = field(
         default=None, metadata={"help": "Commit, tag or branch of the language model."}
     )
-    projector_type: str = field(default="mlp", metadata={"help": "`mlp` or `linear`."})
+    projector_type: str = field(
+        default="mlp", metadata={"help": "`mlp`, `linear` or `pool` (averages of patches, as in Gemma 3)."}
+    )
     pixel_shuffle_factor: int = field(
-        default=1, metadata={"help": "Merge squares with this number of patches a side into one token."}
+        default=1,
+        metadata={
+            "help": "Merge squares with this number of patches a side into one token: `pool` averages them, the others stack them."
+        },
     )
     vision_feature_layer: int = field(
         default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import Gemma3Config, SiglipVisionConfig, StaticCache
+from transformers.exporters.utils import decompose_multimodal
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from modeling_alignvlm import CACHE_NAME, AlignVLMConfig, AlignVLMForConditionalGeneration, TokenLayout, dense_mask
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
+from tests.conftest import VISION
 from tests.running import recompute_activations
 
 
@@ -277,7 +280,15 @@ def test_sliding_window_hides_what_is_far_behind_but_not_the_image_ahead(make_mo
     assert not torch.allclose(before[:, 4], after[:, 4])
 
 
-@pytest.mark.parametrize("projector", [{"projector_type": "linear"}, {"pixel_shuffle_factor": 2}])
+@pytest.mark.parametrize(
+    "projector",
+    [
+        {"projector_type": "linear"},
+        {"projector_type": "pool"},
+        {"pixel_shuffle_factor": 2},
+        {"projector_type": "pool", "pixel_shuffle_factor": 2},
+    ],
+)
 @torch.no_grad()
 def test_projectors(make_model, rows, projector):
     model = make_model(**projector)
@@ -293,6 +304,46 @@ def test_pixel_shuffle_stacks_neighbouring_patches(make_model):
     patches = torch.arange(16.0).reshape(1, 16, 1).expand(1, 16, 2)
     stacked = projector.pixel_shuffle(patches)[0, :, ::2]
     assert stacked.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@torch.no_grad()
+def test_the_pooling_projector_computes_what_that_of_gemma_3_does(make_model):
+    vision = {**VISION, "image_size": 48, "layer_norm_eps": 1e-5}
+    model = make_model(vision=vision, text={"hidden_size": 24}, projector_type="pool", pixel_shuffle_factor=3)
+    projector = model.model.projector
+    norm, linear = projector.layers
+    norm.weight.uniform_(0.3, 3.0)
+    vision_config = SiglipVisionConfig(**{key: value for key, value in vision.items() if key != "model_type"})
+    gemma = Gemma3MultiModalProjector(
+        Gemma3Config(text_config={"hidden_size": 24}, vision_config=vision_config, mm_tokens_per_image=4)
+    )
+    gemma.mm_soft_emb_norm.weight.copy_(norm.weight - 1)  # Gemma's norms multiply by one more than their weight
+    gemma.mm_input_projection_weight.copy_(linear.weight.T)
+    features = torch.randn(2, 36, 32)
+    expected = gemma(features)
+    assert expected.shape == (2, 4, 24) and expected.abs().max() > 0.1
+    torch.testing.assert_close(projector(features), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_pooling_projector_takes_grids_that_are_not_square(make_model):
+    grid = {"image_size": [32, 64], "image_grid": [4, 8], "pixel_shuffle_factor": 2, "projector_type": "pool"}
+    projector = make_model(**grid).model.projector
+    features = torch.randn(2, 32, 32)
+    expected = torch.nn.functional.avg_pool2d(features.transpose(1, 2).reshape(2, 32, 4, 8), 2)
+    torch.testing.assert_close(projector.average(features), expected.flatten(2).transpose(1, 2))
+    with pytest.raises(
+        ValueError, match="pixel_shuffle_factor=3 must be at least 1 and divide the feature grid of 4 x 8"
+    ):
+        make_model(**{**grid, "pixel_shuffle_factor": 3})
+
+
+def test_exporters_of_transformers_find_every_part(make_model, rows):
+    model = make_model("image")
+    parts = decompose_multimodal(model, rows([5, IMAGE, 6]))
+    assert parts["multi_modal_projector"][0] is model.model.projector
+    assert parts["image_encoder"][0] is model.model.vision_tower
+    assert parts["language_model"][0] is model.model.language_model and parts["lm_head"][0] is model.lm_head
+    assert not any("multi_modal" in name for name in model.state_dict())  # the name in checkpoints stays
 
 
 def test_loss_is_that_of_the_labels_and_honours_num_items_in_batch(make_model, rows):

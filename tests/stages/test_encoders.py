@@ -149,6 +149,17 @@ def test_stages_and_their_plan_take_any_encoder(assembled, tmp_path, kind):
         assert torch.equal(after[name], value) == (".projector." not in name), name
 
 
+def test_a_pooling_projector_trains_and_stands_in_the_card(language, tmp_path):
+    encoder = save_encoder(tmp_path / "encoder", ENCODERS["siglip"][0], square(ENCODERS["siglip"][1]))
+    fields = {"projector_type": "pool", "pixel_shuffle_factor": 2}
+    assemble(BackboneArguments(encoder, language, str(tmp_path / "stage0"), **fields))
+    run_stage(arguments_for(tmp_path / "stage0", tmp_path / "run", projector_learning_rate=1e-3, max_steps=2))
+    before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("stage0", "run"))
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == {f"model.projector.layers.{layer}.weight" for layer in (0, 1)}
+    assert "and a pooling projector" in (tmp_path / "run/README.md").read_text()
+
+
 def test_batch_norms_in_training_are_those_of_inference(assembled):
     _, folder = assembled("resnet")
     model = AlignVLMForConditionalGeneration.from_pretrained(folder)

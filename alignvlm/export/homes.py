@@ -1,0 +1,127 @@
+"""What a configuration can become among transformers' own classes, and why not: one table, `HOMES`.
+
+A home is a class that computes what an AlignVLM model of one mask type and one projector does, so that the same weights need no
+code of ours. `obstacles` compares a configuration with a home; where one field of the recipe is all that is in the way, it is named.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel
+
+from modeling_alignvlm import AlignVLMConfig
+
+
+# Encoders that give a token per patch, and how many tokens stand before these.
+TOKENS_BEFORE_PATCHES = {"siglip_vision_model": 0, "clip_vision_model": 1, "vit": 1, "dinov2": 1}
+# Encoders whose final output is the last of their hidden states; others have a layer norm between the two.
+OUTPUT_IS_A_STATE = ("clip_vision_model",)
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a configuration cannot become a home, and the field of the recipe that would change it (None: no field does)."""
+
+    reason: str
+    change: str | None = None
+
+
+@dataclass(frozen=True)
+class Home:
+    """A class of transformers, and what a configuration must be to become one.
+
+    Args:
+        name: as people call it.
+        class_name: the class in transformers.
+        mask_type, projector_type: those that the class computes.
+        more: further obstacles of a configuration.
+    """
+
+    name: str
+    class_name: str
+    mask_type: str
+    projector_type: str
+    more: Callable[[AlignVLMConfig], list[Obstacle]]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.class_name})"
+
+
+def _encoder(config: AlignVLMConfig) -> list[Obstacle]:
+    """What every home asks of the encoder: patches of the configured size, in rows, behind a known number of tokens."""
+    vision = config.vision_config
+    if vision.model_type not in TOKENS_BEFORE_PATCHES:
+        known = ", ".join(TOKENS_BEFORE_PATCHES)
+        return [Obstacle(f"the vision encoder is {vision.model_type!r}, and transformers' own classes take {known}")]
+    grid = tuple(side // vision.patch_size for side in config.input_size)
+    if config.feature_grid != grid:
+        return [Obstacle(f"the encoder's features are a grid of {config.feature_grid}, its patches one of {grid}")]
+    return []
+
+
+def _language_model(config: AlignVLMConfig) -> list[Obstacle]:
+    """What every home asks of the language model: a head tied to embeddings finds them by their usual name."""
+    if not config.tie_word_embeddings:
+        return []
+    with torch.device("meta"):
+        model = AutoModel.from_config(config.text_config, attn_implementation="eager")
+    if hasattr(model, "embed_tokens"):
+        return []
+    kind = config.text_config.model_type
+    return [
+        Obstacle(f"it ties the head to `embed_tokens`, and the language model {kind!r} calls its embeddings otherwise")
+    ]
+
+
+def _llava(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _encoder(config) + _language_model(config)
+    vision, text = config.vision_config, config.text_config
+    if config.vision_feature_layer == -1 and vision.model_type not in OUTPUT_IS_A_STATE:
+        found.append(
+            Obstacle(
+                f"it reads hidden states, and the final output of {vision.model_type!r} is none of them (vision_feature_layer=-1)",
+                "vision_feature_layer: -2",
+            )
+        )
+    if config.pixel_shuffle_factor != 1:
+        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    if getattr(text, "final_logit_softcapping", None) is not None:
+        found.append(Obstacle(f"it does not cap logits as the language model {text.model_type!r} does"))
+    return found
+
+
+HOMES = (Home("LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),)
+
+
+def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
+    """All that keeps a configuration from becoming `home`; an empty list if nothing does."""
+    found = []
+    if config.attention_mask_type != home.mask_type:
+        kept = config.supported_mask_types is None or home.mask_type in config.supported_mask_types
+        found.append(
+            Obstacle(
+                f"its attention mask is {home.mask_type!r}, not {config.attention_mask_type!r}",
+                f"attention_mask_type: {home.mask_type}" if kept else None,
+            )
+        )
+    if config.projector_type != home.projector_type:
+        found.append(
+            Obstacle(
+                f"its projector is {home.projector_type!r}, not {config.projector_type!r}",
+                f"projector_type: {home.projector_type}",
+            )
+        )
+    return found + home.more(config)
+
+
+def describe_homes(config: AlignVLMConfig) -> list[str]:
+    """A line for each home: that it is open, or all that is in the way, and the one change that would open it if there is one."""
+    lines = []
+    for home in HOMES:
+        found = obstacles(config, home)
+        line = f"{home}: " + ("; ".join(obstacle.reason for obstacle in found) or "yes")
+        if len(found) == 1 and found[0].change:
+            line += f". One change before training opens it: {found[0].change}"
+        lines.append(line)
+    return lines

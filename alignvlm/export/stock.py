@@ -1,0 +1,336 @@
+"""Writes a checkpoint as one of transformers' own classes, so that it loads without remote code.
+
+    alignvlm export out/stage4 out/llava --to transformers
+
+`alignvlm.export.homes` says which class. The weights go over under that class's names, with tokenizer, image processor, chat template
+and generation settings. Before the folder gets its name, what was written is loaded again and compared with the checkpoint: the tokens
+of conversations, the pixel values of images, and the logits.
+"""
+
+import argparse
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.utils import logging
+
+from alignvlm.evaluation.load import LORA_FILES
+from alignvlm.export.homes import HOMES, TOKENS_BEFORE_PATCHES, Home, describe_homes, obstacles
+from hub_upload.card_text import split_card
+from hub_upload.command_line import ArgumentParser
+from hub_upload.licences import FIELDS
+from hub_upload.repository import check_model, file_of
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+TOLERANCE = 1e-5  # of logits in float32, relative to the largest of them
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a checkpoint becomes one home.
+
+    Args:
+        config: the class's configuration of an AlignVLM one, both halves given.
+        projector: the weights of our projector `{name: tensor}` under the class's names.
+        processor: the stock processor of ours.
+    """
+
+    config: Callable[[AlignVLMConfig], PreTrainedConfig]
+    projector: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    processor: Callable[[AlignVLMProcessor, AlignVLMConfig], ProcessorMixin]
+
+
+def _halves(config: AlignVLMConfig) -> dict:
+    """Both halves of a configuration and what every class calls alike."""
+    return {
+        "vision_config": copy.deepcopy(config.vision_config),
+        "text_config": copy.deepcopy(config.text_config),
+        "image_token_index": config.image_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def _llava_config(config: AlignVLMConfig) -> LlavaConfig:
+    layer = config.vision_feature_layer
+    return LlavaConfig(
+        **_halves(config),
+        image_seq_length=config.image_seq_length,
+        projector_hidden_act=config.projector_hidden_act,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=_strategy(config),
+    )
+
+
+def _strategy(config: AlignVLMConfig) -> str:
+    """LLaVA's word for whether a token before the patches is dropped."""
+    return "default" if TOKENS_BEFORE_PATCHES[config.vision_config.model_type] else "full"
+
+
+def _llava_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        f"linear_{number}.{kind}": weights[f"layers.{index}.{kind}"]
+        for number, index in ((1, 0), (2, 2))
+        for kind in ("weight", "bias")
+    }
+
+
+def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    return LlavaProcessor(
+        processor.image_processor,
+        copy.deepcopy(processor.tokenizer),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=_strategy(config),
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=TOKENS_BEFORE_PATCHES[config.vision_config.model_type],
+    )
+
+
+WRITERS = {"LLaVA": Writer(_llava_config, _llava_projector, _llava_processor)}
+
+
+def choose_home(config: AlignVLMConfig) -> Home:
+    """The home of a configuration.
+
+    Raises:
+        ValueError: if it has none; the message says why not, class by class, and which one change would open a door.
+    """
+    for home in HOMES:
+        if not obstacles(config, home):
+            return home
+    reasons = "\n".join(f"  {line}" for line in describe_homes(config))
+    raise ValueError(f"None of transformers' own classes computes what this checkpoint does:\n{reasons}")
+
+
+def read_config(checkpoint: str, revision: str | None = None) -> AlignVLMConfig:
+    """The configuration of an AlignVLM checkpoint; no code of the checkpoint is run.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is of another project, or its LoRA weights lie apart.
+    """
+    check_model(checkpoint, revision)
+    if file_of(checkpoint, "config.json", revision) is None:
+        raise FileNotFoundError(f"{checkpoint!r} holds no checkpoint: it has no config.json.")
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if values.get("model_type") != "alignvlm":
+        raise ValueError(
+            f"{checkpoint!r} is a model of type {values.get('model_type')!r}, not an AlignVLM checkpoint. Its code was not run."
+        )
+    if any(file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES):
+        raise ValueError(
+            f"{checkpoint!r} keeps LoRA weights apart (lora/), which the export would lose. Merge them first: "
+            "`python -m hub_upload.package CHECKPOINT OUT`, then export OUT."
+        )
+    return AlignVLMConfig.from_pretrained(checkpoint, revision=revision)
+
+
+def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrainedModel:
+    """A model of the home's class that shares the weights of `model`, to be saved: its buffers are empty.
+
+    Raises:
+        ValueError: if the class has other weights.
+    """
+    config = WRITERS[home.name].config(model.config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        stock = getattr(transformers, home.class_name)(config)
+    weights, projector = {}, {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("model.projector."):
+            projector[name.removeprefix("model.projector.")] = tensor
+        else:
+            weights[name] = tensor
+    for name, tensor in WRITERS[home.name].projector(projector).items():
+        weights[f"model.multi_modal_projector.{name}"] = tensor
+    try:
+        stock.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{home} has other weights than this checkpoint: {error}") from error
+    if config.tie_word_embeddings:
+        stock.tie_weights()
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock.eval()
+
+
+# Conversations whose tokens must be those of training: a system message, a question about an image, several turns, text alone.
+def _probes() -> list[list[dict]]:
+    image, noise = Image.new("RGB", (40, 24), (200, 30, 60)), Image.effect_noise((30, 50), 80).convert("RGB")
+
+    def user(*parts):
+        return {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+                for part in parts
+            ],
+        }
+
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    return [
+        [user(image, "What colour is it?")],
+        [user("Look:\n\n", noise, "\n\nwhat is it?")],
+        [user("Look: ", noise, " and at ", image, " then compare.")],
+        [user(image, "What is it?"), said("assistant", "A square."), user("And its colour?")],
+        [said("system", "Answer in a word."), user(image, "What is it?")],
+        [user("How are you?")],
+    ]
+
+
+@torch.no_grad()
+def compare(
+    model: AlignVLMForConditionalGeneration,
+    processor: AlignVLMProcessor,
+    stock: PreTrainedModel,
+    other: ProcessorMixin,
+) -> None:
+    """Compares what two checkpoints, both in float32, make of the same conversations.
+
+    Raises:
+        ValueError: if tokens, pixel values or logits differ. The message says which.
+    """
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    compared = 0
+    for messages in _probes():
+        try:
+            ours = processor.apply_chat_template(messages, **options)
+        except Exception as error:  # a template raises what it likes for a role it does not take
+            logging.get_logger(__name__).info(f"not compared: {error}")
+            continue
+        theirs = other.apply_chat_template(messages, **options)
+        if not torch.equal(ours["input_ids"], theirs["input_ids"]):
+            raise ValueError(
+                f"{type(other).__name__} writes other tokens than this checkpoint was trained on: "
+                f"{other.tokenizer.decode(theirs['input_ids'][0])!r} for {processor.tokenizer.decode(ours['input_ids'][0])!r}."
+            )
+        if "pixel_values" in ours and not torch.allclose(ours["pixel_values"], theirs["pixel_values"], atol=1e-6):
+            raise ValueError(f"{type(other.image_processor).__name__} makes other pixel values of an image.")
+        expected, actual = model(**ours).logits, stock(**theirs).logits
+        difference = float((actual - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{type(stock).__name__} gives other logits than this checkpoint (relative difference {difference:.1e})."
+            )
+        compared += 1
+    if compared == 0:
+        raise ValueError(
+            "The chat template of this checkpoint takes none of the conversations that the export compares."
+        )
+
+
+CARD = """\
+# {title}
+
+The checkpoint `{checkpoint}`, made with [AlignVLM](https://arxiv.org/abs/2503.19508)'s four-stage recipe, as
+`{class_name}` of transformers: it loads without remote code.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{title}")
+processor = AutoProcessor.from_pretrained("{title}")
+```
+
+Give RGB images, upright and without transparency. Logits equal those of the checkpoint in float32 (`alignvlm export` compared them).
+"""
+
+
+def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, title: str) -> None:
+    """A card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is."""
+    found = file_of(checkpoint, "README.md", revision)
+    try:
+        kept = split_card(Path(found).read_text())[0] if found else {}
+    except ValueError:
+        kept = {}
+    names = (*FIELDS, "language", "base_model", "base_model_relation", "datasets")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["alignvlm", "vision-language-model"],
+        **{name: kept[name] for name in names if kept.get(name)},
+    )
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    body = CARD.format(title=title, checkpoint=name, class_name=home.class_name)
+    ModelCard(f"---\n{data}\n---\n\n{body}").save(folder / "README.md")
+
+
+def export(checkpoint: str, out: str | Path, revision: str | None = None) -> Home:
+    """Writes a checkpoint as a class of transformers' own into the new folder `out`, which is there only when it is complete.
+
+    Raises:
+        FileExistsError: if `out` is there and not an empty folder.
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, and a
+            comparison that failed.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
+    config = read_config(checkpoint, revision)
+    home = choose_home(config)
+    processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto").eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
+        folder = Path(workspace) / "folder"
+        stock_model(model, home).save_pretrained(folder)
+        WRITERS[home.name].processor(processor, config).save_pretrained(folder)
+        stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        if type(stock).__name__ != home.class_name:
+            raise ValueError(f"The folder loads as {type(stock).__name__}, not as {home.class_name}.")
+        compare(model.float(), processor, stock, AutoProcessor.from_pretrained(folder))
+        write_card(checkpoint, revision, home, folder, out.name)
+        if out.exists():
+            out.rmdir()
+        shutil.move(folder, out)
+    return home
+
+
+def parser() -> argparse.ArgumentParser:
+    p = ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [OUT] [options]")
+    p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
+    p.add_argument(
+        "out", nargs="?", help="The new folder. Left out: says what the checkpoint can become, and why not."
+    )
+    p.add_argument(
+        "--to", choices=("transformers",), default="transformers", help="Whose classes. Default: transformers."
+    )
+    p.add_argument("--revision", help="Revision of a Hub checkpoint.")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        if arguments.out is None:
+            print("\n".join(describe_homes(read_config(arguments.checkpoint, arguments.revision))))
+            return
+        home = export(arguments.checkpoint, arguments.out, arguments.revision)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{arguments.out}: {home}, loads without remote code")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Exported to transformers' own classes: the same tokens, logits and text, in a process without our package and without remote code."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from alignvlm.export.homes import HOMES, describe_homes, obstacles
+from alignvlm.export.stock import WRITERS, compare, export, main, stock_model
+from alignvlm.stages.checkpoint import save_checkpoint
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.conftest import VISION
+
+
+CLIP = {**VISION, "model_type": "clip_vision_model"}
+# home: {case: what `make_model` takes}
+CASES = {
+    "LLaVA": {
+        "siglip": {"mask_type": "causal", "vision_feature_layer": -2},
+        "clip, untied llama": {
+            "mask_type": "causal",
+            "vision": CLIP,
+            "text": {"model_type": "llama", "tie_word_embeddings": False},
+        },
+    },
+}
+ALL = [(home, case) for home, cases in CASES.items() for case in cases]
+FREE = {"license": "apache-2.0"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, make_model, processor):
+    """A function that saves the checkpoint of a case, once; returns its folder."""
+    made = {}
+
+    def make(home: str, case: str) -> Path:
+        if (home, case) not in made:
+            folder = tmp_path_factory.mktemp("given") / "stage4"
+            record = {"vision": "user/eyes", "vision_licence": FREE, "language": "tiny", "language_licence": FREE}
+            model = make_model(**CASES[home][case])
+            with torch.no_grad():  # a trained one: norms begin at 1, biases at 0
+                for parameter in model.model.projector.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            save_checkpoint(model, processor, folder, {"backbones": record, "stages": []})
+            made[home, case] = folder
+        return made[home, case]
+
+    return make
+
+
+CHILD = """
+import json, sys, torch
+
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "hub_upload"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, found = sys.argv[1:]
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+assert not any(name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "transformers_modules") for name in sys.modules)
+parts = [{"type": "image", "image": Image.new("RGB", (20, 12), (200, 30, 60))}, {"type": "text", "text": "What is it?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+with torch.no_grad():
+    logits = model(**inputs).logits
+    text = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+torch.save({"input_ids": inputs["input_ids"], "logits": logits, "text": processor.decode(text), "class": type(model).__name__}, found)
+"""
+
+
+def in_a_child(folder: Path, tmp_path: Path) -> dict:
+    environment = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-I", "-c", CHILD, str(folder), str(tmp_path / "found.pt")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(tmp_path / "found.pt")
+
+
+@torch.no_grad()
+def answer(checkpoint: Path) -> dict:
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).eval()
+    processor = AlignVLMProcessor.from_pretrained(checkpoint)
+    parts = [
+        {"type": "image", "image": Image.new("RGB", (20, 12), (200, 30, 60))},
+        {"type": "text", "text": "What is it?"},
+    ]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
+    text = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return {"input_ids": inputs["input_ids"], "logits": model(**inputs).logits, "text": processor.decode(text)}
+
+
+@pytest.mark.parametrize("home, case", ALL)
+def test_a_child_process_without_our_code_answers_alike(given, tmp_path, home, case):
+    checkpoint, out = given(home, case), tmp_path / "out"
+    assert export(str(checkpoint), out).name == home
+    assert not list(out.glob("**/*.py")) and "auto_map" not in (out / "config.json").read_text()
+    there, here = in_a_child(out, tmp_path), answer(checkpoint)
+    assert there["class"] == next(each.class_name for each in HOMES if each.name == home)
+    assert torch.equal(there["input_ids"], here["input_ids"]) and there["text"] == here["text"] != ""
+    torch.testing.assert_close(there["logits"], here["logits"], atol=1e-5, rtol=1e-5)
+
+
+# More of what a home takes; the export itself compares
+MORE = {
+    "LLaVA": [
+        {"mask_type": "causal", "vision": {**VISION, "model_type": "vit"}, "vision_feature_layer": -2},
+        {"mask_type": "causal", "vision": {**VISION, "model_type": "dinov2"}, "vision_feature_layer": 1},
+        {
+            "mask_type": "causal",
+            "vision": CLIP,
+            "text": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 3},
+        },
+        {"mask_type": "causal", "vision": CLIP, "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "home, index", [(home, index) for home, values in MORE.items() for index in range(len(values))]
+)
+def test_more_of_what_a_home_takes(make_model, processor, tmp_path, home, index):
+    record = {"backbones": {}, "stages": []}
+    save_checkpoint(make_model(**MORE[home][index]), processor, tmp_path / "given", record)
+    assert export(str(tmp_path / "given"), tmp_path / "out").name == home
+
+
+def test_the_folder_has_the_licence_and_the_backbones_of_the_checkpoint(given, tmp_path):
+    export(str(given("LLaVA", "siglip")), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "license: apache-2.0" in card and "user/eyes" in card and "LlavaForConditionalGeneration" in card
+    assert "custom_code" not in card and str(tmp_path) not in card
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_16_bit_weights_stay_so(given, tmp_path):
+    folder = tmp_path / "half"
+    model = AlignVLMForConditionalGeneration.from_pretrained(given("LLaVA", "siglip"), dtype=torch.bfloat16)
+    shutil.copytree(given("LLaVA", "siglip"), folder)
+    model.save_pretrained(folder)
+    export(str(folder), tmp_path / "out")
+    assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_one_changed_weight_is_noticed(given, processor, tmp_path):
+    model, changed = (AlignVLMForConditionalGeneration.from_pretrained(given("LLaVA", "siglip")).eval() for _ in "ab")
+    other = WRITERS["LLaVA"].processor(processor, model.config)
+    stock_model(changed, HOMES[0]).save_pretrained(tmp_path / "same")
+    compare(model, processor, LlavaForConditionalGeneration.from_pretrained(tmp_path / "same"), other)
+    with torch.no_grad():
+        next(changed.model.projector.parameters())[0] += 0.1
+    stock_model(changed, HOMES[0]).save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="gives other logits than this checkpoint"):
+        compare(model, processor, LlavaForConditionalGeneration.from_pretrained(tmp_path / "changed"), other)
+
+
+def test_other_tokens_are_noticed(given, processor):
+    model = AlignVLMForConditionalGeneration.from_pretrained(given("LLaVA", "siglip")).eval()
+    other = WRITERS["LLaVA"].processor(processor, model.config)
+    other.chat_template = other.chat_template.replace("Assistant:", "Assistant :")
+    with pytest.raises(ValueError, match="LlavaProcessor writes other tokens than this checkpoint was trained on"):
+        compare(model, processor, model, other)
+
+
+# What `make_model` takes, and what is said of the home
+NO_HOME = {
+    "mask": (
+        {"vision_feature_layer": -2},
+        "its attention mask is 'causal', not 'image'. One change .*: attention_mask_type: causal",
+    ),
+    "layer": (
+        {"mask_type": "causal"},
+        "'siglip_vision_model' is none of them .*One change .*: vision_feature_layer: -2",
+    ),
+    "projector": (
+        {"mask_type": "causal", "vision_feature_layer": -2, "projector_type": "linear"},
+        "its projector is 'mlp', not 'linear'. One change .*: projector_type: mlp",
+    ),
+    "pixel shuffle": (
+        {"mask_type": "causal", "vision_feature_layer": -2, "pixel_shuffle_factor": 2},
+        "no pixel shuffle. One change .*: pixel_shuffle_factor: 1",
+    ),
+    "tied": (
+        {
+            "mask_type": "causal",
+            "vision": CLIP,
+            "text": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2},
+        },
+        "'gpt2' calls its embeddings otherwise$",
+    ),
+    "softcap": (
+        {
+            "mask_type": "causal",
+            "vision": CLIP,
+            "text": {"model_type": "gemma2", "head_dim": 16},
+            "attn_implementation": "eager",
+        },
+        "it does not cap logits as the language model 'gemma2' does$",
+    ),
+    "encoder": (
+        {
+            "mask_type": "causal",
+            "image_grid": [2, 2],
+            "image_size": [16, 16],
+            "vision_hidden_size": 16,
+            "vision_feature_layer": -2,
+            "vision": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        },
+        "the vision encoder is 'resnet', and transformers' own classes take siglip_vision_model, clip_vision_model",
+    ),
+    "two": ({"mask_type": "mutual"}, "its attention mask is 'causal', not 'mutual'; it reads hidden states"),
+}
+
+
+@pytest.mark.parametrize("case", NO_HOME)
+def test_a_configuration_without_a_home_is_told_why(make_model, case):
+    values, said = NO_HOME[case]
+    config = make_model(**values).config
+    line = next(line for line in describe_homes(config) if line.startswith("LLaVA (LlavaForConditionalGeneration): "))
+    assert re.search(said, line), line
+    assert not ("One change" in line and len(obstacles(config, HOMES[0])) > 1)
+
+
+def test_a_mask_type_that_the_language_model_cannot_keep_is_not_offered(make_model):
+    config = make_model(vision_feature_layer=-2, supported_mask_types=["image"]).config
+    assert not any("One change" in line for line in describe_homes(config) if line.startswith("LLaVA"))
+
+
+def test_bad_input_gets_a_sentence_and_leaves_nothing(given, checkpoint, tmp_path):
+    def refused(folder: Path, sentence: str, out: Path = tmp_path / "out") -> None:
+        before = sorted(out.parent.iterdir())
+        with pytest.raises(SystemExit, match=sentence):
+            main([str(folder), str(out)])
+        assert sorted(out.parent.iterdir()) == before
+
+    good = given("LLaVA", "siglip")
+    folders = {name: tmp_path / name for name in ("other", "apart", "broken", "full")}
+    for folder in folders.values():
+        shutil.copytree(good, folder)
+    config = json.loads((good / "config.json").read_text())
+    (folders["other"] / "config.json").write_text(json.dumps(config | {"model_type": "elsewhere"}))
+    (folders["other"] / "modeling_alignvlm.py").write_text("raise SystemExit('ran')")
+    refused(folders["other"], "model of type 'elsewhere', not an AlignVLM checkpoint. Its code was not run")
+    (folders["apart"] / "lora").mkdir()
+    (folders["apart"] / "lora/adapter_config.json").write_text("{}")
+    refused(folders["apart"], "keeps LoRA weights apart")
+    (folders["broken"] / "model.safetensors").write_bytes(b"x")
+    refused(folders["broken"], "error: ")
+    refused(checkpoint, "None of transformers' own classes computes what this checkpoint does")
+    refused(tmp_path / "nowhere", "nowhere")
+    refused(good, "is there already", folders["full"])
+
+
+def test_the_command_line(given, tmp_path, capsys):
+    good = str(given("LLaVA", "siglip"))
+    main([good])
+    assert capsys.readouterr().out.splitlines()[0] == "LLaVA (LlavaForConditionalGeneration): yes"
+    main([good, str(tmp_path / "new/out"), "--to", "transformers"])
+    assert "loads without remote code" in capsys.readouterr().out
+    assert (tmp_path / "new/out/model.safetensors").is_file()
