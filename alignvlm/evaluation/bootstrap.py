@@ -12,7 +12,9 @@ def _resampled_means(clusters: Sequence, values: np.ndarray, samples: int, seed:
     np.add.at(sums, cluster_of, values)
     sizes = np.bincount(cluster_of)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)  # how often each cluster is drawn
+    drawn = rng.multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=samples
+    )  # how often each cluster is drawn
     return (drawn @ sums) / (drawn @ sizes)[:, None]
 
 

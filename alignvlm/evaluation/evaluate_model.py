@@ -37,10 +37,14 @@ def parser() -> argparse.ArgumentParser:
     tasks = (*TASKS, "text_perplexity")
     p = ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("checkpoint", nargs="?", help="A checkpoint's folder or Hub repository.")
-    p.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="Compare two results of one task: B against A.")
+    p.add_argument(
+        "--compare", nargs=2, metavar=("A.json", "B.json"), help="Compare two results of one task: B against A."
+    )
     p.add_argument("--task", choices=tasks, help="What to ask the model.")
     p.add_argument("--split", default="test")
-    p.add_argument("--data", help="Hub data set, local folder or file. Most tasks have a default; scenes and local have none.")
+    p.add_argument(
+        "--data", help="Hub data set, local folder or file. Most tasks have a default; scenes and local have none."
+    )
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")

@@ -243,9 +243,7 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
         "threads": torch.get_num_threads(),
     }
     print(f"\n{table(stages, last, blank)}")
-    print(
-        f"\nIn a process that cannot import this package, {output / 'stage4'} says of {picture}:\n{description}"
-    )
+    print(f"\nIn a process that cannot import this package, {output / 'stage4'} says of {picture}:\n{description}")
     return summary
 
 
