@@ -12,9 +12,8 @@ def _resampled_means(clusters: Sequence, values: np.ndarray, samples: int, seed:
     np.add.at(sums, cluster_of, values)
     sizes = np.bincount(cluster_of)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=samples
-    )  # how often each cluster is drawn
+    # How often each cluster is drawn: (samples, clusters).
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
     return (drawn @ sums) / (drawn @ sizes)[:, None]
 
 
