@@ -20,17 +20,17 @@ class DataSet:
     """A data set: where it is, how its rows are read, and what judges answers to it.
 
     Args:
-        read: makes a record of a row (of `formats`); its keyword arguments may stand in a recipe.
-        columns: what the rows must have (any of a tuple's names).
+        read: a function of `formats` that makes a record of a row; a recipe may set its keyword arguments.
+        columns: the columns that the rows must have; of a tuple of names, any one.
         data: the data set on the Hub; None: the recipe must name `data`.
         config: of a Hub data set.
-        file: the file to read, where the Hub's repository is files rather than a data set of rows.
+        file: the file to read, if the Hub's repository holds files rather than a data set of rows.
         group_by: the column whose equal values make one record; `image`: equal images.
-        images: where images stand in a config of their own: what of a config's name is replaced by what, and the columns that match.
+        images: for images in a config of their own: the part of the config's name to replace, its replacement, and the two columns that match.
         image_folder: whether it is a folder of images rather than of tables.
         generate: draws the records; such a data set has no rows to read.
-        metric: a folder of `alignvlm/evaluation/metrics`; `by kind`: `cider` for captions, else `pathvqa_accuracy`; None: no metric of
-            this package judges it as the field does.
+        metric: a folder of `alignvlm/evaluation/metrics`; `by kind`: `cider` for captions, else `pathvqa_accuracy`; None: this package has
+            no metric that judges it as the field does.
         licence: as its page states it. The images often have terms of their own.
         note: what a user must know.
     """
@@ -49,7 +49,7 @@ class DataSet:
     note: str = ""
 
     def metric_of(self, conversation: Conversation) -> str | None:
-        """The metric that judges answers to a conversation."""
+        """Returns the metric that judges answers to a conversation."""
         if self.metric != BY_KIND:
             return self.metric
         return CIDER if "caption" in conversation.kind else ACCURACY

@@ -1,4 +1,4 @@
-"""Data sets on the Hub or on disk, to the rows of a split: with what was read, and where each row stands."""
+"""Reads the rows of a split from the Hub or from disk, and tells what was read and where each row stands."""
 
 import csv
 import json
@@ -29,8 +29,8 @@ BUILDERS = {
     ".tar": "webdataset",
 }
 FILE_TYPES = ", ".join(suffix[1:] for suffix in BUILDERS)
-NOT_A_ROW = "__not_a_row__"  # the column that says of a line that is no row what is wrong, where such lines are kept
-SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # what data sets call the same split
+NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
+SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Rows:
     Args:
         rows: the rows; a stream of local files has the columns `row` and `place`.
         identity: what was read: the Hub's id and commit, or the files; goes into run records and results.
-        place: where the row of an index stands.
+        place: returns where the row of an index stands.
         folder: where image paths start; None for a data set of the Hub.
     """
 
@@ -82,11 +82,11 @@ def read_rows(
         file: the file to read of a Hub repository of files.
         folder_of_images: read images with a metadata file, or in one folder per label.
         streaming: read rows as they are needed.
-        hash_all: put the SHA-256 of every file into the identity, also of large ones that hold images.
-        keep_bad_lines: make of a line that is not JSON a row that says so in `NOT_A_ROW`, instead of raising.
+        hash_all: put the SHA-256 of every file into the identity, also of large files that hold images.
+        keep_bad_lines: turn a line that is not JSON into a row that says so in `NOT_A_ROW`, instead of raising.
 
     Raises:
-        FileNotFoundError: for data that is neither on disk nor of the form of a Hub id.
+        FileNotFoundError: for data that is not on disk and has not the form of a Hub id.
         ValueError: for a split that is not found, or files that cannot be read.
     """
     local = Path(data_dir) / data
@@ -104,7 +104,7 @@ def read_rows(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name of data that is not on disk can be that of a data set on the Hub, `user/name`."""
+    """Tells whether a name can be that of a data set on the Hub, `user/name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -113,7 +113,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
-    """Rows of a Hub data set at a commit that is stated, so that a run can be repeated."""
+    """Reads the rows of a Hub data set at a commit that the identity states, so that a run can be repeated."""
     if not huggingface_hub.constants.is_offline_mode():
         revision = _hub_commit(data, revision)
     options = {"data_files": file, "split": "train" if file else split, "revision": revision, "streaming": streaming}
@@ -126,10 +126,10 @@ def _hub(data: str, split: str, config: str | None, revision: str | None, file: 
 
 
 def _hub_commit(data: str, revision: str | None) -> str:
-    """The commit that a branch or tag of a data set on the Hub stands for now.
+    """Returns the commit that a branch or tag of a data set on the Hub points to now.
 
     Raises:
-        FileNotFoundError: if the Hub gives none; the name may have been meant as that of a folder.
+        FileNotFoundError: if the Hub gives none; the name may have been meant as a folder.
     """
     try:
         return HfApi().dataset_info(data, revision=revision).sha
@@ -153,7 +153,7 @@ def _local(
     hash_all: bool,
     keep_bad_lines: bool,
 ) -> Rows:
-    """Rows of local files in any of the forms the Hub has them in."""
+    """Reads the rows of local files in any of the forms that the Hub has."""
     folder = path if path.is_dir() else path.parent
     if folder_of_images:
         named = [path / name for name in _names(split) if (path / name).is_dir()]
@@ -202,12 +202,12 @@ def _place_of_sample(rows: Dataset, index: int) -> str:
 
 
 def sample_name(row: dict) -> str:
-    """What messages call a sample of a webdataset."""
+    """Returns the name of a sample of a webdataset in messages."""
     return f"{Path(row['__url__']).name}, sample {row['__key__']}"
 
 
 def _stream_files(files: list[Path], splits: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
-    """Each row of the split and its place; `files` are the shards."""
+    """Yields each row of the split with its place; `files` are the shards."""
     for file in files:
         for place, row in read_file(file, keep_bad_lines):
             if "split" not in row or row["split"] in splits:
@@ -230,22 +230,22 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _file_identity(file: Path, hashed: bool) -> dict:
-    """Name and bytes, and the SHA-256; of parquet and tar files, which hold the images, only if it is asked for."""
+    """Returns the name, the bytes and the SHA-256; the SHA-256 of parquet and tar files, which hold the images, only if `hashed`."""
     identity = {"name": file.name, "bytes": file.stat().st_size}
     return {**identity, "sha256": sha256_of([file])} if hashed or file.suffix not in (".parquet", ".tar") else identity
 
 
 def _is_karpathy(file: Path) -> bool:
-    """Whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
+    """Tells whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
     with file.open() as stream:
         return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
 
 
 def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, dict]]:
-    """The rows of one file as they are written, each with its place.
+    """Yields the rows of one file as they are written, each with its place.
 
     Raises:
-        BadRow: for a line that is not JSON, unless it is kept as a row that says so.
+        BadRow: for a line that is not JSON, unless `keep_bad_lines` keeps it as a row that says so.
     """
     if file.suffix == ".parquet":
         number = 0
@@ -287,7 +287,7 @@ def _mapping(row: Any, place: str) -> dict:
 
 
 def _is_one_value(file: Path) -> bool:
-    """Whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
+    """Tells whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
     with file.open() as stream:
         return stream.read(64).lstrip().startswith("[") or (file.suffix == ".json" and _is_karpathy(file))
 
@@ -297,10 +297,10 @@ def _paragraphs(file: Path) -> list[str]:
 
 
 def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
-    """The rows of files of one type as one table, in which `keep_bad_lines` makes rows of lines that are not JSON.
+    """Reads files of one type as one table. With `keep_bad_lines`, a line that is not JSON becomes a row that says so.
 
     Raises:
-        ValueError: for files that do not fit into a table; the message says which file and line it is, if it is one.
+        ValueError: for files that do not fit into one table; for a single bad line the message names file and line.
     """
     suffix = files[0].suffix
     options: dict = {"sample_by": "paragraph"} if suffix == ".txt" else {}
@@ -327,7 +327,7 @@ def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
 
 
 def _place_in_files(files: list[Path], keep_bad_lines: bool) -> Callable[[int], str]:
-    """Where the row of an index stands in files that were read one behind the other; they are looked at when it is asked."""
+    """Returns a function from a row's index to its place in files read one after the other. It reads the files at its first call."""
 
     places: list[str] = []
 

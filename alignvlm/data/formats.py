@@ -1,8 +1,8 @@
-"""Rows of data sets as people have them, to records: one function per row schema.
+"""Makes records of the rows of common data sets: one function per row schema.
 
-A function takes a row, and options a recipe may set, and returns a record whose images are as the row holds them (bytes, or a path that
-nobody has looked at). It returns None for a row that the options leave out, and raises `BadRow` for one that cannot be used.
-`FORMATS` names them; `record_of` finds the one that a row's columns ask for.
+A function takes a row, and options that a recipe may set. It returns a record whose images are as the row holds them: bytes, or a path
+that is not opened yet. It returns None for a row that the options leave out, and raises `BadRow` for a row that cannot be used.
+`FORMATS` names the functions; `record_of` chooses one by a row's columns.
 """
 
 import inspect
@@ -33,7 +33,7 @@ SPEAKERS = {
 
 
 def text(value: Any, column: str, may_be_empty: bool = False, may_hold_images: bool = False) -> str:
-    """The text of a column, stripped.
+    """Returns the text of a column, stripped.
 
     Raises:
         BadRow: if the value is not a string, is empty, or holds the image placeholder.
@@ -52,7 +52,7 @@ def text(value: Any, column: str, may_be_empty: bool = False, may_hold_images: b
 
 
 def items(value: Any, column: str) -> list:
-    """The items of a column that holds a list.
+    """Returns the items of a column that holds a list.
 
     Raises:
         BadRow: if it holds none.
@@ -63,7 +63,7 @@ def items(value: Any, column: str) -> list:
 
 
 def entry(value: Any, key: str, column: str) -> Any:
-    """`value[key]` of an item of a list; None if there is no such key.
+    """Returns `value[key]` of an item of a list; None if there is no such key.
 
     Raises:
         BadRow: if the item is not a mapping.
@@ -74,12 +74,12 @@ def entry(value: Any, key: str, column: str) -> Any:
 
 
 def is_image_column(name: str) -> bool:
-    """Whether a column of this name holds images, or their paths."""
+    """Tells whether a column of this name holds images or their paths."""
     return name in IMAGE_COLUMNS or name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
 
 
 def images_of(row: dict) -> list[Any]:
-    """The images of a row, whatever its columns call them: bytes as `{"bytes", "path"}`, or paths.
+    """Returns the images of a row, whatever its columns call them: bytes as `{"bytes", "path"}`, or paths.
 
     Raises:
         BadRow: for something else.
@@ -117,8 +117,9 @@ Turn = tuple[str, list[dict]]  # who speaks, and the parts of what is said
 
 
 def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[dict]:
-    """The parts of what somebody says: a text, in which `<image>` stands for an image where it is the user's, or transformers' list of
-    parts. Images that a part holds itself are put behind `images`.
+    """Returns the parts of what somebody says: a text, or transformers' list of parts.
+
+    In a text of the user `<image>` stands for an image. Images that a part holds itself are appended to `images`.
 
     Raises:
         BadRow: for something else.
@@ -152,7 +153,7 @@ _IMAGE = {"type": "image", "text": None}
 
 
 def turns_of(value: Any, column: str, role: str, content: str, images: list[Any]) -> list[Turn]:
-    """The turns of a list of mappings that say who speaks (`role`, one of `SPEAKERS`) and what (`content`)."""
+    """Returns the turns of a list of mappings that say who speaks (`role`, one of `SPEAKERS`) and what (`content`)."""
     turns = []
     for index, turn in enumerate(items(value, column)):
         place = f"{column}[{index}]"
@@ -165,17 +166,17 @@ def turns_of(value: Any, column: str, role: str, content: str, images: list[Any]
 
 
 def conversation(turns: list[Turn], images: list[Any], column: str, kind: str = "") -> Record:
-    """The record of a conversation: its last answer is the response, and all answers are trained.
+    """Makes the record of a conversation: its last answer is the response, and all answers are trained.
 
-    Turns of one speaker in a row are one, joined by line breaks. A system message behind the first turn stands before the next
-    prompt. What the assistant says before it was asked anything is left out, and so is a prompt without an answer. Images without a
-    part of their own stand before the first prompt, as in TRL.
+    Consecutive turns of one speaker become one, joined by line breaks. A system message after the first turn moves before the next
+    prompt. Leaves out what the assistant says before the first prompt, and a prompt without an answer. Images without a part of their
+    own stand before the first prompt, as in TRL.
 
     Raises:
         BadRow: if the user's prompts get no answer, or there are not as many image parts as images.
     """
     messages: list[dict] = []
-    waiting: list[dict] = []  # of a system message behind the first turn
+    waiting: list[dict] = []  # parts of a system message after the first turn
     for speaker, parts in turns:
         if speaker == "assistant" and not any(message["role"] == "user" for message in messages):
             continue
@@ -210,7 +211,7 @@ def conversation(turns: list[Turn], images: list[Any], column: str, kind: str = 
 
 
 def _joined(first: list[dict], second: list[dict]) -> list[dict]:
-    """The parts of two turns of one speaker; texts that meet are one, joined by a line break."""
+    """Joins the parts of two turns of one speaker; texts that meet become one, joined by a line break."""
     if first and second and first[-1]["type"] == second[0]["type"] == "text":
         return [*first[:-1], {"type": "text", "text": f"{first[-1]['text']}\n{second[0]['text']}"}, *second[1:]]
     return [*first, *second]
@@ -220,7 +221,7 @@ def _joined(first: list[dict], second: list[dict]) -> list[dict]:
 
 
 def messages(row: dict) -> Record:
-    """TRL's conversational form: `messages` of `{"role", "content"}`, with `images` or `image` if there are any."""
+    """Reads TRL's conversational form: `messages` of `{"role", "content"}`, with `images` or `image` if there are any."""
     images = images_of(row)
     turns = turns_of(row["messages"], "messages", "role", "content", images)
     _check_one_place(row, images)
@@ -228,7 +229,7 @@ def messages(row: dict) -> Record:
 
 
 def _check_one_place(row: dict, images: list[Any]) -> None:
-    """Refuses a row with images in a column and others in the parts of its messages: which part shows which is not said."""
+    """Refuses a row with some images in a column and others in the parts of its messages: nothing says which part shows which."""
     if (count := len(images_of(row))) not in (0, len(images)):
         raise BadRow(
             f"The row has {count} image(s) in a column, and {len(images) - count} in parts of its messages. Put all of them into the "
@@ -237,8 +238,10 @@ def _check_one_place(row: dict, images: list[Any]) -> None:
 
 
 def prompt_completion(row: dict) -> Record:
-    """TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages; or a `prompt` or `instruction` with a
-    `completion`, `response`, `answer` or `output`. Only the completion is trained."""
+    """Reads TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages.
+
+    The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained.
+    """
     images = images_of(row)
     asked = next(name for name in PROMPTS if row.get(name) is not None)
     answered = next((name for name in COMPLETIONS if row.get(name) is not None), COMPLETIONS[0])
@@ -270,10 +273,10 @@ COMPLETIONS = ("completion", "response", "answer", "output")
 
 
 def llava(row: dict, *, prompt: str | None = None) -> Record:
-    """LLaVA's and ShareGPT's form: `conversations` of `{"from": "human", "gpt" or "system", "value"}` (or `role` and `content`), `<image>`
-    anywhere in what the human says, a column `system` or none.
+    """Reads LLaVA's and ShareGPT's form: `conversations` of `{"from": "human", "gpt" or "system", "value"}` (or `role` and `content`).
 
-    `prompt` replaces the human's words, which in LLaVA-Pretrain are one of eleven ways to ask for a caption.
+    `<image>` may stand anywhere in what the human says; a column `system` is optional. `prompt` replaces the human's words, which in
+    LLaVA-Pretrain are one of eleven ways to ask for a caption.
     """
     images = images_of(row)
     first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else {}
@@ -301,10 +304,10 @@ def texts(
     min_visual_dependency: int | None = None,
     min_formatting: int | None = None,
 ) -> Record | None:
-    """The Cauldron's and FineVision's form: `texts` of `{"user", "assistant"}`, one conversation.
+    """Reads The Cauldron's and FineVision's form: `texts` of `{"user", "assistant"}`, one conversation.
 
-    Turns that FineVision rates lower than asked for (1 to 5) are left out; one without a rating stays. A row of which no turn stays is
-    left out.
+    Leaves out turns that FineVision rates (1 to 5) below the minimum; a turn without a rating stays. Leaves out a row without any turn
+    left.
     """
     wanted = dict(
         zip(RATINGS, (min_relevance, min_image_correspondence, min_visual_dependency, min_formatting), strict=True)
@@ -333,12 +336,14 @@ def _rated_lower(row: dict, name: str, index: int, least: int) -> bool:
 
 
 def question(row: dict, *, instruction: str = "", language: str | None = None) -> Record | None:
-    """A `question` about the image with its `answer`, VQAv2's `multiple_choice_answer` (the one most of its ten people gave), or `answers`
-    of several people, of which the most frequent is trained, the first among equals.
+    """Reads a `question` about the image with its answer.
+
+    The answer is `answer`, VQAv2's `multiple_choice_answer` (the most frequent of its ten people's), or the most frequent of `answers`, the
+    first among equals.
 
     Args:
-        instruction: put behind each question.
-        language: the only value of `q_lang` (SLAKE) that is read.
+        instruction: a text after each question.
+        language: reads only rows with this `q_lang` (SLAKE).
     """
     if language is not None and row.get("q_lang") != language:
         return None
@@ -364,7 +369,7 @@ def _most_frequent(answers: Any) -> str:
 
 
 def questions(row: dict, *, instruction: str = "") -> Record:
-    """All questions of an image in one row: `questions` of `{"question", "answer", "type"}`."""
+    """Reads all questions of an image in one row: `questions` of `{"question", "answer", "type"}`."""
     images = images_of(row)
     found = []
     for index, asked in enumerate(items(row["questions"], "questions")):
@@ -378,7 +383,7 @@ def questions(row: dict, *, instruction: str = "") -> Record:
 
 
 def captions(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record:
-    """An image with captions, all answers to one `prompt`: a list (of texts, or Karpathy's `{"raw": text}`), or one text."""
+    """Reads an image with captions, all answers to one `prompt`: a list (of texts, or Karpathy's `{"raw": text}`), or one text."""
     images = images_of(row)
     if not images:
         raise BadRow("A caption without an image: `image` is empty.")
@@ -386,7 +391,7 @@ def captions(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record:
 
 
 def _captions(row: dict) -> list[str]:
-    """The captions of the first column that holds some."""
+    """Returns the captions of the first column that holds any."""
     present = [name for name in (*CAPTION_COLUMNS, "text") if row.get(name) is not None]
     name = next((name for name in present if row[name]), next(iter(present), None))
     if name is None:
@@ -400,7 +405,7 @@ def _captions(row: dict) -> list[str]:
 
 
 def annotations(row: dict) -> Record:
-    """Exchanges about the images: `annotations` of `{"prompt", "response", "kind"}`."""
+    """Reads exchanges about the images: `annotations` of `{"prompt", "response", "kind"}`."""
     images = images_of(row)
     found = []
     for index, annotation in enumerate(items(row["annotations"], "annotations")):
@@ -416,7 +421,7 @@ def _kind(value: Any, column: str) -> str:
 
 
 def record(row: dict) -> Record:
-    """A record as `Record.to_row` writes it: `images` and `conversations` of `{"messages", "responses", "train_on", "kind"}`."""
+    """Reads a record as `Record.to_row` writes it: `images` and `conversations` of `{"messages", "responses", "train_on", "kind"}`."""
     try:
         found = Record.from_row({**row, "images": images_of(row)})
     except (TypeError, KeyError, ValueError) as error:
@@ -428,12 +433,12 @@ def record(row: dict) -> Record:
 
 
 def plain_text(row: dict) -> Record:
-    """No image: a `text` that is trained without a chat template."""
+    """Reads a `text` without an image, which is trained without a chat template."""
     return Record([], [one_turn("", [text(row["text"], "text")])])
 
 
 def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Record:
-    """An `imagefolder`: captions from its metadata file (`text`, `caption`), else the name of each image's folder."""
+    """Reads an `imagefolder`: captions from its metadata file (`text`, `caption`), else the name of each image's folder."""
     if names is None:
         return captions(row, prompt=prompt or CAPTION_PROMPT)
     images = images_of(row)
@@ -442,26 +447,26 @@ def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Rec
 
 
 def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
-    """A sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
+    """Reads a sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
     content = row["json"] if isinstance(row.get("json"), dict) else {}
     caption = {} if row.get("txt") is None else {"text": row["txt"]}
     return record_of({**content, **caption, "images": images_of(row)}, prompt=prompt)
 
 
 def text_only(row: dict) -> Record | None:
-    """Any schema of `FORMATS` without its images."""
+    """Reads any schema of `FORMATS` without its images."""
     return record_of({name: value for name, value in row.items() if not is_image_column(name)})
 
 
 @dataclass(frozen=True)
 class Format:
-    """A row schema: its function, and what a row must have: at least one column of each tuple."""
+    """A row schema: its function, and the columns a row needs: at least one of each tuple."""
 
     read: Callable[..., Record | None]
     needs: tuple[tuple[str, ...], ...]
 
 
-# Of those whose columns a row has, the first is taken.
+# The first whose columns a row has is taken.
 FORMATS: dict[str, Format] = {
     "webdataset": Format(webdataset, (("__key__",),)),
     "annotations": Format(annotations, (("annotations",),)),
@@ -478,10 +483,10 @@ FORMATS: dict[str, Format] = {
 
 
 def record_of(row: dict, *, prompt: str | None = None) -> Record | None:
-    """The record of a row of any schema of `FORMATS`, told by its columns; `prompt` is what captions answer to.
+    """Makes the record of a row of any schema of `FORMATS`, chosen by its columns. Captions answer to `prompt`.
 
     Raises:
-        BadRow: for a row that matches no schema; the message shows its columns, and what the nearest schemas miss.
+        BadRow: for a row that matches no schema; the message shows its columns, and what it lacks of the nearest schemas.
     """
     name = format_of(row)
     options = {"prompt": prompt} if prompt is not None and name == "captions" else {}
@@ -489,8 +494,10 @@ def record_of(row: dict, *, prompt: str | None = None) -> Record | None:
 
 
 def format_of(row: dict) -> str:
-    """The name of the schema that a row's columns ask for: all it needs is filled, or else most of it, the rest being there and empty, so
-    that the schema's function can say what is missing.
+    """Returns the name of the schema that fits a row's columns.
+
+    Prefers a schema all of whose columns are filled. Otherwise takes the one with the most columns filled and the others there but empty,
+    so that its function can say what is missing.
 
     Raises:
         BadRow: if there is none.
@@ -515,7 +522,7 @@ def _is_record(conversations: Any) -> bool:
 
 
 def _no_format(row: dict) -> str:
-    """What is said of a row that matches no schema: its columns, and what the nearest schemas miss."""
+    """Returns the message for a row that matches no schema: its columns, and what it lacks of the nearest schemas."""
     filled = sorted(name for name, value in row.items() if value is not None)
     known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
     hints = []
@@ -533,6 +540,6 @@ def _no_format(row: dict) -> str:
 
 
 def options_of(read: Callable[..., Any]) -> list[str]:
-    """The options of a schema's function that a recipe may set."""
+    """Returns the options of a schema's function that a recipe may set."""
     parameters = inspect.signature(read).parameters.items()
     return [name for name, p in parameters if p.kind is p.KEYWORD_ONLY and name != "names"]

@@ -1,4 +1,4 @@
-"""Pictures as they come: from files, bytes or memory to upright RGB images, guarded against what cannot or should not be decoded."""
+"""Decodes images from files, bytes or memory to upright RGB, and refuses what cannot or should not be decoded."""
 
 import io
 import os
@@ -9,16 +9,16 @@ from PIL import Image
 from modeling_alignvlm import to_rgb
 
 
-MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb beyond; a phone's 50 megapixels pass
+MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb; a phone's 50 megapixels pass
 DRAFT_SIDE = 2048  # a JPEG more than twice as large is decoded at reduced scale, which is all an encoder will see
 
 
 class BadImage(ValueError):
-    """A picture that cannot be read; the message names it."""
+    """An image that cannot be read; the message names it."""
 
 
 def inside(folder: str | os.PathLike, path: str) -> str:
-    """The path of an image below `folder`.
+    """Returns the path of an image below `folder`.
 
     Raises:
         BadImage: if `path` is absolute or leads out of the folder.
@@ -30,7 +30,7 @@ def inside(folder: str | os.PathLike, path: str) -> str:
 
 
 def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
-    """Decodes one picture to upright RGB: see `modeling_alignvlm.to_rgb` for rotation, transparency, grey values and animations.
+    """Decodes one image to upright RGB: see `modeling_alignvlm.to_rgb` for rotation, transparency, grey values and animations.
 
     Args:
         value: a PIL image, a path, or `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives it. The dict may also
@@ -61,7 +61,7 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
 
 
 def describe_image(value: Image.Image | dict) -> str:
-    """A name for messages: the path, or what is known."""
+    """Returns a name for messages: the path, or that there is none."""
     path = getattr(value, "filename", None) if isinstance(value, Image.Image) else value.get("path")
     return f"the image {path}" if path else "an image without a path"
 

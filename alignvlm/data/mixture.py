@@ -1,6 +1,6 @@
-"""Sources to one stream of records: mixtures measured in tokens, and their order.
+"""Mixes sources into one stream of records: shares measured in tokens, and the order of the records.
 
-Images stay undecoded here; the collator reads them, in the data loader's workers.
+Images stay undecoded here; the collator reads them in the data loader's workers.
 """
 
 import math
@@ -32,7 +32,7 @@ class Part:
     """One entry of a recipe's `sources`.
 
     Args:
-        share: of all tokens of the stage; None: each record once an epoch.
+        share: of all tokens of the stage; None: each record once per epoch.
         tag: a fixed text before the first prompt of every conversation of the source (prefix conditioning).
         image_tokens, text_tokens: means per record, as rows hold them; measured when a share needs them.
     """
@@ -54,7 +54,7 @@ class Part:
         self.image_tokens, self.text_tokens = counts.mean(axis=0).tolist()
 
     def sample(self, records: int) -> Iterator[dict]:
-        """At most `records` records, images undecoded, with the tag."""
+        """Returns at most `records` records, images undecoded, with the tag."""
         if isinstance(self.source.rows, IterableDataset):
             found = islice((record for record in self.source.rows if not record.get("bad_row")), records)
         else:
@@ -64,7 +64,7 @@ class Part:
 
 
 def tagged(record: dict, name: str, tag: str) -> dict:
-    """The record with its source's name, and the tag before the first prompt of every conversation."""
+    """Returns the record with its source's name, and with the tag before the first prompt of every conversation."""
     if tag and record["conversations"]:
         found = Record.from_row(record)
         record = {**record, **replace(found, conversations=[c.with_prefix(tag) for c in found.conversations]).to_row()}
@@ -74,7 +74,7 @@ def tagged(record: dict, name: str, tag: str) -> dict:
 def image_sample_probability(
     image_token_share: float, image_tokens: float, caption_tokens: float, text_tokens: float
 ) -> float:
-    """The probability of drawing a record with an image so that image tokens make up a share r of all tokens.
+    """Returns the probability of drawing a record with an image at which image tokens make up a share r of all tokens.
 
     With v image and c text tokens per record with an image, and T tokens per record without, drawing images with probability
     p gives r = p v / (p (v + c) + (1 - p) T), so p = r T / (v - r (v + c - T)). It is feasible iff r <= v / (v + c).
@@ -98,11 +98,11 @@ def image_sample_probability(
 
 
 def records_per_epoch(parts: list[Part], image_token_share: float | None = None) -> list[int]:
-    """How many records of each part an epoch draws.
+    """Returns how many records of each part an epoch draws.
 
-    Without shares every record once. A part with a share s of tokens is drawn, in part or again and again, as often as makes its
-    mean tokens times its draws s of all, the parts without a share being read once. If all have one, they must sum to 1, and
-    the epoch ends when the first of them is through. `image_token_share` scales the records without images against all others.
+    Without shares, an epoch draws every record once. The draws of a part with a share s make its tokens the share s of all tokens, so a
+    part may be drawn less or more than once; parts without a share are drawn once. If all parts have a share, the shares must sum to 1,
+    and the epoch ends when the first part is used up. `image_token_share` scales the records without images against all others.
 
     Raises:
         ValueError: for shares that are not positive, sum to more than 1, or leave nothing to the parts without one.
@@ -135,7 +135,7 @@ def records_per_epoch(parts: list[Part], image_token_share: float | None = None)
 
 
 def _with_image_share(parts: list[Part], draws: list[float], image_token_share: float | None) -> list[float]:
-    """The draws with those of the parts without images scaled to reach the share of image tokens."""
+    """Scales the draws of the parts without images so that image tokens reach their share."""
     if image_token_share is None:
         return draws
     with_images = [part.image_tokens > 0 for part in parts]
@@ -159,12 +159,12 @@ def _with_image_share(parts: list[Part], draws: list[float], image_token_share: 
 class MixtureSampler(Sampler):
     """The order of an epoch's records: fixed by seed and epoch, the same on resume and for any number of processes or workers.
 
-    A part of N records of which n are drawn per epoch gives, over the epochs, the next n of an endless chain of random orders of
-    its N records, so that no record comes again before all have come. The draws of all parts are mixed at random.
+    Each part has an endless chain of random orders of its records, and every epoch takes the next ones of it. So no record comes again
+    before all have come. The draws of all parts are mixed at random.
 
     Args:
-        sizes: records of each part; indices run through them one part after the other.
-        draws: records an epoch takes of each.
+        sizes: records of each part; indices count through the parts one after the other.
+        draws: records that an epoch takes of each part.
         has_images: of each part.
         seed: of the order.
         epochs: of the stage.
@@ -204,7 +204,7 @@ class MixtureSampler(Sampler):
         self.epoch = epoch
 
     def _drawn(self, part: int) -> np.ndarray:
-        """The epoch's records of a part."""
+        """Returns the epoch's records of a part."""
         size, draw = self.sizes[part], self.draws[part]
         first, last = self.epoch * draw, (self.epoch + 1) * draw
         rounds = range(first // size, (last - 1) // size + 1)
@@ -245,11 +245,11 @@ class Mixture:
 
     @property
     def bad_rows(self) -> list[str]:
-        """What is wrong with the rows that were left out, each with its source and place; those of a stream are not known yet."""
+        """What is wrong with the rows that were left out, each with its source and place; a stream does not know its own yet."""
         return [f"{part.name}: {problem}" for part in self.parts for problem in part.source.bad_rows]
 
     def record(self) -> list[dict]:
-        """What was read, for the run record."""
+        """Returns what was read, for the run record."""
         entries = []
         for index, part in enumerate(self.parts):
             entry = {"name": part.name, **part.source.identity}
@@ -264,7 +264,7 @@ class Mixture:
 
 
 def _resolve(parts: list[Part], pointers: dict[str, list[int]]) -> dict[str, list]:
-    """The records that rows of (part, record) numbers point to."""
+    """Returns the records that rows of (part, record) numbers point to."""
     records = [
         tagged(parts[p].source[r], parts[p].name, parts[p].tag) for p, r in zip(pointers["part"], pointers["record"])
     ]
@@ -280,9 +280,10 @@ def read_parts(
     earlier_stages: list[dict] | None = None,
     max_bad_rows: float | None = None,
 ) -> list[Part]:
-    """The parts of a recipe's `sources`. `{name: rehearsal, stage: N, ...}` stands for the sources of an earlier stage, which are
-    read as that stage's entry in the run record of the model has them; its share is divided among them as the tokens of that stage
-    were (of a stream: as its shares say).
+    """Reads the parts of a recipe's `sources`.
+
+    `{name: rehearsal, stage: N, ...}` stands for the sources of an earlier stage, as the model's run record lists them. Its share is divided
+    among them in proportion to their tokens in that stage (of a stream: in proportion to their shares).
 
     Raises:
         ValueError: also for a rehearsal of a stage the model has not been through.
@@ -312,7 +313,7 @@ def read_parts(
 
 
 def _proportions(parts: list[Part], token_counts: TokenCounts, streaming: bool) -> list[float]:
-    """Each part's share of the tokens of a stage that reads these parts."""
+    """Returns each part's share of the tokens of a stage that reads these parts."""
     if streaming:
         weights = [part.share or 1.0 for part in parts]
     else:
@@ -339,18 +340,18 @@ def load_mixture(
     """Reads a recipe's sources and fixes how they are mixed.
 
     Args:
-        sources: each `{name, share, tag, ...}`: see `read_source` for what else, `Part` and `records_per_epoch` for share and tag.
-        token_counts: of a record, the image and text tokens of its rows (`AlignVLMCollator.token_counts`).
+        sources: each `{name, share, tag, ...}`: see `Part` and `records_per_epoch` for share and tag, `read_source` for all others.
+        token_counts: returns the image and the text tokens of a record's rows (`AlignVLMCollator.token_counts`).
         data_dir: where relative paths start.
         epochs, image_start_fraction, seed: see `MixtureSampler`.
         image_token_share: see `image_sample_probability`.
-        streaming: read rows as they are needed. Every source then needs a share, unless there is but one.
-        stream_records: of a streamed stage, all processes together: what `image_start_fraction` is a fraction of.
+        streaming: read rows as they are needed. Every source then needs a share, unless there is only one.
+        stream_records: records of a streamed stage, over all processes; `image_start_fraction` is a fraction of them.
         earlier_stages: the `stages` of the model's run record, for rehearsal.
         max_bad_rows: see `read_source`.
 
     Raises:
-        ValueError: for sources, shares or fractions that cannot be had; the message says what can.
+        ValueError: for sources, shares or fractions that are not possible; the message says what is.
     """
     parts = read_parts(sources, token_counts, data_dir, streaming, earlier_stages, max_bad_rows)
     for part in parts:
@@ -387,7 +388,7 @@ def load_mixture(
 def _stream(
     parts: list[Part], seed: int, image_token_share: float | None, image_start_fraction: float, records: int | None
 ) -> IterableDataset:
-    """The parts interleaved with the probabilities their shares ask for, without end: a part that is through begins again."""
+    """Interleaves the parts with the probabilities of their shares, without end: a part that is used up begins again."""
     if len(parts) > 1 and any(part.share is None for part in parts) and image_token_share is None:
         missing = [part.name for part in parts if part.share is None]
         raise ValueError(
@@ -399,7 +400,7 @@ def _stream(
 
     def mixed(chosen: list[int]) -> IterableDataset:
         probabilities = np.array([weights[i] for i in chosen])
-        # A single one without end too: a resumed run skips what was read of the first epoch, and so must never leave it.
+        # A single part has no end either: a resumed run skips what it read of the first epoch, so it must never leave that epoch.
         stream = streams[chosen[0]].repeat(None)
         if len(chosen) > 1:
             stream = interleave_datasets(
@@ -407,7 +408,7 @@ def _stream(
                 probabilities=(probabilities / probabilities.sum()).tolist(),
                 seed=seed,
             )
-        return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)  # behind the mixing, where `set_epoch` reaches it
+        return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)  # after the mixing, where `set_epoch` reaches it
 
     everything = mixed(list(range(len(parts))))
     if not image_start_fraction:

@@ -1,4 +1,4 @@
-"""The rows of one image to a record: each read by its schema, conversations whole or taken apart, what is said twice once."""
+"""Makes one record of the rows of one image: reads each row by its schema, splits conversations if asked, drops duplicates."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ class Reader:
     """Makes a record of the rows of one image.
 
     Args:
-        read: a row's schema (of `formats`), with its options.
+        read: a function of `formats` with its options, which reads a row.
         turns: `whole` keeps conversations; `independent` makes each exchange a conversation of its own.
-        train_on: replaces what each conversation says; None: as it is.
-        keep_duplicates: keep what occurs twice: the same messages with the same responses.
+        train_on: replaces each conversation's own value; None: keeps it.
+        keep_duplicates: keep conversations that repeat: the same messages with the same responses.
         folder: where image paths start.
         images: the images of a config of their own.
     """
@@ -45,10 +45,10 @@ class Reader:
         return {**record.to_row(), "images": [self._placed(image) for image in record.images], "id": name}
 
     def of_row(self, row: dict) -> Record | None:
-        """The record of one row; None if the options leave it out.
+        """Returns the record of one row; None if the options leave the row out.
 
         Raises:
-            BadRow: if it makes none.
+            BadRow: if the row makes no record.
         """
         if row.get(NOT_A_ROW):
             raise BadRow(row[NOT_A_ROW])
@@ -68,8 +68,8 @@ class Reader:
         return record if conversations is record.conversations else replace(record, conversations=conversations)
 
     def merged(self, records: list[Record]) -> Record:
-        """The records of one image as one: captions that answer one prompt are responses of one conversation, and what an earlier row
-        has is not there again."""
+        """Merges the records of one image. Captions that answer one prompt become responses of one conversation; what an earlier row has is
+        left out."""
         found: dict[Any, Conversation] = {}
         for row, record in enumerate(records):
             before = set() if self.keep_duplicates else {_said(conversation) for conversation in found.values()}
@@ -87,7 +87,7 @@ class Reader:
         return replace(records[0], conversations=list(found.values()))
 
     def without_images(self) -> "Reader":
-        """The same for rows that hold an empty mapping in place of each image."""
+        """Returns the same reader for rows that hold an empty mapping in place of each image."""
         return self if self.images is None else replace(self, images=replace(self.images, loads=False))
 
     def _placed(self, image: Any) -> Any:
@@ -97,7 +97,7 @@ class Reader:
 
 
 def _said(conversation: Conversation) -> tuple:
-    """The same for conversations of the same messages and responses."""
+    """Returns a key that conversations of the same messages and responses share."""
     return (json.dumps(conversation.messages), *conversation.responses)
 
 
@@ -107,7 +107,7 @@ class ImageTable:
 
     Args:
         rows: the table.
-        column: of the rows, whose value names an image.
+        column: the column of the rows whose value names an image.
         index: the table's row of each name.
         loads: False puts an empty mapping in place of an image.
     """
@@ -118,14 +118,14 @@ class ImageTable:
     loads: bool = True
 
     def joined(self, row: dict) -> dict:
-        """The row with its image."""
+        """Returns the row with its image."""
         if row[self.column] not in self.index:
             raise BadRow(f"`{self.column}` is {shown(row[self.column])}, of which there is no image.")
         return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else {}}
 
 
 def rows_without_images(rows: Dataset) -> Iterator[dict]:
-    """The rows, an empty mapping in place of each image that lies in them."""
+    """Yields the rows with an empty mapping in place of each image that lies in them."""
     embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
     texts = rows.select_columns([name for name in rows.column_names if name not in embedded])
     images = rows.select_columns(embedded).with_format("arrow")
@@ -140,7 +140,7 @@ def rows_without_images(rows: Dataset) -> Iterator[dict]:
 
 
 def _stand_ins(column: pa.ChunkedArray) -> list[Any]:
-    """An empty mapping for each image of a column, or a list of as many as there are."""
+    """Returns an empty mapping for each image of a column; for a list of images, a list of the same length."""
     present = column.is_valid().to_pylist()
     if pa.types.is_struct(column.type):
         return [{} if there else None for there in present]
@@ -148,13 +148,13 @@ def _stand_ins(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _holds_images(feature: Any) -> bool:
-    """Whether the values of a column are the bytes of images, or lists of such."""
+    """Tells whether a column holds the bytes of images, or lists of them."""
     feature = feature.feature if isinstance(feature, List) else feature
     return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature)
 
 
 def image_key(row: dict) -> str:
-    """The same for rows of the same images: their paths, or the beginning of the hash of their bytes; empty without an image."""
+    """Returns a key that rows of the same images share: their paths, or the first digits of their bytes' hash; empty without an image."""
     keys = []
     for image in images_of(row):
         if isinstance(image, PILImage.Image):

@@ -1,4 +1,4 @@
-"""What is trained and asked: a record is images and the conversations about them."""
+"""Records, for training and evaluation alike: images and the conversations about them."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,33 +10,33 @@ ON_BAD_ROW = ("raise", "skip")
 
 
 class BadRow(ValueError):
-    """A row that makes no record; the message names the column and its value, and whoever reads the rows adds file and row."""
+    """A row that makes no record. The message names the column and its value; the reader of the rows adds file and row."""
 
     def at(self, place: str) -> "BadRow":
-        """The same with the row's place before it."""
+        """Returns the same error with the row's place before its message."""
         return BadRow(f"{place}: {self}")
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """A value for a message, shortened."""
+    """Returns a value for a message, shortened."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, and the answers that are accepted to them.
+    """Messages and the accepted answers to them.
 
     Args:
-        messages: all before the answer, in transformers' form: `{"role": "system" | "user" | "assistant", "content": [{"type": "image"} or
-            {"type": "text", "text": str}, ...]}`; a text in place of the list of parts is one text part. The last is the user's. None at
-            all: the answer is plain text, without a chat template.
+        messages: all messages before the answer, in transformers' form: `{"role": "system" | "user" | "assistant", "content": [{"type": "image"} or
+            {"type": "text", "text": str}, ...]}`. A text in place of the list of parts is one text part. The last message is the user's. Without
+            messages the answer is plain text, without a chat template.
         responses: the accepted answers. In training each is a branch, in evaluation all are references.
-        train_on: `last`: the response alone is trained; `all`: the assistant's earlier turns too.
-        kind: what is asked for, as `short_caption` or `question`; it chooses the metric.
+        train_on: `last` trains the response alone; `all` trains the assistant's earlier turns too.
+        kind: what is asked for, such as `short_caption` or `question`; it chooses the metric.
 
     Raises:
-        ValueError: for another role, part or `train_on`, a conversation without a response or whose last message is not the user's.
+        ValueError: for another role, part or `train_on`; without a response; and if the last message is not the user's.
     """
 
     messages: list[dict[str, Any]]
@@ -67,7 +67,7 @@ class Conversation:
 
     @staticmethod
     def parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-        """The parts of a message's content."""
+        """Returns the parts of a message's content."""
         content = message["content"]
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -82,7 +82,7 @@ class Conversation:
         return _text_of(self.messages[-1]) if self.messages else ""
 
     def with_prefix(self, prefix: str) -> "Conversation":
-        """The same with a text before the user's first; plain text stays as it is."""
+        """Returns the conversation with a text before the user's first; plain text stays as it is."""
         first = next((index for index, message in enumerate(self.messages) if message["role"] == "user"), None)
         if not prefix or first is None:
             return self
@@ -97,10 +97,10 @@ class Conversation:
         return replace(self, messages=messages)
 
     def exchanges(self) -> list["Conversation"]:
-        """Each turn of the assistant as a conversation of its own, without the exchanges before it.
+        """Returns each turn of the assistant as a conversation of its own, without the exchanges before it.
 
-        System messages stay. Images of earlier turns stand before the user's, so that the k-th image part still is the record's k-th
-        image; responses to earlier turns are those that were given.
+        System messages stay. Images of earlier turns move before the prompt, so that the k-th image part is still the record's k-th image.
+        An earlier turn has the answer that was given as its only response.
         """
         found, system, images = [], [], []
         for index, message in enumerate(self.messages):
@@ -127,7 +127,7 @@ class Record:
     Args:
         images: undecoded, each once.
         conversations: at least one.
-        id: what results and messages call it.
+        id: the record's name in results and messages.
 
     Raises:
         ValueError: for a record without conversations, or a conversation with more image parts than there are images.
@@ -149,12 +149,12 @@ class Record:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Record":
-        """The record of a row that data sets and streams carry: `images`, and `conversations` as mappings of the fields of
-        `Conversation`; other columns are left alone."""
+        """Reads a record from a row of a data set or stream: `images`, and `conversations` as mappings of the fields of `Conversation`.
+        Ignores columns other than these and `id`."""
         return cls(row["images"], [Conversation(**fields) for fields in row["conversations"]], row.get("id") or "")
 
     def to_row(self) -> dict[str, Any]:
-        """What `from_row` reads; every content is a list of parts, and every part has `type` and `text`, as one Arrow schema needs."""
+        """Returns what `from_row` reads. Every content is a list of parts, and every part has `type` and `text`, as one Arrow schema needs."""
         conversations = []
         for conversation in self.conversations:
             messages = [
@@ -171,7 +171,7 @@ class Record:
 
 
 def one_turn(prompt: str, responses: list[str], image_count: int = 0, kind: str = "") -> Conversation:
-    """A conversation of one exchange, its images before the prompt; without either it is plain text."""
+    """Makes a conversation of one exchange, its images before the prompt; plain text without images and prompt."""
     if not prompt and not image_count:
         return Conversation([], responses, kind=kind)
     content = [*({"type": "image", "text": None} for _ in range(image_count)), {"type": "text", "text": prompt}]

@@ -1,9 +1,8 @@
-"""The embedded sample data: drawn scenes with captions and questions, so that everything runs with no download.
+"""The embedded sample data: drawn scenes with captions and questions, so that everything runs without a download.
 
-A scene is one or two shapes, each with a colour, a shape, a size and a quadrant of a noisy picture. From the same list of
-shapes come the picture, a short human-like caption, a detailed caption and questions with exact answers. Whether a scene
-is for training or held out is decided by a hash of its composition, so no held-out combination is ever trained on, whatever
-the seed.
+A scene is one or two shapes, each with a colour, a kind, a size and a quadrant of a noisy image. The image, a short human-like
+caption, a detailed caption and questions with exact answers all come from the same list of shapes. A hash of the composition
+decides whether a scene is for training or held out, so no held-out combination is ever trained on, whatever the seed.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from alignvlm.data.record import Record, one_turn
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 217), "yellow": (241, 196, 15)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.2, "large": 0.4}  # side of the bounding box, as a share of the picture's side
+SIZES = {"small": 0.2, "large": 0.4}  # side of the bounding box, as a share of the image's side
 POSITIONS = {
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
@@ -39,7 +38,7 @@ AnnotationType = Literal["short_caption", "detailed_caption", "questions"]
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape: its colour, kind, size and quadrant, each in the words the captions use."""
+    """One drawn shape: its colour, kind, size and quadrant, each in the words of the captions."""
 
     colour: str
     kind: str
@@ -54,7 +53,7 @@ Scene = tuple[Shape, ...]
 
 
 def split_of(scene: Scene) -> Split:
-    """The split a composition belongs to, whatever the seed: 10% of all compositions are held out.
+    """Returns the split of a composition, whatever the seed: 10% of all compositions are held out.
 
     The hash ignores the order of the shapes, so two drawings of one composition always share a split.
     """
@@ -64,7 +63,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def random_scene(rng: np.random.Generator, split: Split) -> Scene:
-    """One or two shapes in different quadrants, drawn until the composition belongs to `split`."""
+    """Draws one or two shapes in different quadrants, again until the composition belongs to `split`."""
     while True:
         positions = rng.permutation(list(POSITIONS))[: rng.integers(1, 3)]
         scene = tuple(
@@ -76,7 +75,7 @@ def random_scene(rng: np.random.Generator, split: Split) -> Scene:
 
 
 def draw(scene: Scene, rng: np.random.Generator, image_size: int = 64) -> PILImage.Image:
-    """Draws a scene with jittered places, a random grey background and pixel noise; an RGB image of `image_size` squared."""
+    """Draws a scene with jittered positions, a random grey background and pixel noise: an RGB image of `image_size` squared."""
     scale = 4  # drawn large and reduced, for smooth edges
     side = image_size * scale
     background = int(rng.integers(90, 170))
@@ -102,17 +101,17 @@ def draw(scene: Scene, rng: np.random.Generator, image_size: int = 64) -> PILIma
 
 
 def short_caption(scene: Scene) -> str:
-    """What a person in a hurry would write: colours and shapes only."""
+    """Returns what a person in a hurry would write: colours and shapes only."""
     return "A " + " and a ".join(f"{s.colour} {s.kind}" for s in scene) + "."
 
 
 def detailed_caption(scene: Scene) -> str:
-    """Every attribute of every shape, in reading order."""
+    """Returns every attribute of every shape, in reading order."""
     return " ".join(f"A {s.size} {s.colour} {s.kind} is at the {s.position}." for s in scene)
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Eight questions with one right answer each, two of each kind: question, answer and kind."""
+    """Asks eight questions with one right answer each, two of each kind. Returns question, answer and kind."""
     return [(*ask(scene, rng, index), kind) for kind, ask in _ASK.items() for index in range(2)]
 
 
@@ -122,7 +121,7 @@ def _pick(rng: np.random.Generator, choices):
 
 
 def _ask_yes_no(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
-    """About half of the answers are yes; for a no, attributes of a real shape are changed until no shape fits."""
+    """Asks for a yes about half of the time; for a no, changes attributes of a real shape until no shape fits."""
     names = (("colour", "kind"), ("kind", "position"))[index]
     target = _pick(rng, scene)
     wanted = {name: getattr(target, name) for name in names}
@@ -157,7 +156,7 @@ def _ask_count(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str,
 
 
 def _ask_position(scene: Scene, rng: np.random.Generator, index: int) -> tuple[str, str]:
-    """Each shape in turn; of twins, the first or the second in reading order."""
+    """Asks about each shape in turn; of twins, about the first or the second in reading order."""
     target = scene[index % len(scene)]
     twins = sum(shape.matches(colour=target.colour, kind=target.kind) for shape in scene) > 1
     order = ("first " if target is scene[0] else "second ") if twins else ""
@@ -195,13 +194,13 @@ def make_scenes(
     seed: int = 0,
     image_size: int = 64,
 ) -> Dataset:
-    """Records of drawn scenes: the same for the same arguments, whatever ran before.
+    """Makes records of drawn scenes: the same for the same arguments, whatever ran before.
 
     Args:
         count: number of scenes.
         split: `train` or `test`; their compositions never overlap.
-        annotations: what each record's annotations are, any of `short_caption`, `detailed_caption` and `questions`.
-        image_size: side of the square pictures in pixels.
+        annotations: the annotations of each record, any of `short_caption`, `detailed_caption` and `questions`.
+        image_size: side of the square images in pixels.
 
     Returns:
         `datasets.Dataset` of records as `Record.to_row` writes them, with one image; a conversation's `kind` is the caption's type or the
@@ -226,7 +225,7 @@ def make_scenes(
 def annotate(
     scene: Scene, annotations: tuple[AnnotationType, ...], rng: np.random.Generator
 ) -> list[tuple[str, str, str]]:
-    """Prompt, response and kind of a scene's annotations, of the given types."""
+    """Returns prompt, response and kind of a scene's annotations of the given types."""
     made = []
     if "short_caption" in annotations:
         made.append((CAPTION_PROMPT, short_caption(scene), "short_caption"))
@@ -238,7 +237,7 @@ def annotate(
 
 
 def make_texts(count: int, split: Split = "train", seed: int = 0) -> Dataset:
-    """Text-only records about scenes nobody drew: a detailed caption, and a question about it, as plain reading matter."""
+    """Makes text-only records about scenes that are not drawn: a detailed caption and a question about it, with the answer."""
     rng = np.random.default_rng([seed, 2, split == "test"])
     records = []
     for _ in range(count):

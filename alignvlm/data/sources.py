@@ -1,7 +1,7 @@
-"""What a recipe or an evaluation names, to records: rows (`files`), each read by its schema (`formats`), those of one image together.
+"""Makes records of the sources that a recipe or an evaluation names.
 
-`CATALOGUE` has what is known of a data set. A record is a row as `Record.to_row` writes it; its images stay undecoded until the collator
-reads them.
+Rows come from `files`; `formats` reads each by its schema; rows of one image become one record. `CATALOGUE` holds what is known of a data
+set. A record is a row as `Record.to_row` writes it; its images stay undecoded until the collator reads them.
 """
 
 import inspect
@@ -20,23 +20,23 @@ from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
 
 
-MAX_BAD_ROWS_OF = 1000  # of fewer rows the share of bad ones says little
+MAX_BAD_ROWS_OF = 1000  # among fewer rows the share of bad ones says little
 
 
 @dataclass
 class Source:
-    """The records of one source, made when they are asked for: `len(source)`, `source[i]`, or, when streaming, iteration.
+    """The records of one source, made on demand: `len(source)`, `source[i]`, or, when streaming, iteration.
 
     Args:
         rows: as read, images undecoded.
-        to_record: makes a record of the rows of one group, and what it is called.
+        to_record: makes a record of the rows of one group and the record's name.
         groups: the rows of each record; None: one each.
-        ids: what the records are called; None: by their index.
+        ids: the records' names; None: their indices.
         identity: what was read: the Hub's id and commit, or the files; goes into the run record.
-        place: where the row of an index stands.
+        place: returns where the row of an index stands.
         bad_rows: what is wrong with the rows that were left out, each with its place.
         left_out: how many rows the recipe's options left out.
-        metric_of: the metric that judges answers to a conversation; None: none does.
+        metric_of: returns the metric that judges answers to a conversation; None if none does.
     """
 
     rows: Dataset | IterableDataset
@@ -57,21 +57,21 @@ class Source:
         return self.to_record([self.rows[i] for i in self.rows_of(index)], name)
 
     def rows_of(self, index: int) -> list[int]:
-        """The rows a record is made of."""
+        """Returns the rows of a record."""
         return [index] if self.groups is None else self.groups[index]
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
     def with_other_turns(self) -> tuple[str, "Source"] | None:
-        """The other way to take turns (`whole` or `independent`) and the same source with it; None for a source without that choice."""
+        """Returns the other way to take turns (`whole` or `independent`), and this source with it; None for a source without that choice."""
         if not isinstance(self.to_record, Reader):
             return None
         (other,) = set(TURNS) - {self.to_record.turns}
         return other, replace(self, to_record=replace(self.to_record, turns=other))
 
     def conversations(self, keep_duplicates: bool = False) -> Iterator[list[Conversation]]:
-        """Those of each record, read without its images."""
+        """Yields the conversations of each record, read without its images."""
         reader = self.to_record
         if not isinstance(reader, Reader):  # rows are records
             for row in self.rows.select_columns(["conversations"]):
@@ -104,7 +104,7 @@ def read_source(
     max_bad_rows: float | None = None,
     hash_all: bool = False,
 ) -> Source:
-    """Reads what one entry of a recipe's `sources` names, and checks the texts of all its rows (of a stream: as they come).
+    """Reads one entry of a recipe's `sources`, and checks the texts of all its rows (of a stream: as they come).
 
     Args:
         arguments: `name` (of `CATALOGUE`; `local` if it is left out) and any of
@@ -113,20 +113,20 @@ def read_source(
             - `split` (default `train`; `a+b` joins two), `config` and `revision` of a Hub data set;
             - `image_dir`: where image paths start; by default the folder of the file that names them;
             - `limit`: at most this number of records, from the first;
-            - `format`: the schema of the rows (of `FORMATS`), where their columns do not tell;
+            - `format`: the schema of the rows (of `FORMATS`), if their columns do not tell it;
             - `turns`: `whole` conversations (the default), or `independent`: each exchange a conversation of its own;
             - `train_on`: `last` or `all` turns of the assistant; by default all of a conversation's;
-            - `keep_duplicates`: keep what is said twice about an image;
+            - `keep_duplicates`: keep conversations that repeat for an image;
             - the options of the schema's function.
         streaming: read rows as they are needed (`datasets` streaming) instead of indexing them first.
-        max_bad_rows: the share of rows that may be bad and are left out, of at least `MAX_BAD_ROWS_OF` rows; None: none may be.
-            Those of a stream become records without conversations that say in `bad_row` what is wrong.
+        max_bad_rows: the share of rows that may be bad and are left out, of at least `MAX_BAD_ROWS_OF` rows; None: no row may be bad.
+            A stream turns a bad row into a record without conversations whose `bad_row` says what is wrong.
         hash_all: put the SHA-256 of every local file into the identity.
 
     Raises:
         ValueError: for an unknown name or argument, missing columns or an empty split; the message lists what is valid. A row that
-            cannot be used is a `BadRow`, which names its file, its number, the column and the value.
-        FileNotFoundError: for data that is neither on disk nor of the form of a Hub id.
+            cannot be used raises `BadRow`, which names its file, its number, the column and the value.
+        FileNotFoundError: for data that is not on disk and has not the form of a Hub id.
     """
     options = dict(arguments)
     name = options.pop("name", "local")
@@ -197,10 +197,10 @@ def read_source(
 
 
 def _schema(name: str, kind: DataSet, common: dict, options: dict) -> Callable[..., Record | None]:
-    """The function that reads a row, once all arguments are known to be valid.
+    """Checks all arguments and returns the function that reads a row.
 
     Raises:
-        ValueError: for one that is not.
+        ValueError: for an argument that is not valid.
     """
     for key, valid in (("format", tuple(FORMATS)), ("turns", TURNS), ("train_on", TRAIN_ON)):
         if common[key] is not None and common[key] not in valid:
@@ -242,10 +242,10 @@ def _check_columns(found: Rows, kind: DataSet, name: str, data: str) -> None:
 
 
 def _undecoded(found: Rows, data: str, note: str) -> Dataset | IterableDataset:
-    """The rows with images as bytes.
+    """Returns the rows with images undecoded.
 
     Raises:
-        ValueError: if there are only paths of images, and no folder where they start.
+        ValueError: if there are only paths of images and no folder where they start.
     """
     rows, paths = found.rows, []
     for column, feature in (rows.features or {}).items():
@@ -265,10 +265,10 @@ def _undecoded(found: Rows, data: str, note: str) -> Dataset | IterableDataset:
 def _indexed(
     found: Rows, reader: Reader, group_by: str | None, limit: int | None, max_bad_rows: float | None
 ) -> Source:
-    """Records by their index. All texts are checked here; images that lie in the rows are not read for this.
+    """Returns a source of records by index. Checks all texts without reading images that lie in the rows.
 
     Raises:
-        BadRow: for a bad row, or too many of them.
+        BadRow: for a bad row, or for too many of them.
     """
     bad, left_out = _unusable(found.rows, reader)
     total = len(found.rows)
@@ -294,12 +294,12 @@ def _indexed(
         source.ids = [str(index) for (index,) in source.groups]
     if limit is not None:
         source.groups, source.ids = source.groups[:limit], source.ids[:limit]
-    source[0]  # finds an image column that cannot be read now, not after an hour
+    source[0]  # an image column that cannot be read fails now, not after an hour
     return source
 
 
 def _unusable(rows: Dataset, reader: Reader) -> tuple[dict[int, str], set[int]]:
-    """What is wrong with each row that makes no record, by its index; and the rows that the options leave out."""
+    """Returns, by row index, what is wrong with each bad row, and the rows that the options leave out."""
     reader = reader.without_images()
     bad: dict[int, str] = {}
     left_out: set[int] = set()
@@ -313,7 +313,7 @@ def _unusable(rows: Dataset, reader: Reader) -> tuple[dict[int, str], set[int]]:
 
 
 def _groups(rows: Dataset, group_by: str, left_out: set[int]) -> dict[str, list[int]]:
-    """The rows of each record by its name, records in the order they first appear; rows without an image stay apart."""
+    """Returns the rows of each record by its name, in the order of their first rows; rows without an image stay apart."""
     found: dict[str, list[int]] = {}
     columns = [name for name in rows.column_names if name in (group_by, "filepath") or is_image_column(name)]
     keyed = rows.select_columns(columns) if columns else [{}] * len(rows)

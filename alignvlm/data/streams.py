@@ -1,4 +1,4 @@
-"""Rows as they come to a stream of records, for data that are too large to be indexed."""
+"""Makes a stream of records from rows as they come, for data that is too large to index."""
 
 from functools import partial
 from typing import Any
@@ -19,9 +19,9 @@ STREAMED_RECORD = Features({**UNDECODED_RECORD, "bad_row": Value("string")})
 def stream(
     found: Rows, reader: Reader, group_by: str | None, limit: int | None, skip_bad_rows: bool
 ) -> IterableDataset:
-    """Records as a stream; rows of one image become one record where they follow each other, as they do in these data sets."""
+    """Returns a stream of records. Consecutive rows of one image become one record, as data sets list them together."""
     rows = found.rows
-    if rows.column_names is not None:  # not of files
+    if rows.column_names is not None:  # not rows of files
         rows = rows.map(partial(_unnumbered, found.identity["data"]), remove_columns=rows.column_names)
     mapped = rows.map(
         partial(_records_of_batch, reader, group_by, skip_bad_rows),
@@ -34,14 +34,14 @@ def stream(
 
 
 def _unnumbered(name: str, row: dict) -> dict:
-    """A row of a stream that does not say which one it is: several readers take turns at it."""
+    """Adds the place to a row of a stream, without a number: several readers take turns at the stream."""
     return {"row": row, "place": sample_name(row) if "__key__" in row else name}
 
 
 def _records_of_batch(
     reader: Reader, group_by: str | None, skip_bad_rows: bool, batch: dict[str, list]
 ) -> dict[str, list]:
-    """The records of some rows, and in their places those that say what is wrong with a row."""
+    """Returns the records of some rows, and records that say what is wrong with a bad row."""
     groups: list[tuple[str, list[dict]]] = []
     records: list[dict] = []
     for row, place in zip(batch["row"], batch["place"]):
@@ -65,7 +65,7 @@ def _records_of_batch(
 
 
 def _joined(image: Any) -> Any:
-    """`{"bytes", "path"}`, the path joined to its folder."""
+    """Returns `{"bytes", "path"}`, the path joined to its folder."""
     if not isinstance(image, dict):
         return image
     path = image.get("path")

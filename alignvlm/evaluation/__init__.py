@@ -1,1 +1,1 @@
-"""Answers, metrics and the numbers made of them."""
+"""Answers of models, the metrics that judge them, and results."""

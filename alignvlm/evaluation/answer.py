@@ -1,8 +1,8 @@
-"""Batched answers of a model about images: what evaluation, the quickstart and the demo call.
+"""Answers prompts about images in batches, for evaluation, the quickstart and the demo.
 
-Each image is encoded once. Many prompts about one image share a trunk: the tokens that all of them begin with. It is prefilled once,
-for several entries at a time; then all their prompts are answered in one batch from that cache. Under masks that let images see the
-prompt (`prefix`, `mutual`) no two prompts share a trunk: there only the image features are shared.
+Each image is encoded once. Prompts about one image share a trunk: the tokens that all of them begin with. The trunks of several entries
+are prefilled together, and one batch answers all their prompts from that cache. Under masks that let images see the prompt (`prefix`,
+`mutual`) prompts share only the image features.
 """
 
 import copy
@@ -41,21 +41,21 @@ def answer(
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
         images: per entry one image (PIL or an array, see `to_rgb`), or a list of none or several.
-        prompts: for each entry of `images`, its prompts. A text stands behind all images of its entry. A conversation is a list of
-            messages in transformers' form, the last the user's; its k-th image part is the k-th image of its entry (what the part
-            itself carries is not read), and images beyond its parts are not shown to it.
+        prompts: for each entry of `images`, its prompts. A text stands after all images of its entry. A conversation is a list of
+            messages in transformers' form, the last the user's. Its k-th image part shows the k-th image of its entry; what the part
+            itself carries is not read, and images beyond its parts are not shown.
         batch_size: prompts answered at once.
-        progress: the title of a progress bar; none without it.
-        **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. Whatever is not given is as the
-            model's `generation_config` says, except that there is one answer per prompt.
+        progress: the title of a progress bar; None: no bar.
+        **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. The model's `generation_config` gives
+            all others, except that there is one answer per prompt.
 
     Returns:
-        The answers, nested as `prompts`, stripped of surrounding white space; the same as of one prompt at a time.
+        The answers, nested as `prompts`, stripped of surrounding white space; the same as for one prompt at a time.
 
     Raises:
-        ValueError: if there are not as many lists of prompts as images, a prompt holds the image placeholder, a conversation has
-            more image parts than its entry images or does not end with the user's message, or several answers per prompt are
-            asked for.
+        ValueError: if the numbers of images and of lists of prompts differ, if a prompt holds the image placeholder, if a conversation
+            has more image parts than its entry has images or does not end with the user's message, and for options that ask for
+            several answers per prompt.
     """
     if len(images) != len(prompts):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} lists of prompts; each image needs one list.")
@@ -98,7 +98,7 @@ def answer(
 
 
 def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messages:
-    """The messages of a prompt. Refuses, by its `name`, a conversation that cannot be asked about that number of images."""
+    """Returns the messages of a prompt. Refuses, by its `name`, a conversation that does not fit that number of images."""
     if isinstance(prompt, dict):
         raise ValueError(
             f"{name} is a single message; expected a text or a list of messages. Put the conversation into a list."
@@ -117,7 +117,7 @@ def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messag
 
 
 def _batches(prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Consecutive entries with together at most `batch_size` prompts, or a single one with more."""
+    """Yields consecutive entries with together at most `batch_size` prompts, or a single entry with more."""
     batch: list[int] = []
     for entry, count in enumerate(prompt_counts):
         if count == 0:
@@ -133,7 +133,7 @@ def _batches(prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:
 def _image_features(
     model: PreTrainedModel, processor: ProcessorMixin, images: list[list], groups: list[list[Branch]]
 ) -> list[Tensor | None]:
-    """Per entry the tokens `(tokens, hidden)` of the images that its prompts show, each encoded once; None without any."""
+    """Returns per entry the tokens `(tokens, hidden)` of the images that its prompts show, each encoded once; None without any."""
     counts = [max(_image_tokens(model, prompt.input_ids) for prompt in group) for group in groups]
     length = model.config.image_seq_length
     flat = [to_rgb(image) for entry, count in zip(images, counts) for image in entry[: count // length]]
@@ -155,7 +155,7 @@ def _generated(
     batch_size: int,
     options: dict,
 ) -> list[Tensor]:
-    """The new tokens of each prompt, `batch_size` at a time: behind copies of the entries' prefilled trunks where they share any."""
+    """Generates the new tokens of each prompt, `batch_size` prompts at a time, after copies of their prefilled trunks if there are any."""
     trunks = _trunks(model, groups, options)
     past, cache = None, None
     if any(trunks):
@@ -173,7 +173,7 @@ def _generated(
             input_ids, attention_mask = (
                 torch.cat([before[chosen], new], dim=1) for before, new in zip(past, (input_ids, attention_mask))
             )
-            inputs[CACHE_NAME] = copy.deepcopy(cache)  # generating goes on writing into it
+            inputs[CACHE_NAME] = copy.deepcopy(cache)  # generating writes into it
             inputs[CACHE_NAME].batch_select_indices(chosen.repeat_interleave(options["num_beams"]))
         if any(_image_tokens(model, rest) for rest in rests):
             counts = [_image_tokens(model, tokens) for _, tokens in rows[start : start + batch_size]]
@@ -185,10 +185,13 @@ def _generated(
 
 
 def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[tuple[int, ...]]:
-    """Per entry the tokens that its prompts share; none for all where nothing is saved, where later tokens change what a trunk means,
-    and where the language model cannot go on behind a padded cache."""
+    """Returns per entry the tokens that its prompts share.
+
+    No entry has a trunk if that saves nothing, if later tokens change what a trunk means, or if the language model cannot continue after a
+    padded cache.
+    """
     config, nothing = model.config, [()] * len(groups)
-    # Without `packing` positions count the padding behind a trunk. Code of format 1 has no such field.
+    # Without `packing`, positions count the padding after a trunk. Code of format 1 has no such field.
     mask_type = MASK_TYPES.get(config.attention_mask_type)  # None: only the checkpoint's own code has it
     if mask_type is None or not mask_type.shares_trunk or not getattr(config, "packing", True):
         return nothing
@@ -198,12 +201,12 @@ def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -
     rest = max(len(prompt) - length for length, group in zip(lengths, groups) for prompt in group)
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None and max(lengths) + rest + options["max_new_tokens"] > window:
-        return nothing  # it would count the padding too
+        return nothing  # the window would count the padding too
     return [group[0].input_ids[:length] for length, group in zip(lengths, groups)]
 
 
 def _left_padded(rows: list[Sequence[int]], processor: ProcessorMixin, device) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask`, each `(rows, longest)`."""
+    """Returns `input_ids` and `attention_mask`, padded on the left, each `(rows, longest)`."""
     rows = [list(row) for row in rows]
     padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
     return padded["input_ids"].long(), padded["attention_mask"].long()
@@ -212,7 +215,7 @@ def _left_padded(rows: list[Sequence[int]], processor: ProcessorMixin, device) -
 def _embedded(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor]
 ) -> dict[str, Tensor]:
-    """`inputs_embeds` `(rows, length, hidden)` with the images' tokens in place, and `image_ids` `(rows, length)`."""
+    """Returns `inputs_embeds` `(rows, length, hidden)` with the images' tokens in place, and `image_ids` `(rows, length)`."""
     config = model.config
     layout = TokenLayout.from_input_ids(
         input_ids, config.image_token_id, config.image_seq_length, attention_mask=attention_mask
@@ -224,7 +227,7 @@ def _embedded(
 
 
 def _prefilled(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor | None]):
-    """The cache of left-padded trunks `(entries, length)`."""
+    """Returns the cache of left-padded trunks `(entries, length)`."""
     counts = (input_ids == model.config.image_token_id).sum(-1).tolist()
     shown = [images[:count] for images, count in zip(features, counts) if count]
     inputs = _embedded(model, input_ids, attention_mask, shown) if shown else {"input_ids": input_ids}

@@ -1,7 +1,7 @@
-"""Work in batches that can be interrupted and resumed, by any number of processes.
+"""Runs work in batches that can be interrupted and resumed, by any number of processes.
 
-Batches do not depend on the number of processes. Each process notes its finished batches on disk, a line each, so that work that was
-interrupted goes on where it stopped, with the same result.
+Batches do not depend on the number of processes. Each process writes its finished batches to disk, a line each, so interrupted work
+continues where it stopped, with the same result.
 """
 
 import json
@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 @dataclass
 class Work:
-    """Units that do not depend on each other, and what becomes of them.
+    """Units of work that do not depend on each other, and how to run and summarise them.
 
     Args:
         length: the number of units.
         settings: what decides the outputs, for the result file.
-        run: one output per unit of a range, each JSON-serialisable.
-        summarise: the result of all outputs, in order.
+        run: returns one output per unit of a range, each JSON-serialisable.
+        summarise: returns the result of all outputs, which are in order.
     """
 
     length: int
@@ -31,11 +31,11 @@ class Work:
 
 
 def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, title: str) -> list | None:
-    """Runs what `folder` does not hold yet, each process every n-th batch.
+    """Runs the batches that `folder` does not hold yet; of n processes each runs every n-th batch.
 
     Args:
         batch_size: units per batch.
-        folder: where finished batches are noted, the same for all processes. A crash costs at most the batches in flight.
+        folder: holds the finished batches, the same for all processes. A crash costs at most the batches in flight.
         title: of the progress bar.
 
     Returns:
@@ -66,7 +66,7 @@ def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, 
 
 
 def _drop_unfinished_lines(folder: Path) -> None:
-    """Takes away a last line that a crash cut short, so that the next one does not continue it."""
+    """Removes a last line that a crash cut short, so that the next line does not continue it."""
     for file in folder.glob("*.jsonl"):
         whole, _, rest = file.read_text().rpartition("\n")
         if rest:
@@ -74,6 +74,6 @@ def _drop_unfinished_lines(folder: Path) -> None:
 
 
 def _finished_batches(folder: Path) -> dict[int, list]:
-    """The outputs of finished batches by their first unit, whichever process noted them."""
+    """Returns the outputs of finished batches by their first unit, whichever process wrote them."""
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
     return {entry["start"]: entry["outputs"] for entry in map(json.loads, lines)}

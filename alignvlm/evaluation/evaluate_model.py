@@ -1,11 +1,11 @@
-"""Evaluates a checkpoint on a task and writes one JSON file of numbers, settings and predictions.
+"""Evaluates a checkpoint on a task and writes one JSON file of metrics, settings and predictions.
 
     alignvlm evaluate out/stage4 --task pathvqa --split test
     accelerate launch -m alignvlm.evaluation.evaluate_model out/stage4 --task pathvqa    # several processes
     alignvlm evaluate --compare a.json b.json
 
-Any number of processes share the work, and an evaluation that was interrupted goes on where it stopped, with the same result
-(`batches.py`). Answers are judged in `judge.py`.
+Any number of processes share the work. An interrupted evaluation continues where it stopped, with the same result (`batches.py`).
+`judge.py` judges the answers.
 """
 
 import argparse
@@ -37,10 +37,14 @@ def parser() -> argparse.ArgumentParser:
     tasks = (*TASKS, "text_perplexity")
     p = ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("checkpoint", nargs="?", help="A checkpoint's folder or Hub repository.")
-    p.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="Two results of one task: B against A.")
-    p.add_argument("--task", choices=tasks, help="What the model is asked.")
+    p.add_argument(
+        "--compare", nargs=2, metavar=("A.json", "B.json"), help="Compare two results of one task: B against A."
+    )
+    p.add_argument("--task", choices=tasks, help="What to ask the model.")
     p.add_argument("--split", default="test")
-    p.add_argument("--data", help="Hub data set, local folder or file; each task but scenes and local has a default.")
+    p.add_argument(
+        "--data", help="Hub data set, local folder or file. Most tasks have a default; scenes and local have none."
+    )
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
@@ -49,20 +53,20 @@ def parser() -> argparse.ArgumentParser:
         "--on_bad_row",
         choices=ON_BAD_ROW,
         default="raise",
-        help="What a row does whose texts cannot be used or whose image cannot be read.",
+        help="What to do with a row whose texts cannot be used or whose image cannot be read.",
     )
-    p.add_argument("--prompt", help=f"What captions are asked for with. Default: as in training, {CAPTION_PROMPT!r}")
+    p.add_argument("--prompt", help=f"The prompt for captions. Default: as in training, {CAPTION_PROMPT!r}")
     p.add_argument(
         "--tag", help="A source tag before every prompt; default: the `evaluation_tag` of the checkpoint's last stage."
     )
-    p.add_argument("--blank_image", action="store_true", help="Control: every image a grey square.")
-    p.add_argument("--shuffle_images", action="store_true", help="Control: every question with another image.")
+    p.add_argument("--blank_image", action="store_true", help="Control: replace every image by a grey square.")
+    p.add_argument("--shuffle_images", action="store_true", help="Control: ask every question about another image.")
     p.add_argument("--batch_size", type=int, default=32, help="Images (or windows of text) at once.")
     p.add_argument("--num_beams", type=int, default=1, help="1 is greedy decoding.")
     p.add_argument("--max_new_tokens", type=int, default=40)
     p.add_argument("--window", type=int, default=512, help="Tokens per window of text, for text_perplexity.")
     add_loading_options(p)
-    p.add_argument("--seed", type=int, default=0, help="Of --shuffle_images and the bootstrap.")
+    p.add_argument("--seed", type=int, default=0, help="Seed of --shuffle_images and the bootstrap.")
     p.add_argument("--bootstrap_samples", type=int, default=1000)
     p.add_argument(
         "--output_dir", help="Default: `results` in the checkpoint's folder; results/<name> for a Hub repository."
@@ -74,7 +78,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     """Evaluates as the command line asks and writes `<task>.json`.
 
     Returns:
-        What was written, on the main process; None on the others.
+        The content of the file, on the main process; None on the others.
 
     Raises:
         ValueError: for settings that contradict each other, or data that does not fit the task.
@@ -82,7 +86,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     if arguments.checkpoint is None or arguments.task is None:
         raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
-    with state.main_process_first():  # so that remote code and data are fetched and converted once
+    with state.main_process_first():  # fetches and converts remote code and data once
         model, processor, precision = load_checkpoint(
             arguments.checkpoint,
             state.device,
@@ -110,7 +114,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     name = arguments.task + (f"-{settings['control']}" if settings["control"] else "")
     output_dir = Path(arguments.output_dir or _default_output(arguments.checkpoint))
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    progress = output_dir / f".{name}-{fingerprint}"  # other settings have their own
+    progress = output_dir / f".{name}-{fingerprint}"  # other settings have another folder
     outputs = run_batches(work, arguments.batch_size, progress, state, name)
     if outputs is None:
         return None
@@ -123,7 +127,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
 
 
 def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
-    """Asks about images, and judges the answers by each question's metric."""
+    """Returns work that asks about images and judges the answers by each question's metric."""
     evaluation_set = load_task(
         arguments.task,
         arguments.split,
@@ -168,7 +172,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
 
 
 def _text_work(arguments: argparse.Namespace, model, processor) -> Work:
-    """Perplexity of a fixed text, in windows that do not overlap; a window's first token is context only."""
+    """Returns work that measures the perplexity of a text in windows that do not overlap; a window's first token is context only."""
     if arguments.data is None:
         raise ValueError("text_perplexity needs --data: a text file, or a data set with a column `text`.")
     if _control(arguments):
@@ -210,13 +214,13 @@ def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:
                 raise BadRow(f"{error.at(found.place(index))} {REMEDY}") from error
             bad.append(str(error.at(found.place(index))))
         else:
-            texts.append(value)  # as it is, surrounding white space too
+            texts.append(value)  # unchanged, with surrounding white space
     notes = {"bad_rows": len(bad), "bad_row_list": bad[:1000]} if bad else {}
     return "\n\n".join(texts), {**found.identity, **notes}
 
 
 def report(result: dict) -> str:
-    """The numbers of a result, a line each."""
+    """Returns the metrics of a result, one per line."""
     lines = [f"{result['task']}" + (f" ({result['control']})" if result["control"] else "")]
     if left_out := result["data"].get("bad_rows"):
         lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
@@ -244,7 +248,7 @@ def _default_output(checkpoint: str) -> Path:
 
 
 def _model_identity(checkpoint: str, revision: str | None) -> dict:
-    """Which weights these are: a repository's commit, or the hash of a folder's weights."""
+    """Returns which weights these are: a repository's commit, or the hash of a folder's weights."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"name": checkpoint, "revision": commit_of(checkpoint, revision)}
@@ -253,7 +257,7 @@ def _model_identity(checkpoint: str, revision: str | None) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     arguments = parser().parse_args(argv)
     try:
         if arguments.compare:

@@ -1,12 +1,12 @@
-"""Judges answers by the metric of each, with confidence intervals, and compares two results.
+"""Judges each answer by its metric, with confidence intervals, and compares two results.
 
-A metric is a folder of `metrics/` that `evaluate.load` takes. What the judge must know of it beyond its numbers stands in its class:
+A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells the judge two things beyond its numbers:
 
-- `means`: the numbers that are means over items, and so get an interval: by number, the score of an item and which items count, as the
-  values their other scores must have.
-- `per_prompt`: those of them that are reported for each prompt too.
+- `means`: the numbers that are means over items, and so get an interval. It maps each number to the score of an item and to a condition:
+  an item counts if its other scores have the given values.
+- `per_prompt`: the means that are reported for each prompt too.
 
-The scores of the items come with the numbers: `per_item`, a dict for each, or a list `<score>_per_item`.
+The metric returns the scores of the items with its numbers: as `per_item`, a dict for each item, or as a list `<score>_per_item`.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ METRICS = Path(__file__).resolve().parent / "metrics"
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """The metric of the folder `metrics/<name>`.
+    """Loads the metric of the folder `metrics/<name>`.
 
     Raises:
         ValueError: if there is none.
@@ -34,19 +34,19 @@ def load_metric(name: str) -> evaluate.Metric:
 
 
 def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
-    """Scores answers by the metric of each.
+    """Scores each answer by its metric.
 
     Args:
-        predictions: `{"id", "prompt", "prediction", "references", "metric"}` each; what has one `id` is drawn together by the
-            bootstrap. A metric with one reference per item takes the first.
+        predictions: `{"id", "prompt", "prediction", "references", "metric"}` each. The bootstrap draws predictions of one `id` together.
+            A metric with one reference per item takes the first.
         samples, seed: of the bootstrap.
 
     Returns:
-        `metrics`: by metric, its numbers, each mean with its 95% interval under `intervals`, and what it reports of each prompt under
-        `by_prompt`; `definitions`; `predictions`: those given, each with its `scores`.
+        `metrics`: the numbers of each metric, with the 95% intervals of its means under `intervals` and its numbers per prompt under
+        `by_prompt`; `definitions`; `predictions`: the given ones, each with its `scores`.
 
     Raises:
-        ValueError: for an unknown metric, and for what a metric refuses.
+        ValueError: for an unknown metric, and for predictions that a metric refuses.
     """
     predictions = [dict(prediction) for prediction in predictions]
     metrics, definitions = {}, {}
@@ -77,7 +77,7 @@ def _taken_scores(numbers: dict, count: int) -> list[dict]:
 def _intervals(
     items: list[dict], metric: evaluate.Metric, numbers: Iterable[str], samples: int, seed: int
 ) -> dict[str, list[float]]:
-    """The 95% intervals of these means of a metric, of those that any item counts for."""
+    """Returns the 95% intervals of these means of a metric, except those for which no item counts."""
     intervals = {}
     for number in numbers:
         chosen, values = scores_of(items, metric, number)
@@ -87,7 +87,7 @@ def _intervals(
 
 
 def by_prompt(items: list[dict], metric: evaluate.Metric, samples: int, seed: int) -> dict[str, dict]:
-    """The numbers `per_prompt` of a metric over the answers to each prompt: the mean of their scores, `count` and `intervals`."""
+    """Returns a metric's `per_prompt` numbers for each prompt: the mean of its answers' scores, `count` and `intervals`."""
     groups: dict[str, list[dict]] = {}
     for item in items:
         groups.setdefault(item["prompt"], []).append(item)
@@ -103,17 +103,17 @@ def by_prompt(items: list[dict], metric: evaluate.Metric, samples: int, seed: in
 
 
 def scores_of(items: list[dict], metric: evaluate.Metric, number: str) -> tuple[list[dict], list[float]]:
-    """The predictions whose scores a metric's number is the mean of, and those scores."""
+    """Returns the predictions that count for a metric's number, and the scores whose mean it is."""
     score, where = metric.means[number]
     chosen = [item for item in items if all(item["scores"][name] == value for name, value in where.items())]
     return chosen, [float(item["scores"][score]) for item in chosen]
 
 
 def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """The paired bootstrap of two results: by number, how much higher `second` is (see `bootstrap.paired_difference`).
+    """Compares two results by the paired bootstrap: for each mean, how much higher `second` is (see `bootstrap.paired_difference`).
 
     Raises:
-        ValueError: if they do not answer the same questions.
+        ValueError: if the results do not answer the same questions.
     """
     questions = [
         [(item.get("id"), item.get("prompt"), item.get("references")) for item in result["predictions"]]

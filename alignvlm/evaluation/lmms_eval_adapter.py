@@ -19,7 +19,7 @@ from modeling_alignvlm import to_rgb  # importing it registers the classes with 
 
 
 def manifest() -> ModelManifest:
-    """What the entry point tells lmms-eval."""
+    """Returns what the entry point tells lmms-eval."""
     return ModelManifest(model_id="alignvlm", simple_class_path=f"{__name__}.AlignVLM")
 
 
@@ -31,7 +31,7 @@ class AlignVLM(lmms):
         revision: of a Hub repository.
         trust_remote_code: run the checkpoint's own code, not this package's.
         batch_size: requests answered at once.
-        device: the current accelerator by default, else the CPU.
+        device: `cpu` for the CPU; by default the current accelerator, or the CPU if there is none.
         dtype: as `--dtype` of `alignvlm/evaluation/evaluate_model.py`.
         attn_implementation: as for `from_pretrained`.
     """
@@ -70,7 +70,7 @@ class AlignVLM(lmms):
         return self.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy unless a task asks otherwise; an answer ends before the first of the task's `until` strings."""
+        """Generates answers, greedily unless a task asks otherwise; an answer ends before the first of the task's `until` strings."""
         answers: dict[int, str] = {}
         by_options: dict[str, list[int]] = {}
         for index, request in enumerate(requests):  # one call of `generate` has one set of options
@@ -96,7 +96,7 @@ class AlignVLM(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each request's continuation: its log probability in nats, and whether greedy decoding would write it."""
+        """Returns the log probability of each request's continuation in nats, and whether greedy decoding would write it."""
         encoder = Encoder(self.processor)
         results = []
         for request in requests:

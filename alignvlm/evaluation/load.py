@@ -1,4 +1,4 @@
-"""Loads a checkpoint to be asked: the one way of evaluation, `alignvlm ask` and `alignvlm chat`."""
+"""Loads a checkpoint for inference: the one way for evaluation, `alignvlm ask` and `alignvlm chat`."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def device_for(use_cpu: bool = False) -> torch.device:
-    """The current accelerator, or the CPU where there is none or it is asked for."""
+    """Returns the current accelerator, or the CPU if there is none or `use_cpu` asks for it."""
     if use_cpu or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator()
@@ -45,7 +45,7 @@ def load_checkpoint(
     dtype: str = "auto",
     attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin, Precision]:
-    """Model, processor and what the model computes in. LoRA weights that a stage left apart (`lora/`) are loaded too.
+    """Returns model, processor and what the model computes in. Loads LoRA weights that a stage saved apart (`lora/`), too.
 
     Args:
         checkpoint: a folder or a Hub repository.
@@ -72,12 +72,12 @@ def load_checkpoint(
     warn_if_emulated(precision, device)
     model.to(precision.dtype)
     found = [file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES]
-    if all(found):  # a stage with `lora_merge: false` writes its LoRA weights apart
+    if all(found):  # a stage with `lora_merge: false` saves its LoRA weights apart
         model.load_adapter(str(Path(found[0]).parent))
     return model.eval().to(device), processor, precision
 
 
 def evaluation_tag(checkpoint: str, revision: str | None = None) -> str:
-    """The source tag the checkpoint's recipe wants before prompts, from its run record; none without a record."""
+    """Returns the source tag that the checkpoint's recipe puts before prompts, from its run record; empty without a record."""
     stages = read_run_record(checkpoint, revision)["stages"]
     return stages[-1].get("evaluation_tag", "") if stages else ""

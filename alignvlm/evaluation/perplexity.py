@@ -1,6 +1,6 @@
-"""Perplexity of a text, in windows that do not overlap: the one of evaluation and of every stage boundary.
+"""Perplexity of a text in windows that do not overlap, the same in evaluation and between stages.
 
-The first token of a window is context only. The text is response, not prompt, so that every mask type is causal on it.
+The first token of a window is context only. The text counts as response, not as prompt, so every mask type is causal on it.
 """
 
 import math
@@ -16,10 +16,10 @@ DEFINITION = "exp of the mean loss per predicted token (nats); windows do not ov
 
 
 def windows_of(count: int, window: int, limit: int | None = None, name: str = "The text") -> list[slice]:
-    """Where the windows of a text of `count` tokens are: at most `limit`, each of at least two and at most `window` tokens.
+    """Returns where the windows of a text of `count` tokens are: at most `limit`, each of at least two and at most `window` tokens.
 
     Raises:
-        ValueError: if there is none; `name` is what the text is called then.
+        ValueError: if there is none; the message calls the text `name`.
     """
     if window < 2:
         raise ValueError(f"A window of {window} token(s) predicts nothing; at least two are needed.")
@@ -31,7 +31,7 @@ def windows_of(count: int, window: int, limit: int | None = None, name: str = "T
 
 @torch.no_grad()
 def window_loss(model: PreTrainedModel, tokens: Sequence[int]) -> float:
-    """The summed loss in nats of all tokens of a window but the first."""
+    """Returns the summed loss in nats of all tokens of a window but the first."""
     input_ids = torch.tensor([tokens], device=next(model.parameters()).device)
     prompt_mask = torch.zeros_like(input_ids, dtype=torch.bool)
     logits = model(input_ids=input_ids, prompt_mask=prompt_mask, use_cache=False).logits
@@ -41,10 +41,10 @@ def window_loss(model: PreTrainedModel, tokens: Sequence[int]) -> float:
 def text_perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int = 512, windows: int = 64
 ) -> float:
-    """Perplexity per token of the first `windows` windows of a text: what a stage makes the model forget of text.
+    """Returns the perplexity per token of the first `windows` windows of a text, which shows what a stage makes the model forget.
 
     Raises:
-        ValueError: if the text has less than two tokens.
+        ValueError: if the text has fewer than two tokens.
     """
     was_training = model.training
     model.eval()
@@ -56,10 +56,10 @@ def text_perplexity(
 
 
 def summarise(windows: list[dict], samples: int = 1000, seed: int = 0) -> dict:
-    """The numbers of a text.
+    """Returns the metrics of a text.
 
     Args:
-        windows: of each window, the `loss` in nats of its predicted `tokens`, and their size in `bytes`.
+        windows: for each window, the `loss` in nats of its predicted `tokens`, and their size in `bytes`.
         samples, seed: of the bootstrap, which draws windows.
 
     Returns:

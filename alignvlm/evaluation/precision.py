@@ -1,4 +1,4 @@
-"""What a run computes in: decided here from what the processor or GPU does natively, for training, evaluation and benchmarks alike."""
+"""Decides what a run computes in from what the processor or GPU does natively, for training, evaluation and benchmarks alike."""
 
 import os
 import time
@@ -11,13 +11,13 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
 _NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-# Values of oneDNN's instruction-set limit that leave out the bf16 instructions. AVX2_VNNI_2 only converts bf16, it does not multiply it.
+# Values of oneDNN's instruction-set limit without bf16 instructions. AVX2_VNNI_2 converts bf16 but does not multiply it.
 _LIMITS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A decision: `name` is `fp32`, `bf16` or `fp16`, `reason` says in words why."""
+    """A decision: `name` is `fp32`, `bf16` or `fp16`; `reason` says why."""
 
     name: str
     reason: str
@@ -27,7 +27,7 @@ class Precision:
         return DTYPES[self.name]
 
     def autocast(self, device: str | torch.device = "cpu") -> torch.autocast:
-        """The context in which operations of float32 weights run in this precision."""
+        """Returns the context in which operations of float32 weights run in this precision."""
         return torch.autocast(torch.device(device).type, self.dtype, enabled=self.dtype != torch.float32)
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ def choose_precision(
     """Decides what a run on `device` computes in.
 
     Args:
-        asked: `auto`, or by name `fp32`, `bf16`, `fp16` (or `float32`, `bfloat16`, `float16`), which is what the run then gets.
+        asked: `auto`, or `fp32`, `bf16`, `fp16` (or `float32`, `bfloat16`, `float16`), which is then taken as it is.
         device: where the run computes; only its type counts.
-        stored: the dtype of a checkpoint to be used as it is stored. `auto` keeps it where the device computes natively in it, and
-            otherwise takes float32, which holds the same weights.
+        stored: the dtype of a stored checkpoint. `auto` keeps it if the device computes in it natively, and otherwise takes float32,
+            which holds the same weights.
 
     Raises:
         ValueError: if `asked` is none of these names.
@@ -67,7 +67,7 @@ def choose_precision(
 
 
 def is_native(name: str, device: str | torch.device = "cpu") -> tuple[bool, str]:
-    """Whether a device multiplies matrices of a precision with instructions of its own, and a sentence that says so."""
+    """Tells whether a device multiplies matrices of a precision with instructions of its own, and says it in a sentence."""
     kind = torch.device(device).type
     if name == "fp32":
         return True, "float32 runs everywhere"
@@ -87,7 +87,7 @@ def is_native(name: str, device: str | torch.device = "cpu") -> tuple[bool, str]
     }[name]
     found = [flag for flag in instructions.get(capabilities.get("architecture"), ()) if capabilities.get(flag)]
     ask_onednn = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}[name]
-    # oneDNN also says yes where it emulates (AVX-512 without bf16), and the processor may have what this PyTorch does not use.
+    # Ask both: oneDNN also says yes if it emulates (AVX-512 without bf16), and PyTorch may not use what the processor has.
     native = bool(found) and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, ask_onednn)()
     if native:
         return True, f"the processor has {name} instructions: {', '.join(found)}"
@@ -95,7 +95,7 @@ def is_native(name: str, device: str | torch.device = "cpu") -> tuple[bool, str]
 
 
 def _instruction_limit() -> str | None:
-    """The environment variable that keeps PyTorch from 16-bit instructions, if one does, with its value."""
+    """Returns the environment variable that keeps PyTorch from 16-bit instructions, with its value; None if there is none."""
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         if os.environ.get(variable, "").upper() in _LIMITS_WITHOUT_BF16:
             return f"{variable}={os.environ[variable]}"
@@ -107,7 +107,7 @@ def _instruction_limit() -> str | None:
 def matrix_rate(
     dtype: torch.dtype, device: str | torch.device = "cpu", seconds: float = 0.5, size: int = 512
 ) -> float:
-    """FLOP/s of the fastest product of square matrices in a dtype, among those that take about `seconds`: other work counts little."""
+    """Measures FLOP/s of square matrix products in a dtype for about `seconds`. Returns the fastest, so that other work counts little."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     out = a @ b
     fastest, began = float("inf"), time.perf_counter()
@@ -124,12 +124,12 @@ def _synchronize(device: str | torch.device) -> None:
 
 
 def warn_if_emulated(precision: Precision, device: str | torch.device = "cpu") -> None:
-    """Warns, with a measured factor, if the device has to emulate the precision it was asked to compute in."""
+    """Warns, with a measured factor, if the device has to emulate the precision."""
     native, reason = is_native(precision.name, device)
     if native:
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several would wait for each other on a busy machine, and measure that
+    torch.set_num_threads(1)  # on a busy machine several would wait for each other, and the waiting would be measured
     try:
         full, asked = (
             matrix_rate(dtype, device, seconds=0.05, size=256) for dtype in (torch.float32, precision.dtype)

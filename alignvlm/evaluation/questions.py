@@ -1,4 +1,4 @@
-"""What a model is asked: the conversations of a data set, whose responses are the references."""
+"""The questions of an evaluation: the conversations of a data set, with their responses as references."""
 
 import random
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ TASKS = [name for name, kind in CATALOGUE.items() if kind.metric is not None]
 
 @dataclass
 class Asked:
-    """All that is asked about the images of one record: its conversations, and which record of the source has the images."""
+    """The questions about the images of one record: its conversations, and the index of the source's record with the images."""
 
     id: str
     index: int
@@ -29,14 +29,14 @@ class Asked:
 
 @dataclass
 class EvaluationSet:
-    """The records of a task, in their order; images are read when they are asked for."""
+    """The records of a task, in their order; images are read on demand."""
 
     asked: list[Asked]
     source: Source
     notes: dict = field(default_factory=dict)
 
     def images(self, asked: Iterable[Asked]) -> list[list[Image.Image]]:
-        """The images of each, in RGB, upright."""
+        """Reads the images of each record, upright and in RGB."""
         return [[read_image(image) for image in self.source[one.index]["images"]] for one in asked]
 
 
@@ -51,23 +51,23 @@ def load_task(
     limit: int | None = None,
     on_bad_row: str = "raise",
 ) -> EvaluationSet:
-    """Loads what a task asks.
+    """Loads the questions of a task.
 
     Args:
         task: a data set of `CATALOGUE` with a metric.
         split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`).
-        data: a Hub data set, or a local folder or file. Each data set has a default, but for `local` and drawn ones.
+        data: a Hub data set, or a local folder or file. Most tasks have a default; `local` and drawn data sets have none.
         revision: of a Hub data set.
         image_dir: where image paths in the data start; the data's own folder by default.
-        prompt: what captions are asked for with; None: as in training.
-        keep_duplicates: whether exact duplicates (image, question and answer) are asked again.
+        prompt: the prompt for captions; None: as in training.
+        keep_duplicates: ask exact duplicates (image, question and answer) again.
         limit: at most this number of records, from the first.
-        on_bad_row: what a row does whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it. All are tried here, so
-            that none is found when most answers are written; what is skipped stands in the notes.
+        on_bad_row: what to do with a row whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it. All rows are tried
+            here, before any answer is written; the notes list what is skipped.
 
     Raises:
-        ValueError: for an unknown task, missing columns, or a split with no rows. A row that cannot be used is a `BadRow`, which names
-            its file, its number, and what is wrong.
+        ValueError: for an unknown task, missing columns, or a split without rows. A row that cannot be used raises `BadRow`, which names
+            its file, its number and what is wrong.
     """
     if task not in TASKS:
         unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
@@ -123,7 +123,7 @@ REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."
 
 
 def _readable(asked: list[Asked], source: Source, limit: int | None, on_bad_row: str) -> tuple[list[Asked], list[str]]:
-    """The first records, at most `limit`, whose images can be decoded, and what is wrong with the others before them."""
+    """Returns the first records, at most `limit`, whose images can be decoded, and what is wrong with the others up to there."""
     readable: list[Asked] = []
     unreadable: list[str] = []
     with ThreadPoolExecutor() as pool:
@@ -156,12 +156,12 @@ def _problem(images: list) -> str | None:
 
 
 def blank(images: list[list[Image.Image]]) -> list[list[Image.Image]]:
-    """Every image a grey square of its size: what a model answers without looking."""
+    """Replaces every image by grey of its size, to see what a model answers without looking."""
     return [[Image.new("RGB", image.size, (128, 128, 128)) for image in group] for group in images]
 
 
 def shuffled(asked: list[Asked], seed: int) -> list[Asked]:
-    """Every record with the images of another that has as many, none with its own (where there is more than one such record)."""
+    """Gives every record the images of another record with as many images; never its own, unless it is the only one."""
     alike: dict[int, list[int]] = {}
     for position, one in enumerate(asked):
         alike.setdefault(max(c.image_count for c in one.conversations), []).append(position)

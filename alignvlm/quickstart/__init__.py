@@ -1,1 +1,1 @@
-"""Nano backbones and the quickstart."""
+"""The quickstart and its nano backbones."""

@@ -1,8 +1,8 @@
-"""Nano backbones, trained here from nothing, so that the quickstart needs no download.
+"""Trains nano backbones from nothing, so that the quickstart needs no download.
 
-A SigLIP-type encoder learns to say what is where in drawn scenes, and a Qwen2-type language model learns to read scene
-descriptions and to answer questions about them. Neither has ever met the other: that is what the four stages are for.
-Both are written in Hugging Face form, as `alignvlm.stages.backbones` takes them.
+A SigLIP-type encoder learns to say what is where in drawn scenes. A Qwen2-type language model learns to read descriptions of scenes and
+to answer questions about them. Neither has met the other: the four stages bring them together. Both are saved in Hugging Face form, as
+`alignvlm.stages.backbones` takes them.
 """
 
 from functools import cache
@@ -33,12 +33,12 @@ from alignvlm.stages.optimizers import MuonAdamW, muon_groups
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
 SCENE_COUNT = 12_000  # scenes the vision encoder sees
-# On a CPU the backward of PyTorch's SDPA kernel is slower than plain products for models this small.
+# On a CPU the backward pass of PyTorch's SDPA kernel is slower than plain products for models this small.
 ATTENTION = "eager"
 
 
 def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_steps: int) -> tuple[Path, Path]:
-    """Trains both backbones on the training split and saves them under `folder`; returns their two folders."""
+    """Trains both backbones on the training split, saves them under `folder` and returns their two folders."""
     vision, language = Path(folder) / "vision", Path(folder) / "language"
     train_vision_encoder(vision, seed, vision_steps)
     train_language_model(language, seed, language_steps)
@@ -46,7 +46,7 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
 
 
 def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
-    """A plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
+    """Runs a plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
     precision = choose_precision()
     named = [named for module in modules for named in module.named_parameters()]
     parameters = [parameter for _, parameter in named]
@@ -66,7 +66,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
 
 
 def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
-    """Trains the encoder so that every patch knows its quadrant, and the colour, kind and size of what lies there, if anything."""
+    """Trains the encoder to tell of every patch its quadrant, and the colour, kind and size of the shape there, if any."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 10])
     drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
@@ -94,7 +94,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
     encoder = SiglipVisionModel._from_config(config, attn_implementation=ATTENTION)
     classes = [*(len(vocabulary) + 1 for vocabulary in vocabularies), len(scenes.POSITIONS)]
     head = nn.Linear(config.hidden_size, sum(classes))
-    side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the picture
+    side = torch.arange(IMAGE_SIZE // PATCH_SIZE) * 2 * PATCH_SIZE // IMAGE_SIZE  # 0 or 1: which half of the image
     quadrant_of_patch = (2 * side[:, None] + side).flatten()
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -113,7 +113,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: whole words for the scenes, and any other text in smaller pieces."""
+    """Trains a byte-level BPE tokenizer: complete words for the scenes, smaller pieces for any other text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -191,6 +191,6 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
 
 
 def _write_card(folder: Path, task: str, text: str) -> None:
-    """A README.md that states the licence: whatever is made of these weights may be as free as they are."""
+    """Writes a README.md that states the licence, so that models made of these weights may be as free as they are."""
     metadata = f"license: apache-2.0\nlibrary_name: transformers\npipeline_tag: {task}"
     (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{text}\n")

@@ -1,4 +1,4 @@
-"""Everything once, small, on a CPU: nano backbones, the four stages through their own scripts, evaluation, reload, report.
+"""Runs everything once, small, on a CPU: nano backbones, the four stages through their own scripts, evaluation, reload, report.
 
     make quickstart
 
@@ -33,12 +33,12 @@ from hub_upload.shared_files import shared_folder
 
 
 TRAINING = shared_folder() / "training"  # the stage scripts and recipes
-# For the forecast, all counted or measured in runs of the default settings.
+# For the forecast: counted or measured in runs of the default settings.
 VISION_STEP_FLOPS, LANGUAGE_STEP_FLOPS = 10.1e9, 46.5e9
 STAGE_RECORD_FLOPS = {1: 0.19e9, 2: 0.39e9, 3: 0.93e9, 4: 0.97e9}
 FIXED_SECONDS = 130  # what is not arithmetic: drawing scenes, files, Python
 EFFICIENCY = 0.3  # share of the machine's rate that training reaches
-# Run in a process of its own where this package cannot be imported: it knows transformers and the checkpoint, nothing else.
+# Runs in a process of its own that cannot import this package: it knows only transformers and the checkpoint.
 RELOAD = """
 import sys
 
@@ -68,7 +68,7 @@ for prompt in prompts:
 class QuickstartArguments:
     """The quickstart's few settings; everything else stands in the recipe's YAML files."""
 
-    output_dir: str = field(default="out/quickstart", metadata={"help": "Where stages, pictures and the summary go."})
+    output_dir: str = field(default="out/quickstart", metadata={"help": "Where stages, images and the summary go."})
     recipe: str = field(
         default=str(TRAINING / "recipes/nano"), metadata={"help": "Folder with stage1.yaml ... stage4.yaml."}
     )
@@ -81,20 +81,20 @@ class QuickstartArguments:
 
 
 def evaluate_on_scenes(folder: Path, data: Path, *options: str) -> dict:
-    """What `alignvlm/evaluation/evaluate_model.py --task scenes` finds for a checkpoint: CIDEr of its captions, accuracy of its answers."""
+    """Evaluates a checkpoint with `alignvlm/evaluation/evaluate_model.py --task scenes`: CIDEr of captions, accuracy of answers."""
     command = [str(folder), "--task", "scenes", "--data", str(data), "--use_cpu", "--attn_implementation", ATTENTION]
     return evaluate_checkpoint(parser().parse_args([*command, "--batch_size", "250", *options]))
 
 
 def cider_by_prompt(result: dict) -> dict[str, float]:
-    """CIDEr of the `short` and of the `detailed` captions."""
+    """Returns CIDEr of the `short` and of the `detailed` captions."""
     names = {CAPTION_PROMPT: "short", DETAILED_PROMPT: "detailed"}
     found = result["metrics"]["cider"]["by_prompt"]
     return {name: found[prompt]["cider"] for prompt, name in names.items()}
 
 
 def accuracy_by_kind(result: dict, kinds: list[str]) -> dict[str, float]:
-    """Share of questions answered exactly, by the kind of question; `kinds` has the kind of each of the result's predictions."""
+    """Returns the share of questions answered exactly, by kind of question; `kinds` holds the kind of each prediction."""
     hits: dict[str, list[bool]] = {}
     for prediction, kind in zip(result["predictions"], kinds):
         if kind in scenes.QUESTION_KINDS:
@@ -103,7 +103,7 @@ def accuracy_by_kind(result: dict, kinds: list[str]) -> dict[str, float]:
 
 
 def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) -> dict:
-    """Runs `stage<number>.py` as the command line would; returns the stage's entry in the run record."""
+    """Runs `stage<number>.py` as the command line would, and returns the stage's entry in the run record."""
     command = [
         str(TRAINING / f"stage{number}.py"),
         *("--config", str(Path(arguments.recipe) / f"stage{number}.yaml")),
@@ -118,7 +118,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
 
 
 def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
-    """Loads the checkpoint where this package cannot be imported, and lets it describe a picture."""
+    """Loads the checkpoint in a process that cannot import this package, and lets it describe an image."""
     prompts = (CAPTION_PROMPT, DETAILED_PROMPT, "How many shapes are there?")
     command = [sys.executable, "-I", "-c", RELOAD, str(folder.resolve()), str(picture.resolve()), *prompts]
     result = subprocess.run(command, cwd=picture.parent, capture_output=True, text=True)
@@ -128,7 +128,7 @@ def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
 
 
 def forecast(arguments: QuickstartArguments) -> str:
-    """How long the quickstart will take on this machine, from half a second of matrix products in what it will compute in."""
+    """Estimates how long the quickstart will take here, from half a second of matrix products in its precision."""
     precision = choose_precision()
     rate = matrix_rate(precision.dtype, seconds=0.5)
     minutes = round((FIXED_SECONDS + expected_flops(arguments) / (EFFICIENCY * rate)) / 60)
@@ -139,7 +139,7 @@ def forecast(arguments: QuickstartArguments) -> str:
 
 
 def expected_flops(arguments: QuickstartArguments) -> float:
-    """FLOPs of the training steps: those of a step or record, as counted by `summary.json` of earlier runs, times their number."""
+    """Returns the FLOPs of the training steps: those of a step or record, as earlier runs counted them, times their number."""
     flops = arguments.vision_steps * VISION_STEP_FLOPS + arguments.language_steps * LANGUAGE_STEP_FLOPS
     for number, record_flops in STAGE_RECORD_FLOPS.items():
         recipe = yaml.safe_load((Path(arguments.recipe) / f"stage{number}.yaml").read_text())
@@ -148,7 +148,7 @@ def expected_flops(arguments: QuickstartArguments) -> float:
 
 
 def table(stages: list[dict], last: dict[str, float], blank: dict[str, float]) -> str:
-    """The report: a row per stage, then the last one's numbers by name, with the pictures and without."""
+    """Returns the report: a row per stage, then the metrics of the last stage, with the images and with blank ones."""
     lines = [
         f"{'stage':<6} {'trained':<30} {'seconds':>8} {'loss before':>12} {'loss after':>11} {'accuracy':>9} {'CIDEr short':>12} {'detailed':>9} "
         f"{'text perplexity':>15} {'MIR':>6}"
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(arguments: QuickstartArguments, output: Path) -> dict:
-    """Backbones, stages, evaluation, reload; prints the report and returns the summary."""
+    """Runs backbones, stages, evaluation and reload, prints the report and returns the summary."""
     started = time.perf_counter()
     print("== Backbones", flush=True)
     vision, language = train_nano_backbones(
@@ -243,9 +243,7 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
         "threads": torch.get_num_threads(),
     }
     print(f"\n{table(stages, last, blank)}")
-    print(
-        f"\nIn a process that has never heard of this package, {output / 'stage4'} says of {picture}:\n{description}"
-    )
+    print(f"\nIn a process that cannot import this package, {output / 'stage4'} says of {picture}:\n{description}")
     return summary
 
 

@@ -1,1 +1,1 @@
-"""Records to the rows of a batch: shared-image packing, labels and token layout."""
+"""Makes the rows of a batch from records: shared-image packing, labels and token layout."""

@@ -1,7 +1,7 @@
-"""From records to a batch: conversations encoded, packed into rows, padded; images decoded and prepared.
+"""Makes a batch of records: encodes conversations, packs them into rows and pads them; decodes and prepares images.
 
-Mask types under which the trunk looks into the prompt cannot share it: their records become one row per branch. With a `row_length`,
-rows of several records fill up to it, for attention kernels that skip what is masked.
+Mask types whose trunk sees the prompt cannot share the trunk: their records become one row per branch. With a `row_length`, several
+records fill a row up to it, for attention kernels that skip masked positions.
 """
 
 import numpy as np
@@ -17,29 +17,29 @@ from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get
 class AlignVLMCollator:
     """Turns rows that hold records (see `Record.from_row`) into model inputs.
 
-    Images are whatever `alignvlm.data.images.read_image` reads. Conversations are written with the processor's chat template, as
-    `Encoder` says. Only responses (under `train_on: all` every turn of the assistant), with the token that ends them, carry labels. A
-    conversation without messages is plain text: no template, and every token but the first has a label.
+    Images may be anything that `alignvlm.data.images.read_image` reads. Conversations are written with the processor's chat template, as
+    `Encoder` says. Only responses (under `train_on: all` every turn of the assistant) have labels, including the token that ends them. A
+    conversation without messages is plain text: it has no template, and every token but the first has a label.
 
     Args:
         processor (`AlignVLMProcessor`): with a chat template.
-        mask_type (`str`): the mask type the rows are trained under; no row leaves here whose answers would leak.
+        mask_type (`str`): the mask type of training; a row whose answers would leak is refused.
         max_length (`int`, *optional*):
-            the longest row. Branches that do not fit any more are dropped; if none fits, the first whose prompt leaves room
-            loses the end of its response, never an image token; a record without such a one is dropped.
+            the longest row of a record. Branches that do not fit are dropped. If none fits, the first branch whose prompt leaves room
+            is kept with its response cut, never an image. A record without such a branch is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
-            fill rows of several records up to this number of tokens, first fit. The default is one record per row, which suits kernels
-            that compute masked positions too (`sdpa`, `eager`); `flex_attention` skips them, and gains by less padding.
+            fill rows with several records up to this number of tokens, first fit. The default of one record per row suits kernels
+            that compute masked positions too (`sdpa`, `eager`). `flex_attention` skips them and gains from less padding.
         shared_image (`bool`): False makes one row per branch under every mask type, as other trainers do.
         on_bad_image (`str`):
-            what an image that cannot be read does: `raise`, or `skip` its record.
+            what to do with an image that cannot be read: `raise`, or `skip` its record.
         name_records (`bool`):
-            put the records' names into the batch as `record_names`, a list of strings; the trainer takes them out, and tells them
-            where a loss is not finite.
+            put the records' names into the batch as `record_names`, a list of strings. The trainer takes them out and reports them
+            if a loss is not finite.
 
-    The batch's `losses_of_data` lists what is skipped, dropped or cut, if anything is: mappings of `"kind"` (`bad_row`, `bad_image`,
-    `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes it out, counts and records it.
+    The batch's `losses_of_data` lists dropped data, if there is any: mappings of `"kind"` (`bad_row`, `bad_image`,
+    `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes the list out, counts and records it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AlignVLMCollator:
         self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
-        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared. Adds what does not fit to `dropped`."""
+        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared. Adds dropped data to `dropped`."""
         conversations = Record.from_row(record).conversations
         branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation)]
         own: list[dict] = []
@@ -76,15 +76,15 @@ class AlignVLMCollator:
         return rows
 
     def token_counts(self, record: dict) -> tuple[int, int]:
-        """The image and the text tokens of a record's rows; its images need not be readable."""
+        """Counts the image and the text tokens of a record's rows; its images need not be readable."""
         rows = self.rows(record)
         image = sum(len(row.images) for row in rows) * self.processor.image_seq_length
         return image, sum(map(len, rows)) - image
 
     def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
-        """Model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
-        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are any.
-        If every record had to be skipped, there is one row of one token without a label."""
+        """Returns the model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
+        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are images.
+        If every record is skipped, there is one row of one token without a label."""
         dropped: list[dict] = []
         rows = [row for record in self._readable(records, dropped) for row in self.rows(record, dropped)]
         rows = self.packer.arranged(rows)
@@ -127,10 +127,10 @@ class AlignVLMCollator:
         return batch
 
     def _readable(self, records: list[dict], dropped: list[dict]) -> list[dict]:
-        """The records with their images decoded, without those that cannot be."""
+        """Returns the records with their images decoded, without records whose images cannot be read."""
         readable = []
         for record in records:
-            if record.get("bad_row"):  # of a stream, which cannot be checked before it is read
+            if record.get("bad_row"):  # a stream cannot be checked before it is read
                 dropped.append({"kind": "bad_row", "source": record.get("source", ""), "what": record["bad_row"]})
                 continue
             try:
@@ -143,7 +143,7 @@ class AlignVLMCollator:
 
 
 def _name(record: dict) -> str:
-    """What a message calls a record: its number in its source, and how its first response begins."""
+    """Returns a record's name in messages: its source, its number there, and the beginning of its first response."""
     name = f"{record.get('source') or 'record'}{record.get('number') or ''}"
     if record.get("bad_row"):
         return name

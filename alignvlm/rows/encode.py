@@ -1,8 +1,8 @@
-"""A conversation to token ids and trained spans, and the trunk that its branches share: the one encoder of training and inference.
+"""Encodes conversations as token ids and trained spans: the one encoder of training and inference.
 
-The chat template writes a conversation. For training each assistant turn and what stands before it are tokenised apart, so that a
-prompt has the very tokens it has at inference, and an answer those that the model would generate. For inference `prompt` gives all
-tokens before the answer, as `processor.apply_chat_template` does when it tokenises.
+The chat template writes a conversation. For training, each assistant turn is tokenised apart from what stands before it. So a prompt has
+the same tokens as at inference, and an answer has the tokens that the model would generate. For inference, `prompt` returns all tokens
+before the answer, as `processor.apply_chat_template` does when it tokenises.
 """
 
 import json
@@ -18,11 +18,11 @@ from modeling_alignvlm import AlignVLMProcessor
 
 @dataclass(frozen=True)
 class Branch:
-    """A conversation with one of its responses, or at inference without one, as tokens.
+    """The tokens of a conversation with one of its responses, or at inference without one.
 
     Args:
-        input_ids: every image `image_seq_length` image tokens.
-        trained: which of them are predicted. Never the first; without a response none.
+        input_ids: the tokens; each image is `image_seq_length` image tokens.
+        trained: which of them are predicted: never the first, and none without a response.
         prompt_length: the tokens before the first trained response.
     """
 
@@ -35,7 +35,7 @@ class Branch:
 
     @property
     def response_length(self) -> int:
-        """How many tokens stand behind the prompt."""
+        """The number of tokens after the prompt."""
         return len(self) - self.prompt_length
 
 
@@ -56,11 +56,11 @@ class Encoder:
         self._remember()
 
     def _remember(self) -> None:
-        # Questions and short answers come again and again.
+        # Questions and short answers repeat often.
         self._encode_again = lru_cache(maxsize=100_000)(self._encode_json)
 
     def __getstate__(self) -> dict:
-        """Without what was remembered, which cannot be sent to a data worker that is not forked."""
+        """Leaves out the cache, which cannot be sent to a data worker that is not forked."""
         return {name: value for name, value in vars(self).items() if name != "_encode_again"}
 
     def __setstate__(self, state: dict) -> None:
@@ -68,17 +68,17 @@ class Encoder:
         self._remember()
 
     def encode(self, conversation: Conversation) -> list[Branch]:
-        """One branch per response.
+        """Returns one branch per response.
 
         Raises:
-            ValueError: if a text holds the image placeholder, which would stand for an image nobody gave, or the chat template writes
-                earlier turns otherwise once there are later ones.
+            ValueError: if a text holds the image placeholder, which would stand for an image that is not there, or if the chat template
+                changes earlier turns when later ones follow.
         """
         messages = json.dumps(conversation.messages)
         return [self._encode_again(messages, response, conversation.train_on) for response in conversation.responses]
 
     def prompt(self, messages: list[dict[str, Any]]) -> Branch:
-        """The tokens before the answer to `messages`, the generation prompt included: those that `processor.apply_chat_template` gives.
+        """Returns the tokens before the answer to `messages`, with the generation prompt: the same as `processor.apply_chat_template`.
 
         Args:
             messages: as `Conversation.messages`, at least one.
@@ -101,17 +101,17 @@ class Encoder:
 
     @cached_property
     def up_to_an_image(self) -> int:
-        """The tokens up to the end of the image in a conversation that begins with one: what any image needs."""
+        """The number of tokens up to the end of the image in a conversation that begins with one: what any image needs."""
         ids = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]).input_ids
         return ids.index(self.processor.image_token_id) + self.processor.image_seq_length
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """As the processor says. The code of a checkpoint pushed before it had the method leaves special tokens to the tokenizer."""
+        """Returns what the processor says. Older checkpoints' code has no such method and leaves special tokens to the tokenizer."""
         adds = getattr(self.processor, "adds_special_tokens", None)
         return adds is None or adds(text)
 
     def _written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as the chat template takes them: a list of bare parts each."""
+        """Returns messages as the chat template takes them: each content a list of bare parts."""
         return [
             {"role": message["role"], "content": [self._part(part) for part in Conversation.parts(message)]}
             for message in messages
@@ -147,7 +147,7 @@ class Encoder:
         return {"type": "text", "text": part["text"]}
 
     def _segments(self, messages: list[dict]) -> list[tuple[str, bool]]:
-        """The conversation as the template writes it, in pieces: what stands before an answer, the answer with what ends it, and so on."""
+        """Splits the conversation as the template writes it: what stands before an answer, the answer with what ends it, and so on."""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         asked_again = [*messages, {"role": "user", "content": [{"type": "text", "text": "?"}]}]
         prompts = [
@@ -159,10 +159,10 @@ class Encoder:
         written = ""
         for turn, (prompt, whole) in enumerate(zip(prompts, wholes)):
             texts = [part["text"].strip() for part in messages[answers[turn]]["content"]]
-            # Without what the template writes at the end of all messages only, as Phi-3's does.
+            # Leaves out what the template writes only at the end of all messages, as Phi-3's does.
             shared = whole[: self._before_added_token(whole, shared_length([whole, prompts[turn + 1]]))]
             kept = all(text in shared[len(prompt) :] for text in texts)
-            is_last = turn + 1 == len(wholes)  # later turns may then rewrite it: there are none
+            is_last = turn + 1 == len(wholes)  # no later turn can rewrite it
             if not (prompt.startswith(written) and whole.startswith(prompt) and (kept or is_last)):
                 raise ValueError(
                     f"The chat template writes what stands before message {answers[turn]} otherwise once it is answered, so the answer cannot "
@@ -176,7 +176,7 @@ class Encoder:
         return segments
 
     def _before_added_token(self, text: str, length: int) -> int:
-        """`length`, or where the added token begins that a cut of the text there would divide."""
+        """Returns `length`, or the beginning of an added token that a cut at `length` would divide."""
         for token in self.tokenizer.added_tokens_decoder.values():
             start = text.rfind(token.content, 0, length + len(token.content) - 1)
             if start != -1 and start < length < start + len(token.content):
@@ -192,10 +192,10 @@ def check_prompt(messages: list[dict[str, Any]]) -> int:
     """Refuses messages that cannot be answered.
 
     Returns:
-        How many image parts they hold.
+        The number of image parts in them.
 
     Raises:
-        ValueError: for no messages, a last one that is not the user's, and an unknown role or type of part.
+        ValueError: without messages, if the last is not the user's, and for an unknown role or type of part.
     """
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -207,5 +207,5 @@ def check_prompt(messages: list[dict[str, Any]]) -> int:
 
 
 def shared_length(sequences: Sequence[Sequence]) -> int:
-    """How many first items all sequences share."""
+    """Returns how many first items all sequences share."""
     return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences)))

@@ -1,7 +1,7 @@
-"""Shared-image packing: the branches of a record, to rows that hold what the branches begin with, their trunk, once.
+"""Packs the branches of a record into rows that hold their common beginning, the trunk, once.
 
-Branches see the trunk and themselves, and each branch's positions go on from the trunk's end, so a row trains exactly what separate
-sequences would.
+A branch sees the trunk and itself, and its positions continue from the trunk's end. So a row trains exactly what separate sequences
+would.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Row:
         self.prompt_mask += [index < branch.prompt_length for index in range(start, end)]
 
     def extend(self, other: "Row") -> None:
-        """Puts the records of another row behind this one's; they keep their positions and cannot be seen from here."""
+        """Appends the records of another row. They keep their positions, and this row's records do not see them."""
         first_record = self.record_ids[-1] + 1
         self.images = [*self.images, *other.images]
         self.record_ids += [first_record + record for record in other.record_ids]
@@ -48,7 +48,7 @@ class Row:
 
 
 def first_fit(rows: list[Row], row_length: int) -> list[Row]:
-    """Puts every row into the first one before it with room for it: rows of at most `row_length` tokens, or of one record."""
+    """Joins every row to the first earlier row with room for it. Returns rows of at most `row_length` tokens, or of one record."""
     filled: list[Row] = []
     for row in rows:
         place = next((other for other in filled if len(other) + len(row) <= row_length), None)
@@ -60,17 +60,19 @@ def first_fit(rows: list[Row], row_length: int) -> list[Row]:
 
 
 def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
-    """How many first tokens a record's branches share: all they have in common that ends at least one token before the first trained
-    one of each (which predicts it) and not inside an image. Prompts share it likewise: the last token of each predicts the answer's
-    first."""
+    """Returns how many first tokens a record's branches share.
+
+    The trunk ends at least one token before each branch's first trained token, as the token before it predicts it, and never inside an
+    image. The same holds for prompts: the last token of each predicts the first token of its answer.
+    """
     furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
     length = shared_length([branch.input_ids[:furthest] for branch in branches])
     return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length
 
 
 def shortened(branch: Branch, length: int, image_token_id: int, image_seq_length: int) -> Branch | None:
-    """The first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. An image is never cut:
-    it is left out then, with what follows it."""
+    """Returns the first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. Never cuts an
+    image: leaves it out with what follows it."""
     length = min(length, len(branch))
     image_tokens = branch.input_ids[:length].count(image_token_id)
     if image_tokens % image_seq_length and branch.input_ids[length : length + 1] == (image_token_id,):
@@ -86,9 +88,9 @@ class Packer:
     """Makes rows of the branches of a record.
 
     Args:
-        encoder: whose branches they are.
-        max_length: the longest row of a record; None: any.
-        row_length: rows of several records fill up to this number of tokens; None: one record per row.
+        encoder: the encoder that made the branches.
+        max_length: the longest row of a record; None: no limit.
+        row_length: fill rows with several records up to this number of tokens; None: one record per row.
         shares_trunk: False makes a row of each branch.
     """
 
@@ -108,25 +110,25 @@ class Packer:
         self.shares_trunk = shares_trunk
 
     def rows(self, images: list, branches: list[Branch], dropped: list[dict]) -> list[Row]:
-        """The rows of one record: one, or one per branch where the trunk cannot be shared; none if nothing fits.
+        """Returns the rows of one record: one, or one per branch if the trunk cannot be shared; none if nothing fits.
 
         Args:
-            images: of the record, as the rows will hold them.
-            dropped: gets a mapping for each thing that does not fit: see `AlignVLMCollator`.
+            images: the record's images, as the rows will hold them.
+            dropped: gets a mapping for each branch or record that does not fit: see `AlignVLMCollator`.
         """
         groups = [branches] if self.shares_trunk else [[branch] for branch in branches]
         fitting = (self._fitting(group, dropped) for group in groups)
         return [self._row(images, group) for group in fitting if group]
 
     def arranged(self, rows: list[Row]) -> list[Row]:
-        """The rows of a batch from those of its records; without any, one row of one token without a label."""
+        """Returns the rows of a batch from those of its records; without any, one row of one token without a label."""
         if not rows:
             rows = [Row([])]
             rows[0].append(Branch((self.pad_token_id,), (False,), prompt_length=1), 0)
         return rows if self.row_length is None else first_fit(rows, self.row_length)
 
     def trunk_length(self, branches: list[Branch]) -> int:
-        """How many first tokens the branches share."""
+        """Returns how many first tokens the branches share."""
         return trunk_length(branches, self.image_token_id, self.image_seq_length)
 
     def _row(self, images: list, branches: list[Branch]) -> Row:
@@ -141,11 +143,11 @@ class Packer:
         return row
 
     def _image_count(self, branch: Branch, length: int | None = None) -> int:
-        """The images among the first `length` tokens of a branch."""
+        """Counts the images among the first `length` tokens of a branch."""
         return branch.input_ids[:length].count(self.image_token_id) // self.image_seq_length
 
     def _fitting(self, branches: list[Branch], dropped: list[dict]) -> list[Branch]:
-        """The branches that fit into `max_length` behind their trunk; else one with the end of its response cut; else none."""
+        """Returns the branches that fit into `max_length` after their trunk; else one with its response cut; else none."""
         if self.max_length is None:
             return branches
         if self.image_token_id in branches[0].input_ids and self.max_length < self.encoder.up_to_an_image + 2:

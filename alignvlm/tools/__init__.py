@@ -1,1 +1,1 @@
-"""What a person runs to look or prepare."""
+"""Commands to look at data and models, and to plan."""

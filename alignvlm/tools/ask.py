@@ -3,7 +3,7 @@
     alignvlm ask out/stage4 photo.jpg "What is he holding?"
     alignvlm ask out/stage4 before.jpg --image after.jpg "What has changed?"
 
-Several images stand before the question in the order in which they are given.
+Several images stand before the question, in the given order.
 """
 
 import argparse
@@ -32,16 +32,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def with_tag(tag: str, question: str) -> str:
-    """The prompt as the checkpoint's recipe wants it at evaluation."""
+    """Returns the prompt as the checkpoint's recipe wants it at evaluation."""
     return f"{tag} {question}".strip()
 
 
 def ask(arguments: argparse.Namespace) -> str:
-    """The answer to the command line's question.
+    """Answers the command line's question.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an image that cannot be read (`BadImage`) and a question that holds the image placeholder.
+        ValueError: for an image that cannot be read (`BadImage`), and for a question that holds the image placeholder.
     """
     images: list[Image.Image] = [read_image(path) for path in (arguments.image, *arguments.more_images)]
     model, processor, _ = load(arguments)
@@ -50,7 +50,7 @@ def ask(arguments: argparse.Namespace) -> str:
 
 
 def load(arguments: argparse.Namespace):
-    """Model, processor and precision of the command line's checkpoint (see `load_checkpoint`), without progress bars."""
+    """Loads model, processor and precision of the command line's checkpoint (see `load_checkpoint`), without progress bars."""
     logging.disable_progress_bar()
     return load_checkpoint(
         arguments.checkpoint,
@@ -63,7 +63,7 @@ def load(arguments: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the answer; what cannot be asked is one sentence."""
+    """Prints the answer; an error ends the program with one sentence."""
     arguments = parser().parse_intermixed_args(argv)
     try:
         print(ask(arguments))

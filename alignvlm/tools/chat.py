@@ -1,9 +1,9 @@
-"""Talks with a checkpoint at a prompt: several turns, with images where they are wanted, the answer as it is generated.
+"""Talks with a checkpoint at a prompt: takes several turns, with images, and prints each answer while it is generated.
 
     alignvlm chat out/stage4 photo.jpg
 
-The conversation is kept as transformers' messages and generated from anew at each turn, as the chat template writes it: under the
-mask types `prefix` and `mutual` an answer on a kept cache would be another one.
+Keeps the conversation as transformers' messages, and encodes all of it anew at each turn: under the mask types `prefix` and `mutual`
+a kept cache would change the answer.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class AnswerStreamer(TextStreamer):
 
 
 class Chat:
-    """A conversation: its messages so far, and the images that go with the next one.
+    """A conversation: its messages so far, and the images for the next message.
 
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
@@ -77,7 +77,7 @@ class Chat:
         """Prints the greedy answer to a message while it is generated, and returns it.
 
         Raises:
-            ValueError: for a message that holds the image placeholder, and a conversation that is too long; nothing of it is kept.
+            ValueError: for a message that holds the image placeholder, and for a conversation that is too long; the message is not kept.
         """
         images = [{"type": "image", "image": image} for image in self.images]
         content = [*images, {"type": "text", "text": with_tag(self.tag, text)}]
@@ -105,7 +105,7 @@ class Chat:
         return answer
 
     def add_image(self, path: str) -> None:
-        """Adds an image to the next message; says so if it cannot be read."""
+        """Adds an image to the next message; prints an error if it cannot be read."""
         try:
             self.images.append(read_image(Path(path).expanduser()))
         except ValueError as error:
@@ -114,7 +114,7 @@ class Chat:
             print(f"{path} goes with your next message.")
 
     def obey(self, line: str) -> bool:
-        """Does what a line that begins with a slash says; False if the chat ends."""
+        """Runs a line that begins with a slash. Returns False if the chat ends."""
         command, _, rest = line.partition(" ")
         if command == "/image" and rest:
             self.add_image(rest.strip().strip("'\""))
@@ -130,7 +130,7 @@ class Chat:
         return command != "/quit"
 
     def run(self) -> None:
-        """Reads lines and answers until `/quit` or the end of the input. An interrupt while it answers ends only the answer."""
+        """Reads lines and answers until `/quit` or the end of the input. An interrupt during an answer ends only the answer."""
         while True:
             try:
                 line = input("> ").strip()
@@ -150,7 +150,7 @@ class Chat:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Loads the checkpoint and talks; a checkpoint that cannot be loaded is one sentence."""
+    """Loads the checkpoint and talks; a checkpoint that cannot be loaded ends the program with one sentence."""
     arguments = parser().parse_intermixed_args(argv)
     try:
         model, processor, precision = load(arguments)

@@ -1,4 +1,4 @@
-"""What a stage's sources hold, as a table, and a contact sheet: pictures, prompts and responses as the model gets them."""
+"""Shows what a stage's sources hold: a table, and a contact sheet of images, prompts and responses as the model gets them."""
 
 import base64
 import html
@@ -23,8 +23,11 @@ b { font-weight: normal; background: #cde8c9 } i { font-style: normal; backgroun
 
 
 def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1000) -> str:
-    """A table with a line per source, of up to `sample` of its records (0: all; of a stream 1000): how many there are and are
-    drawn per epoch, annotations per image or record, tokens per record, and images that cannot be read."""
+    """Returns a table with a line per source, measured on at most `sample` of its records (0: all; of a stream 1000).
+
+    Columns: the records, those drawn per epoch, the share of tokens, annotations and tokens per record, the share of image tokens, and
+    records with images that cannot be read.
+    """
     lines = [
         f"{'source':<20} {'records':>9} {'an epoch':>9} {'share':>6} {'annotations':>11} {'tokens: mean':>12} {'95%':>6} {'longest':>7} "
         f"{'of images':>9} {'bad images':>12}"
@@ -57,15 +60,15 @@ def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1
 
 
 def write_contact_sheet(mixture: Mixture, collator: AlignVLMCollator, count: int, path: Path) -> None:
-    """Writes one HTML file with `count` records, the sources in turn; responses, which are what is trained, are coloured."""
+    """Writes one HTML file with at most `count` records, from the sources in turn; trained tokens are coloured."""
     records = [part.sample(count) for part in mixture.parts]
     shown = [(part, next(found, None)) for part, found in islice(cycle(zip(mixture.parts, records)), count)]
     body = "".join(_article(part, record, collator) for part, record in shown if record is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f"<!doctype html><meta charset=utf-8><title>Training data</title><style>{STYLE}</style><h1>Training data</h1>"
-        f"<p>As the model gets them: pictures after the image processor, tokens as text; <b>coloured</b> tokens are trained, "
-        f"<i>grey</i> ones stand for the picture.</p>{body}\n"
+        f"<p>As the model gets them: images after the image processor, tokens as text; <b>coloured</b> tokens are trained, "
+        f"<i>grey</i> ones stand for the image.</p>{body}\n"
     )
 
 
@@ -84,7 +87,7 @@ def _article(part: Part, record: dict, collator: AlignVLMCollator) -> str:
 
 
 def _branches(row: Row, collator: AlignVLMCollator) -> str:
-    """A row's tokens as HTML, an image's as one mark, each branch on lines of its own."""
+    """Writes a row's tokens as HTML: an image's tokens as one mark, each branch on lines of its own."""
     image_token = collator.processor.image_token_id
     kinds = [
         (branch, token == image_token, label != IGNORED)
@@ -105,7 +108,7 @@ def _branches(row: Row, collator: AlignVLMCollator) -> str:
 
 
 def _data_url(picture: Image.Image, collator: AlignVLMCollator) -> str:
-    """The picture after resizing, cropping and normalisation, back in 8-bit values."""
+    """Returns the image after resizing, cropping and normalisation, back in 8-bit values."""
     processor = collator.processor.image_processor
     values = np.asarray(processor([picture], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
     if getattr(processor, "do_normalize", False):

@@ -1,9 +1,9 @@
-"""What stages will cost, before anything is spent: data, steps, memory, FLOPs, hours. And what is wrong with their recipes.
+"""Plans stages before they run: data, steps, memory, FLOPs, hours, and what is wrong with their recipes.
 
     alignvlm plan --config training/recipes/alignvlm_900m/stage*.yaml --data_dir data --processes 8 --gpu H100
 
-Everything a stage reads is opened: checkpoints, sources, fields. A stage may start from the `output_dir` of one before it in the
-list, which need not exist yet.
+Opens everything that a stage reads: checkpoints, sources, fields. A stage may start from the `output_dir` of an earlier one in the list,
+which need not exist yet.
 """
 
 import argparse
@@ -47,7 +47,7 @@ TOKENS_OF_HEAD, WORDS_OF_HEAD = 4096, 8192  # of a tile of TRL's fused head
 
 @dataclass
 class ImageCost:
-    """What one image costs the encoder: FLOPs forward, the values its layers put out, and the tokens the projector makes of it."""
+    """The cost of one image: the encoder's forward FLOPs, the number of values its layers output, and the projector's tokens."""
 
     flops: float
     values: int
@@ -55,7 +55,7 @@ class ImageCost:
 
     @classmethod
     def of(cls, vision: PreTrainedConfig, input_size: tuple[int, int], tokens: int) -> "ImageCost":
-        """Counted by PyTorch as an image of `input_size` pixels goes through an encoder without weights."""
+        """Counts the cost with PyTorch, on an image of `input_size` pixels and an encoder without weights."""
         values = 0
 
         def count(module, inputs, output):
@@ -82,18 +82,19 @@ def step_flops(
     recompute: bool = False,
     image: "ImageCost | None" = None,
 ) -> float:
-    """FLOPs of a training step, two per multiply-add.
+    """Returns the FLOPs of a training step, two per multiply-add.
 
-    Of the encoder what PyTorch counts, twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the gradient of its weights if they train, and 2 P for the gradient of its
-    input if anything before it trains; attention costs 4 H T^2 per row and layer forward (H hidden size, T row length: masked
-    positions are computed too) and twice that backward if anything at or before it trains. The head counts where it is applied.
+    The encoder costs what PyTorch counts, and twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the
+    gradient of its weights if they train, and 2 P for the gradient of its input if anything before it trains. Attention costs 4 H T^2 per
+    row and layer forward (H hidden size, T row length: masked positions are computed too), and twice that backward if anything at or
+    before it trains. The head costs only at the tokens that it is applied to.
 
     Args:
         modules: vision encoder, projector, language model; on any device.
         trains: which of `MODULES`.
         images, rows, length, head_tokens: of a step; `length` is that of the padded rows.
-        recompute: with gradient checkpointing, layers that go backward go forward twice.
-        image: what one costs the encoder; left out, measured of the square that the vision config tells of.
+        recompute: with gradient checkpointing, layers with a backward pass go forward twice.
+        image: the cost of one image; by default that of the square in the vision config.
     """
     projector_weights, language_weights = (
         sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, Conv1D)))
@@ -113,7 +114,7 @@ def step_flops(
 
 @dataclass
 class Batch:
-    """The shape of one batch of a process, and how much of it is tokens."""
+    """The shape of one batch of a process, and its tokens without padding."""
 
     images: int
     rows: int
@@ -124,7 +125,7 @@ class Batch:
 
 @dataclass
 class Plan:
-    """What a stage will cost. Bytes are those of one process."""
+    """The plan of a stage. Bytes are those of one process."""
 
     arguments: StageArguments
     mixture: Mixture
@@ -139,14 +140,14 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of the stage."""
+        """FLOPs of the complete stage."""
         return self.steps * self.step_flops
 
 
 def batches_of(
     mixture: Mixture, collator: AlignVLMCollator, batch_size: int, count: int, seed: int = 0
 ) -> list[Batch]:
-    """The shapes of `count` random batches of the mixture's records, whose images are not decoded."""
+    """Returns the shapes of `count` random batches of the mixture's records, without decoding images."""
     rng = np.random.default_rng(seed)
     per_part = max(1, min(2 * batch_size * count, 1000))
     samples = [list(part.sample(per_part)) for part in mixture.parts]
@@ -173,14 +174,14 @@ def memory_of(
     processes: int,
     image: ImageCost,
 ) -> dict[str, float]:
-    """Estimated bytes of a process at the height of a step, by what takes them.
+    """Estimates the bytes of a process at the peak of a step, by what takes them.
 
     Weights are 4 bytes each (frozen ones 2 with `frozen_16_bit`), gradients of trained ones 4, AdamW's states 8, DDP's buckets 4, and the
-    16-bit copies that autocast keeps of trained matrices 2. For the backward pass a layer holds its input (4 bytes a value) and, without
-    gradient checkpointing, what its operations need: 14 values of hidden and 3 of intermediate size per token (16 bits under autocast,
-    else 32) and, with eager attention, its probabilities (10 bytes each); with gradient checkpointing one layer does. An encoder that is
-    no stack of equal layers keeps what its modules put out. TRL's head
-    works in tiles of 4,096 tokens and 8,192 words, and adds up its weights' gradient in float32.
+    16-bit copies that autocast keeps of trained matrices 2. For the backward pass a layer holds its input (4 bytes a value) and what
+    its operations need: 14 values of hidden and 3 of intermediate size per token (16 bits under autocast, else 32), and with eager
+    attention its probabilities (10 bytes each). With gradient checkpointing only one layer at a time holds what its operations need. An
+    encoder that is not a stack of equal layers keeps the output of its modules. TRL's head works in tiles of 4,096 tokens and 8,192 words,
+    and sums its weights' gradient in float32.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trained.values())
@@ -206,7 +207,7 @@ def memory_of(
             largest = max(largest, of_layer / 2)  # nothing is kept
         elif arguments.activation_checkpointing:
             activations += config.num_hidden_layers * inputs
-            largest = max(largest, 2 * of_layer)  # computed again, and its gradients
+            largest = max(largest, 2 * of_layer)  # recomputed, and its gradients
         else:
             activations += config.num_hidden_layers * (inputs + of_layer)
             largest = max(largest, of_layer)
@@ -233,7 +234,7 @@ def plan_stage(
     processes: int,
     sample: int = 30,
 ) -> Plan:
-    """Plans one stage; every source is opened, and `sample` random batches are measured."""
+    """Plans one stage: opens every source and measures `sample` random batches."""
     config = copy.deepcopy(config)
     config.attention_mask_type = arguments.attention_mask_type
     with torch.device("meta"):
@@ -281,10 +282,10 @@ def plan_stage(
 
 
 def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) -> list[Plan]:
-    """Plans stages of which each may start from what one before it will have written.
+    """Plans stages, each of which may start from the output of an earlier one.
 
     Raises:
-        ValueError: for what a run would stumble over; the message names the stage.
+        ValueError: for an error that would stop a run; the message names the stage.
     """
     known: dict[Path, tuple] = {}
     plans = []
@@ -309,8 +310,10 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
 
 
 def other_turns(part: Part, token_counts: TokenCounts, records: int = 200) -> tuple[str, float] | None:
-    """What the other way to take turns (`whole` or `independent`) is called, and the tokens a record would have with it; None where all
-    conversations have one turn, or the source is a stream."""
+    """Returns the other way to take turns (`whole` or `independent`) and the tokens that a record would have with it.
+
+    Returns None if both ways give the same number of tokens, or if the source has no such choice.
+    """
     found = part.source.with_other_turns()
     if found is None:
         return None
@@ -320,7 +323,7 @@ def other_turns(part: Part, token_counts: TokenCounts, records: int = 200) -> tu
 
 
 def describe(plan: Plan, gpu: str, utilisation: float) -> str:
-    """The plan of a stage as text."""
+    """Returns the plan of a stage as text."""
     arguments = plan.arguments
     rate, capacity = GPUS[gpu]
     trained, total = (sum(counts[i] for counts in plan.parameters.values()) for i in (0, 1))
@@ -363,20 +366,20 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="What stages will cost.",
-        epilog="Any field of a stage can be given as well, for all stages.",
+        description="Plans stages before they run: what they will cost, and what is wrong with their recipes.",
+        epilog="Any field of a stage may follow; it then holds for all stages.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", required=True, help="Recipes, in the order of the stages.")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs.")
+    parser.add_argument("--processes", type=int, default=1, help="Number of GPUs.")
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument(
         "--utilisation",
         type=float,
         default=0.4,
-        help="The share of the GPU's peak rate that steps are taken to reach.",
+        help="The share of the GPU's peak rate that steps are assumed to reach.",
     )
-    parser.add_argument("--sample", type=int, default=30, help="Random batches whose shapes are measured.")
+    parser.add_argument("--sample", type=int, default=30, help="Measure the shapes of this number of random batches.")
     options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
     stages = [parse_anywhere(["--config", path, *fields], also=vars(options))[0] for path in paths]

@@ -1,8 +1,8 @@
-"""What a stage is about to read: its sources in numbers, and a contact sheet of what the model will see.
+"""Shows what a stage is about to read: its sources in numbers, and a contact sheet of what the model will see.
 
     alignvlm data --config training/recipes/nano/stage3.yaml --show 16
 
-Nothing is trained; images are decoded for the contact sheet only.
+Trains nothing. Images are decoded to find those that cannot be read, and for the contact sheet.
 """
 
 import sys
@@ -22,14 +22,14 @@ class ShowArguments:
     """What `alignvlm data` prints and writes."""
 
     show: int = field(
-        default=0, metadata={"help": "Put this number of records, of all sources in turn, on the contact sheet."}
+        default=0, metadata={"help": "Put this number of records on the contact sheet, from all sources in turn."}
     )
     sample: int = field(default=1000, metadata={"help": "Read at most this number of records of each source; 0: all."})
     sheet: str = field(default="out/data.html", metadata={"help": "Where the contact sheet goes."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints what a stage's sources hold, and writes the contact sheet."""
+    """Prints what a stage's sources hold, and writes the contact sheet if `--show` asks for it."""
     arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
     check_model(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)

@@ -1,4 +1,4 @@
-"""CIDEr-D for the `evaluate` library: the official numbers of image captioning, without Java."""
+"""CIDEr-D for the `evaluate` library: the official metric of image captioning, without Java."""
 
 import datasets
 import evaluate
@@ -25,11 +25,11 @@ _CITATION = """
 _INPUTS_DESCRIPTION = """
 Args:
     predictions (list of str): one caption per image.
-    references (list of list of str, or list of str): the captions of people for each image, all that there are; their number may
-        differ between images.
+    references (list of list of str, or list of str): all captions that people wrote for each image; their number may differ between
+        images.
     document_frequencies (dict, optional): what `document_frequencies` of this module returned for other references. By default
-        those of the given references, which is what papers do; a score then depends on all images it is computed over, and is 0
-        for a single image.
+        those of the given references, as in papers; a score then depends on all images of the computation, and is 0 for a single
+        image.
 
 Returns:
     cider (float): the mean over images.
@@ -61,7 +61,7 @@ class Cider(evaluate.Metric):
         )
 
     def document_frequencies(self, references: list[list[str]] | list[str]) -> dict:
-        """The document frequencies of a set of references, to score other captions by: JSON-serialisable."""
+        """Returns the document frequencies of a set of references, for scoring other captions: JSON-serialisable."""
         tokenized = _tokenize_groups(_as_groups(references))
         return {"documents": len(tokenized), "frequencies": document_frequencies(tokenized)}
 
@@ -70,7 +70,7 @@ class Cider(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference], **options)
 
     def add_batch(self, *, predictions=None, references=None, **options):
-        """Adds items, checked before anything is stored: a refused batch leaves what was added before as it was. See `compute`."""
+        """Adds items after checking them: a refused batch leaves earlier items as they were. See `compute`."""
         references = _as_groups(references)
         if not predictions:
             raise ValueError("CIDEr needs at least one prediction; got none.")
@@ -91,7 +91,7 @@ class Cider(evaluate.Metric):
 
 
 def _as_groups(references) -> list[list[str]]:
-    """One list of references per item, also where a single one was given without a list."""
+    """Returns one list of references per item, also for a single reference without a list."""
     groups = [[group] if isinstance(group, str) else group for group in references or []]
     for index, group in enumerate(groups):
         if not isinstance(group, list | tuple) or not group or not all(isinstance(text, str) for text in group):

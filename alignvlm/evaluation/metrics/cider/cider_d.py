@@ -1,4 +1,4 @@
-"""CIDEr-D of tokenized captions, in numpy: the numbers of coco-caption's scorer, several times faster."""
+"""CIDEr-D of tokenized captions, in numpy: the scores of coco-caption's scorer, several times faster."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,11 +15,11 @@ def cider_d(
     frequencies: Mapping[str, int] | None = None,
     documents: int | None = None,
 ) -> np.ndarray:
-    """CIDEr-D of every prediction, after Vedantam et al., 2015 (arXiv 1411.5726), as coco-caption computes it.
+    """Computes CIDEr-D of every prediction, after Vedantam et al., 2015 (arXiv 1411.5726), as coco-caption computes it.
 
     For n = 1 ... 4, a caption is the vector of its n-grams' counts times log(documents / document frequency). A prediction's
-    score against a reference is the clipped cosine of their vectors, times exp(-d² / 72), d being the difference of their
-    numbers of bigrams; then the mean over references and n, times 10. An n-gram's document frequency is the number of items
+    score against a reference is the clipped cosine of their vectors, times exp(-d² / 72), where d is the difference of their
+    numbers of bigrams. CIDEr-D is the mean over references and n, times 10. An n-gram's document frequency is the number of items
     that have it in a reference.
 
     Args:
@@ -89,7 +89,7 @@ def cider_d(
 
 
 def document_frequencies(references: Sequence[Sequence[Sequence[str]]]) -> dict[str, int]:
-    """In how many items' references each n-gram (its tokens joined by spaces) occurs."""
+    """Counts in how many items' references each n-gram (its tokens joined by spaces) occurs."""
     frequencies: dict[str, int] = {}
     for group in references:
         ngrams = {

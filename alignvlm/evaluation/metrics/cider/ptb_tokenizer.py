@@ -1,9 +1,9 @@
-"""Captions to tokens as coco-caption does it: Penn Treebank tokens, lower case, without punctuation.
+"""Tokenizes captions as coco-caption does: Penn Treebank tokens, lower case, without punctuation.
 
-The official program is CoreNLP 3.4.1's `PTBTokenizer -preserveLines -lowerCase`, in Java. These rules were written from what it
-answers to given texts, not from its grammar. Like any lexical scanner it tries every rule at each place: the longest match wins,
-and of equally long ones the first. Where a rule has a group, the group is the token, and what is matched behind it is context that
-must follow and counts towards the length.
+The official program is CoreNLP 3.4.1's `PTBTokenizer -preserveLines -lowerCase`, in Java. These rules were written from its answers to
+given texts, not from its grammar. Like any lexical scanner it tries every rule at each position: the longest match wins, and of equally
+long ones the first. If a rule has a group, the group is the token; the match after it is context that must follow and counts towards the
+length.
 """
 
 import re
@@ -203,7 +203,7 @@ def _longest_match(text: str, place: int) -> str:
 
 @lru_cache(maxsize=100_000)
 def _normalised(token: str) -> list[str]:
-    """What is printed for a token: lower case, brackets by name, ASCII quotes, the parts of "cannot"."""
+    """Returns what is printed for a token: lower case, brackets by name, ASCII quotes, the parts of "cannot"."""
     if len(token) == 1:
         return [{**CHARACTERS, **BRACKETS}.get(token, token.lower())]
     if token[:3] == "...":
@@ -223,7 +223,7 @@ def _normalised(token: str) -> list[str]:
 
 
 def _readable(caption: str) -> str:
-    """Resolves entities, and drops or sets apart the characters the official tokenizer does not know."""
+    """Resolves entities, and drops or sets apart characters that the official tokenizer does not know."""
     if "&" in caption:
         for entity, character in ENTITIES.items():
             caption = caption.replace(entity, character)

@@ -1,4 +1,4 @@
-"""Accuracy of short answers for the `evaluate` library: PathVQA's numbers by their names, and any other set of short answers."""
+"""Accuracy of short answers for the `evaluate` library: PathVQA's metrics by their names, and any other set of short answers."""
 
 from collections import Counter
 
@@ -31,11 +31,11 @@ Args:
 Returns, each None where there is no question of its kind:
     accuracy, yes_no_accuracy, free_form_accuracy (float): share of answers that equal the reference after normalisation. M2I2
         (arXiv 2211.13594) compares like this; MUMC (arXiv 2307.05314) lower-cases and strips punctuation only.
-    free_form_recall, free_form_f1 (float): share of the reference's words that the answer has, and its harmonic mean with the share
-        of the answer's words that the reference has; words count as often as they occur; the mean over questions. LLaVA-Med
-        (arXiv 2306.00890) prints such a recall as its number for "open" questions.
-    majority_accuracy, majority_yes_no_accuracy, majority_free_form_accuracy (float): what the one answer that is right most often
-        would get: a model that does not look reaches this.
+    free_form_recall, free_form_f1 (float): means over questions. Recall is the share of the reference's words that the answer has; F1
+        is its harmonic mean with the share of the answer's words that the reference has. Words count as often as they occur.
+        LLaVA-Med (arXiv 2306.00890) prints such a recall for "open" questions.
+    majority_accuracy, majority_yes_no_accuracy, majority_free_form_accuracy (float): the accuracy of always giving the most frequent
+        answer, which a model reaches without looking.
     count, yes_no_count, free_form_count (int): numbers of questions.
     llava_med_closed (float): for comparison only, over yes/no questions: the reference occurs anywhere in the lower-cased answer, so
         "normal" counts as "no". LLaVA-Med prints this for "closed" questions.
@@ -85,7 +85,7 @@ class PathVQAAccuracy(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference], **options)
 
     def add_batch(self, *, predictions=None, references=None, **options):
-        """Adds questions, checked before anything is stored: a refused batch leaves what was added as it was. See `compute`."""
+        """Adds questions after checking them: a refused batch leaves earlier ones as they were. See `compute`."""
         if not predictions:
             raise ValueError("The accuracy needs at least one prediction; got none.")
         for name, texts in (("Prediction", predictions), ("Reference", references or [])):
@@ -113,7 +113,7 @@ class PathVQAAccuracy(evaluate.Metric):
 
 
 def _judge(prediction: str, reference: str) -> dict:
-    """All that is known of one answer."""
+    """Returns all scores of one answer."""
     plain_prediction, plain_reference = prediction.strip().lower(), reference.strip().lower()
     given, right = comparable(prediction, reference)
     given_words, right_words = given.split(), right.split()

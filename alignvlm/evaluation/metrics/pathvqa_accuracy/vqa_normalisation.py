@@ -1,4 +1,4 @@
-"""Answers in the normal form of the official VQA evaluation (GT-Vision-Lab/VQA, `vqaEval.py`), its oddities included."""
+"""Normalises answers as the official VQA evaluation does (GT-Vision-Lab/VQA, `vqaEval.py`), with its oddities."""
 
 import re
 
@@ -51,7 +51,7 @@ CONTRACTIONS = {
 
 
 def normalise(answer: str, keep_articles: bool = False) -> str:
-    """The answer as the official VQA evaluation compares it; with `keep_articles`, before it removes articles.
+    """Returns the answer as the official VQA evaluation compares it; with `keep_articles`, the articles stay.
 
     1. New lines and tabs become spaces; surrounding white space goes.
     2. Each of `PUNCTUATION` is deleted if it stands next to a space anywhere in the answer, or if the answer has a comma between
@@ -71,10 +71,10 @@ def normalise(answer: str, keep_articles: bool = False) -> str:
 
 
 def comparable(prediction: str, reference: str) -> tuple[str, str]:
-    """Both answers in the form in which they are compared: the normal form, or the first weaker one that leaves something of the reference.
+    """Returns both answers in the form of the comparison: the normal form, or the first weaker one that leaves any of the reference.
 
-    The weaker forms keep articles (a reference "A"), or are as written, lower-cased and without surrounding white space (a
-    reference "+"). The reference's form is empty only if the reference is.
+    The first weaker form keeps articles (a reference "A"); the second only lower-cases and strips (a reference "+"). The reference's form
+    is empty only if the reference is.
     """
     for form in (normalise, lambda answer: normalise(answer, keep_articles=True)):
         if right := form(reference):
