@@ -18,6 +18,8 @@ from alignvlm.export.stock import WRITERS, compare, export, main, stock_model
 from alignvlm.stages.checkpoint import save_checkpoint
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import VISION
+from tests.stages.shipped_templates import SHIPPED
+from tests.stages.test_chat_templates import extended_processor, shipped_tokenizer
 
 
 CLIP = {**VISION, "model_type": "clip_vision_model"}
@@ -186,6 +188,24 @@ def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
     ):
         found.append(model.eval().generate(**processor(**options), max_new_tokens=8, do_sample=False))
     assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
+
+
+@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # PaliGemma's processor is LLaVA's
+@pytest.mark.parametrize("template", SHIPPED)
+def test_language_models_own_templates_write_the_tokens_of_training(make_model, tmp_path, home, template):
+    """With begin tokens of the template, of the tokenizer or of both, and with system messages refused or dropped."""
+    processor = extended_processor(shipped_tokenizer(template))
+    tokenizer = processor.tokenizer
+    values = dict(CASES[home][next(iter(CASES[home]))])
+    model = make_model(**{**values, "text": {**values.get("text", {}), "vocab_size": len(tokenizer)}})
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    save_checkpoint(model, processor, tmp_path / "given", {"backbones": {}, "stages": []})
+    if template == "zephyr":  # it writes no begin token, so training has none; but the tokenizer adds one
+        with pytest.raises(ValueError, match="writes other tokens than this checkpoint was trained on"):
+            export(str(tmp_path / "given"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["given"]
+        return
+    assert export(str(tmp_path / "given"), tmp_path / "out").name == home
 
 
 def test_the_folder_has_the_licence_and_the_backbones_of_the_checkpoint(given, tmp_path):
