@@ -17,6 +17,8 @@ from modeling_alignvlm import AlignVLMConfig
 TOKENS_BEFORE_PATCHES = {"siglip_vision_model": 0, "clip_vision_model": 1, "vit": 1, "dinov2": 1}
 # Encoders whose final output is the last of their hidden states; others have a layer norm between the two.
 OUTPUT_IS_A_STATE = ("clip_vision_model",)
+# Language models seen to keep the masks that PaliGemma makes, in a forward pass and in generation.
+TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,54 @@ def _llava(config: AlignVLMConfig) -> list[Obstacle]:
     return found
 
 
-HOMES = (Home("LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),)
+def _final_output(config: AlignVLMConfig) -> list[Obstacle]:
+    """What homes ask that read the encoder's final output as it is."""
+    found = _encoder(config)
+    if TOKENS_BEFORE_PATCHES.get(config.vision_config.model_type, 0):
+        kind = config.vision_config.model_type
+        found.append(Obstacle(f"it takes no encoder with tokens before the patches, such as {kind!r}"))
+    if config.vision_feature_layer != -1:
+        found.append(
+            Obstacle(
+                f"it reads the encoder's final output, not vision_feature_layer={config.vision_feature_layer}",
+                "vision_feature_layer: -1",
+            )
+        )
+    return found + _language_model(config)
+
+
+def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _final_output(config)
+    height, width = config.feature_grid
+    if height != width:
+        found.append(Obstacle(f"its grid of patches is square, not {height} x {width}"))
+    if config.image_seq_length < 3:
+        found.append(Obstacle(f"its processor writes at least 3 tokens an image, not {config.image_seq_length}"))
+    kind = config.text_config.model_type
+    if (
+        kind != "gemma3_text"
+    ):  # in memory it takes others too; a saved configuration is read as this one, whatever it says
+        found.append(Obstacle(f"its language model is 'gemma3_text', not {kind!r}"))
+    return found
+
+
+def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _final_output(config)
+    if config.pixel_shuffle_factor != 1:
+        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    kind = config.text_config.model_type
+    if kind not in TAKES_READY_MASKS:
+        found.append(Obstacle(f"it takes the language models {', '.join(TAKES_READY_MASKS)}, not {kind!r}"))
+    elif "sliding_attention" in (getattr(config.text_config, "layer_types", None) or []):
+        found.append(Obstacle("it makes no mask for sliding windows of this language model"))
+    return found
+
+
+HOMES = (
+    Home("LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
+    Home("Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
+    Home("PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
+)
 
 
 def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:

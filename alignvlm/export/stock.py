@@ -9,6 +9,8 @@ of conversations, the pixel values of images, and the logits.
 
 import argparse
 import copy
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,15 +22,21 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    Gemma3Config,
+    Gemma3Processor,
     LlavaConfig,
     LlavaProcessor,
+    PaliGemmaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.utils import logging
 
 from alignvlm.evaluation.load import LORA_FILES
@@ -37,7 +45,7 @@ from hub_upload.card_text import split_card
 from hub_upload.command_line import ArgumentParser
 from hub_upload.licences import FIELDS
 from hub_upload.repository import check_model, file_of
-from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor, get_mask_type
 
 
 TOLERANCE = 1e-5  # of logits in float32, relative to the largest of them
@@ -93,9 +101,13 @@ def _llava_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.init_kwargs["padding_side"] = (
+        tokenizer.padding_side
+    )  # what is saved: our processor pads on the left by itself
     return LlavaProcessor(
         processor.image_processor,
-        copy.deepcopy(processor.tokenizer),
+        tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=_strategy(config),
         chat_template=processor.chat_template,
@@ -104,7 +116,81 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     )
 
 
-WRITERS = {"LLaVA": Writer(_llava_config, _llava_projector, _llava_processor)}
+def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config:
+    token = config.image_token_id
+    return Gemma3Config(
+        **_halves(config), mm_tokens_per_image=config.image_seq_length, boi_token_index=token, eoi_token_index=token
+    )
+
+
+def _gemma3_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        "mm_soft_emb_norm.weight": weights["layers.0.weight"] - 1,  # Gemma's norms multiply by one more
+        "mm_input_projection_weight": weights["layers.1.weight"].T.contiguous(),
+    }
+
+
+def _gemma3_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Gemma3Processor:
+    """`Gemma3Processor` writes an image as two line breaks, a begin token, the image tokens, an end token and two line breaks. Here
+    begin and end are image tokens too, and the tokenizer drops these line breaks, so that an image has its own tokens and no other."""
+    given, token = processor.tokenizer, processor.image_token
+    if not hasattr(given, "backend_tokenizer"):
+        raise ValueError(f"The tokenizer {type(given).__name__} has no tokenizer.json, which the export would write.")
+    backend = json.loads(given.backend_tokenizer.to_str())
+    for added in backend["added_tokens"]:
+        if added["content"] == token:
+            added["normalized"] = True  # found behind the normalizer, which drops the line breaks around it
+    drops = [
+        {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+        for pattern in (rf"\n\n(?={re.escape(token)})", rf"(?<={re.escape(token)})\n\n")
+    ]
+    first = [backend["normalizer"]] if backend["normalizer"] else []
+    backend["normalizer"] = {"type": "Sequence", "normalizers": [*first, *drops]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        **{name: getattr(given, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+        padding_side=given.padding_side,
+        model_max_length=given.model_max_length,
+        clean_up_tokenization_spaces=given.clean_up_tokenization_spaces,
+        extra_special_tokens={"boi_token": token, "eoi_token": token, "image_token": token},
+    )
+    resized = processor.image_processor
+    pil = type(resized).__name__.endswith("Pil")
+    image_processor = (Gemma3ImageProcessorPil if pil else transformers.Gemma3ImageProcessor)(
+        **{name: getattr(resized, name) for name in ("size", "resample", "rescale_factor", "image_mean", "image_std")},
+        do_pan_and_scan=False,
+    )
+    return Gemma3Processor(
+        image_processor, tokenizer, processor.chat_template, image_seq_length=processor.image_seq_length - 2
+    )
+
+
+def _paligemma_config(config: AlignVLMConfig) -> PaliGemmaConfig:
+    halves = _halves(config)
+    halves[
+        "text_config"
+    ].use_bidirectional_attention = False  # asked for by name; the masks are made from `token_type_ids`
+    width = config.text_config.hidden_size
+    return PaliGemmaConfig(**halves, projection_dim=width, hidden_size=width, vocab_size=config.text_config.vocab_size)
+
+
+def _paligemma_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"linear.{kind}": weights[f"layers.{kind}"] for kind in ("weight", "bias")}
+
+
+def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    """`PaliGemmaProcessor` has a prompt of its own. LLaVA's writes ours; its tokenizer adds `token_type_ids`, 0 for a prompt."""
+    made = _llava_processor(processor, config)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    made.tokenizer.model_input_names = made.tokenizer.init_kwargs["model_input_names"] = names
+    return made
+
+
+WRITERS = {
+    "PaliGemma": Writer(_paligemma_config, _paligemma_projector, _paligemma_processor),
+    "LLaVA": Writer(_llava_config, _llava_projector, _llava_processor),
+    "Gemma 3": Writer(_gemma3_config, _gemma3_projector, _gemma3_processor),
+}
 
 
 def choose_home(config: AlignVLMConfig) -> Home:
@@ -210,6 +296,7 @@ def compare(
         ValueError: if tokens, pixel values or logits differ. The message says which.
     """
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    needs_prompt = get_mask_type(model.config.attention_mask_type).needs_prompt
     compared = 0
     for messages in _probes():
         try:
@@ -225,12 +312,17 @@ def compare(
             )
         if "pixel_values" in ours and not torch.allclose(ours["pixel_values"], theirs["pixel_values"], atol=1e-6):
             raise ValueError(f"{type(other.image_processor).__name__} makes other pixel values of an image.")
-        expected, actual = model(**ours).logits, stock(**theirs).logits
+        prompt = {"prompt_mask": ours["attention_mask"].bool()} if needs_prompt else {}
+        expected, actual = model(**ours, **prompt).logits, stock(**theirs).logits
         difference = float((actual - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"{type(stock).__name__} gives other logits than this checkpoint (relative difference {difference:.1e})."
             )
+        if compared < 2:
+            length = {"max_new_tokens": 8, "do_sample": False}
+            if not torch.equal(model.generate(**ours, **length), stock.generate(**theirs, **length)):
+                raise ValueError(f"{type(stock).__name__} writes another greedy text than this checkpoint.")
         compared += 1
     if compared == 0:
         raise ValueError(

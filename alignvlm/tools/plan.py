@@ -21,6 +21,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from alignvlm.data.mixture import Mixture, Part, TokenCounts, load_mixture
+from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
@@ -137,6 +138,7 @@ class Plan:
     memory: dict[str, float]
     step_flops: float  # of all processes
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
+    homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
 
     @property
     def flops(self) -> float:
@@ -278,6 +280,7 @@ def plan_stage(
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
         [other_turns(part, collator.token_counts) for part in mixture.parts],
+        describe_homes(config),
     )
 
 
@@ -390,6 +393,8 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"In all {sum(plan.flops for plan in plans) / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}."
     )
+    print("\nWhat `alignvlm export` can make of the last stage (docs/export.md):")
+    print("\n".join(f"  {line}" for line in plans[-1].homes))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from alignvlm.export.homes import HOMES, describe_homes, obstacles
 from alignvlm.export.stock import WRITERS, compare, export, main, stock_model
 from alignvlm.stages.checkpoint import save_checkpoint
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import VISION
+from tests.stages.shipped_templates import SHIPPED
+from tests.stages.test_chat_templates import extended_processor, shipped_tokenizer
 
 
 CLIP = {**VISION, "model_type": "clip_vision_model"}
@@ -30,6 +32,24 @@ CASES = {
             "vision": CLIP,
             "text": {"model_type": "llama", "tie_word_embeddings": False},
         },
+    },
+}
+GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 3}
+CASES["Gemma 3"] = {
+    "every patch": {"text": GEMMA, "projector_type": "pool"},
+    "untied, pooled, every layer complete": {
+        "vision": {**VISION, "patch_size": 4},
+        "text": {**GEMMA, "tie_word_embeddings": False, "layer_types": ["full_attention"] * 2},
+        "projector_type": "pool",
+        "pixel_shuffle_factor": 2,
+    },
+}
+CASES["PaliGemma"] = {
+    "qwen2": {"mask_type": "prefix", "projector_type": "linear"},
+    "untied llama": {
+        "mask_type": "prefix",
+        "projector_type": "linear",
+        "text": {"model_type": "llama", "tie_word_embeddings": False},
     },
 }
 ALL = [(home, case) for home, cases in CASES.items() for case in cases]
@@ -106,7 +126,9 @@ def answer(checkpoint: Path) -> dict:
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template([{"role": "user", "content": parts}], **options)
     text = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return {"input_ids": inputs["input_ids"], "logits": model(**inputs).logits, "text": processor.decode(text)}
+    prompt = {} if model.config.attention_mask_type != "prefix" else {"prompt_mask": inputs["attention_mask"].bool()}
+    logits = model(**inputs, **prompt).logits
+    return {"input_ids": inputs["input_ids"], "logits": logits, "text": processor.decode(text)}
 
 
 @pytest.mark.parametrize("home, case", ALL)
@@ -122,6 +144,10 @@ def test_a_child_process_without_our_code_answers_alike(given, tmp_path, home, c
 
 # More of what a home takes; the export itself compares
 MORE = {
+    "PaliGemma": [
+        {"mask_type": "prefix", "projector_type": "linear", "text": text}
+        for text in ({"model_type": "qwen3", "head_dim": 16}, {"model_type": "smollm3", "pad_token_id": 0})
+    ],
     "LLaVA": [
         {"mask_type": "causal", "vision": {**VISION, "model_type": "vit"}, "vision_feature_layer": -2},
         {"mask_type": "causal", "vision": {**VISION, "model_type": "dinov2"}, "vision_feature_layer": 1},
@@ -141,6 +167,44 @@ MORE = {
 def test_more_of_what_a_home_takes(make_model, processor, tmp_path, home, index):
     record = {"backbones": {}, "stages": []}
     save_checkpoint(make_model(**MORE[home][index]), processor, tmp_path / "given", record)
+    assert export(str(tmp_path / "given"), tmp_path / "out").name == home
+
+
+@pytest.mark.parametrize("home", CASES)
+@torch.no_grad()
+def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
+    checkpoint = given(home, next(iter(CASES[home])))
+    export(str(checkpoint), tmp_path / "out")
+    red, noise = Image.new("RGB", (20, 12), (200, 30, 60)), Image.effect_noise((30, 50), 80).convert("RGB")
+    texts = ["<image> What is it?", "And what, in a few more words than before, is this: <image> Tell me."]
+    options = {"images": [[red], [noise]], "text": texts, "padding": True, "return_tensors": "pt"}
+    found = []
+    for model, processor in (
+        (AlignVLMForConditionalGeneration.from_pretrained(checkpoint), AlignVLMProcessor.from_pretrained(checkpoint)),
+        (
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "out"),
+            AutoProcessor.from_pretrained(tmp_path / "out"),
+        ),
+    ):
+        found.append(model.eval().generate(**processor(**options), max_new_tokens=8, do_sample=False))
+    assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
+
+
+@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # PaliGemma's processor is LLaVA's
+@pytest.mark.parametrize("template", SHIPPED)
+def test_language_models_own_templates_write_the_tokens_of_training(make_model, tmp_path, home, template):
+    """With begin tokens of the template, of the tokenizer or of both, and with system messages refused or dropped."""
+    processor = extended_processor(shipped_tokenizer(template))
+    tokenizer = processor.tokenizer
+    values = dict(CASES[home][next(iter(CASES[home]))])
+    model = make_model(**{**values, "text": {**values.get("text", {}), "vocab_size": len(tokenizer)}})
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    save_checkpoint(model, processor, tmp_path / "given", {"backbones": {}, "stages": []})
+    if template == "zephyr":  # it writes no begin token, so training has none; but the tokenizer adds one
+        with pytest.raises(ValueError, match="writes other tokens than this checkpoint was trained on"):
+            export(str(tmp_path / "given"), tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["given"]
+        return
     assert export(str(tmp_path / "given"), tmp_path / "out").name == home
 
 
@@ -231,13 +295,60 @@ NO_HOME = {
 }
 
 
+POOL, PREFIX = {"projector_type": "pool", "text": GEMMA}, {"mask_type": "prefix", "projector_type": "linear"}
+NO_HOME |= {
+    "Gemma 3: language model": ({"projector_type": "pool"}, "its language model is 'gemma3_text', not 'qwen2'$"),
+    "Gemma 3: mask": (
+        {**POOL, "mask_type": "causal"},
+        "its attention mask is 'image', not 'causal'. One change .*: attention_mask_type: image",
+    ),
+    "Gemma 3: layer": (
+        {**POOL, "vision_feature_layer": -2},
+        "not vision_feature_layer=-2. One change .*: vision_feature_layer: -1",
+    ),
+    "Gemma 3: tokens": (
+        {**POOL, "pixel_shuffle_factor": 2},
+        "its processor writes at least 3 tokens an image, not 1$",
+    ),
+    "Gemma 3: encoder": (
+        {**POOL, "vision": CLIP},
+        "no encoder with tokens before the patches, such as 'clip_vision_model'$",
+    ),
+    "PaliGemma: projector": (
+        {**PREFIX, "projector_type": "mlp"},
+        "its projector is 'linear', not 'mlp'. One change .*: projector_type: linear",
+    ),
+    "PaliGemma: pixel shuffle": (
+        {**PREFIX, "pixel_shuffle_factor": 2},
+        "no pixel shuffle. One change .*: pixel_shuffle_factor: 1",
+    ),
+    "PaliGemma: language model": (
+        {**PREFIX, "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}},
+        "it takes the language models qwen2, qwen3, llama, smollm3, not 'gpt_neox'$",
+    ),
+    "PaliGemma: windows": (
+        {
+            **PREFIX,
+            "text": {
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        },
+        "no mask for sliding windows",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", NO_HOME)
 def test_a_configuration_without_a_home_is_told_why(make_model, case):
+    name = case.partition(":")[0] if ":" in case else "LLaVA"
     values, said = NO_HOME[case]
     config = make_model(**values).config
-    line = next(line for line in describe_homes(config) if line.startswith("LLaVA (LlavaForConditionalGeneration): "))
+    home = next(home for home in HOMES if home.name == name)
+    line = next(line for line in describe_homes(config) if line.startswith(f"{name} ("))
     assert re.search(said, line), line
-    assert not ("One change" in line and len(obstacles(config, HOMES[0])) > 1)
+    assert not ("One change" in line and len(obstacles(config, home)) > 1)
 
 
 def test_a_mask_type_that_the_language_model_cannot_keep_is_not_offered(make_model):

@@ -160,5 +160,6 @@ def test_the_command_line(checkpoint, tmp_path, capsys):
     assert "Stage 1" in output and "Stage 2" in output and "In all" in output
     assert re.search(r"120 records, 15 steps of 8 records", output)
     assert "fits into 80 GB of one A100" in output
+    assert "  Gemma 3 (Gemma3ForConditionalGeneration): its projector is 'pool', not 'mlp'" in output
     with pytest.raises(SystemExit, match="projektor"):
         plan_main(["--config", str(recipe), "--projektor", "3"])
