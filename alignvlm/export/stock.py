@@ -48,7 +48,9 @@ from hub_upload.repository import check_model, file_of
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor, get_mask_type
 
 
-TOLERANCE = 1e-5  # of logits in float32, relative to the largest of them
+TOLERANCE = (
+    1e-4  # of logits in float32, relative to the largest: PaliGemma counts positions from 1, which rounds otherwise
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,12 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     tokenizer.init_kwargs["padding_side"] = (
         tokenizer.padding_side
     )  # what is saved: our processor pads on the left by itself
+    image_processor = copy.deepcopy(processor.image_processor)
+    image_processor.__dict__.pop("auto_map", None)  # the name of our processor's code
+    for name in ("auto_map", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
     return LlavaProcessor(
-        processor.image_processor,
+        image_processor,
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=_strategy(config),
@@ -333,7 +339,7 @@ def compare(
 CARD = """\
 # {title}
 
-The checkpoint `{checkpoint}`, made with [AlignVLM](https://arxiv.org/abs/2503.19508)'s four-stage recipe, as
+The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503.19508](https://arxiv.org/abs/2503.19508)), as
 `{class_name}` of transformers: it loads without remote code.
 
 ```python

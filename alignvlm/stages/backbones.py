@@ -129,10 +129,16 @@ def join(
     words = [token for token in range(17) if token != image_token_id]
     probe = torch.tensor([words[: stated_positions(language.config)]])
     expected = language.eval()(probe).logits
+    wanted, model.config.attention_mask_type = (
+        model.config.attention_mask_type,
+        "causal",
+    )  # as the language model alone
     try:
         actual = model(input_ids=probe).logits
     except Exception as error:  # whatever a language model of others raises
         raise ValueError(f"{kind} does not run inside AlignVLM: {type(error).__name__}: {error}") from error
+    finally:
+        model.config.attention_mask_type = wanted
     if not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4):
         raise ValueError(
             f"Inside AlignVLM {kind[0].lower() + kind[1:]} gives other logits than alone (largest difference "

@@ -23,7 +23,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import MASK_TYPES, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
 from tests.stages.conftest import SIZES
 
@@ -42,6 +42,13 @@ def language(tmp_path_factory, text_tokenizer):
     LlamaForCausalLM(config).save_pretrained(folder)
     text_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_any_mask_type_can_be_assembled(vision, language, tmp_path, mask_type):
+    model, _ = assemble(BackboneArguments(vision, str(language), str(tmp_path), attention_mask_type=mask_type))
+    assert model.config.attention_mask_type == mask_type
+    assert AlignVLMForConditionalGeneration.from_pretrained(tmp_path).config.attention_mask_type == mask_type
 
 
 def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):
