@@ -129,10 +129,8 @@ def join(
     words = [token for token in range(17) if token != image_token_id]
     probe = torch.tensor([words[: stated_positions(language.config)]])
     expected = language.eval()(probe).logits
-    wanted, model.config.attention_mask_type = (
-        model.config.attention_mask_type,
-        "causal",
-    )  # as the language model alone
+    wanted = model.config.attention_mask_type
+    model.config.attention_mask_type = "causal"  # as the language model alone
     try:
         actual = model(input_ids=probe).logits
     except Exception as error:  # whatever a language model of others raises
