@@ -121,7 +121,9 @@ class AlignVLM(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("AlignVLM is not trained for several rounds; choose a task of single questions.")
+        raise NotImplementedError(
+            "This adapter answers single questions, not several rounds; choose a task without rounds."
+        )
 
     def _images(self, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> list:
         return list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])

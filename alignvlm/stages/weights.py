@@ -4,6 +4,7 @@ docs/extend.md adds one: a `WeightsOption`, its fields in `WeightsArguments` (`a
 """
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,15 @@ from alignvlm.stages.options import StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
 
 
-class WeightsOption(StageOption):
+class WeightsOption(StageOption, ABC):
     """An option that reads or changes weights, and so needs all of them in every process."""
 
     name: str  # of the field that turns it on
 
     @classmethod
+    @abstractmethod
     def of(cls, arguments: StageArguments) -> "WeightsOption | None":
         """Makes the option that the arguments ask for; None if they do not."""
-        raise NotImplementedError
 
     def check(self, trainer: AlignVLMTrainer) -> None:
         trainer.check_complete_weights(self.name)
