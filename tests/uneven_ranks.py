@@ -39,6 +39,7 @@ def main(checkpoint: str, output: str) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -267,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name:<28} {found['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {found['p']:.3f}")
         else:
             evaluate_checkpoint(arguments)
+            PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 

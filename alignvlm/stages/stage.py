@@ -172,4 +172,6 @@ def _push(arguments: StageArguments) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error."""
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
-    return run_stage(arguments)
+    entry = run_stage(arguments)
+    PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter
+    return entry
