@@ -39,7 +39,7 @@ def main(checkpoint: str, output: str) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()  # as a stage does: a thread of gloo may still hold what the last step gathered
 
 
 if __name__ == "__main__":
