@@ -1,6 +1,6 @@
-"""What a configuration can become among transformers' own classes, and why not: one table, `HOMES`.
+"""What a configuration can become in other people's programs, and why not: one table, `HOMES`.
 
-A home is a class that computes what an AlignVLM model of one mask type and one projector does, so that the same weights need no
+A home is a class or graph that computes what an AlignVLM model of one mask type and one projector does, so that the same weights need no
 code of ours. `obstacles` compares a configuration with a home; where one field of the recipe is all that is in the way, it is named.
 """
 
@@ -31,15 +31,17 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Home:
-    """A class of transformers, and what a configuration must be to become one.
+    """A class or graph of another program, and what a configuration must be to become one.
 
     Args:
+        form: the form of the export (`alignvlm export --to`).
         name: as people call it.
-        class_name: the class in transformers.
+        class_name: the class or graph.
         mask_type, projector_type: those that the class computes.
         more: further obstacles of a configuration.
     """
 
+    form: str
     name: str
     class_name: str
     mask_type: str
@@ -137,9 +139,9 @@ def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
 
 
 HOMES = (
-    Home("LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
-    Home("Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
-    Home("PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
+    Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
+    Home("transformers", "Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
+    Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
 )
 
 
@@ -164,10 +166,12 @@ def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
     return found + home.more(config)
 
 
-def describe_homes(config: AlignVLMConfig) -> list[str]:
-    """A line for each home: that it is open, or all that is in the way, and the one change that would open it if there is one."""
+def describe_homes(config: AlignVLMConfig, form: str | None = None) -> list[str]:
+    """A line for each home (of one form, if it is given): that it is open, or all that is in the way, and the one change that would open it if there is one."""
     lines = []
     for home in HOMES:
+        if form not in (None, home.form):
+            continue
         found = obstacles(config, home)
         line = f"{home}: " + ("; ".join(obstacle.reason for obstacle in found) or "yes")
         if len(found) == 1 and found[0].change:

@@ -1,27 +1,20 @@
 """Writes a checkpoint as one of transformers' own classes, so that it loads without remote code.
 
-    alignvlm export out/stage4 out/llava --to transformers
-
-`alignvlm.export.homes` says which class. The weights go over under that class's names, with tokenizer, image processor, chat template
-and generation settings. Before the folder gets its name, what was written is loaded again and compared with the checkpoint: the tokens
-of conversations, the pixel values of images, and the logits.
+`homes.py` says which class. The weights go over under that class's names, with tokenizer, image processor, chat template and generation
+settings. What was written is loaded again and compared with the checkpoint: the tokens of conversations, the pixel values of images, the
+logits and a greedy text.
 """
 
-import argparse
 import copy
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
@@ -39,14 +32,25 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.utils import logging
 
-from alignvlm.evaluation.load import LORA_FILES
-from alignvlm.export.homes import HOMES, TOKENS_BEFORE_PATCHES, Home, describe_homes, obstacles
-from hub_upload.card_text import split_card
-from hub_upload.command_line import ArgumentParser
-from hub_upload.licences import FIELDS
-from hub_upload.repository import check_model, file_of
+from alignvlm.export.homes import TOKENS_BEFORE_PATCHES, Home
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor, get_mask_type
 
+
+CARD = """\
+# {title}
+
+The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503.19508](https://arxiv.org/abs/2503.19508)), as
+`{class_name}` of transformers: it loads without remote code.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{title}")
+processor = AutoProcessor.from_pretrained("{title}")
+```
+
+Give RGB images, upright and without transparency. Logits equal those of the checkpoint in float32 (`alignvlm export` compared them).
+"""
 
 TOLERANCE = (
     1e-4  # of logits in float32, relative to the largest: PaliGemma counts positions from 1, which rounds otherwise
@@ -199,42 +203,6 @@ WRITERS = {
 }
 
 
-def choose_home(config: AlignVLMConfig) -> Home:
-    """The home of a configuration.
-
-    Raises:
-        ValueError: if it has none; the message says why not, class by class, and which one change would open a door.
-    """
-    for home in HOMES:
-        if not obstacles(config, home):
-            return home
-    reasons = "\n".join(f"  {line}" for line in describe_homes(config))
-    raise ValueError(f"None of transformers' own classes computes what this checkpoint does:\n{reasons}")
-
-
-def read_config(checkpoint: str, revision: str | None = None) -> AlignVLMConfig:
-    """The configuration of an AlignVLM checkpoint; no code of the checkpoint is run.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is of another project, or its LoRA weights lie apart.
-    """
-    check_model(checkpoint, revision)
-    if file_of(checkpoint, "config.json", revision) is None:
-        raise FileNotFoundError(f"{checkpoint!r} holds no checkpoint: it has no config.json.")
-    values, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)
-    if values.get("model_type") != "alignvlm":
-        raise ValueError(
-            f"{checkpoint!r} is a model of type {values.get('model_type')!r}, not an AlignVLM checkpoint. Its code was not run."
-        )
-    if any(file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES):
-        raise ValueError(
-            f"{checkpoint!r} keeps LoRA weights apart (lora/), which the export would lose. Merge them first: "
-            "`python -m hub_upload.package CHECKPOINT OUT`, then export OUT."
-        )
-    return AlignVLMConfig.from_pretrained(checkpoint, revision=revision)
-
-
 def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrainedModel:
     """A model of the home's class that shares the weights of `model`, to be saved: its buffers are empty.
 
@@ -336,99 +304,15 @@ def compare(
         )
 
 
-CARD = """\
-# {title}
-
-The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503.19508](https://arxiv.org/abs/2503.19508)), as
-`{class_name}` of transformers: it loads without remote code.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("{title}")
-processor = AutoProcessor.from_pretrained("{title}")
-```
-
-Give RGB images, upright and without transparency. Logits equal those of the checkpoint in float32 (`alignvlm export` compared them).
-"""
-
-
-def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, title: str) -> None:
-    """A card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is."""
-    found = file_of(checkpoint, "README.md", revision)
-    try:
-        kept = split_card(Path(found).read_text())[0] if found else {}
-    except ValueError:
-        kept = {}
-    names = (*FIELDS, "language", "base_model", "base_model_relation", "datasets")
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["alignvlm", "vision-language-model"],
-        **{name: kept[name] for name in names if kept.get(name)},
-    )
-    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    body = CARD.format(title=title, checkpoint=name, class_name=home.class_name)
-    ModelCard(f"---\n{data}\n---\n\n{body}").save(folder / "README.md")
-
-
-def export(checkpoint: str, out: str | Path, revision: str | None = None) -> Home:
-    """Writes a checkpoint as a class of transformers' own into the new folder `out`, which is there only when it is complete.
+def write(model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, home: Home, folder: Path) -> None:
+    """Writes the new folder of a home's class, loads it as anybody would and compares it; `model` is in float32 afterwards.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, and a
-            comparison that failed.
+        ValueError: if what was written is not what was given.
     """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
-    config = read_config(checkpoint, revision)
-    home = choose_home(config)
-    processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
-    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto").eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
-        folder = Path(workspace) / "folder"
-        stock_model(model, home).save_pretrained(folder)
-        WRITERS[home.name].processor(processor, config).save_pretrained(folder)
-        stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        if type(stock).__name__ != home.class_name:
-            raise ValueError(f"The folder loads as {type(stock).__name__}, not as {home.class_name}.")
-        compare(model.float(), processor, stock, AutoProcessor.from_pretrained(folder))
-        write_card(checkpoint, revision, home, folder, out.name)
-        if out.exists():
-            out.rmdir()
-        shutil.move(folder, out)
-    return home
-
-
-def parser() -> argparse.ArgumentParser:
-    p = ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [OUT] [options]")
-    p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
-    p.add_argument(
-        "out", nargs="?", help="The new folder. Left out: says what the checkpoint can become, and why not."
-    )
-    p.add_argument(
-        "--to", choices=("transformers",), default="transformers", help="Whose classes. Default: transformers."
-    )
-    p.add_argument("--revision", help="Revision of a Hub checkpoint.")
-    return p
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    logging.disable_progress_bar()
-    try:
-        if arguments.out is None:
-            print("\n".join(describe_homes(read_config(arguments.checkpoint, arguments.revision))))
-            return
-        home = export(arguments.checkpoint, arguments.out, arguments.revision)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"{arguments.out}: {home}, loads without remote code")
-
-
-if __name__ == "__main__":
-    main()
+    stock_model(model, home).save_pretrained(folder)
+    WRITERS[home.name].processor(processor, model.config).save_pretrained(folder)
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    if type(stock).__name__ != home.class_name:
+        raise ValueError(f"The folder loads as {type(stock).__name__}, not as {home.class_name}.")
+    compare(model.float(), processor, stock, AutoProcessor.from_pretrained(folder))

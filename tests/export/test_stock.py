@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from alignvlm.export.export import export, main
 from alignvlm.export.homes import HOMES, describe_homes, obstacles
-from alignvlm.export.stock import WRITERS, compare, export, main, stock_model
+from alignvlm.export.stock import WRITERS, compare, stock_model
 from alignvlm.stages.checkpoint import save_checkpoint
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import VISION
@@ -376,7 +377,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(given, checkpoint, tmp_pat
     refused(folders["apart"], "keeps LoRA weights apart")
     (folders["broken"] / "model.safetensors").write_bytes(b"x")
     refused(folders["broken"], "error: ")
-    refused(checkpoint, "None of transformers' own classes computes what this checkpoint does")
+    refused(checkpoint, "None of the homes in the form 'transformers' computes what this checkpoint does")
     refused(tmp_path / "nowhere", "nowhere")
     refused(good, "is there already", folders["full"])
 

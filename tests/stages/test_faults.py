@@ -163,7 +163,9 @@ def test_a_dead_data_worker_ends_the_run(checkpoint, whole, tmp_path):
         worker.kill()
     assert finish(process) == 1
     # It may die while it hands a batch over: then its socket is closed, or nobody listens there.
-    assert re.search(r"DataLoader worker \(pid|Connection(Reset|Refused)Error|EOFError", folder.with_suffix(".log").read_text())
+    assert re.search(
+        r"DataLoader worker \(pid|Connection(Reset|Refused)Error|EOFError", folder.with_suffix(".log").read_text()
+    )
     assert last_complete_checkpoint(folder) is not None
 
 

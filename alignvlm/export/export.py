@@ -1,0 +1,161 @@
+"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own.
+
+    alignvlm export out/stage4                                  # says what the checkpoint can become, and why not
+    alignvlm export out/stage4 out/llava --to transformers
+
+`homes.py` is the table of what can become what. Each form has a module that writes the files and compares what was written with the
+checkpoint; here the folder gets its card and, when all that succeeded, its name.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from alignvlm.evaluation.load import LORA_FILES
+from alignvlm.export import stock
+from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
+from hub_upload.card_text import split_card
+from hub_upload.command_line import ArgumentParser
+from hub_upload.licences import FIELDS
+from hub_upload.repository import check_model, file_of
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form in which a checkpoint can be written.
+
+    Args:
+        write: makes the new folder for a model in evaluation mode, its processor and one of the form's homes, and compares what was
+            written with them; a ValueError says what differs. The model is nobody else's: it may be converted.
+        card: the card's text, with places for {title}, {checkpoint} and {class_name}.
+        library: the Hub's name of what loads the folder.
+        achieved: what may be said of the folder when it is there.
+    """
+
+    write: Callable[[AlignVLMForConditionalGeneration, AlignVLMProcessor, Home, Path], None]
+    card: str
+    library: str
+    achieved: str
+
+
+FORMS = {"transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code")}
+
+
+def choose_home(config: AlignVLMConfig, form: str) -> Home:
+    """The home of a configuration in one form.
+
+    Raises:
+        ValueError: if it has none; the message says why not, home by home, and which one change would open a door.
+    """
+    for home in HOMES:
+        if home.form == form and not obstacles(config, home):
+            return home
+    reasons = "\n".join(f"  {line}" for line in describe_homes(config, form))
+    raise ValueError(f"None of the homes in the form {form!r} computes what this checkpoint does:\n{reasons}")
+
+
+def read_config(checkpoint: str, revision: str | None = None) -> AlignVLMConfig:
+    """The configuration of an AlignVLM checkpoint; no code of the checkpoint is run.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is of another project, or its LoRA weights lie apart.
+    """
+    check_model(checkpoint, revision)
+    if file_of(checkpoint, "config.json", revision) is None:
+        raise FileNotFoundError(f"{checkpoint!r} holds no checkpoint: it has no config.json.")
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if values.get("model_type") != "alignvlm":
+        raise ValueError(
+            f"{checkpoint!r} is a model of type {values.get('model_type')!r}, not an AlignVLM checkpoint. Its code was not run."
+        )
+    if any(file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES):
+        raise ValueError(
+            f"{checkpoint!r} keeps LoRA weights apart (lora/), which the export would lose. Merge them first: "
+            "`python -m hub_upload.package CHECKPOINT OUT`, then export OUT."
+        )
+    return AlignVLMConfig.from_pretrained(checkpoint, revision=revision)
+
+
+def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, title: str) -> None:
+    """A card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is."""
+    found = file_of(checkpoint, "README.md", revision)
+    try:
+        kept = split_card(Path(found).read_text())[0] if found else {}
+    except ValueError:
+        kept = {}
+    names = (*FIELDS, "language", "base_model", "base_model_relation", "datasets")
+    data = ModelCardData(
+        library_name=FORMS[home.form].library,
+        pipeline_tag="image-text-to-text",
+        tags=["alignvlm", "vision-language-model"],
+        **{name: kept[name] for name in names if kept.get(name)},
+    )
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    body = FORMS[home.form].card.format(title=title, checkpoint=name, class_name=home.class_name)
+    ModelCard(f"---\n{data}\n---\n\n{body}").save(folder / "README.md")
+
+
+def export(checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None) -> Home:
+    """Writes a checkpoint in one of `FORMS` into the new folder `out`, which is there only when it is complete.
+
+    Raises:
+        FileExistsError: if `out` is there and not an empty folder.
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, and a
+            comparison that failed.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
+    home = choose_home(read_config(checkpoint, revision), form)
+    processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto").eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
+        folder = Path(workspace) / "folder"
+        FORMS[form].write(model, processor, home, folder)
+        write_card(checkpoint, revision, home, folder, out.name)
+        if out.exists():
+            out.rmdir()
+        shutil.move(folder, out)
+    return home
+
+
+def parser() -> argparse.ArgumentParser:
+    p = ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s CHECKPOINT [OUT] [options]")
+    p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
+    p.add_argument(
+        "out", nargs="?", help="The new folder. Left out: says what the checkpoint can become, and why not."
+    )
+    p.add_argument(
+        "--to", choices=FORMS, default="transformers", help="The form. Default: transformers, a class of its own."
+    )
+    p.add_argument("--revision", help="Revision of a Hub checkpoint.")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        if arguments.out is None:
+            print("\n".join(describe_homes(read_config(arguments.checkpoint, arguments.revision))))
+            return
+        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{arguments.out}: {home}, {FORMS[arguments.to].achieved}")
+
+
+if __name__ == "__main__":
+    main()
