@@ -78,6 +78,7 @@ class QuickstartArguments:
     )
     vision_steps: int = field(default=350, metadata={"help": "Training steps of the vision encoder."})
     language_steps: int = field(default=60, metadata={"help": "Training steps of the language model."})
+    projector_type: str = field(default="mlp", metadata={"help": "The projector: linear, mlp or pool."})
 
 
 def evaluate_on_scenes(folder: Path, data: Path, *options: str) -> dict:
@@ -193,7 +194,11 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
     )
     assemble(
         BackboneArguments(
-            vision=str(vision), language=str(language), output_dir=str(output / "stage0"), seed=arguments.seed
+            vision=str(vision),
+            language=str(language),
+            output_dir=str(output / "stage0"),
+            projector_type=arguments.projector_type,
+            seed=arguments.seed,
         )
     )
     backbone_seconds = time.perf_counter() - started

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from alignvlm.stages.chat_templates import IMAGE_TOKEN, chat_template, end_of_turn_ids
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
-from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size
+from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
 from hub_upload.licences import read_licence
 from hub_upload.repository import check_model, commit_of
@@ -209,6 +209,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         check_model(name, revision)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
+    image_processor = without_timm(arguments.vision, image_processor)
     if arguments.image_size is not None:
         set_image_size(image_processor, arguments.image_size)
     measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)

@@ -4,12 +4,14 @@ What the config says is not asked: its image size may be another one than the im
 windows merged several times over, or a map.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
 SHAPES = ((240, 320), (320, 240), (300, 300))  # height and width of the pictures sent through
@@ -39,6 +41,35 @@ def set_image_size(image_processor, side: int) -> None:
     image_processor.do_resize = True
     if crops or hasattr(image_processor, "crop_size"):
         image_processor.crop_size = square
+
+
+def without_timm(name: str, image_processor):
+    """An image processor that is saved with the checkpoint: transformers' wrapper of timm's cannot be. All others stay as they are.
+
+    Pixel values are those of timm's transforms for evaluation, but for one pixel at the edge where a crop leaves an odd rest.
+
+    Raises:
+        ValueError: for transforms that transformers' own image processors do not have.
+    """
+    if type(image_processor).__name__ != "TimmWrapperImageProcessor":
+        return image_processor
+    config = image_processor.data_config
+    (_, height, width), mode = config["input_size"], config.get("crop_mode") or "center"
+    kind = getattr(Image.Resampling, str(config["interpolation"]).upper(), None)
+    if mode not in ("center", "squash") or (mode == "center" and height != width) or kind is None:
+        raise ValueError(
+            f"The images of {name!r} are prepared by timm with crop_mode={mode!r}, interpolation={config['interpolation']!r} and "
+            f"input_size={config['input_size']}, which no image processor of transformers does. Use an encoder of crop_mode='center' "
+            "(a square) or 'squash', with bilinear or bicubic interpolation."
+        )
+    scaled = [math.floor(side / (config.get("crop_pct") or 0.875)) for side in (height, width)]  # timm's default
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": scaled[0]} if mode == "center" else {"height": scaled[0], "width": scaled[1]},
+        crop_size={"height": height, "width": width},
+        resample=kind,
+        image_mean=list(config["mean"]),
+        image_std=list(config["std"]),
+    )
 
 
 @torch.no_grad()

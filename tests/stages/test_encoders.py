@@ -32,6 +32,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.encoder_measure import without_timm
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -267,3 +268,35 @@ def test_a_config_that_tells_no_grid_is_refused():
         ValueError, match=r"'resnet' has no 'patch_size'. Give image_size, image_grid and vision_hidden"
     ):
         AlignVLMConfig(vision_config={"model_type": "resnet"})
+
+
+def timm_processor(**data_config):
+    """What `without_timm` reads of transformers' wrapper; the library itself needs torchvision, which has no build for a CPU alone."""
+    config = {"input_size": (3, 56, 56), "interpolation": "bicubic", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    return type("TimmWrapperImageProcessor", (), {"data_config": {**config, **data_config}})()
+
+
+@pytest.mark.parametrize("mode, shape", [("center", (80, 128)), ("center", (150, 100)), ("squash", (90, 37))])
+def test_images_are_prepared_as_timm_does_for_evaluation(mode, shape):
+    """The oracle are timm's transforms (`transforms_imagenet_eval`), written with Pillow."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    made = without_timm("it", timm_processor(crop_mode=mode, crop_pct=0.875))(picture, return_tensors="pt")
+    width, height = picture.size
+    if mode == "center":
+        scale = 64 / min(width, height)
+        size = (64, int(height * scale)) if width <= height else (int(width * scale), 64)
+    else:
+        size = (64, 64)
+    resized = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - 56) // 2, (size[1] - 56) // 2
+    values = np.asarray(resized.crop((left, top, left + 56, top + 56)), dtype=np.float64) / 255
+    expected = ((values - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]).transpose(2, 0, 1)
+    np.testing.assert_allclose(made["pixel_values"][0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [{"crop_mode": "border"}, {"interpolation": "random"}, {"input_size": (3, 56, 64)}]
+)
+def test_timm_transforms_that_transformers_lacks_are_refused(config):
+    with pytest.raises(ValueError, match="'it' are prepared by timm with crop_mode=.* which no image processor of"):
+        without_timm("it", timm_processor(**config))
