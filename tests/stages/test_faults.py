@@ -229,6 +229,9 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
     assert read_run_record(folder)["stages"][-1]["steps"] == step + 2
+    fields["max_steps"] = step + 4
+    with pytest.raises(ValueError, match="global_batch_size was 4 and is 2"):  # with one process less
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
 
 
 @pytest.mark.slow

@@ -176,6 +176,24 @@ def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warn
         main([*arguments_for(checkpoint, tmp_path / "new", **fields), "--resume_from_checkpoint"])
 
 
+def test_a_run_in_a_fresh_process_is_told_of_nothing_deprecated(checkpoint, tmp_path):
+    """Libraries say so once in a process, by a warning or in the log."""
+    rates = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2}
+    fields = {**rates, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "activation_checkpointing": True}
+    fields |= {"eval_sources": [{**SOURCES[0], "split": "test", "count": 2}], "eval_strategy": "epoch"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "always"}
+    runs = (
+        "import sys; from alignvlm.stages.stage import main; main(sys.argv[1:]); main([*sys.argv[1:], *'{}'.split()])"
+    )
+    command = [sys.executable, "-c", runs.format("--resume_from_checkpoint --max_steps 3")]
+    command += arguments_for(checkpoint, tmp_path / "run", **fields)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_run_record(tmp_path / "run")["stages"][-1]["resumed_at"] == [2]
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "deprecat" in line.lower()]
+    assert not told, told
+
+
 STREAM = [{"name": "scenes", "annotations": ["questions"], "count": 10}]
 SAVING = {
     "language_learning_rate": 1e-2,
