@@ -341,6 +341,10 @@ Of an image-text model (CLIP, SigLIP and so on) the vision half is taken. Encode
 flattened, one token per place. Every picture must take equally many tokens: where an image processor keeps the form of pictures, or makes
 another size than the encoder takes, give `--image_size`. A language model that looks its positions up in a table (GPT-2, OPT) needs
 enough of them for an image and some text, and a stage of it needs a `max_length` that is no larger.
+
+timm's encoders go through transformers' wrapper (`timm_wrapper`), which needs timm and torchvision; resnet18, vit_tiny_patch16_224,
+mobilenetv3_small_100 and convnext_atto of timm 1.0.31 were assembled and answered. Their images are then prepared by an image processor of transformers
+that is saved with the checkpoint, since the wrapper's is not: equal to timm's, but for one pixel where a crop leaves an odd rest.
 """
 
 
