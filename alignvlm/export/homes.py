@@ -19,6 +19,9 @@ TOKENS_BEFORE_PATCHES = {"siglip_vision_model": 0, "clip_vision_model": 1, "vit"
 OUTPUT_IS_A_STATE = ("clip_vision_model",)
 # Language models seen to keep the masks that PaliGemma makes, in a forward pass and in generation.
 TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
+# Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
+# SmolLM3's computes the same.
+TAKES_NAMED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3", "olmo3", "llama")
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,10 @@ def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
     if config.image_seq_length < 3:
         found.append(Obstacle(f"its processor writes at least 3 tokens an image, not {config.image_seq_length}"))
     kind = config.text_config.model_type
-    if (
-        kind != "gemma3_text"
-    ):  # in memory it takes others too; a saved configuration is read as this one, whatever it says
-        found.append(Obstacle(f"its language model is 'gemma3_text', not {kind!r}"))
+    if kind not in TAKES_NAMED_MASKS:
+        found.append(Obstacle(f"it takes the language models {', '.join(TAKES_NAMED_MASKS)}, not {kind!r}"))
+    elif getattr(config.text_config, "final_logit_softcapping", None) is not None:
+        found.append(Obstacle(f"it does not cap logits as the language model {kind!r} does"))
     return found
 
 

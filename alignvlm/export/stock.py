@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     Gemma3Config,
     Gemma3Processor,
+    LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     PaliGemmaConfig,
@@ -28,6 +29,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    ShieldGemma2Config,
+    SmolLM3Config,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.utils import logging
@@ -126,11 +129,27 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     )
 
 
-def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config:
-    token = config.image_token_id
-    return Gemma3Config(
-        **_halves(config), mm_tokens_per_image=config.image_seq_length, boi_token_index=token, eoi_token_index=token
-    )
+def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config | ShieldGemma2Config:
+    """`Gemma3Config` reads the language model of every file as Gemma 3's. ShieldGemma 2 has the same class, and a configuration that
+    reads any."""
+    token, halves = config.image_token_id, _halves(config)
+    options = {"mm_tokens_per_image": config.image_seq_length, "boi_token_index": token, "eoi_token_index": token}
+    text = halves["text_config"]
+    if text.model_type == "gemma3_text":
+        return Gemma3Config(**halves, **options)
+    if text.model_type == "llama":
+        text = _smollm3_config(text)
+    if text.sliding_window is None:  # the class makes a mask of this width, whether a layer uses it or not
+        text.use_sliding_window, text.sliding_window = True, text.max_position_embeddings
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return ShieldGemma2Config(**halves | {"text_config": text}, **options)
+
+
+def _smollm3_config(llama: LlamaConfig) -> SmolLM3Config:
+    """A Llama as SmolLM3: the same layers, if all of them have rotary positions."""
+    values = llama.to_dict()
+    values.pop("model_type")
+    return SmolLM3Config(**values, no_rope_layers=[1] * llama.num_hidden_layers)
 
 
 def _gemma3_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -310,7 +329,9 @@ def write(model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor,
     Raises:
         ValueError: if what was written is not what was given.
     """
-    stock_model(model, home).save_pretrained(folder)
+    made = stock_model(model, home)
+    # In memory ShieldGemma 2's weights would be renamed for a class around this one; what is loaded again keeps its names.
+    made.save_pretrained(folder, save_original_format=made.config.model_type != "shieldgemma2")
     WRITERS[home.name].processor(processor, model.config).save_pretrained(folder)
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     if type(stock).__name__ != home.class_name:

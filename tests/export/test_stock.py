@@ -44,6 +44,11 @@ CASES["Gemma 3"] = {
         "projector_type": "pool",
         "pixel_shuffle_factor": 2,
     },
+    "qwen2": {"projector_type": "pool"},
+    "untied llama": {
+        "projector_type": "pool",
+        "text": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 8},
+    },
 }
 CASES["PaliGemma"] = {
     "qwen2": {"mask_type": "prefix", "projector_type": "linear"},
@@ -145,6 +150,21 @@ def test_a_child_process_without_our_code_answers_alike(given, tmp_path, home, c
 
 # More of what a home takes; the export itself compares
 MORE = {
+    "Gemma 3": [
+        {"projector_type": "pool", "text": text}
+        for text in (
+            {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+            {"model_type": "qwen3", "head_dim": 16},
+            {"model_type": "smollm3", "pad_token_id": 0},
+            {"model_type": "olmo3", "pad_token_id": 0, "sliding_window": 3},
+            {
+                "model_type": "llama",
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+            },
+        )
+    ],
     "PaliGemma": [
         {"mask_type": "prefix", "projector_type": "linear", "text": text}
         for text in ({"model_type": "qwen3", "head_dim": 16}, {"model_type": "smollm3", "pad_token_id": 0})
@@ -298,7 +318,14 @@ NO_HOME = {
 
 POOL, PREFIX = {"projector_type": "pool", "text": GEMMA}, {"mask_type": "prefix", "projector_type": "linear"}
 NO_HOME |= {
-    "Gemma 3: language model": ({"projector_type": "pool"}, "its language model is 'gemma3_text', not 'qwen2'$"),
+    "Gemma 3: language model": (
+        {"projector_type": "pool", "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}},
+        "it takes the language models gemma3_text, qwen2, qwen3, smollm3, olmo3, llama, not 'gpt_neox'$",
+    ),
+    "Gemma 3: softcap": (
+        {"projector_type": "pool", "text": {**GEMMA, "final_logit_softcapping": 30.0}},
+        "it does not cap logits as the language model 'gemma3_text' does$",
+    ),
     "Gemma 3: mask": (
         {**POOL, "mask_type": "causal"},
         "its attention mask is 'image', not 'causal'. One change .*: attention_mask_type: image",
