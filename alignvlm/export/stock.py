@@ -48,8 +48,8 @@ The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{title}")
-processor = AutoProcessor.from_pretrained("{title}")
+model = AutoModelForImageTextToText.from_pretrained("{repository}")
+processor = AutoProcessor.from_pretrained("{repository}")
 ```
 
 Give RGB images, upright and without transparency. Logits equal those of the checkpoint in float32 (`alignvlm export` compared them).
