@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    DeepseekVLConfig,
     Gemma3Config,
     Gemma3Processor,
     LlamaConfig,
@@ -68,11 +69,14 @@ class Writer:
         config: the class's configuration of an AlignVLM one, both halves given.
         projector: the weights of our projector `{name: tensor}` under the class's names.
         processor: the stock processor of ours.
+        vision_name, projector_name: what the class calls these two of its parts.
     """
 
     config: Callable[[AlignVLMConfig], PreTrainedConfig]
     projector: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     processor: Callable[[AlignVLMProcessor, AlignVLMConfig], ProcessorMixin]
+    vision_name: str = "vision_tower"
+    projector_name: str = "multi_modal_projector"
 
 
 def _halves(config: AlignVLMConfig) -> dict:
@@ -127,6 +131,15 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
         image_token=processor.image_token,
         num_additional_image_tokens=TOKENS_BEFORE_PATCHES[config.vision_config.model_type],
     )
+
+
+def _deepseek_vl_config(config: AlignVLMConfig) -> DeepseekVLConfig:
+    halves = _halves(config)
+    return DeepseekVLConfig(**halves | {"image_token_id": halves.pop("image_token_index")})
+
+
+def _deepseek_vl_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("_", "", 1): tensor for name, tensor in _llava_projector(weights).items()}  # linear1, linear2
 
 
 def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config | ShieldGemma2Config:
@@ -216,6 +229,9 @@ def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -
 
 
 WRITERS = {
+    "DeepSeek-VL": Writer(  # its own processor keeps an image's proportions; LLaVA's writes ours
+        _deepseek_vl_config, _deepseek_vl_projector, _llava_processor, vision_name="vision_model", projector_name="aligner"
+    ),
     "PaliGemma": Writer(_paligemma_config, _paligemma_projector, _paligemma_processor),
     "LLaVA": Writer(_llava_config, _llava_projector, _llava_processor),
     "Gemma 3": Writer(_gemma3_config, _gemma3_projector, _gemma3_processor),
@@ -228,7 +244,8 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
     Raises:
         ValueError: if the class has other weights.
     """
-    config = WRITERS[home.name].config(model.config)
+    writer = WRITERS[home.name]
+    config = writer.config(model.config)
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = getattr(transformers, home.class_name)(config)
@@ -237,9 +254,9 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
         if name.startswith("model.projector."):
             projector[name.removeprefix("model.projector.")] = tensor
         else:
-            weights[name] = tensor
-    for name, tensor in WRITERS[home.name].projector(projector).items():
-        weights[f"model.multi_modal_projector.{name}"] = tensor
+            weights[re.sub(r"^model\.vision_tower\.", f"model.{writer.vision_name}.", name)] = tensor
+    for name, tensor in writer.projector(projector).items():
+        weights[f"model.{writer.projector_name}.{name}"] = tensor
     try:
         stock.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -50,6 +50,10 @@ CASES["Gemma 3"] = {
         "text": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 8},
     },
 }
+CASES["DeepSeek-VL"] = {
+    "qwen2": {"mask_type": "causal"},
+    "untied llama": {"mask_type": "causal", "text": {"model_type": "llama", "tie_word_embeddings": False}},
+}
 CASES["PaliGemma"] = {
     "qwen2": {"mask_type": "prefix", "projector_type": "linear"},
     "untied llama": {
@@ -169,6 +173,7 @@ MORE = {
         {"mask_type": "prefix", "projector_type": "linear", "text": text}
         for text in ({"model_type": "qwen3", "head_dim": 16}, {"model_type": "smollm3", "pad_token_id": 0})
     ],
+    "DeepSeek-VL": [{"mask_type": "causal", "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}}],
     "LLaVA": [
         {"mask_type": "causal", "vision": {**VISION, "model_type": "vit"}, "vision_feature_layer": -2},
         {"mask_type": "causal", "vision": {**VISION, "model_type": "dinov2"}, "vision_feature_layer": 1},
@@ -211,7 +216,7 @@ def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
     assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
 
 
-@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # PaliGemma's processor is LLaVA's
+@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # the processor of the others is LLaVA's
 @pytest.mark.parametrize("template", SHIPPED)
 def test_language_models_own_templates_write_the_tokens_of_training(make_model, tmp_path, home, template):
     """With begin tokens of the template, of the tokenizer or of both, and with system messages refused or dropped."""
@@ -341,6 +346,18 @@ NO_HOME |= {
     "Gemma 3: encoder": (
         {**POOL, "vision": CLIP},
         "no encoder with tokens before the patches, such as 'clip_vision_model'$",
+    ),
+    "DeepSeek-VL: mask": (
+        {},
+        "its attention mask is 'causal', not 'image'. One change .*: attention_mask_type: causal",
+    ),
+    "DeepSeek-VL: layer": (
+        {"mask_type": "causal", "vision_feature_layer": -2},
+        "not vision_feature_layer=-2. One change .*: vision_feature_layer: -1",
+    ),
+    "DeepSeek-VL: activation": (
+        {"mask_type": "causal", "projector_hidden_act": "relu"},
+        "its projector's activation is 'gelu', not 'relu'$",
     ),
     "PaliGemma: projector": (
         {**PREFIX, "projector_type": "mlp"},
