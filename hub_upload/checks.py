@@ -3,7 +3,7 @@
     python -m hub_upload.checks out/to_push
 
 The last rule decides: a process that cannot import this package, with an empty cache of remote code and without a network, loads the
-folder by the Auto classes and answers about an image.
+folder by the Auto classes and answers about an image; an exported folder without `trust_remote_code`.
 """
 
 import json
@@ -22,6 +22,7 @@ from hub_upload.code_rules import read_code
 from hub_upload.command_line import ArgumentParser
 from hub_upload.package import ABSOLUTE_PATH, MANIFEST, files_of, is_allowed, read_manifest
 from hub_upload.run_record import RUN_RECORD, sha256_of
+from hub_upload.stock import is_stock
 
 
 SECRETS = {
@@ -54,13 +55,15 @@ import torch, transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-folder = sys.argv[1]
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=True)).__module__.startswith("transformers_modules")
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-assert AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto").config.model_type == config.model_type
+folder, with_code = sys.argv[1], sys.argv[2] == "with code"
+trust = {"trust_remote_code": True} if with_code else {}
+config = AutoConfig.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+assert type(processor).__module__.startswith("transformers_modules") == with_code
+if with_code:
+    assert AutoModel.from_pretrained(folder, dtype="auto", **trust).config.model_type == config.model_type
 model, info = AutoModelForImageTextToText.from_pretrained(
-    folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    folder, dtype=torch.float32, output_loading_info=True, **trust
 )
 wrong = {name: sorted(map(str, found)) for name, found in info.items() if found and name.endswith("keys")}
 image = Image.linear_gradient("L").convert("RGB")
@@ -85,8 +88,9 @@ def check(folder: str | Path, load: bool = True) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         return [f"{folder} is no folder"]
-    problems = [*_check_files(folder), *_check_manifest(folder), *_check_weights(folder), *_check_auto_map(folder)]
-    problems += [*_check_code(folder), *_check_texts(folder), *_check_card(folder)]
+    problems = [*_check_files(folder), *_check_manifest(folder), *_check_weights(folder)]
+    problems += _check_no_code(folder) if is_stock(folder) else [*_check_auto_map(folder), *_check_code(folder)]
+    problems += [*_check_texts(folder), *_check_card(folder)]
     # Code that breaks the rules is not run.
     return problems + (try_loading(folder)[0] if load and not problems else [])
 
@@ -170,6 +174,15 @@ def _check_code(folder: Path) -> list[str]:
     return [f"{name}: {problem}" for name in sorted(files) for problem in read_code(folder / name, files).problems]
 
 
+def _check_no_code(folder: Path) -> list[str]:
+    """Refuses code in an exported folder: files, and names of it that would be looked up elsewhere."""
+    problems = [f"{path.name}: code, which a model of transformers' own needs none of" for path in folder.glob("*.py")]
+    for path in sorted(folder.glob("*config.json")):
+        if "auto_map" in _read_json(folder, path.name, problems):
+            problems.append(f"{path.name}: auto_map names code")
+    return problems
+
+
 def _check_texts(folder: Path) -> list[str]:
     """Finds secrets, and paths of the machine that made the folder."""
     problems = []
@@ -219,7 +232,7 @@ def try_loading(folder: Path) -> tuple[list[str], dict[str, str]]:
     with tempfile.TemporaryDirectory() as home:
         environment = {"HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "PATH": os.environ.get("PATH", "")}
         done = subprocess.run(
-            [sys.executable, "-I", "-c", LOADS, str(folder.resolve())],
+            [sys.executable, "-I", "-c", LOADS, str(folder.resolve()), "without" if is_stock(folder) else "with code"],
             cwd=home,
             env=environment,
             capture_output=True,

@@ -142,7 +142,7 @@ def package(
             shutil.copyfile(folder / name, output / name)
     if (folder / "lora").is_dir():
         _merge_lora(folder / "lora", output)
-    _shard(output, max_shard_size)
+    shard(output, max_shard_size)
     there = None if overwrite_card or not (folder / "README.md").is_file() else (folder / "README.md").read_text()
     _write_texts(output, record, repository, there, license_given=bool(given))
     return output
@@ -160,7 +160,7 @@ def _write_texts(output: Path, record: dict, repository: str, there: str | None,
     config = json.loads((output / "config.json").read_text())
     card = make_card(record, config, parameter_count(output), repository)
     (output / "README.md").write_text(card if there is None else renewed_card(there, card, repository, license_given))
-    _write_manifest(output, changed=(RUN_RECORD, "README.md"))
+    write_manifest(output, changed=(RUN_RECORD, "README.md"))
 
 
 def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_given: bool = False) -> str:
@@ -180,7 +180,7 @@ def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_g
     return join_card(data, body_of(there).replace(PLACEHOLDER, repository), FOLDER)
 
 
-def _write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
+def write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
     """Writes the hash of every other file of a packaged folder; takes that of files not in `changed` from the existing manifest."""
     known = read_manifest((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
     known = {name: digest for name, digest in known.items() if name not in changed}
@@ -231,7 +231,7 @@ def _merge_lora(lora: Path, output: Path) -> None:
         )
 
 
-def _shard(folder: Path, max_shard_size: str) -> None:
+def shard(folder: Path, max_shard_size: str) -> None:
     """Splits `model.safetensors` where it is larger than a shard may be."""
     file = folder / "model.safetensors"
     if not file.is_file():

@@ -1,6 +1,7 @@
-"""Pushes a checkpoint to the Hub: package, checks, one commit on the expected parent, checksums read back, tag.
+"""Pushes a checkpoint or its export to the Hub: package, checks, one commit on the expected parent, checksums read back, tag.
 
     python hub_upload/push.py out/stage4 user/my-alignvlm [--public] [--tag v1] [--dry_run]
+    python hub_upload/push.py out/llava user/my-llava            # a folder of `alignvlm export`
 
 The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either unchanged or
 complete, and a second try sends no large file again. A push replaces only the files of an earlier checkpoint; all others stay, and so
@@ -56,6 +57,7 @@ from hub_upload.package import (
     read_manifest,
 )
 from hub_upload.run_record import sha256_of
+from hub_upload.stock import is_stock, package_stock
 
 
 HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them
@@ -86,10 +88,12 @@ class Pushed:
     removed: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     card: str | None = None
+    has_code: bool = True
 
     def how_to_load(self) -> str:
         """The line that loads exactly this."""
-        return f'AutoModelForImageTextToText.from_pretrained("{self.repository}", revision="{self.commit}", trust_remote_code=True)'
+        trust = ", trust_remote_code=True" if self.has_code else ""
+        return f'AutoModelForImageTextToText.from_pretrained("{self.repository}", revision="{self.commit}"{trust})'
 
     def notes(self) -> list[str]:
         """Tells what becomes of existing files, one sentence each."""
@@ -126,7 +130,7 @@ def push(
     max_shard_size: str = "5GB",
     message: str | None = None,
 ) -> Pushed:
-    """Packages, checks and pushes the checkpoint `folder`.
+    """Packages, checks and pushes the checkpoint `folder`, or the export of one.
 
     Args:
         repository: `user/name`; created if it does not exist.
@@ -135,8 +139,9 @@ def push(
         tag: set on the commit.
         create_pr: propose the change instead of making it.
         dry_run: look at the repository, and stop before anything is sent.
-        license, license_name, license_link: of the weights. Left out: the strictest of the backbones'.
-        overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays.
+        license, license_name, license_link: of the weights. Left out: the strictest of the backbones', or what an export's card states.
+        overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays, and that of an
+            export's folder always.
         delete_others: delete all files of the repository that are not the checkpoint's. Otherwise they stay.
 
     Raises:
@@ -148,7 +153,11 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
-            package(folder, staged, max_shard_size, license, license_name, license_link, repository, overwrite_card)
+            options = (max_shard_size, license, license_name, license_link, repository)
+            if is_stock(folder):
+                package_stock(folder, staged, *options)
+            else:
+                package(folder, staged, *options, overwrite_card)
         except (OSError, ValueError) as error:
             raise PushError(f"{folder} cannot be packaged: {error}") from error
         problems, releases = check(staged, load=False), {}
@@ -156,7 +165,8 @@ def push(
             problems, releases = try_loading(staged)
         if problems:
             raise PushError(f"{folder} must not be pushed:\n" + "\n".join(f"  {problem}" for problem in problems))
-        note_releases(staged, releases, repository)
+        if not is_stock(staged):
+            note_releases(staged, releases, repository)
         return send(
             staged,
             repository,
@@ -204,7 +214,7 @@ def send(
         info = _patiently(lambda: api.model_info(repository), repository)
     except PushError as error:
         if dry_run and isinstance(error.__cause__, RepositoryNotFoundError):
-            return Pushed(repository, None, True, private is not False)
+            return Pushed(repository, None, True, private is not False, has_code=not is_stock(staged))
         raise
     if private is not None and bool(info.private) != private:
         now, wanted = ("private", "public") if info.private else ("public", "private")
@@ -214,7 +224,7 @@ def send(
     rules = {"license_given": license_given, "overwrite_card": overwrite_card, "delete_others": delete_others}
     head = _head(api, repository, revision, make=not dry_run) or info.sha
     first = change = _compare(api, repository, head, staged, **rules)
-    pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
+    pushed = Pushed(repository, None, bool(change.operations), bool(info.private), has_code=not is_stock(staged))
     pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
     for attempt in range(TRIES):
         if dry_run:
@@ -296,8 +306,8 @@ def _compare(
             return (staged / name).read_text()
         return _read(api, repository, commit, name)
 
-    is_ours = _check_kind(repository, read("config.json"), there)
     listed = read_manifest(read(MANIFEST) or "")
+    is_ours = _check_kind(repository, read("config.json"), there, staged, pushed_by_us="config.json" in listed)
     contents: dict[str, Path | bytes] = {name: staged / name for name in files_of(staged)}
     card, whose = (staged / CARD).read_text(), None
     if author_of(card) == FOLDER:
@@ -332,11 +342,13 @@ def _compare(
     return _Change(contents, operations, removed, kept, whose)
 
 
-def _check_kind(repository: str, config: str | None, there: dict[str, RepoFile]) -> bool:
-    """Whether a repository holds a model of our kind; False if it holds no model.
+def _check_kind(
+    repository: str, config: str | None, there: dict[str, RepoFile], staged: Path, pushed_by_us: bool
+) -> bool:
+    """Whether a repository holds a model of the kind of the staged one; False if it holds no model.
 
     Raises:
-        PushError: if it holds another kind.
+        PushError: if it holds another kind, or one of transformers' own classes that was not pushed by this package.
     """
     advice = "A push would replace that model. Name another repository."
     if config is None:
@@ -347,9 +359,13 @@ def _check_kind(repository: str, config: str | None, there: dict[str, RepoFile])
         kind = json.loads(config).get("model_type")
     except (ValueError, AttributeError):
         kind = None
-    if kind != "alignvlm":
+    if kind != json.loads((staged / "config.json").read_text())["model_type"]:
         raise PushError(
             f"{repository} holds a model of another kind (model_type {kind!r} in its config.json). {advice}"
+        )
+    if is_stock(staged) and not pushed_by_us:
+        raise PushError(
+            f"{repository} holds a model that was not pushed from here (its {MANIFEST} lists none). {advice}"
         )
     return True
 
@@ -479,8 +495,8 @@ def _explained(error: Exception | None, repository: str, status: int | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description="Pushes a checkpoint to the Hub.")
-    parser.add_argument("folder", help="The output_dir of a stage.")
+    parser = ArgumentParser(description="Pushes a checkpoint or its export to the Hub.")
+    parser.add_argument("folder", help="The output_dir of a stage, or a folder of `alignvlm export`.")
     parser.add_argument("repository", help="user/name")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", dest="private", action="store_true", default=True, help="The default.")

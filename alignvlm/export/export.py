@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -22,7 +22,8 @@ from transformers.utils import logging
 from alignvlm.evaluation.load import LORA_FILES
 from alignvlm.export import stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
-from hub_upload.card_text import split_card
+from hub_upload.card import PLACEHOLDER
+from hub_upload.card_text import GENERATED, join_card, split_card
 from hub_upload.command_line import ArgumentParser
 from hub_upload.licences import FIELDS
 from hub_upload.repository import check_model, file_of
@@ -36,7 +37,7 @@ class Form:
     Args:
         write: makes the new folder for a model in evaluation mode, its processor and one of the form's homes, and compares what was
             written with them; a ValueError says what differs. The model is nobody else's: it may be converted.
-        card: the card's text, with places for {title}, {checkpoint} and {class_name}.
+        card: the card's text, with places for {title}, {repository}, {checkpoint} and {class_name}.
         library: the Hub's name of what loads the folder.
         achieved: what may be said of the folder when it is there.
     """
@@ -98,11 +99,13 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
         library_name=FORMS[home.form].library,
         pipeline_tag="image-text-to-text",
         tags=["alignvlm", "vision-language-model"],
-        **{name: kept[name] for name in names if kept.get(name)},
+        **{"language": "en", **{name: kept[name] for name in names if kept.get(name)}},
     )
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    body = FORMS[home.form].card.format(title=title, checkpoint=name, class_name=home.class_name)
-    ModelCard(f"---\n{data}\n---\n\n{body}").save(folder / "README.md")
+    body = FORMS[home.form].card.format(
+        title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name
+    )
+    (folder / "README.md").write_text(join_card(data.to_dict(), body, GENERATED))
 
 
 def export(checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None) -> Home:

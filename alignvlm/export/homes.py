@@ -19,6 +19,9 @@ TOKENS_BEFORE_PATCHES = {"siglip_vision_model": 0, "clip_vision_model": 1, "vit"
 OUTPUT_IS_A_STATE = ("clip_vision_model",)
 # Language models seen to keep the masks that PaliGemma makes, in a forward pass and in generation.
 TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
+# Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
+# SmolLM3's computes the same.
+TAKES_NAMED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3", "olmo3", "llama")
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,17 @@ def _language_model(config: AlignVLMConfig) -> list[Obstacle]:
     ]
 
 
+def _uncapped(config: AlignVLMConfig) -> list[Obstacle]:
+    """What homes ask whose logits are the head's as they are."""
+    text = config.text_config
+    if getattr(text, "final_logit_softcapping", None) is None:
+        return []
+    return [Obstacle(f"it does not cap logits as the language model {text.model_type!r} does")]
+
+
 def _llava(config: AlignVLMConfig) -> list[Obstacle]:
     found = _encoder(config) + _language_model(config)
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     if config.vision_feature_layer == -1 and vision.model_type not in OUTPUT_IS_A_STATE:
         found.append(
             Obstacle(
@@ -90,9 +101,7 @@ def _llava(config: AlignVLMConfig) -> list[Obstacle]:
         )
     if config.pixel_shuffle_factor != 1:
         found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
-    if getattr(text, "final_logit_softcapping", None) is not None:
-        found.append(Obstacle(f"it does not cap logits as the language model {text.model_type!r} does"))
-    return found
+    return found + _uncapped(config)
 
 
 def _final_output(config: AlignVLMConfig) -> list[Obstacle]:
@@ -111,6 +120,15 @@ def _final_output(config: AlignVLMConfig) -> list[Obstacle]:
     return found + _language_model(config)
 
 
+def _deepseek_vl(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _final_output(config) + _uncapped(config)
+    if config.pixel_shuffle_factor != 1:
+        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    if config.projector_hidden_act != "gelu":
+        found.append(Obstacle(f"its projector's activation is 'gelu', not {config.projector_hidden_act!r}"))
+    return found
+
+
 def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
     found = _final_output(config)
     height, width = config.feature_grid
@@ -119,11 +137,9 @@ def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
     if config.image_seq_length < 3:
         found.append(Obstacle(f"its processor writes at least 3 tokens an image, not {config.image_seq_length}"))
     kind = config.text_config.model_type
-    if (
-        kind != "gemma3_text"
-    ):  # in memory it takes others too; a saved configuration is read as this one, whatever it says
-        found.append(Obstacle(f"its language model is 'gemma3_text', not {kind!r}"))
-    return found
+    if kind not in TAKES_NAMED_MASKS:
+        found.append(Obstacle(f"it takes the language models {', '.join(TAKES_NAMED_MASKS)}, not {kind!r}"))
+    return found + _uncapped(config)
 
 
 def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
@@ -140,6 +156,7 @@ def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
 
 HOMES = (
     Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
+    Home("transformers", "DeepSeek-VL", "DeepseekVLForConditionalGeneration", "causal", "mlp", _deepseek_vl),
     Home("transformers", "Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
     Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
 )

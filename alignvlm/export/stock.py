@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    DeepseekVLConfig,
     Gemma3Config,
     Gemma3Processor,
+    LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     PaliGemmaConfig,
@@ -28,6 +30,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    ShieldGemma2Config,
+    SmolLM3Config,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.utils import logging
@@ -45,8 +49,8 @@ The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{title}")
-processor = AutoProcessor.from_pretrained("{title}")
+model = AutoModelForImageTextToText.from_pretrained("{repository}")
+processor = AutoProcessor.from_pretrained("{repository}")
 ```
 
 Give RGB images, upright and without transparency. Logits equal those of the checkpoint in float32 (`alignvlm export` compared them).
@@ -65,11 +69,14 @@ class Writer:
         config: the class's configuration of an AlignVLM one, both halves given.
         projector: the weights of our projector `{name: tensor}` under the class's names.
         processor: the stock processor of ours.
+        vision_name, projector_name: what the class calls these two of its parts.
     """
 
     config: Callable[[AlignVLMConfig], PreTrainedConfig]
     projector: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     processor: Callable[[AlignVLMProcessor, AlignVLMConfig], ProcessorMixin]
+    vision_name: str = "vision_tower"
+    projector_name: str = "multi_modal_projector"
 
 
 def _halves(config: AlignVLMConfig) -> dict:
@@ -126,11 +133,36 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     )
 
 
-def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config:
-    token = config.image_token_id
-    return Gemma3Config(
-        **_halves(config), mm_tokens_per_image=config.image_seq_length, boi_token_index=token, eoi_token_index=token
-    )
+def _deepseek_vl_config(config: AlignVLMConfig) -> DeepseekVLConfig:
+    halves = _halves(config)
+    return DeepseekVLConfig(**halves | {"image_token_id": halves.pop("image_token_index")})
+
+
+def _deepseek_vl_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("_", "", 1): tensor for name, tensor in _llava_projector(weights).items()}  # linear1, linear2
+
+
+def _gemma3_config(config: AlignVLMConfig) -> Gemma3Config | ShieldGemma2Config:
+    """`Gemma3Config` reads the language model of every file as Gemma 3's. ShieldGemma 2 has the same class, and a configuration that
+    reads any."""
+    token, halves = config.image_token_id, _halves(config)
+    options = {"mm_tokens_per_image": config.image_seq_length, "boi_token_index": token, "eoi_token_index": token}
+    text = halves["text_config"]
+    if text.model_type == "gemma3_text":
+        return Gemma3Config(**halves, **options)
+    if text.model_type == "llama":
+        text = _smollm3_config(text)
+    if text.sliding_window is None:  # the class makes a mask of this width, whether a layer uses it or not
+        text.use_sliding_window, text.sliding_window = True, text.max_position_embeddings
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return ShieldGemma2Config(**halves | {"text_config": text}, **options)
+
+
+def _smollm3_config(llama: LlamaConfig) -> SmolLM3Config:
+    """A Llama as SmolLM3: the same layers, if all of them have rotary positions."""
+    values = llama.to_dict()
+    values.pop("model_type")
+    return SmolLM3Config(**values, no_rope_layers=[1] * llama.num_hidden_layers)
 
 
 def _gemma3_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,6 +229,9 @@ def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -
 
 
 WRITERS = {
+    "DeepSeek-VL": Writer(  # its own processor keeps an image's proportions; LLaVA's writes ours
+        _deepseek_vl_config, _deepseek_vl_projector, _llava_processor, vision_name="vision_model", projector_name="aligner"
+    ),
     "PaliGemma": Writer(_paligemma_config, _paligemma_projector, _paligemma_processor),
     "LLaVA": Writer(_llava_config, _llava_projector, _llava_processor),
     "Gemma 3": Writer(_gemma3_config, _gemma3_projector, _gemma3_processor),
@@ -209,7 +244,8 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
     Raises:
         ValueError: if the class has other weights.
     """
-    config = WRITERS[home.name].config(model.config)
+    writer = WRITERS[home.name]
+    config = writer.config(model.config)
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = getattr(transformers, home.class_name)(config)
@@ -218,9 +254,9 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
         if name.startswith("model.projector."):
             projector[name.removeprefix("model.projector.")] = tensor
         else:
-            weights[name] = tensor
-    for name, tensor in WRITERS[home.name].projector(projector).items():
-        weights[f"model.multi_modal_projector.{name}"] = tensor
+            weights[re.sub(r"^model\.vision_tower\.", f"model.{writer.vision_name}.", name)] = tensor
+    for name, tensor in writer.projector(projector).items():
+        weights[f"model.{writer.projector_name}.{name}"] = tensor
     try:
         stock.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -310,7 +346,9 @@ def write(model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor,
     Raises:
         ValueError: if what was written is not what was given.
     """
-    stock_model(model, home).save_pretrained(folder)
+    made = stock_model(model, home)
+    # In memory ShieldGemma 2's weights would be renamed for a class around this one; what is loaded again keeps its names.
+    made.save_pretrained(folder, save_original_format=made.config.model_type != "shieldgemma2")
     WRITERS[home.name].processor(processor, model.config).save_pretrained(folder)
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     if type(stock).__name__ != home.class_name:

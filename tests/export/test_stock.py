@@ -44,6 +44,15 @@ CASES["Gemma 3"] = {
         "projector_type": "pool",
         "pixel_shuffle_factor": 2,
     },
+    "qwen2": {"projector_type": "pool"},
+    "untied llama": {
+        "projector_type": "pool",
+        "text": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 8},
+    },
+}
+CASES["DeepSeek-VL"] = {
+    "qwen2": {"mask_type": "causal"},
+    "untied llama": {"mask_type": "causal", "text": {"model_type": "llama", "tie_word_embeddings": False}},
 }
 CASES["PaliGemma"] = {
     "qwen2": {"mask_type": "prefix", "projector_type": "linear"},
@@ -145,10 +154,26 @@ def test_a_child_process_without_our_code_answers_alike(given, tmp_path, home, c
 
 # More of what a home takes; the export itself compares
 MORE = {
+    "Gemma 3": [
+        {"projector_type": "pool", "text": text}
+        for text in (
+            {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+            {"model_type": "qwen3", "head_dim": 16},
+            {"model_type": "smollm3", "pad_token_id": 0},
+            {"model_type": "olmo3", "pad_token_id": 0, "sliding_window": 3},
+            {
+                "model_type": "llama",
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+            },
+        )
+    ],
     "PaliGemma": [
         {"mask_type": "prefix", "projector_type": "linear", "text": text}
         for text in ({"model_type": "qwen3", "head_dim": 16}, {"model_type": "smollm3", "pad_token_id": 0})
     ],
+    "DeepSeek-VL": [{"mask_type": "causal", "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}}],
     "LLaVA": [
         {"mask_type": "causal", "vision": {**VISION, "model_type": "vit"}, "vision_feature_layer": -2},
         {"mask_type": "causal", "vision": {**VISION, "model_type": "dinov2"}, "vision_feature_layer": 1},
@@ -191,7 +216,7 @@ def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
     assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
 
 
-@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # PaliGemma's processor is LLaVA's
+@pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # the processor of the others is LLaVA's
 @pytest.mark.parametrize("template", SHIPPED)
 def test_language_models_own_templates_write_the_tokens_of_training(make_model, tmp_path, home, template):
     """With begin tokens of the template, of the tokenizer or of both, and with system messages refused or dropped."""
@@ -298,7 +323,14 @@ NO_HOME = {
 
 POOL, PREFIX = {"projector_type": "pool", "text": GEMMA}, {"mask_type": "prefix", "projector_type": "linear"}
 NO_HOME |= {
-    "Gemma 3: language model": ({"projector_type": "pool"}, "its language model is 'gemma3_text', not 'qwen2'$"),
+    "Gemma 3: language model": (
+        {"projector_type": "pool", "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}},
+        "it takes the language models gemma3_text, qwen2, qwen3, smollm3, olmo3, llama, not 'gpt_neox'$",
+    ),
+    "Gemma 3: softcap": (
+        {"projector_type": "pool", "text": {**GEMMA, "final_logit_softcapping": 30.0}},
+        "it does not cap logits as the language model 'gemma3_text' does$",
+    ),
     "Gemma 3: mask": (
         {**POOL, "mask_type": "causal"},
         "its attention mask is 'image', not 'causal'. One change .*: attention_mask_type: image",
@@ -314,6 +346,18 @@ NO_HOME |= {
     "Gemma 3: encoder": (
         {**POOL, "vision": CLIP},
         "no encoder with tokens before the patches, such as 'clip_vision_model'$",
+    ),
+    "DeepSeek-VL: mask": (
+        {},
+        "its attention mask is 'causal', not 'image'. One change .*: attention_mask_type: causal",
+    ),
+    "DeepSeek-VL: layer": (
+        {"mask_type": "causal", "vision_feature_layer": -2},
+        "not vision_feature_layer=-2. One change .*: vision_feature_layer: -1",
+    ),
+    "DeepSeek-VL: activation": (
+        {"mask_type": "causal", "projector_hidden_act": "relu"},
+        "its projector's activation is 'gelu', not 'relu'$",
     ),
     "PaliGemma: projector": (
         {**PREFIX, "projector_type": "mlp"},

@@ -1,0 +1,260 @@
+"""Whether an export at true size answers as the checkpoint does: tokens, logits and greedy texts about photos, home by home.
+
+    python benchmarks/stock_export.py --language SmolLM2-135M-Instruct.Q4_1.gguf --vision CONFIG_FOLDER --photos FOLDER
+
+`--language` is a folder or Hub id, or a GGUF file (which needs the package `gguf`); `--vision` a folder with a configuration and an
+image processor's, which gets random weights. Every projector is random, scaled so that photos change the text; how many texts differ
+from the one about a blank image is in the table. Checkpoint and export are asked by the same code in two processes that cannot import this
+package, the checkpoint with `trust_remote_code`, the export without. What is there already is not made again: to start anew, remove
+`--folder`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    set_seed,
+)
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/stock_export.py`
+
+from alignvlm.export.export import export
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.checkpoint import save_checkpoint
+from hub_upload.run_record import library_versions, read_run_record, write_json
+
+
+# name: (home, language model, fields of the recipe). The second Gemma 3 has a random Gemma 3 of the published 270M's dimensions but
+# for the vocabulary; all others the language model that is given.
+CASES = {
+    "LLaVA": ("LLaVA", "given", {"attention_mask_type": "causal", "vision_feature_layer": -2}),
+    "Gemma 3": ("Gemma 3", "given", {"projector_type": "pool", "pixel_shuffle_factor": 2}),
+    "Gemma 3, gemma3_text": ("Gemma 3", "gemma3_text", {"projector_type": "pool", "pixel_shuffle_factor": 2}),
+    "PaliGemma": ("PaliGemma", "given", {"attention_mask_type": "prefix", "projector_type": "linear"}),
+}
+GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "head_dim": 256, "sliding_window": 512}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "initializer_range": 0.1}
+QUESTION = "What is in this picture?"
+
+ASK = """
+import json, sys, time
+
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "hub_upload"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotHere())
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+given = json.loads(sys.argv[1])
+trust = {"trust_remote_code": True} if given["with_code"] else {}
+torch.set_num_threads(given["threads"])
+processor = AutoProcessor.from_pretrained(given["model"], **trust)
+model = AutoModelForImageTextToText.from_pretrained(given["model"], dtype=torch.float32, **trust).eval()
+images = [Image.open(path).convert("RGB") for path in given["photos"]]
+images.append(Image.new("RGB", images[0].size, (128, 128, 128)))
+started, texts = time.perf_counter(), []
+with torch.inference_mode():
+    for begin in range(0, len(images), given["batch"]):
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": given["question"]}]}]
+            for image in images[begin : begin + given["batch"]]
+        ]
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        tokens = model.generate(**inputs, max_new_tokens=given["new_tokens"], do_sample=False)
+        texts += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        if begin == 0:
+            prompt_mask = getattr(model.config, "attention_mask_type", None) == "prefix"
+            more = {"prompt_mask": inputs["attention_mask"].bool()} if prompt_mask else {}
+            few = {name: value[: given["compared"]] for name, value in {**inputs, **more}.items()}
+            torch.save({"input_ids": few["input_ids"], "logits": model(**few).logits}, given["output"] + ".pt")
+seconds = time.perf_counter() - started
+result = {"class": type(model).__name__, "module": type(model).__module__, "texts": texts, "seconds": seconds}
+json.dump(result, open(given["output"] + ".json", "w"))
+"""
+
+
+def make_vision(config_folder: str, output: Path) -> Path:
+    """Random weights for the vision configuration, with the folder's image processor."""
+    if not output.is_dir():
+        set_seed(0)
+        config = AutoConfig.from_pretrained(config_folder)
+        config = getattr(config, "vision_config", config)
+        config.vision_use_head = False
+        made = output.with_name("vision being made")
+        AutoModel.from_config(config).save_pretrained(made)
+        AutoImageProcessor.from_pretrained(config_folder).save_pretrained(made)
+        made.rename(output)
+    return output
+
+
+def make_language(language: str, output: Path) -> str:
+    """The given language model; of a GGUF file a folder with its weights in float32."""
+    if not language.endswith(".gguf"):
+        return language
+    if not output.is_dir():
+        file = Path(language).resolve()
+        options = {"gguf_file": file.name}
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        values = loaded.config.to_dict()
+        values.pop("quantization_config", None)
+        model = AutoModelForCausalLM.from_config(type(loaded.config)(**values))
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        made = output.with_name("language being made")
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(made)
+        made.rename(output)
+    return str(output)
+
+
+def make_gemma(language: str, output: Path) -> str:
+    """A random Gemma 3 with the tokenizer of another language model."""
+    if not output.is_dir():
+        set_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(language)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = Gemma3TextConfig(vocab_size=len(tokenizer), **ids, **GEMMA)
+        made = output.with_name("gemma being made")
+        AutoModelForCausalLM.from_config(config).save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        made.rename(output)
+    return str(output)
+
+
+@torch.no_grad()
+def make_checkpoint(vision: Path, language: str, fields: dict, photos: list[Path], output: Path) -> Path:
+    """A stage-0 checkpoint whose projector gives image tokens as different from photo to photo as words are from each other."""
+    if output.is_dir():
+        return output
+    made = output.with_name(f"{output.name} being made")
+    shutil.rmtree(made, ignore_errors=True)
+    model, processor = assemble(BackboneArguments(str(vision), language, str(made), **fields))
+    pixels = processor.image_processor([Image.open(path).convert("RGB") for path in photos[:16]], return_tensors="pt")
+    tokens = model.get_image_features(**pixels).pooler_output  # (photos, image_seq_length, hidden)
+    *_, last = (module for module in model.model.projector.modules() if isinstance(module, torch.nn.Linear))
+    spread = (tokens - tokens.mean(0)).std()
+    factor = model.get_input_embeddings().weight.std() / spread
+    last.weight.mul_(factor)
+    if last.bias is not None:
+        last.bias.copy_((last.bias - tokens.mean((0, 1))) * factor)
+    save_checkpoint(model, processor, made, read_run_record(made))
+    made.rename(output)
+    return output
+
+
+def ask(model: Path, with_code: bool, photos: list[Path], output: Path, arguments: argparse.Namespace) -> dict:
+    """What a folder answers, asked by a process without this package."""
+    if not output.with_suffix(".json").is_file():
+        given = {
+            "model": str(model.resolve()),
+            "with_code": with_code,
+            "photos": [str(photo.resolve()) for photo in photos],
+            "question": QUESTION,
+            "batch": arguments.batch_size,
+            "compared": arguments.compared,
+            "new_tokens": arguments.new_tokens,
+            "threads": arguments.threads,
+            "output": str(output.resolve()),
+        }
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment = {**kept, "HF_HOME": str(output.parent.resolve() / "hf"), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-I", "-c", ASK, json.dumps(given)], env=environment, check=True)
+    return json.loads(output.with_suffix(".json").read_text())
+
+
+def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Namespace) -> dict:
+    """One row of the table."""
+    home, kind, fields = CASES[name]
+    folder = arguments.folder / name.replace(" ", "_").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    language = make_language(arguments.language, arguments.folder / "language")
+    if kind == "gemma3_text":
+        language = make_gemma(language, arguments.folder / "gemma")
+    checkpoint = make_checkpoint(vision, language, fields, photos, folder / "checkpoint")
+    started = time.perf_counter()
+    if not (folder / "exported").is_dir():
+        found = export(str(checkpoint), folder / "exported")
+        if found.name != home:
+            raise SystemExit(f"error: {checkpoint} became {found}, not {home}.")
+    export_seconds = time.perf_counter() - started
+    ours = ask(checkpoint, True, photos, folder / "checkpoint_said", arguments)
+    stock = ask(folder / "exported", False, photos, folder / "exported_said", arguments)
+    tokens, logits = zip(
+        *(torch.load(folder / f"{side}_said.pt").values() for side in ("checkpoint", "exported")), strict=True
+    )
+    config = json.loads((folder / "checkpoint/config.json").read_text())
+    blank = ours["texts"][-1]
+    return {
+        "case": name,
+        "class": stock["class"],
+        "mask": config["attention_mask_type"],
+        "projector": config["projector_type"],
+        "language_model": config["text_config"]["model_type"],
+        "image_tokens": int((tokens[0][0] == config["image_token_id"]).sum()),
+        "same_tokens": bool(torch.equal(*tokens)),
+        "logits_difference": float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()),
+        "same_texts": sum(a == b for a, b in zip(ours["texts"], stock["texts"], strict=True)) - int(blank == stock["texts"][-1]),
+        "photos": len(photos),
+        "unlike_blank": sum(text != blank for text in ours["texts"][:-1]),
+        "different_texts": len(set(ours["texts"])),
+        "export_seconds": export_seconds,
+        "seconds": {"checkpoint": ours["seconds"], "exported": stock["seconds"]},
+        "example": ours["texts"][0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--language", required=True, help="A causal language model: folder, Hub id or GGUF file.")
+    parser.add_argument("--vision", required=True, help="Folder with the configurations of encoder and image processor.")
+    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--count", type=int, default=100, help="Photos to ask about.")
+    parser.add_argument("--compared", type=int, default=4, help="Photos whose logits are compared, all positions.")
+    parser.add_argument("--new_tokens", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("out/stock_export"))
+    arguments = parser.parse_args()
+    photos = sorted(arguments.photos.glob("*.jpg"))[: arguments.count]
+    if len(photos) < arguments.count:
+        raise SystemExit(f"error: {arguments.photos} holds {len(photos)} JPEG files, and --count asks for {arguments.count}.")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    vision = make_vision(arguments.vision, arguments.folder / "vision")
+    rows = []
+    for name in arguments.cases:
+        rows.append(row := measure(name, vision, photos, arguments))
+        if name == arguments.cases[0]:
+            print(f"{'case':<22} {'tokens':>7} {'logits differ':>14} {'same texts':>11} {'unlike blank':>13} {'texts':>6}")
+        print(
+            f"{name:<22} {'same' if row['same_tokens'] else 'OTHER':>7} {row['logits_difference']:>14.1e} "
+            f"{row['same_texts']:>7}/{row['photos']:<3} {row['unlike_blank']:>13} {row['different_texts']:>6}",
+            flush=True,
+        )
+    write_json(arguments.folder / "stock_export.json", {"rows": rows, "versions": library_versions()})
+    print(arguments.folder / "stock_export.json")
+
+
+if __name__ == "__main__":
+    main()

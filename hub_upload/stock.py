@@ -1,0 +1,71 @@
+"""Stages an exported folder for a push: a model of a class that is part of transformers, as `alignvlm export` writes it.
+
+It holds no code, so nothing of `package` but the files, the licence and the card concerns it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from hub_upload.card import PLACEHOLDER
+from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, split_card
+from hub_upload.licences import FIELDS, given_licence
+from hub_upload.package import files_of, is_allowed, shard, weights_of, write_manifest
+from hub_upload.run_record import RUN_RECORD
+
+
+NEEDED = ("README.md", "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def is_stock(folder: str | Path) -> bool:
+    """Whether a folder's configuration is of another class than AlignVLM's and names no code of its own."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") not in (None, "alignvlm") and "auto_map" not in config
+
+
+def package_stock(
+    folder: str | Path,
+    output: str | Path,
+    max_shard_size: str = "5GB",
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    repository: str = PLACEHOLDER,
+) -> Path:
+    """Stages the exported `folder` in the new folder `output`; returns `output`. Its card keeps its text.
+
+    Args:
+        max_shard_size, license, license_name, license_link, repository: see `hub_upload.package.package`. The licence left out: that
+            of the card, which the export took over from the checkpoint.
+
+    Raises:
+        FileNotFoundError: if the folder is not a complete export.
+        ValueError: if the licence is not known, or the card has metadata that cannot be read.
+    """
+    folder, output = Path(folder), Path(output)
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing or not weights_of(folder):
+        raise FileNotFoundError(
+            f"{folder} is not a complete export: {', '.join(missing) or 'its weights'} missing. Give a folder of `alignvlm export`."
+        )
+    text = (folder / "README.md").read_text()
+    try:
+        data, _ = split_card(text)
+    except ValueError as error:
+        raise ValueError(f"README.md: {error}") from error
+    if given := given_licence(license, license_name, license_link):
+        data = {name: value for name, value in data.items() if name not in FIELDS} | given
+    if not data.get("license"):
+        raise ValueError("README.md states no license. Name that of your weights: --license LICENSE.")
+    output.mkdir(parents=True)
+    for name in files_of(folder):
+        if is_allowed(name) and name != RUN_RECORD and not name.endswith(".py") and not (folder / name).is_symlink():
+            shutil.copyfile(folder / name, output / name)
+    author = GENERATED if author_of(text) == GENERATED else FOLDER
+    (output / "README.md").write_text(join_card(data, body_of(text).replace(PLACEHOLDER, repository), author))
+    shard(output, max_shard_size)
+    write_manifest(output, changed=tuple(files_of(output)))
+    return output
