@@ -1,7 +1,8 @@
-"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own.
+"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own, or llama.cpp's files.
 
     alignvlm export out/stage4                                  # says what the checkpoint can become, and why not
     alignvlm export out/stage4 out/llava --to transformers
+    alignvlm export out/stage4 out/my-vlm --to gguf --outtype q8_0
 
 `homes.py` is the table of what can become what. Each form has a module that writes the files and compares what was written with the
 checkpoint; here the folder gets its card and, when all that succeeded, its name.
@@ -20,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from alignvlm.evaluation.load import LORA_FILES
-from alignvlm.export import stock
+from alignvlm.export import gguf, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card import PLACEHOLDER
 from hub_upload.card_text import GENERATED, join_card, split_card
@@ -37,30 +38,34 @@ class Form:
     Args:
         write: makes the new folder for a model in evaluation mode, its processor and one of the form's homes, and compares what was
             written with them; a ValueError says what differs. The model is nobody else's: it may be converted.
+            Options of the form follow as keywords; the folder's name is that of the export.
         card: the card's text, with places for {title}, {repository}, {checkpoint} and {class_name}.
         library: the Hub's name of what loads the folder.
         achieved: what may be said of the folder when it is there.
     """
 
-    write: Callable[[AlignVLMForConditionalGeneration, AlignVLMProcessor, Home, Path], None]
+    write: Callable[..., None]
     card: str
     library: str
     achieved: str
 
 
-FORMS = {"transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code")}
+FORMS = {
+    "transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code"),
+    "gguf": Form(gguf.write, gguf.CARD, "gguf", "runs in llama.cpp"),
+}
 
 
-def choose_home(config: AlignVLMConfig, form: str) -> Home:
-    """The home of a configuration in one form.
+def choose_home(config: AlignVLMConfig, form: str, processor: AlignVLMProcessor | None = None) -> Home:
+    """The home of a configuration, and of its processor, in one form.
 
     Raises:
         ValueError: if it has none; the message says why not, home by home, and which one change would open a door.
     """
     for home in HOMES:
-        if home.form == form and not obstacles(config, home):
+        if home.form == form and not obstacles(config, home, processor):
             return home
-    reasons = "\n".join(f"  {line}" for line in describe_homes(config, form))
+    reasons = "\n".join(f"  {line}" for line in describe_homes(config, form, processor))
     raise ValueError(f"None of the homes in the form {form!r} computes what this checkpoint does:\n{reasons}")
 
 
@@ -108,8 +113,13 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
     (folder / "README.md").write_text(join_card(data.to_dict(), body, GENERATED))
 
 
-def export(checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None) -> Home:
+def export(
+    checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None, **options
+) -> Home:
     """Writes a checkpoint in one of `FORMS` into the new folder `out`, which is there only when it is complete.
+
+    Args:
+        **options: of the form, such as `outtype` of `gguf`.
 
     Raises:
         FileExistsError: if `out` is there and not an empty folder.
@@ -120,13 +130,14 @@ def export(checkpoint: str, out: str | Path, form: str = "transformers", revisio
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
-    home = choose_home(read_config(checkpoint, revision), form)
+    config = read_config(checkpoint, revision)
     processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
+    home = choose_home(config, form, processor)
     model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto").eval()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
-        folder = Path(workspace) / "folder"
-        FORMS[form].write(model, processor, home, folder)
+        folder = Path(workspace) / out.name
+        FORMS[form].write(model, processor, home, folder, **options)
         write_card(checkpoint, revision, home, folder, out.name)
         if out.exists():
             out.rmdir()
@@ -143,6 +154,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--to", choices=FORMS, default="transformers", help="The form. Default: transformers, a class of its own."
     )
+    p.add_argument(
+        "--outtype", choices=gguf.OUTTYPES, help="gguf: the number format, by llama.cpp's names. Default: f16."
+    )
     p.add_argument("--revision", help="Revision of a Hub checkpoint.")
     return p
 
@@ -150,12 +164,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     logging.disable_progress_bar()
+    if arguments.outtype and arguments.to != "gguf":
+        raise SystemExit(f"error: --outtype is for --to gguf, not for --to {arguments.to}.")
+    options = {"outtype": arguments.outtype} if arguments.outtype else {}
     try:
         if arguments.out is None:
-            print("\n".join(describe_homes(read_config(arguments.checkpoint, arguments.revision))))
+            config = read_config(arguments.checkpoint, arguments.revision)
+            processor = AlignVLMProcessor.from_pretrained(arguments.checkpoint, revision=arguments.revision)
+            print("\n".join(describe_homes(config, processor=processor)))
             return
-        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision)
-    except (ValueError, OSError, SafetensorError) as error:
+        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision, **options)
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{arguments.out}: {home}, {FORMS[arguments.to].achieved}")
 

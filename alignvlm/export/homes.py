@@ -1,7 +1,8 @@
 """What a configuration can become in other people's programs, and why not: one table, `HOMES`.
 
 A home is a class or graph that computes what an AlignVLM model of one mask type and one projector does, so that the same weights need no
-code of ours. `obstacles` compares a configuration with a home; where one field of the recipe is all that is in the way, it is named.
+code of ours. `obstacles` compares a configuration, and its processor, with a home; where one field of the recipe is all that is in the
+way, it is named.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModel
 
-from modeling_alignvlm import AlignVLMConfig
+from alignvlm.export.gguf_prompt import writes_around_images
+from alignvlm.export.gguf_tokenizer import pre_tokenizer_name
+from alignvlm.stages.chat_templates import IMAGE_BEGIN, IMAGE_END
+from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
 
 
 # Encoders that give a token per patch, and how many tokens stand before these.
@@ -22,6 +26,9 @@ TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
 # Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
 # SmolLM3's computes the same.
 TAKES_NAMED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3", "olmo3", "llama")
+# Language models that `gguf_language.py` writes, and encoders that llama.cpp's projector `mlp` takes, with their activation there.
+IN_GGUF = ("llama", "qwen2", "qwen3", "smollm3")
+ENCODERS_IN_GGUF = {"siglip_vision_model": "gelu_pytorch_tanh", "clip_vision_model": "quick_gelu"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Home:
         class_name: the class or graph.
         mask_type, projector_type: those that the class computes.
         more: further obstacles of a configuration.
+        of_processor: obstacles of the tokenizer, chat template or image processor.
     """
 
     form: str
@@ -50,6 +58,7 @@ class Home:
     mask_type: str
     projector_type: str
     more: Callable[[AlignVLMConfig], list[Obstacle]]
+    of_processor: Callable[[AlignVLMProcessor], list[Obstacle]] = lambda processor: []
 
     def __str__(self) -> str:
         return f"{self.name} ({self.class_name})"
@@ -154,16 +163,89 @@ def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
     return found
 
 
+def _llama_cpp(config: AlignVLMConfig) -> list[Obstacle]:
+    """What llama.cpp asks of the language model and of any encoder."""
+    found, text, vision = [], config.text_config, config.vision_config
+    kind = text.model_type
+    if kind not in IN_GGUF:
+        found.append(Obstacle(f"it is written for the language models {', '.join(IN_GGUF)}, not {kind!r}"))
+        return found
+    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        found.append(Obstacle(f"llama.cpp has no sliding windows for the language model {kind!r}"))
+    rope = text.rope_parameters["rope_type"]
+    if rope not in ("default", "llama3") or (rope == "llama3" and kind != "llama"):
+        found.append(Obstacle(f"it is not written for rope_type={rope!r} of the language model {kind!r}"))
+    if getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False):
+        found.append(Obstacle(f"it is not written for biases of the language model {kind!r}"))
+    if text.hidden_act != "silu":
+        found.append(Obstacle(f"it has the activation 'silu' in the language model, not {text.hidden_act!r}"))
+    if kind == "smollm3" and any(rope != ((index + 1) % 4 > 0) for index, rope in enumerate(text.no_rope_layers)):
+        found.append(Obstacle("llama.cpp leaves every fourth layer of SmolLM3 without positions, and this one others"))
+    activation = ENCODERS_IN_GGUF.get(vision.model_type)
+    if activation and vision.hidden_act != activation:
+        found.append(
+            Obstacle(f"llama.cpp has the activation {activation!r} in this encoder, not {vision.hidden_act!r}")
+        )
+    if activation and vision.intermediate_size == vision.hidden_size:
+        found.append(Obstacle("llama.cpp swaps both layers of an encoder's MLP that is no wider than the encoder"))
+    height, width = config.input_size
+    if height != width or height != getattr(vision, "image_size", None):
+        found.append(Obstacle(f"its encoder takes squares of the size it was made for, not {height} x {width} pixels"))
+    return found
+
+
+def _llama_cpp_pool(config: AlignVLMConfig) -> list[Obstacle]:
+    return _final_output(config) + _llama_cpp(config)
+
+
+def _llama_cpp_mlp(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _encoder(config)
+    kind = config.vision_config.model_type
+    if not found and kind not in ENCODERS_IN_GGUF:
+        found.append(Obstacle(f"it takes the encoders {', '.join(ENCODERS_IN_GGUF)}, not {kind!r}"))
+    if config.pixel_shuffle_factor != 1:
+        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    if config.projector_hidden_act not in ("gelu", "gelu_pytorch_tanh"):
+        found.append(Obstacle(f"its projector has the activation 'gelu', not {config.projector_hidden_act!r}"))
+    return found + _llama_cpp(config)
+
+
+def _llama_cpp_processor(processor: AlignVLMProcessor) -> list[Obstacle]:
+    images = processor.image_processor
+    found = []
+    try:
+        pre_tokenizer_name(processor.tokenizer)
+    except ValueError as error:
+        found.append(Obstacle(str(error)))
+    if not images.do_rescale or abs(images.rescale_factor * 255 - 1) > 1e-6:
+        found.append(Obstacle("it divides pixel values by 255, and the image processor does not"))
+    return found
+
+
+def _gemma3_processor(processor: AlignVLMProcessor) -> list[Obstacle]:
+    found = _llama_cpp_processor(processor)
+    if not writes_around_images(processor, IMAGE_BEGIN, IMAGE_END):
+        found.append(
+            Obstacle(
+                f"llama.cpp writes {IMAGE_BEGIN} and {IMAGE_END} around an image, and the chat template does not",
+                f"image_begin: {IMAGE_BEGIN}, image_end: {IMAGE_END}",
+            )
+        )
+    return found
+
+
 HOMES = (
     Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
     Home("transformers", "DeepSeek-VL", "DeepseekVLForConditionalGeneration", "causal", "mlp", _deepseek_vl),
     Home("transformers", "Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
     Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
+    Home("gguf", "llama.cpp", "gemma3", "image", "pool", _llama_cpp_pool, _gemma3_processor),
+    Home("gguf", "llama.cpp", "mlp", "causal", "mlp", _llama_cpp_mlp, _llama_cpp_processor),
 )
 
 
-def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
-    """All that keeps a configuration from becoming `home`; an empty list if nothing does."""
+def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor | None = None) -> list[Obstacle]:
+    """All that keeps a configuration, with its processor if it is given, from becoming `home`; an empty list if nothing does."""
     found = []
     if config.attention_mask_type != home.mask_type:
         kept = config.supported_mask_types is None or home.mask_type in config.supported_mask_types
@@ -180,16 +262,18 @@ def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
                 f"projector_type: {home.projector_type}",
             )
         )
-    return found + home.more(config)
+    return found + home.more(config) + (home.of_processor(processor) if processor else [])
 
 
-def describe_homes(config: AlignVLMConfig, form: str | None = None) -> list[str]:
+def describe_homes(
+    config: AlignVLMConfig, form: str | None = None, processor: AlignVLMProcessor | None = None
+) -> list[str]:
     """A line for each home (of one form, if it is given): that it is open, or all that is in the way, and the one change that would open it if there is one."""
     lines = []
     for home in HOMES:
         if form not in (None, home.form):
             continue
-        found = obstacles(config, home)
+        found = obstacles(config, home, processor)
         line = f"{home}: " + ("; ".join(obstacle.reason for obstacle in found) or "yes")
         if len(found) == 1 and found[0].change:
             line += f". One change before training opens it: {found[0].change}"

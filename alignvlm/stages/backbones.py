@@ -23,7 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from alignvlm.stages.chat_templates import IMAGE_TOKEN, chat_template, end_of_turn_ids
+from alignvlm.stages.chat_templates import (
+    IMAGE_BEGIN,
+    IMAGE_END,
+    IMAGE_TOKEN,
+    chat_template,
+    end_of_turn_ids,
+)
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
@@ -72,7 +78,28 @@ class BackboneArguments:
             "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
         },
     )
+    image_begin: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Special token that the chat template writes before an image, '' for none. Left out: {IMAGE_BEGIN} with the "
+            "projector `pool`, as Gemma 3 and llama.cpp have it, else none."
+        },
+    )
+    image_end: str | None = field(
+        default=None, metadata={"help": f"The same behind an image; {IMAGE_END} with the projector `pool`."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
+
+    def __post_init__(self):
+        pools = self.projector_type == "pool"
+        for name, usual in (("image_begin", IMAGE_BEGIN), ("image_end", IMAGE_END)):
+            token = getattr(self, name)
+            if token is None:
+                setattr(self, name, usual if pools else "")
+            elif IMAGE_TOKEN in token or len(token.split()) > 1 or token != token.strip():
+                raise ValueError(
+                    f"{name}={token!r} cannot be the token around an image: give one word other than {IMAGE_TOKEN}."
+                )
 
 
 def load_vision_encoder(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -218,11 +245,12 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     )
     tokenizer = AutoTokenizer.from_pretrained(arguments.language, revision=arguments.language_revision)
 
-    template, own_template = chat_template(tokenizer)
+    image_tokens = [token for token in (arguments.image_begin, IMAGE_TOKEN, arguments.image_end) if token]
+    template, own_template = chat_template(tokenizer, "".join(image_tokens))
     tokenizer.chat_template = template  # one template from here on, whoever renders it
 
     set_seed(arguments.seed)  # before anything new is drawn
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": image_tokens}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > language.get_input_embeddings().weight.shape[0]:

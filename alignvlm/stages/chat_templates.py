@@ -17,6 +17,7 @@ from alignvlm.data.record import ROLES
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
+IMAGE_BEGIN, IMAGE_END = "<start_of_image>", "<end_of_image>"  # what Gemma 3 and llama.cpp write around an image
 # transformers hands a template each of these where a message has one of them
 REASONING_FIELDS = frozenset(("reasoning_content", "thinking", "reasoning"))
 
@@ -83,7 +84,7 @@ _FLATTENING = """\
 {%- set joined = namespace(text='') -%}
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
-{%- set joined.text = joined.text + IMAGE_TOKEN -%}
+{%- set joined.text = joined.text + IMAGE_TEXT -%}
 {%- elif part.type == 'text' and part.text is string -%}
 {%- set joined.text = joined.text + part.text -%}
 {%- else -%}
@@ -103,29 +104,34 @@ _QUESTION, _ANSWER = (
 )
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+def chat_template(tokenizer: PreTrainedTokenizerBase, image_text: str = IMAGE_TOKEN) -> tuple[str, bool]:
     """The chat template for a checkpoint, and whether it is the language model's own (extended by image parts).
 
     Language models without one get ChatML where their vocabulary has its tokens, else plain words.
 
+    Args:
+        image_text: what is written for an image: the image token, or that with a token before and one behind it.
+
     Raises:
         ValueError: as `extended_template`.
     """
+    ours = [template.replace(IMAGE_TOKEN, image_text) for template in (CHATML_TEMPLATE, PLAIN_TEMPLATE)]
     if tokenizer.chat_template:
-        template = extended_template(tokenizer)
-        return template, template not in (CHATML_TEMPLATE, PLAIN_TEMPLATE)
-    return CHATML_TEMPLATE if "<|im_end|>" in tokenizer.get_vocab() else PLAIN_TEMPLATE, False
+        template = extended_template(tokenizer, image_text)
+        return template, template not in ours
+    return ours[0] if "<|im_end|>" in tokenizer.get_vocab() else ours[1], False
 
 
-def extended_template(tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN) -> str:
+def extended_template(tokenizer: PreTrainedTokenizerBase, image_text: str = IMAGE_TOKEN) -> str:
     """The tokenizer's own chat template, extended by image parts; of several named ones the default.
 
-    A template that writes the image token itself is returned as it is. For messages of texts the extended template writes exactly
+    A template that writes `image_text` itself is returned as it is. For messages of texts the extended template writes exactly
     what the original does. Roles and further fields of a message that the original does not read, and parts other than texts and
     images, are refused when it is rendered.
 
     Raises:
-        ValueError: if there is no default template, or if it cannot be used (`check_template`).
+        ValueError: if there is no default template, if it writes the image token without what `image_text` has around it, or if it
+            cannot be used (`check_template`).
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -135,12 +141,19 @@ def extended_template(tokenizer: PreTrainedTokenizerBase, image_token: str = IMA
                 "template, as `tokenizer.chat_template`, and name that folder."
             )
         template = template["default"]
-    if image_token not in template:
+    if template in (CHATML_TEMPLATE, PLAIN_TEMPLATE):
+        template = template.replace(IMAGE_TOKEN, image_text)
+    elif IMAGE_TOKEN not in template:
         known, fields = _read_names(template)
         roles = [role for role in ROLES if not _drops(tokenizer, template, role)] + sorted(known - set(ROLES))
-        head = _FLATTENING.replace("IMAGE_TOKEN", repr(image_token))
+        head = _FLATTENING.replace("IMAGE_TEXT", repr(image_text))
         head = head.replace("ROLES", repr(roles)).replace("FIELDS", repr(["role", "content", *sorted(fields)]))
         template = head + template
+    elif image_text not in template:
+        raise ValueError(
+            f"The chat template of the language model writes {IMAGE_TOKEN} itself, and not {image_text}. Write that there, or leave the "
+            "tokens around an image out: --image_begin '' --image_end ''."
+        )
     check_template(tokenizer, template)
     return template
 

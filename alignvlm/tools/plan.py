@@ -280,7 +280,7 @@ def plan_stage(
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
         [other_turns(part, collator.token_counts) for part in mixture.parts],
-        describe_homes(config),
+        describe_homes(config, processor=processor),
     )
 
 
