@@ -48,7 +48,7 @@ from hub_upload.checks import check, try_loading
 from hub_upload.command_line import ArgumentParser
 from hub_upload.package import (
     MANIFEST,
-    add_card_options,
+    add_package_options,
     files_of,
     is_allowed,
     note_releases,
@@ -125,6 +125,7 @@ def push(
     delete_others: bool = False,
     max_shard_size: str = "5GB",
     message: str | None = None,
+    server: str | None = None,
 ) -> Pushed:
     """Packages, checks and pushes the checkpoint `folder`.
 
@@ -138,6 +139,7 @@ def push(
         license, license_name, license_link: of the weights. Left out: the strictest of the backbones'.
         overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays.
         delete_others: delete all files of the repository that are not the checkpoint's. Otherwise they stay.
+        server: "vllm" pushes a folder that vLLM can serve (see `hub_upload.serving`).
 
     Raises:
         PushError: if the folder must not be pushed or the Hub refuses it; the message says what to do.
@@ -148,7 +150,9 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
-            package(folder, staged, max_shard_size, license, license_name, license_link, repository, overwrite_card)
+            licence = {"license": license, "license_name": license_name, "license_link": license_link}
+            texts = {"repository": repository, "overwrite_card": overwrite_card}
+            package(folder, staged, max_shard_size, **licence, **texts, server=server)
         except (OSError, ValueError) as error:
             raise PushError(f"{folder} cannot be packaged: {error}") from error
         problems, releases = check(staged, load=False), {}
@@ -494,7 +498,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="Delete all files of the repository that are not the checkpoint's.",
     )
-    add_card_options(parser)
+    add_package_options(parser)
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--message", help="Of the commit.")
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
