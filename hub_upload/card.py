@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hub_upload.card_text import GENERATED, join_card, split_card
 from hub_upload.licences import HALVES, licence_name, licence_of
+from hub_upload.serving import is_for_vllm
 from hub_upload.shared_files import CARD_TEMPLATE, shared_folder
 
 
@@ -78,6 +79,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             language=_named(language),
             projector=PROJECTORS[config.get("projector_type", "mlp")],
             mask_type=config.get("attention_mask_type", "image"),
+            for_vllm=is_for_vllm(config),
             transformers=MINIMUM_TRANSFORMERS,
             loaded_with=_releases(record.get("loaded_with", {})),
             made_with=_releases((stages[-1] if stages else record).get("versions", {})),

@@ -1,6 +1,6 @@
 """Stages a checkpoint as a clean folder: files on the allow-list, a card, a manifest of hashes, and nothing else.
 
-    python -m hub_upload.package out/stage4 out/to_push
+    python -m hub_upload.package out/stage4 out/to_push [--for vllm]
 
 The same checkpoint gives the same folder, byte for byte.
 """
@@ -21,6 +21,7 @@ from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_car
 from hub_upload.command_line import ArgumentParser
 from hub_upload.licences import given_licence, licence_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_run_record
+from hub_upload.serving import SERVERS, check_for_vllm, prepare_for_vllm
 
 
 MANIFEST = "manifest.sha256"
@@ -102,6 +103,7 @@ def package(
     license_link: str | None = None,
     repository: str = PLACEHOLDER,
     overwrite_card: bool = False,
+    server: str | None = None,
 ) -> Path:
     """Stages the checkpoint `folder` in `output`, which is emptied first; returns `output`.
 
@@ -111,11 +113,12 @@ def package(
             the strictest of the backbones'.
         repository: the one that the card's examples load.
         overwrite_card: write the card anew where the folder's was edited by hand. Otherwise its text stays, and its metadata are renewed.
+        server: "vllm" makes a folder that vLLM can serve (see `hub_upload.serving`).
 
     Raises:
         FileNotFoundError: if the folder is not a complete checkpoint.
-        ValueError: if `output` is not empty and was not made by this function, the licence is not known, or the folder's card has metadata
-            that cannot be read.
+        ValueError: if `output` is not empty and was not made by this function, the licence is not known, the folder's card has metadata
+            that cannot be read, or the server cannot run the checkpoint.
     """
     folder, output = Path(folder), Path(output)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
@@ -123,6 +126,8 @@ def package(
         raise FileNotFoundError(
             f"{folder} is not a complete checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
+    if server == "vllm":
+        check_for_vllm(folder)
     record = read_run_record(folder)
     record = without_local_paths({**record, "results": results_of(folder)})
     if given := given_licence(license, license_name, license_link):
@@ -143,6 +148,8 @@ def package(
     if (folder / "lora").is_dir():
         _merge_lora(folder / "lora", output)
     shard(output, max_shard_size)
+    if server == "vllm":
+        prepare_for_vllm(output)
     there = None if overwrite_card or not (folder / "README.md").is_file() else (folder / "README.md").read_text()
     _write_texts(output, record, repository, there, license_given=bool(given))
     return output
@@ -247,8 +254,14 @@ def shard(folder: Path, max_shard_size: str) -> None:
     file.unlink()
 
 
-def add_card_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of packaging that concern the card."""
+def add_package_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of packaging that a push has too."""
+    parser.add_argument(
+        "--for",
+        dest="server",
+        choices=SERVERS,
+        help="Make a folder that this server can run: AutoModel is the base model there.",
+    )
     parser.add_argument(
         "--license", help="Of the weights, by the Hub's name. Left out: the strictest of the backbones."
     )
@@ -264,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", help="The output_dir of a stage.")
     parser.add_argument("output", help="The clean folder.")
     parser.add_argument("--max_shard_size", default="5GB")
-    add_card_options(parser)
+    add_package_options(parser)
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     try:
         output = package(options.pop("folder"), options.pop("output"), **options)

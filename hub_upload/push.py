@@ -49,7 +49,7 @@ from hub_upload.checks import check, try_loading
 from hub_upload.command_line import ArgumentParser
 from hub_upload.package import (
     MANIFEST,
-    add_card_options,
+    add_package_options,
     files_of,
     is_allowed,
     note_releases,
@@ -129,6 +129,7 @@ def push(
     delete_others: bool = False,
     max_shard_size: str = "5GB",
     message: str | None = None,
+    server: str | None = None,
 ) -> Pushed:
     """Packages, checks and pushes the checkpoint `folder`, or the export of one.
 
@@ -143,6 +144,7 @@ def push(
         overwrite_card: write the card anew where it was edited, in the folder or on the Hub. Otherwise its text stays, and that of an
             export's folder always.
         delete_others: delete all files of the repository that are not the checkpoint's. Otherwise they stay.
+        server: "vllm" pushes a folder that vLLM can serve (see `hub_upload.serving`).
 
     Raises:
         PushError: if the folder must not be pushed or the Hub refuses it; the message says what to do.
@@ -154,10 +156,12 @@ def push(
         staged = Path(temporary) / "staged"
         try:
             options = (max_shard_size, license, license_name, license_link, repository)
-            if is_stock(folder):
-                package_stock(folder, staged, *options)
+            if not is_stock(folder):
+                package(folder, staged, *options, overwrite_card, server)
+            elif server is not None:
+                raise ValueError(f"it is an export, which {server} runs as it is: leave out --for {server}.")
             else:
-                package(folder, staged, *options, overwrite_card)
+                package_stock(folder, staged, *options)
         except (OSError, ValueError) as error:
             raise PushError(f"{folder} cannot be packaged: {error}") from error
         problems, releases = check(staged, load=False), {}
@@ -510,7 +514,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="Delete all files of the repository that are not the checkpoint's.",
     )
-    add_card_options(parser)
+    add_package_options(parser)
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--message", help="Of the commit.")
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))

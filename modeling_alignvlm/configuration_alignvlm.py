@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .masking_alignvlm import MASK_TYPES  # needs torch alone, which transformers has imported by now
+from .masking_alignvlm import MASK_TYPES, same_image  # needs torch alone, which transformers has imported by now
 
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
@@ -15,6 +15,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_alignvlm.AlignVLMForConditionalGeneration",
     "AutoProcessor": "processing_alignvlm.AlignVLMProcessor",
 }
+# What AutoModel names in a package for vLLM, whose transformers backend puts its own head on the model.
+BASE_MODEL = "modeling_alignvlm.AlignVLMModel"
 # Keys that transformers itself adds to a configuration.
 _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
@@ -100,7 +102,7 @@ class AlignVLMConfig(PreTrainedConfig):
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - 1
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = self._complete_auto_map()
 
         self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
@@ -147,6 +149,16 @@ class AlignVLMConfig(PreTrainedConfig):
             )
         return CONFIG_MAPPING[model_type](**value)
 
+    def _complete_auto_map(self) -> dict[str, str]:
+        """All auto classes, in this folder; of a given mapping only the base model as `AutoModel` stays."""
+        given = (getattr(self, "auto_map", None) or {}).get("AutoModel", "")
+        return {**AUTO_MAP, "AutoModel": BASE_MODEL} if given.endswith(BASE_MODEL) else dict(AUTO_MAP)
+
+    @property
+    def is_mm_prefix_lm(self) -> bool:
+        """Whether tokens of an image see each other, and nothing else looks ahead: what vLLM asks before it makes its masks."""
+        return MASK_TYPES[self.attention_mask_type].looks_ahead is same_image
+
     @property
     def input_size(self) -> tuple[int, int]:
         """Height and width of the encoder's input in pixels."""
@@ -186,7 +198,7 @@ class AlignVLMConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """As in transformers, but the same before and after a round trip: `auto_map` in full, and one dtype for all parts."""
-        values = {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        values = {**super().to_dict(), "auto_map": self._complete_auto_map()}
         for key in self.sub_configs:
             values[key] = {**values[key], "dtype": values.get("dtype"), "_name_or_path": ""}
         return values

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 from .masking_alignvlm import TokenLayout, dense_mask
 
@@ -284,6 +285,13 @@ class AlignVLMProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Counts the tokens and the rows of `pixel_values` of images of any `(height, width)`, under the name that vLLM asks for."""
+        if image_sizes is None:
+            return MultiModalData()
+        images = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * images, num_image_patches=[1] * images)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, but does not write down how the tokenizer was found on this machine."""

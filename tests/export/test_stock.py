@@ -216,6 +216,15 @@ def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
     assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
 
 
+@pytest.mark.parametrize("home", ["LLaVA", "PaliGemma"])
+def test_the_processor_counts_an_images_tokens_for_vllm(given, tmp_path, home):
+    checkpoint = given(home, next(iter(CASES[home])))
+    export(str(checkpoint), tmp_path / "out")
+    processor, ours = AutoProcessor.from_pretrained(tmp_path / "out"), AlignVLMProcessor.from_pretrained(checkpoint)
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(30, 50), (300, 20)])
+    assert counts["num_image_tokens"] == [ours.image_seq_length] * 2 and counts["num_image_patches"] == [1, 1]
+
+
 @pytest.mark.parametrize("home", ["LLaVA", "Gemma 3"])  # the processor of the others is LLaVA's
 @pytest.mark.parametrize("template", SHIPPED)
 def test_language_models_own_templates_write_the_tokens_of_training(make_model, tmp_path, home, template):

@@ -296,5 +296,5 @@ def test_images_are_prepared_as_timm_does_for_evaluation(mode, shape):
 
 @pytest.mark.parametrize("config", [{"crop_mode": "border"}, {"interpolation": "random"}, {"input_size": (3, 56, 64)}])
 def test_timm_transforms_that_transformers_lacks_are_refused(config):
-    with pytest.raises(ValueError, match="'it' are prepared by timm with crop_mode=.* which no image processor of"):
+    with pytest.raises(ValueError, match=r"'it' are prepared by timm with crop_mode=.* which no image processor of"):
         without_timm("it", timm_processor(**config))
