@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from alignvlm.evaluation.load import LORA_FILES
-from alignvlm.export import stock
+from alignvlm.export import onnx, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card_text import split_card
 from hub_upload.command_line import ArgumentParser
@@ -39,15 +39,20 @@ class Form:
         card: the card's text, with places for {title}, {checkpoint} and {class_name}.
         library: the Hub's name of what loads the folder.
         achieved: what may be said of the folder when it is there.
+        options: the names of further options that `write` takes.
     """
 
-    write: Callable[[AlignVLMForConditionalGeneration, AlignVLMProcessor, Home, Path], None]
+    write: Callable[..., None]
     card: str
     library: str
     achieved: str
+    options: tuple[str, ...] = ()
 
 
-FORMS = {"transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code")}
+FORMS = {
+    "transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code"),
+    "onnx": Form(onnx.write, onnx.CARD, "transformers.js", "runs with onnxruntime and transformers.js", ("int8",)),
+}
 
 
 def choose_home(config: AlignVLMConfig, form: str) -> Home:
@@ -105,15 +110,24 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
     ModelCard(f"---\n{data}\n---\n\n{body}").save(folder / "README.md")
 
 
-def export(checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None) -> Home:
+def export(
+    checkpoint: str, out: str | Path, form: str = "transformers", revision: str | None = None, **options
+) -> Home:
     """Writes a checkpoint in one of `FORMS` into the new folder `out`, which is there only when it is complete.
+
+    Args:
+        **options: further options of the form (`Form.options`).
 
     Raises:
         FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, and a
-            comparison that failed.
+        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, an option of
+            another form, and a comparison that failed.
     """
+    for name in options:
+        if name not in FORMS[form].options:
+            owner = next(other for other, each in FORMS.items() if name in each.options)
+            raise ValueError(f"--{name} is an option of the form {owner!r}, not of {form!r}.")
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
@@ -123,7 +137,7 @@ def export(checkpoint: str, out: str | Path, form: str = "transformers", revisio
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
         folder = Path(workspace) / "folder"
-        FORMS[form].write(model, processor, home, folder)
+        FORMS[form].write(model, processor, home, folder, **options)
         write_card(checkpoint, revision, home, folder, out.name)
         if out.exists():
             out.rmdir()
@@ -141,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
         "--to", choices=FORMS, default="transformers", help="The form. Default: transformers, a class of its own."
     )
     p.add_argument("--revision", help="Revision of a Hub checkpoint.")
+    p.add_argument("--int8", action="store_true", help="onnx: write files with 8-bit weights too (*_quantized.onnx).")
     return p
 
 
@@ -151,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.out is None:
             print("\n".join(describe_homes(read_config(arguments.checkpoint, arguments.revision))))
             return
-        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision)
+        options = {"int8": True} if arguments.int8 else {}
+        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision, **options)
     except (ValueError, OSError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{arguments.out}: {home}, {FORMS[arguments.to].achieved}")

@@ -37,15 +37,15 @@ class Home:
         form: the form of the export (`alignvlm export --to`).
         name: as people call it.
         class_name: the class or graph.
-        mask_type, projector_type: those that the class computes.
+        mask_type, projector_type: those that the class computes; None for any.
         more: further obstacles of a configuration.
     """
 
     form: str
     name: str
     class_name: str
-    mask_type: str
-    projector_type: str
+    mask_type: str | None
+    projector_type: str | None
     more: Callable[[AlignVLMConfig], list[Obstacle]]
 
     def __str__(self) -> str:
@@ -138,17 +138,26 @@ def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
     return found
 
 
+def _onnx(config: AlignVLMConfig) -> list[Obstacle]:
+    kinds = set(getattr(config.text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        kind, found = config.text_config.model_type, ", ".join(sorted(kinds))
+        return [Obstacle(f"its cache is keys and values, and the language model {kind!r} has layers of type {found}")]
+    return []
+
+
 HOMES = (
     Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
     Home("transformers", "Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
     Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
+    Home("onnx", "ONNX", "graphs for onnxruntime and transformers.js", None, None, _onnx),
 )
 
 
 def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
     """All that keeps a configuration from becoming `home`; an empty list if nothing does."""
     found = []
-    if config.attention_mask_type != home.mask_type:
+    if home.mask_type not in (None, config.attention_mask_type):
         kept = config.supported_mask_types is None or home.mask_type in config.supported_mask_types
         found.append(
             Obstacle(
@@ -156,7 +165,7 @@ def obstacles(config: AlignVLMConfig, home: Home) -> list[Obstacle]:
                 f"attention_mask_type: {home.mask_type}" if kept else None,
             )
         )
-    if config.projector_type != home.projector_type:
+    if home.projector_type not in (None, config.projector_type):
         found.append(
             Obstacle(
                 f"its projector is {home.projector_type!r}, not {config.projector_type!r}",
