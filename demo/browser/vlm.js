@@ -1,5 +1,7 @@
 // Asks a checkpoint that `alignvlm export --to onnx` wrote about an image, in a browser, with transformers.js.
 
+import { resize } from "./resize.js";
+
 const VERSION = "4.3.2"; // of transformers.js, the one this was tried with
 // Or "./node_modules/", behind `npm install @huggingface/transformers@4.3.2` in this folder: then nothing comes from elsewhere.
 const PACKAGES = "https://cdn.jsdelivr.net/npm/";
@@ -25,14 +27,18 @@ export async function load(model, options = {}) {
     return { processor, network };
 }
 
-/** A decoded image file, upright and on white, as the checkpoint was trained with. */
-async function pixels(file) {
+/** A decoded image file as the checkpoint was trained with: upright, on white, and resized as in Python. */
+async function pixels(file, imageProcessor) {
     const bitmap = await createImageBitmap(file);
-    const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
+    const { width, height } = bitmap;
+    const context = new OffscreenCanvas(width, height).getContext("2d");
     context.fillStyle = "white";
-    context.fillRect(0, 0, bitmap.width, bitmap.height);
+    context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0);
-    return new RawImage(context.getImageData(0, 0, bitmap.width, bitmap.height).data, bitmap.width, bitmap.height, 4).rgb();
+    const image = new RawImage(context.getImageData(0, 0, width, height).data, width, height, 4).rgb();
+    if (!imageProcessor.do_resize) return image;
+    const size = imageProcessor.get_resize_output_image_size(image, imageProcessor.size);
+    return new RawImage(resize(image.data, width, height, 3, ...size, imageProcessor.resample), ...size, 3);
 }
 
 /**
@@ -47,7 +53,7 @@ export async function answer({ processor, network }, file, question, { max_new_t
     const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
     const { bos_token } = processor.tokenizer;
     const add_special_tokens = !(bos_token && prompt.startsWith(bos_token));
-    const inputs = await processor(await pixels(file), prompt, { add_special_tokens });
+    const inputs = await processor(await pixels(file, processor.image_processor), prompt, { add_special_tokens });
     const streamer =
         onText &&
         new TextStreamer(processor.tokenizer, { skip_prompt: true, skip_special_tokens: true, callback_function: onText });
