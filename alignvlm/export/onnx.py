@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, LlavaProcessor
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import logging as transformers_logging
 
 from alignvlm.export.homes import Home
 from alignvlm.export.onnx_model import OnnxModel
@@ -55,7 +54,8 @@ const prompt = processor.apply_chat_template(
     [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "What is it?" }}] }}],
     {{ add_generation_prompt: true }},
 );
-const inputs = await processor(await load_image("photo.jpg"), prompt, {{ add_special_tokens: false }});
+const add_special_tokens = !prompt.startsWith(processor.tokenizer.bos_token);
+const inputs = await processor(await load_image("photo.jpg"), prompt, {{ add_special_tokens }});
 const tokens = await model.generate({{ ...inputs, max_new_tokens: 40 }});
 console.log(processor.batch_decode(tokens.slice(null, [inputs.input_ids.dims.at(-1), null]), {{ skip_special_tokens: true }})[0]);
 ```
@@ -65,6 +65,9 @@ Logits in float32 equal those of the checkpoint (`alignvlm export` compared them
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE_INT8 = 0.5  # of logits, relative to the largest: a rounded graph still computes the same thing
+# What our extension of a language model's template (`stages/chat_templates.py`) says with `dict`, which the Jinja of JavaScript has not.
+PLAIN_MESSAGE = "{'role': message.role, 'content': joined.text}"
+OTHER_CACHE = "The language model {!r} keeps another cache than keys and values, which the export does not write."
 INLINE_BYTES = 1 << 30  # a file of protocol buffers holds 2 GiB at most: larger weights lie in a file of their own
 
 
@@ -203,13 +206,17 @@ def graphs(model: AlignVLMForConditionalGeneration) -> dict[str, Graph]:
     channels, width = getattr(config.vision_config, "num_channels", 3), config.text_config.hidden_size
     batch, past, length = 2, 3, 5
     language_model, cache = model.model.language_model, DynamicCache()
-    with torch.no_grad():
-        language_model(inputs_embeds=torch.zeros(batch, past, width), use_cache=True, **{CACHE_NAME: cache})
-    if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers) or not cache.layers:
-        kind = config.text_config.model_type
-        raise ValueError(
-            f"The language model {kind!r} keeps another cache than keys and values, which the export does not write."
-        )
+    try:
+        with torch.no_grad():
+            language_model(inputs_embeds=torch.zeros(batch, past, width), use_cache=True, **{CACHE_NAME: cache})
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:  # it asks the cache for what a cache of keys and values has not
+        raise ValueError(OTHER_CACHE.format(config.text_config.model_type)) from error
+    if not cache.layers or not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
+        raise ValueError(OTHER_CACHE.format(config.text_config.model_type))
     rows, tokens, cached = (
         {0: "batch_size"},
         {0: "batch_size", 1: "sequence_length"},
@@ -272,17 +279,14 @@ def trace(graph: Graph):
 @contextlib.contextmanager
 def _quiet():
     """Keeps the exporter's progress and its remarks on versions and functions that we do not use from the terminal."""
-    level, registration = transformers_logging.get_verbosity(), logging.getLogger("torch.onnx")
-    before = registration.level
-    transformers_logging.set_verbosity_error()
-    registration.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        transformers_logging.set_verbosity(level)
-        registration.setLevel(before)
+        logging.disable(before)
 
 
 def save(program, path: Path) -> bool:
@@ -351,7 +355,8 @@ def write_javascript_files(
     values = processor.image_processor.to_dict() | {"image_processor_type": kind, "processor_class": "LlavaProcessor"}
     dump("preprocessor_config.json", values)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    dump("tokenizer_config.json", settings | {"chat_template": processor.chat_template})
+    template = processor.chat_template.replace("dict(message, content=joined.text)", PLAIN_MESSAGE)
+    dump("tokenizer_config.json", settings | {"chat_template": template})
 
 
 class OnnxGraphs:

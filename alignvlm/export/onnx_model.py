@@ -8,7 +8,6 @@ the place of the image tokens, and the decoder with its cache, which begins empt
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,15 @@ class OnnxModel:
     Args:
         folder: the exported folder.
         suffix: which of its files: `""`, or `"_quantized"` for those with 8-bit weights.
-        providers: onnxruntime's execution providers.
+        **options: for `onnxruntime.InferenceSession`, such as `providers` and `sess_options`.
     """
 
-    def __init__(self, folder: str | Path, suffix: str = "", providers: Sequence[str] = ("CPUExecutionProvider",)):
+    def __init__(self, folder: str | Path, suffix: str = "", **options):
         from onnxruntime import InferenceSession
 
-        folder = Path(folder)
+        folder, options = Path(folder), {"providers": ["CPUExecutionProvider"], **options}
         self.encoder, self.embed_tokens, self.decoder = (
-            InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", providers=list(providers))
+            InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", **options)
             for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         )
         self.image_token_id: int = json.loads((folder / "config.json").read_text())["image_token_id"]

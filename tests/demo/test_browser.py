@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 
 from alignvlm.export.export import export
+from alignvlm.export.onnx import llava_processor, write_javascript_files
 from alignvlm.stages.checkpoint import save_checkpoint
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import VISION
+from tests.stages.shipped_templates import SHIPPED
+from tests.stages.test_chat_templates import extended_processor, shipped_tokenizer
 
 
 PAGE = Path(__file__).resolve().parents[2] / "demo/browser"
@@ -147,3 +150,49 @@ def test_the_page_answers_as_the_checkpoint_does(make_model, processor, tmp_path
             expected.append(processor.decode(tokens, skip_special_tokens=True))
     assert in_chromium(site) == expected
     assert len(set(expected)) > len(QUESTIONS)  # images change the answers
+
+
+TEMPLATES = """
+import { AutoProcessor, env, RawImage } from "@huggingface/transformers";
+
+env.allowRemoteModels = false;
+env.localModelPath = process.argv[2];
+const image = new RawImage(new Uint8Array(16 * 16 * 3), 16, 16, 3);
+const content = [{ type: "image" }, { type: "text", text: "What is it?" }];
+const found = {};
+for (const name of process.argv.slice(3)) {
+    const processor = await AutoProcessor.from_pretrained(name);
+    const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
+    const { bos_token } = processor.tokenizer;
+    const add_special_tokens = !(bos_token && prompt.startsWith(bos_token));
+    const inputs = await processor(image, prompt, { add_special_tokens });
+    found[name] = Array.from(inputs.input_ids.data, Number);
+}
+console.log(JSON.stringify(found));
+"""
+
+
+def test_language_models_own_templates_write_the_same_tokens_in_javascript(
+    make_model, processor, tmp_path, node_modules
+):
+    """Zephyr's is not among them: the export refuses it."""
+    if shutil.which("node") is None:
+        pytest.skip("there is no node")
+    config, expected = make_model().config, {}
+    image_processor = processor.image_processor
+    content = [{"type": "image", "image": Image.new("RGB", (16, 16))}, {"type": "text", "text": "What is it?"}]
+    for name in set(SHIPPED) - {"zephyr"}:
+        ours = extended_processor(shipped_tokenizer(name))
+        ours.image_processor = image_processor
+        theirs = llava_processor(ours, config)
+        theirs.save_pretrained(tmp_path / name)
+        write_javascript_files(theirs, config, tmp_path / name, {})
+        messages = [{"role": "user", "content": content}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        expected[name] = ours.apply_chat_template(messages, **options)["input_ids"][0]
+    (tmp_path / "templates.mjs").write_text(TEMPLATES)
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    command = ["node", "--preserve-symlinks-main", str(tmp_path / "templates.mjs"), f"{tmp_path}/", *expected]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == expected

@@ -1,6 +1,7 @@
 """Exported to ONNX: what onnxruntime makes of the files is what the checkpoint makes, under every mask type, cached and padded."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,18 @@ def test_the_runner_needs_numpy_and_onnxruntime_alone(exported, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == OnnxModel(out).generate(**given, max_new_tokens=8).tolist()
+
+
+def test_the_code_of_the_page_on_exports_runs(exported, tmp_path, monkeypatch, capsys):
+    _, out = exported("image")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/onnx").symlink_to(out)
+    Image.new("RGB", (20, 12), (200, 30, 60)).save(tmp_path / "photo.jpg")
+    page = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text().split("\n## ONNX\n")[1]
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_runner_refuses_another_number_of_images(exported):
