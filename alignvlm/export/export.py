@@ -1,4 +1,4 @@
-"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own, or llama.cpp's files.
+"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own, llama.cpp's files, or ONNX graphs.
 
     alignvlm export out/stage4                                  # says what the checkpoint can become, and why not
     alignvlm export out/stage4 out/llava --to transformers
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from alignvlm.evaluation.load import LORA_FILES
-from alignvlm.export import gguf, stock
+from alignvlm.export import gguf, onnx, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card import PLACEHOLDER
 from hub_upload.card_text import GENERATED, join_card, split_card
@@ -42,17 +42,20 @@ class Form:
         card: the card's text, with places for {title}, {repository}, {checkpoint} and {class_name}.
         library: the Hub's name of what loads the folder.
         achieved: what may be said of the folder when it is there.
+        options: the names of further options that `write` takes.
     """
 
     write: Callable[..., None]
     card: str
     library: str
     achieved: str
+    options: tuple[str, ...] = ()
 
 
 FORMS = {
     "transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code"),
-    "gguf": Form(gguf.write, gguf.CARD, "gguf", "runs in llama.cpp"),
+    "gguf": Form(gguf.write, gguf.CARD, "gguf", "runs in llama.cpp", ("outtype",)),
+    "onnx": Form(onnx.write, onnx.CARD, "transformers.js", "runs with onnxruntime and transformers.js", ("int8",)),
 }
 
 
@@ -119,14 +122,18 @@ def export(
     """Writes a checkpoint in one of `FORMS` into the new folder `out`, which is there only when it is complete.
 
     Args:
-        **options: of the form, such as `outtype` of `gguf`.
+        **options: further options of the form (`Form.options`).
 
     Raises:
         FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, and a
-            comparison that failed.
+        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, an option of
+            another form, and a comparison that failed.
     """
+    for name in options:
+        if name not in FORMS[form].options:
+            owner = next(other for other, each in FORMS.items() if name in each.options)
+            raise ValueError(f"--{name} is an option of the form {owner!r}, not of {form!r}.")
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
@@ -158,15 +165,15 @@ def parser() -> argparse.ArgumentParser:
         "--outtype", choices=gguf.OUTTYPES, help="gguf: the number format, by llama.cpp's names. Default: f16."
     )
     p.add_argument("--revision", help="Revision of a Hub checkpoint.")
+    p.add_argument("--int8", action="store_true", help="onnx: write files with 8-bit weights too (*_quantized.onnx).")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     logging.disable_progress_bar()
-    if arguments.outtype and arguments.to != "gguf":
-        raise SystemExit(f"error: --outtype is for --to gguf, not for --to {arguments.to}.")
-    options = {"outtype": arguments.outtype} if arguments.outtype else {}
+    names = [name for form in FORMS.values() for name in form.options]
+    options = {name: value for name in names if (value := getattr(arguments, name))}
     try:
         if arguments.out is None:
             config = read_config(arguments.checkpoint, arguments.revision)

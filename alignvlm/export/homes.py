@@ -47,7 +47,7 @@ class Home:
         form: the form of the export (`alignvlm export --to`).
         name: as people call it.
         class_name: the class or graph.
-        mask_type, projector_type: those that the class computes.
+        mask_type, projector_type: those that the class computes; None for any.
         more: further obstacles of a configuration.
         of_processor: obstacles of the tokenizer, chat template or image processor.
     """
@@ -55,8 +55,8 @@ class Home:
     form: str
     name: str
     class_name: str
-    mask_type: str
-    projector_type: str
+    mask_type: str | None
+    projector_type: str | None
     more: Callable[[AlignVLMConfig], list[Obstacle]]
     of_processor: Callable[[AlignVLMProcessor], list[Obstacle]] = lambda processor: []
 
@@ -234,6 +234,14 @@ def _gemma3_processor(processor: AlignVLMProcessor) -> list[Obstacle]:
     return found
 
 
+def _onnx(config: AlignVLMConfig) -> list[Obstacle]:
+    kinds = set(getattr(config.text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        kind, found = config.text_config.model_type, ", ".join(sorted(kinds))
+        return [Obstacle(f"its cache is keys and values, and the language model {kind!r} has layers of type {found}")]
+    return []
+
+
 HOMES = (
     Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
     Home("transformers", "DeepSeek-VL", "DeepseekVLForConditionalGeneration", "causal", "mlp", _deepseek_vl),
@@ -241,13 +249,14 @@ HOMES = (
     Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
     Home("gguf", "llama.cpp", "gemma3", "image", "pool", _llama_cpp_pool, _gemma3_processor),
     Home("gguf", "llama.cpp", "mlp", "causal", "mlp", _llama_cpp_mlp, _llama_cpp_processor),
+    Home("onnx", "ONNX", "graphs for onnxruntime and transformers.js", None, None, _onnx),
 )
 
 
 def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor | None = None) -> list[Obstacle]:
     """All that keeps a configuration, with its processor if it is given, from becoming `home`; an empty list if nothing does."""
     found = []
-    if config.attention_mask_type != home.mask_type:
+    if home.mask_type not in (None, config.attention_mask_type):
         kept = config.supported_mask_types is None or home.mask_type in config.supported_mask_types
         found.append(
             Obstacle(
@@ -255,7 +264,7 @@ def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor |
                 f"attention_mask_type: {home.mask_type}" if kept else None,
             )
         )
-    if config.projector_type != home.projector_type:
+    if home.projector_type not in (None, config.projector_type):
         found.append(
             Obstacle(
                 f"its projector is {home.projector_type!r}, not {config.projector_type!r}",

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BaseImageProcessor,
     DeepseekVLConfig,
     Gemma3Config,
     Gemma3Processor,
@@ -28,6 +29,7 @@ from transformers import (
     PaliGemmaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     ShieldGemma2Config,
@@ -113,17 +115,25 @@ def _llava_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     }
 
 
-def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+def plain_parts(processor: AlignVLMProcessor) -> tuple[BaseImageProcessor, PreTrainedTokenizerBase]:
+    """Image processor and tokenizer as others load them: copies that do not name our code."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.init_kwargs["padding_side"] = (
         tokenizer.padding_side
     )  # what is saved: our processor pads on the left by itself
     image_processor = copy.deepcopy(processor.image_processor)
     image_processor.__dict__.pop("auto_map", None)  # the name of our processor's code
-    if getattr(image_processor, "crop_size", None) is None:  # unused without do_center_crop; vLLM has tokens counted by it
-        image_processor.crop_size = dict(zip(("height", "width"), config.input_size))
     for name in ("auto_map", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
+    return image_processor, tokenizer
+
+
+def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    image_processor, tokenizer = plain_parts(processor)
+    if (
+        getattr(image_processor, "crop_size", None) is None
+    ):  # unused without do_center_crop; vLLM has tokens counted by it
+        image_processor.crop_size = dict(zip(("height", "width"), config.input_size))
     return LlavaProcessor(
         image_processor,
         tokenizer,
@@ -232,7 +242,11 @@ def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -
 
 WRITERS = {
     "DeepSeek-VL": Writer(  # its own processor keeps an image's proportions; LLaVA's writes ours
-        _deepseek_vl_config, _deepseek_vl_projector, _llava_processor, vision_name="vision_model", projector_name="aligner"
+        _deepseek_vl_config,
+        _deepseek_vl_projector,
+        _llava_processor,
+        vision_name="vision_model",
+        projector_name="aligner",
     ),
     "PaliGemma": Writer(_paligemma_config, _paligemma_projector, _paligemma_processor),
     "LLaVA": Writer(_llava_config, _llava_projector, _llava_processor),
@@ -270,7 +284,7 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
 
 
 # Conversations whose tokens must be those of training: a system message, a question about an image, several turns, text alone.
-def _probes() -> list[list[dict]]:
+def probes() -> list[list[dict]]:
     image, noise = Image.new("RGB", (40, 24), (200, 30, 60)), Image.effect_noise((30, 50), 80).convert("RGB")
 
     def user(*parts):
@@ -310,7 +324,7 @@ def compare(
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     needs_prompt = get_mask_type(model.config.attention_mask_type).needs_prompt
     compared = 0
-    for messages in _probes():
+    for messages in probes():
         try:
             ours = processor.apply_chat_template(messages, **options)
         except Exception as error:  # a template raises what it likes for a role it does not take
