@@ -113,7 +113,8 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     )  # what is saved: our processor pads on the left by itself
     image_processor = copy.deepcopy(processor.image_processor)
     image_processor.__dict__.pop("auto_map", None)  # the name of our processor's code
-    if getattr(image_processor, "crop_size", None) is None:  # unused without do_center_crop; vLLM has tokens counted by it
+    if getattr(image_processor, "crop_size", None) is None:
+        # Unused without do_center_crop; vLLM has an image's tokens counted by it.
         image_processor.crop_size = dict(zip(("height", "width"), config.input_size))
     for name in ("auto_map", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)

@@ -14,6 +14,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from hub_upload import serving
 from hub_upload.checks import check, try_loading
 from hub_upload.package import main, package
+from hub_upload.push import PushError, push
 from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import BASE_MODEL
 from tests import vllm_backend
@@ -130,6 +131,8 @@ def test_each_mask_type_is_either_what_vllm_makes_or_refused(checkpoints, proces
         with pytest.raises(SystemExit, match=f"error: vLLM cannot serve .*causal and image.*{name!r}. Use"):
             main([str(folder), str(tmp_path / "out"), "--for", "vllm"])
         assert not (tmp_path / "out").exists()
+        with pytest.raises(PushError, match=f"cannot be packaged: vLLM cannot serve .*{name!r}"):
+            push(folder, "user/mine", server="vllm")
 
 
 def test_an_image_longer_than_the_sliding_window_is_refused(checkpoints, tmp_path):
