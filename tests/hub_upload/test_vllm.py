@@ -158,13 +158,18 @@ def test_code_of_an_older_release_is_refused(checkpoints, tmp_path):
 
 def test_the_folder_is_a_repository_like_any_other(checkpoints, tmp_path):
     out = package(checkpoints["image"], tmp_path / "out", repository="user/mine", server="vllm")
-    assert check(out, load=False) == [] and try_loading(out)[0] == []
+    assert check(out, load=False) == []
     card = (out / "README.md").read_text()
     assert "vllm serve user/mine --trust-remote-code --model-impl transformers" in card
     usual = package(checkpoints["image"], tmp_path / "usual", repository="user/mine")
     assert "vllm" not in (usual / "README.md").read_text()
     differing = [path.name for path in out.iterdir() if path.read_bytes() != (usual / path.name).read_bytes()]
     assert sorted(differing) == ["README.md", "config.json", "manifest.sha256"]
+
+
+@pytest.mark.slow
+def test_the_auto_classes_load_the_folder_and_answer(checkpoints, tmp_path):
+    assert try_loading(package(checkpoints["image"], tmp_path / "out", server="vllm"))[0] == []
 
 
 def test_the_head_is_tied_only_if_the_model_ties_it(checkpoints, tmp_path):
