@@ -130,9 +130,8 @@ def plain_parts(processor: AlignVLMProcessor) -> tuple[BaseImageProcessor, PreTr
 
 def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
     image_processor, tokenizer = plain_parts(processor)
-    if (
-        getattr(image_processor, "crop_size", None) is None
-    ):  # unused without do_center_crop; vLLM has tokens counted by it
+    if getattr(image_processor, "crop_size", None) is None:
+        # Unused without do_center_crop; vLLM has an image's tokens counted by it.
         image_processor.crop_size = dict(zip(("height", "width"), config.input_size))
     return LlavaProcessor(
         image_processor,

@@ -14,6 +14,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from hub_upload import serving
 from hub_upload.checks import check, try_loading
 from hub_upload.package import main, package
+from hub_upload.push import PushError, push
 from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import BASE_MODEL
 from tests import vllm_backend
@@ -130,6 +131,8 @@ def test_each_mask_type_is_either_what_vllm_makes_or_refused(checkpoints, proces
         with pytest.raises(SystemExit, match=f"error: vLLM cannot serve .*causal and image.*{name!r}. Use"):
             main([str(folder), str(tmp_path / "out"), "--for", "vllm"])
         assert not (tmp_path / "out").exists()
+        with pytest.raises(PushError, match=f"cannot be packaged: vLLM cannot serve .*{name!r}"):
+            push(folder, "user/mine", server="vllm")
 
 
 def test_an_image_longer_than_the_sliding_window_is_refused(checkpoints, tmp_path):
@@ -155,13 +158,18 @@ def test_code_of_an_older_release_is_refused(checkpoints, tmp_path):
 
 def test_the_folder_is_a_repository_like_any_other(checkpoints, tmp_path):
     out = package(checkpoints["image"], tmp_path / "out", repository="user/mine", server="vllm")
-    assert check(out, load=False) == [] and try_loading(out)[0] == []
+    assert check(out, load=False) == []
     card = (out / "README.md").read_text()
     assert "vllm serve user/mine --trust-remote-code --model-impl transformers" in card
     usual = package(checkpoints["image"], tmp_path / "usual", repository="user/mine")
     assert "vllm" not in (usual / "README.md").read_text()
     differing = [path.name for path in out.iterdir() if path.read_bytes() != (usual / path.name).read_bytes()]
     assert sorted(differing) == ["README.md", "config.json", "manifest.sha256"]
+
+
+@pytest.mark.slow
+def test_the_auto_classes_load_the_folder_and_answer(checkpoints, tmp_path):
+    assert try_loading(package(checkpoints["image"], tmp_path / "out", server="vllm"))[0] == []
 
 
 def test_the_head_is_tied_only_if_the_model_ties_it(checkpoints, tmp_path):
