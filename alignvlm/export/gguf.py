@@ -145,7 +145,7 @@ def write_file(
 
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(kind)
-    writer.add_name(path.stem)
+    writer.add_name(path.parent.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[formats[0]]])
     if formats[0] in QUANTISED:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -163,7 +163,7 @@ def write_file(
 def write(
     model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, home, folder: Path, outtype: str = "f16"
 ) -> None:
-    """Writes the new folder: `NAME-OUTTYPE.gguf` and `mmproj-NAME-OUTTYPE.gguf` for the folder's name, and compares them.
+    """Writes the new folder, for its name `NAME-F16.gguf` and `mmproj-NAME-F16.gguf` by the number format, and compares them.
 
     Args:
         outtype: the number format, a name of `OUTTYPES`.
@@ -185,8 +185,8 @@ def write(
     matrices, others = OUTTYPES[outtype]
 
     folder.mkdir(parents=True)
-    label = f"{folder.name}-{outtype.upper()}.gguf"
-    language, vision = folder / label, folder / f"mmproj-{label}"
+    language = folder / f"{folder.name}-{matrices}.gguf"
+    vision = folder / f"mmproj-{folder.name}-{others}.gguf"
     weights = gguf_language.tensors(model)
     write_file(
         *(language, text.model_type, gguf.GGUFType.MODEL, weights, (matrices, others)),

@@ -15,6 +15,9 @@ from modeling_alignvlm import AlignVLMProcessor
 
 
 MARKER = "<__media__>"
+# What llama.cpp hands to every template, and training did not: with them Llama 3.2's writes the day's date.
+LLAMA_CPP_NAMES = ("date_string", "datetime")
+_FORGET = "{%- set NAME = undefined -%}"
 # Around a template that writes IMAGE_TEXT for an image: makes parts of a text with markers, and writes the markers in their places.
 _BEFORE = """\
 {%- set given = namespace(messages=[], marker='') -%}
@@ -105,20 +108,22 @@ def render(processor: AlignVLMProcessor, messages: list[dict], template: str) ->
 
 def llama_cpp_template(processor: AlignVLMProcessor, begin: str, end: str) -> str:
     """The chat template for the file: the checkpoint's own if it writes texts with markers as it writes parts, else with lines around
-    it that make parts of the texts.
+    it that make parts of the texts; before it, where it would see them, what llama.cpp hands to it is forgotten.
 
     Args:
         begin, end: what llama.cpp writes around an image, so that the template must not.
     """
     template, image_text = processor.chat_template, begin + IMAGE_TOKEN + end
+    forgotten = "".join(_FORGET.replace("NAME", name) for name in LLAMA_CPP_NAMES if name in template)
     for messages in PROBES:
         try:
             expected = processor.apply_chat_template(messages, add_generation_prompt=True)
         except Exception:  # the template's own refusal, of a system message say
             continue
         if render(processor, messages, template) != expected.replace(image_text, MARKER):
-            return _BEFORE + template.removesuffix("\n") + _BEHIND.replace("IMAGE_TEXT", repr(image_text))
-    return template
+            template = _BEFORE + template.removesuffix("\n") + _BEHIND.replace("IMAGE_TEXT", repr(image_text))
+            break
+    return forgotten + template
 
 
 def training_ids(processor: AlignVLMProcessor, messages: list[dict]) -> tuple[list[int], bool]:
