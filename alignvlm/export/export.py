@@ -1,7 +1,8 @@
-"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own.
+"""Writes a checkpoint in the form in which somebody else's program runs it: a class of transformers' own, or ONNX.
 
     alignvlm export out/stage4                                  # says what the checkpoint can become, and why not
     alignvlm export out/stage4 out/llava --to transformers
+    alignvlm export out/stage4 out/onnx --to onnx --int8
 
 `homes.py` is the table of what can become what. Each form has a module that writes the files and compares what was written with the
 checkpoint; here the folder gets its card and, when all that succeeded, its name.
@@ -51,7 +52,9 @@ class Form:
 
 FORMS = {
     "transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code"),
-    "onnx": Form(onnx.write, onnx.CARD, "transformers.js", "runs with onnxruntime and transformers.js", ("int8",)),
+    "onnx": Form(
+        onnx.write, onnx.CARD, "transformers.js", "logits and a text compared with the checkpoint's", ("int8",)
+    ),
 }
 
 
