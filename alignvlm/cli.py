@@ -17,7 +17,10 @@ COMMANDS = {
     "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
-    "export": ("alignvlm.export.export", "Write a checkpoint as a class of transformers' own, without remote code."),
+    "export": (
+        "alignvlm.export.export",
+        "Write a checkpoint as a class of transformers' own, without remote code, or as ONNX.",
+    ),
     "push": ("hub_upload.push", "Package, check and push a checkpoint to the Hub."),
     "inspect": ("hub_upload.inspect", "Show what `trust_remote_code` would run in a repository, without running it."),
 }

@@ -3,6 +3,7 @@
     alignvlm export out/stage4                                  # says what the checkpoint can become, and why not
     alignvlm export out/stage4 out/llava --to transformers
     alignvlm export out/stage4 out/my-vlm --to gguf --outtype q8_0
+    alignvlm export out/stage4 out/onnx --to onnx --int8
 
 `homes.py` is the table of what can become what. Each form has a module that writes the files and compares what was written with the
 checkpoint; here the folder gets its card and, when all that succeeded, its name.
@@ -55,7 +56,9 @@ class Form:
 FORMS = {
     "transformers": Form(stock.write, stock.CARD, "transformers", "loads without remote code"),
     "gguf": Form(gguf.write, gguf.CARD, "gguf", "runs in llama.cpp", ("outtype",)),
-    "onnx": Form(onnx.write, onnx.CARD, "transformers.js", "runs with onnxruntime and transformers.js", ("int8",)),
+    "onnx": Form(
+        onnx.write, onnx.CARD, "transformers.js", "logits and a text compared with the checkpoint's", ("int8",)
+    ),
 }
 
 

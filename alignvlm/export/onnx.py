@@ -209,20 +209,12 @@ def graphs(model: AlignVLMForConditionalGeneration) -> dict[str, Graph]:
     try:
         with torch.no_grad():
             language_model(inputs_embeds=torch.zeros(batch, past, width), use_cache=True, **{CACHE_NAME: cache})
-    except (
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:  # it asks the cache for what a cache of keys and values has not
+    except (AttributeError, IndexError, TypeError) as error:  # it asks the cache for something else
         raise ValueError(OTHER_CACHE.format(config.text_config.model_type)) from error
     if not cache.layers or not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
         raise ValueError(OTHER_CACHE.format(config.text_config.model_type))
-    rows, tokens, cached = (
-        {0: "batch_size"},
-        {0: "batch_size", 1: "sequence_length"},
-        {0: "batch_size", 2: "past_sequence_length"},
-    )
-    total = "total_sequence_length"
+    rows, total = {0: "batch_size"}, "total_sequence_length"
+    tokens, cached = rows | {1: "sequence_length"}, rows | {2: "past_sequence_length"}
     names = [f"{index}.{kind}" for index in range(len(cache.layers)) for kind in ("key", "value")]
     return {
         "vision_encoder": Graph(
@@ -246,7 +238,7 @@ def graphs(model: AlignVLMForConditionalGeneration) -> dict[str, Graph]:
                 "num_logits_to_keep": torch.tensor(0),
                 "past_key_values": [{"key": layer.keys, "value": layer.values} for layer in cache.layers],
             },
-            {"inputs_embeds": tokens, "attention_mask": {0: "batch_size", 1: total}, "position_ids": tokens}
+            {"inputs_embeds": tokens, "attention_mask": rows | {1: total}, "position_ids": tokens}
             | {f"past_key_values.{name}": cached for name in names},
             {"logits": rows | {1: "num_logits"}} | {f"present.{name}": rows | {2: total} for name in names},
         ),
@@ -311,10 +303,8 @@ def quantize(program):
 def llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
     """LLaVA's processor, which counts an image's tokens by the size of a patch: here that of what one token stands for."""
     image_processor, tokenizer = plain_parts(processor)
-    (height, width), (rows, columns) = (
-        config.input_size,
-        (side // config.pixel_shuffle_factor for side in config.feature_grid),
-    )
+    height, width = config.input_size
+    rows, columns = (side // config.pixel_shuffle_factor for side in config.feature_grid)
     patch, more = height // rows, 0
     if (height // patch, width // patch) != (rows, columns):  # no patch is as large as this one
         patch, more = max(height, width) + 1, config.image_seq_length
