@@ -47,7 +47,13 @@ CASES = {
     "Gemma 3, gemma3_text": ("Gemma 3", "gemma3_text", {"projector_type": "pool", "pixel_shuffle_factor": 2}),
     "PaliGemma": ("PaliGemma", "given", {"attention_mask_type": "prefix", "projector_type": "linear"}),
 }
-GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "head_dim": 256, "sliding_window": 512}
+GEMMA = {
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "head_dim": 256,
+    "sliding_window": 512,
+}
 GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "initializer_range": 0.1}
 QUESTION = "What is in this picture?"
 
@@ -214,7 +220,8 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
         "image_tokens": int((tokens[0][0] == config["image_token_id"]).sum()),
         "same_tokens": bool(torch.equal(*tokens)),
         "logits_difference": float((logits[0] - logits[1]).abs().max() / logits[0].abs().max()),
-        "same_texts": sum(a == b for a, b in zip(ours["texts"], stock["texts"], strict=True)) - int(blank == stock["texts"][-1]),
+        "same_texts": sum(a == b for a, b in zip(ours["texts"], stock["texts"], strict=True))
+        - int(blank == stock["texts"][-1]),
         "photos": len(photos),
         "unlike_blank": sum(text != blank for text in ours["texts"][:-1]),
         "different_texts": len(set(ours["texts"])),
@@ -227,7 +234,9 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--language", required=True, help="A causal language model: folder, Hub id or GGUF file.")
-    parser.add_argument("--vision", required=True, help="Folder with the configurations of encoder and image processor.")
+    parser.add_argument(
+        "--vision", required=True, help="Folder with the configurations of encoder and image processor."
+    )
     parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--count", type=int, default=100, help="Photos to ask about.")
@@ -239,14 +248,18 @@ def main() -> None:
     arguments = parser.parse_args()
     photos = sorted(arguments.photos.glob("*.jpg"))[: arguments.count]
     if len(photos) < arguments.count:
-        raise SystemExit(f"error: {arguments.photos} holds {len(photos)} JPEG files, and --count asks for {arguments.count}.")
+        raise SystemExit(
+            f"error: {arguments.photos} holds {len(photos)} JPEG files, and --count asks for {arguments.count}."
+        )
     arguments.folder.mkdir(parents=True, exist_ok=True)
     vision = make_vision(arguments.vision, arguments.folder / "vision")
     rows = []
     for name in arguments.cases:
         rows.append(row := measure(name, vision, photos, arguments))
         if name == arguments.cases[0]:
-            print(f"{'case':<22} {'tokens':>7} {'logits differ':>14} {'same texts':>11} {'unlike blank':>13} {'texts':>6}")
+            print(
+                f"{'case':<22} {'tokens':>7} {'logits differ':>14} {'same texts':>11} {'unlike blank':>13} {'texts':>6}"
+            )
         print(
             f"{name:<22} {'same' if row['same_tokens'] else 'OTHER':>7} {row['logits_difference']:>14.1e} "
             f"{row['same_texts']:>7}/{row['photos']:<3} {row['unlike_blank']:>13} {row['different_texts']:>6}",

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     DeepseekVLConfig,
+    FastVlmConfig,
     Gemma3Config,
     Gemma3Processor,
     LlamaConfig,
@@ -114,6 +115,11 @@ def _llava_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    before_patches = TOKENS_BEFORE_PATCHES[config.vision_config.model_type]
+    return _made_llava_processor(processor, config.vision_config.patch_size, _strategy(config), before_patches)
+
+
+def _made_llava_processor(processor, patch_size: int, strategy: str, tokens_before_patches: int) -> LlavaProcessor:
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.init_kwargs["padding_side"] = (
         tokenizer.padding_side
@@ -125,12 +131,26 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     return LlavaProcessor(
         image_processor,
         tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=_strategy(config),
+        patch_size=patch_size,
+        vision_feature_select_strategy=strategy,
         chat_template=processor.chat_template,
         image_token=processor.image_token,
-        num_additional_image_tokens=TOKENS_BEFORE_PATCHES[config.vision_config.model_type],
+        num_additional_image_tokens=tokens_before_patches,
     )
+
+
+def _fast_vlm_config(config: AlignVLMConfig) -> FastVlmConfig:
+    halves = _halves(config)
+    halves["vision_config"].hidden_size = config.feature_size  # which the projector reads, and few such encoders state
+    halves["text_config"].tie_word_embeddings = config.tie_word_embeddings  # what it says is believed
+    return FastVlmConfig(
+        **halves, image_seq_length=config.image_seq_length, projector_hidden_act=config.projector_hidden_act
+    )
+
+
+def _fast_vlm_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    """LLaVA's, which counts patches, for an encoder without: a token stands for a square of the image."""
+    return _made_llava_processor(processor, config.input_size[0] // config.feature_grid[0], "full", 0)
 
 
 def _deepseek_vl_config(config: AlignVLMConfig) -> DeepseekVLConfig:
@@ -229,8 +249,13 @@ def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -
 
 
 WRITERS = {
+    "FastVLM": Writer(_fast_vlm_config, _llava_projector, _fast_vlm_processor),
     "DeepSeek-VL": Writer(  # its own processor keeps an image's proportions; LLaVA's writes ours
-        _deepseek_vl_config, _deepseek_vl_projector, _llava_processor, vision_name="vision_model", projector_name="aligner"
+        _deepseek_vl_config,
+        _deepseek_vl_projector,
+        _llava_processor,
+        vision_name="vision_model",
+        projector_name="aligner",
     ),
     "PaliGemma": Writer(_paligemma_config, _paligemma_projector, _paligemma_processor),
     "LLaVA": Writer(_llava_config, _llava_projector, _llava_processor),
