@@ -5,8 +5,8 @@
 `--language` is a folder or Hub id, or a GGUF file (which needs the package `gguf`); `--vision` a folder with a configuration and an
 image processor's, which gets random weights. Every projector is random, scaled so that photos change the text; how many texts differ
 from the one about a blank image is in the table. Checkpoint and export are asked by the same code in two processes that cannot import this
-package, the checkpoint with `trust_remote_code`, the export without. What is there already is not made again: to start anew, remove
-`--folder`.
+package, the checkpoint with `trust_remote_code`, the export without. What is there already is not made again, so a run that was stopped
+goes on; remove `--folder` to start anew.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from hub_upload.run_record import library_versions, read_run_record, write_json
 # for the vocabulary; all others the language model that is given.
 CASES = {
     "LLaVA": ("LLaVA", "given", {"attention_mask_type": "causal", "vision_feature_layer": -2}),
+    "DeepSeek-VL": ("DeepSeek-VL", "given", {"attention_mask_type": "causal"}),
     "Gemma 3": ("Gemma 3", "given", {"projector_type": "pool", "pixel_shuffle_factor": 2}),
     "Gemma 3, gemma3_text": ("Gemma 3", "gemma3_text", {"projector_type": "pool", "pixel_shuffle_factor": 2}),
     "PaliGemma": ("PaliGemma", "given", {"attention_mask_type": "prefix", "projector_type": "linear"}),
@@ -95,7 +95,7 @@ with torch.inference_mode():
             few = {name: value[: given["compared"]] for name, value in {**inputs, **more}.items()}
             torch.save({"input_ids": few["input_ids"], "logits": model(**few).logits}, given["output"] + ".pt")
 seconds = time.perf_counter() - started
-result = {"class": type(model).__name__, "module": type(model).__module__, "texts": texts, "seconds": seconds}
+result = {"class": type(model).__name__, "texts": texts, "seconds": seconds, "given": given}
 json.dump(result, open(given["output"] + ".json", "w"))
 """
 
@@ -170,23 +170,24 @@ def make_checkpoint(vision: Path, language: str, fields: dict, photos: list[Path
 
 
 def ask(model: Path, with_code: bool, photos: list[Path], output: Path, arguments: argparse.Namespace) -> dict:
-    """What a folder answers, asked by a process without this package."""
-    if not output.with_suffix(".json").is_file():
-        given = {
-            "model": str(model.resolve()),
-            "with_code": with_code,
-            "photos": [str(photo.resolve()) for photo in photos],
-            "question": QUESTION,
-            "batch": arguments.batch_size,
-            "compared": arguments.compared,
-            "new_tokens": arguments.new_tokens,
-            "threads": arguments.threads,
-            "output": str(output.resolve()),
-        }
+    """What a folder answers, asked by a process without this package; what was asked in the same way before is read."""
+    given = {
+        "model": str(model.resolve()),
+        "with_code": with_code,
+        "photos": [str(photo.resolve()) for photo in photos],
+        "question": QUESTION,
+        "batch": arguments.batch_size,
+        "compared": arguments.compared,
+        "new_tokens": arguments.new_tokens,
+        "threads": arguments.threads,
+        "output": str(output.resolve()),
+    }
+    file = output.with_suffix(".json")
+    if not file.is_file() or json.loads(file.read_text())["given"] != given:
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environment = {**kept, "HF_HOME": str(output.parent.resolve() / "hf"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, "-I", "-c", ASK, json.dumps(given)], env=environment, check=True)
-    return json.loads(output.with_suffix(".json").read_text())
+    return json.loads(file.read_text())
 
 
 def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Namespace) -> dict:
@@ -198,12 +199,10 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
     if kind == "gemma3_text":
         language = make_gemma(language, arguments.folder / "gemma")
     checkpoint = make_checkpoint(vision, language, fields, photos, folder / "checkpoint")
-    started = time.perf_counter()
     if not (folder / "exported").is_dir():
         found = export(str(checkpoint), folder / "exported")
         if found.name != home:
             raise SystemExit(f"error: {checkpoint} became {found}, not {home}.")
-    export_seconds = time.perf_counter() - started
     ours = ask(checkpoint, True, photos, folder / "checkpoint_said", arguments)
     stock = ask(folder / "exported", False, photos, folder / "exported_said", arguments)
     tokens, logits = zip(
@@ -225,7 +224,6 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
         "photos": len(photos),
         "unlike_blank": sum(text != blank for text in ours["texts"][:-1]),
         "different_texts": len(set(ours["texts"])),
-        "export_seconds": export_seconds,
         "seconds": {"checkpoint": ours["seconds"], "exported": stock["seconds"]},
         "example": ours["texts"][0],
     }

@@ -21,6 +21,8 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
 TOKENS_BEFORE_PATCHES = {"siglip_vision_model": 0, "clip_vision_model": 1, "vit": 1, "dinov2": 1}
 # Encoders whose final output is the last of their hidden states; others have a layer norm between the two.
 OUTPUT_IS_A_STATE = ("clip_vision_model",)
+# Encoders seen to give a map of features, whose places become the tokens.
+GIVES_A_MAP = ("convnext", "convnextv2", "mobilenet_v2", "regnet", "resnet")
 # Language models seen to keep the masks that PaliGemma makes, in a forward pass and in generation.
 TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
 # Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
@@ -138,6 +140,30 @@ def _deepseek_vl(config: AlignVLMConfig) -> list[Obstacle]:
     return found
 
 
+def _fast_vlm(config: AlignVLMConfig) -> list[Obstacle]:
+    found = _language_model(config) + _uncapped(config)
+    kind = config.vision_config.model_type
+    (height, width), (rows, columns) = config.input_size, config.feature_grid
+    if kind not in GIVES_A_MAP:
+        found.append(Obstacle(f"its encoder gives a map of features ({', '.join(GIVES_A_MAP)}), not {kind!r}"))
+    elif height % rows or height // rows != width // columns or width % columns:
+        found.append(
+            Obstacle(
+                f"its processor counts squares of pixels, and {rows} x {columns} do not divide {height} x {width}"
+            )
+        )
+    if config.vision_feature_layer != -1:
+        found.append(
+            Obstacle(
+                f"it reads the encoder's final output, not vision_feature_layer={config.vision_feature_layer}",
+                "vision_feature_layer: -1",
+            )
+        )
+    if config.pixel_shuffle_factor != 1:
+        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    return found
+
+
 def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
     found = _final_output(config)
     height, width = config.feature_grid
@@ -245,6 +271,7 @@ def _onnx(config: AlignVLMConfig) -> list[Obstacle]:
 HOMES = (
     Home("transformers", "LLaVA", "LlavaForConditionalGeneration", "causal", "mlp", _llava),
     Home("transformers", "DeepSeek-VL", "DeepseekVLForConditionalGeneration", "causal", "mlp", _deepseek_vl),
+    Home("transformers", "FastVLM", "FastVlmForConditionalGeneration", "causal", "mlp", _fast_vlm),
     Home("transformers", "Gemma 3", "Gemma3ForConditionalGeneration", "image", "pool", _gemma3),
     Home("transformers", "PaliGemma", "PaliGemmaForConditionalGeneration", "prefix", "linear", _paligemma),
     Home("gguf", "llama.cpp", "gemma3", "image", "pool", _llama_cpp_pool, _gemma3_processor),

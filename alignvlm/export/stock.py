@@ -21,6 +21,7 @@ from transformers import (
     AutoProcessor,
     BaseImageProcessor,
     DeepseekVLConfig,
+    FastVlmConfig,
     Gemma3Config,
     Gemma3Processor,
     LlamaConfig,
@@ -118,9 +119,7 @@ def _llava_projector(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def plain_parts(processor: AlignVLMProcessor) -> tuple[BaseImageProcessor, PreTrainedTokenizerBase]:
     """Image processor and tokenizer as others load them: copies that do not name our code."""
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.init_kwargs["padding_side"] = (
-        tokenizer.padding_side
-    )  # what is saved: our processor pads on the left by itself
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # our processor pads on the left by itself
     image_processor = copy.deepcopy(processor.image_processor)
     image_processor.__dict__.pop("auto_map", None)  # the name of our processor's code
     for name in ("auto_map", "is_local", "local_files_only"):
@@ -128,7 +127,10 @@ def plain_parts(processor: AlignVLMProcessor) -> tuple[BaseImageProcessor, PreTr
     return image_processor, tokenizer
 
 
-def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+def _counting_processor(
+    processor: AlignVLMProcessor, config: AlignVLMConfig, patch_size: int, strategy: str, tokens_before: int
+) -> LlavaProcessor:
+    """LLaVA's processor, which counts an image's tokens by squares of `patch_size` pixels and `tokens_before` them."""
     image_processor, tokenizer = plain_parts(processor)
     if getattr(image_processor, "crop_size", None) is None:
         # Unused without do_center_crop; vLLM has an image's tokens counted by it.
@@ -136,12 +138,31 @@ def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Ll
     return LlavaProcessor(
         image_processor,
         tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=_strategy(config),
+        patch_size=patch_size,
+        vision_feature_select_strategy=strategy,
         chat_template=processor.chat_template,
         image_token=processor.image_token,
-        num_additional_image_tokens=TOKENS_BEFORE_PATCHES[config.vision_config.model_type],
+        num_additional_image_tokens=tokens_before,
     )
+
+
+def _llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    tokens_before = TOKENS_BEFORE_PATCHES[config.vision_config.model_type]
+    return _counting_processor(processor, config, config.vision_config.patch_size, _strategy(config), tokens_before)
+
+
+def _fast_vlm_config(config: AlignVLMConfig) -> FastVlmConfig:
+    halves = _halves(config)
+    halves["vision_config"].hidden_size = config.feature_size  # which the projector reads, and few such encoders state
+    halves["text_config"].tie_word_embeddings = config.tie_word_embeddings  # what it says is believed
+    return FastVlmConfig(
+        **halves, image_seq_length=config.image_seq_length, projector_hidden_act=config.projector_hidden_act
+    )
+
+
+def _fast_vlm_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> LlavaProcessor:
+    """LLaVA's, which counts patches, for an encoder without: a token stands for a square of the image."""
+    return _counting_processor(processor, config, config.input_size[0] // config.feature_grid[0], "full", 0)
 
 
 def _deepseek_vl_config(config: AlignVLMConfig) -> DeepseekVLConfig:
@@ -240,6 +261,7 @@ def _paligemma_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -
 
 
 WRITERS = {
+    "FastVLM": Writer(_fast_vlm_config, _llava_projector, _fast_vlm_processor),
     "DeepSeek-VL": Writer(  # its own processor keeps an image's proportions; LLaVA's writes ours
         _deepseek_vl_config,
         _deepseek_vl_projector,

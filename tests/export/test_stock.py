@@ -54,6 +54,25 @@ CASES["DeepSeek-VL"] = {
     "qwen2": {"mask_type": "causal"},
     "untied llama": {"mask_type": "causal", "text": {"model_type": "llama", "tie_word_embeddings": False}},
 }
+# A map of 2 x 2 places
+MAP = {"mask_type": "causal", "image_grid": [2, 2], "image_size": [16, 16], "vision_hidden_size": 16}
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+MOBILENET = {"model_type": "mobilenet_v2", "depth_multiplier": 0.25, "finegrained_output": False, "output_stride": 8}
+CASES["FastVLM"] = {
+    "resnet": {**MAP, "vision": RESNET},
+    "mobilenet, untied llama": {
+        **MAP,
+        "vision_hidden_size": 320,
+        "vision": MOBILENET,
+        "text": {"model_type": "llama", "tie_word_embeddings": False},
+    },
+}
 CASES["PaliGemma"] = {
     "qwen2": {"mask_type": "prefix", "projector_type": "linear"},
     "untied llama": {
@@ -87,7 +106,7 @@ def given(tmp_path_factory, make_model, processor):
 
 
 CHILD = """
-import json, sys, torch
+import sys, torch
 
 class NotHere:
     def find_spec(self, name, path=None, target=None):
@@ -98,31 +117,39 @@ sys.meta_path.insert(0, NotHere())
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder, found = sys.argv[1:]
-model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-assert not any(name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "transformers_modules") for name in sys.modules)
 parts = [{"type": "image", "image": Image.new("RGB", (20, 12), (200, 30, 60))}, {"type": "text", "text": "What is it?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-with torch.no_grad():
-    logits = model(**inputs).logits
-    text = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-torch.save({"input_ids": inputs["input_ids"], "logits": logits, "text": processor.decode(text), "class": type(model).__name__}, found)
+for folder in sys.argv[1:]:
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    found = {"input_ids": inputs["input_ids"], "logits": logits, "text": processor.decode(tokens), "class": type(model).__name__}
+    torch.save(found, folder + ".found.pt")
+assert not any(name.partition(".")[0] in ("alignvlm", "modeling_alignvlm", "transformers_modules") for name in sys.modules)
 """
 
 
-def in_a_child(folder: Path, tmp_path: Path) -> dict:
+@pytest.fixture(scope="module")
+def exported(given, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """The exports of all cases, loaded and asked by one process, which writes what it found beside each."""
+    home_folder = tmp_path_factory.mktemp("exported")
+    folders = {}
+    for number, (home, case) in enumerate(ALL):
+        folders[home, case] = home_folder / str(number)
+        assert export(str(given(home, case)), folders[home, case]).name == home
     environment = {
-        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HOME": str(home_folder / "hf"),
         "HF_HUB_OFFLINE": "1",
         "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
+        "HOME": str(home_folder),
     }
-    command = [sys.executable, "-I", "-c", CHILD, str(folder), str(tmp_path / "found.pt")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170)
+    command = [sys.executable, "-I", "-c", CHILD, *map(str, folders.values())]
+    done = subprocess.run(command, cwd=home_folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "found.pt")
+    return folders
 
 
 @torch.no_grad()
@@ -142,11 +169,10 @@ def answer(checkpoint: Path) -> dict:
 
 
 @pytest.mark.parametrize("home, case", ALL)
-def test_a_child_process_without_our_code_answers_alike(given, tmp_path, home, case):
-    checkpoint, out = given(home, case), tmp_path / "out"
-    assert export(str(checkpoint), out).name == home
+def test_a_child_process_without_our_code_answers_alike(given, exported, home, case):
+    out = exported[home, case]
     assert not list(out.glob("**/*.py")) and not any("auto_map" in path.read_text() for path in out.glob("*.json"))
-    there, here = in_a_child(out, tmp_path), answer(checkpoint)
+    there, here = torch.load(f"{out}.found.pt"), answer(given(home, case))
     assert there["class"] == next(each.class_name for each in HOMES if each.name == home)
     assert torch.equal(there["input_ids"], here["input_ids"]) and there["text"] == here["text"] != ""
     torch.testing.assert_close(there["logits"], here["logits"], atol=1e-5, rtol=1e-5)
@@ -174,6 +200,14 @@ MORE = {
         for text in ({"model_type": "qwen3", "head_dim": 16}, {"model_type": "smollm3", "pad_token_id": 0})
     ],
     "DeepSeek-VL": [{"mask_type": "causal", "text": {"model_type": "gpt_neox", "tie_word_embeddings": False}}],
+    "FastVLM": [
+        {**MAP, "vision": {"hidden_sizes": [8, 16], "depths": [1, 1], **vision}}
+        for vision in (
+            {"model_type": "convnext", "num_stages": 2},
+            {"model_type": "convnextv2", "num_stages": 2},
+            {"model_type": "regnet", "embedding_size": 8, "groups_width": 8},
+        )
+    ],
     "LLaVA": [
         {"mask_type": "causal", "vision": {**VISION, "model_type": "vit"}, "vision_feature_layer": -2},
         {"mask_type": "causal", "vision": {**VISION, "model_type": "dinov2"}, "vision_feature_layer": 1},
@@ -316,14 +350,7 @@ NO_HOME = {
         "it does not cap logits as the language model 'gemma2' does$",
     ),
     "encoder": (
-        {
-            "mask_type": "causal",
-            "image_grid": [2, 2],
-            "image_size": [16, 16],
-            "vision_hidden_size": 16,
-            "vision_feature_layer": -2,
-            "vision": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
-        },
+        {**MAP, "vision_feature_layer": -2, "vision": RESNET},
         "the vision encoder is 'resnet', and transformers' own classes take siglip_vision_model, clip_vision_model",
     ),
     "two": ({"mask_type": "mutual"}, "its attention mask is 'causal', not 'mutual'; it reads hidden states"),
@@ -367,6 +394,22 @@ NO_HOME |= {
     "DeepSeek-VL: activation": (
         {"mask_type": "causal", "projector_hidden_act": "relu"},
         "its projector's activation is 'gelu', not 'relu'$",
+    ),
+    "FastVLM: encoder": (
+        {"mask_type": "causal"},
+        "its encoder gives a map of features .convnext, convnextv2, mobilenet_v2, regnet, resnet., not 'siglip_vision_model'$",
+    ),
+    "FastVLM: layer": (
+        {**MAP, "vision": RESNET, "vision_feature_layer": -2},
+        "not vision_feature_layer=-2. One change .*: vision_feature_layer: -1",
+    ),
+    "FastVLM: squares": (
+        {**MAP, "vision": RESNET, "image_size": [16, 20]},
+        "its processor counts squares of pixels, and 2 x 2 do not divide 16 x 20$",
+    ),
+    "FastVLM: pixel shuffle": (
+        {**MAP, "vision": RESNET, "pixel_shuffle_factor": 2},
+        "no pixel shuffle. One change .*: pixel_shuffle_factor: 1",
     ),
     "PaliGemma: projector": (
         {**PREFIX, "projector_type": "mlp"},
