@@ -390,6 +390,26 @@ def check_packages() -> None:
         raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install 'alignvlm[export]'")
 
 
+def write_graphs(model: AlignVLMForConditionalGeneration, folder: Path, int8: bool) -> dict[str, int]:
+    """Writes the graphs of a model in float32. Returns the names of those whose weights lie beside them, for transformers.js.
+
+    Raises:
+        ValueError: if the exporter does not take one of them.
+    """
+    apart = {}
+    for name, graph in graphs(model).items():
+        try:
+            program = trace(graph)
+        except Exception as error:  # the exporter raises what it likes for what it does not know
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"The exporter to ONNX does not take the {name} of this checkpoint: {reason}") from error
+        for suffix in ("", "_quantized") if int8 else ("",):
+            program = quantize(program) if suffix else program
+            if save(program, folder / f"{name}{suffix}.onnx"):
+                apart[f"{name}{suffix}.onnx"] = 1
+    return apart
+
+
 def write(
     model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, home: Home, folder: Path, int8: bool = False
 ) -> None:
@@ -403,16 +423,7 @@ def write(
     """
     check_packages()
     (folder / "onnx").mkdir(parents=True)
-    apart = {}
-    for name, graph in graphs(model.float()).items():
-        try:
-            program = trace(graph)
-        except Exception as error:  # the exporter raises what it likes for what it does not know
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"The exporter to ONNX does not take the {name} of this checkpoint: {reason}") from error
-        for suffix, written in {"": program, **({"_quantized": quantize(program)} if int8 else {})}.items():
-            if save(written, folder / "onnx" / f"{name}{suffix}.onnx"):
-                apart[f"{name}{suffix}.onnx"] = 1
+    apart = write_graphs(model.float(), folder / "onnx", int8)
     theirs = llava_processor(processor, model.config)
     theirs.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
