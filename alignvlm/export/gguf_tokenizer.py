@@ -50,12 +50,12 @@ class Vocabulary:
     pre: str
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(
             f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json, from which the file is made"
         )
-    return json.loads(tokenizer.backend_tokenizer.to_str())
+    return tokenizer.backend_tokenizer
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -65,21 +65,20 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: if llama.cpp would do something else. The message says what.
     """
     backend = _backend(tokenizer)
-    model = backend["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece's BPE" if model["type"] == "BPE" else model["type"]
+    model, normalizer = backend.model, backend.normalizer
+    kind = "SentencePiece's BPE" if getattr(model, "byte_fallback", False) else type(model).__name__
+    if kind != "BPE":
         raise ValueError(f"it is written for byte-level BPE tokenizers, and this one is {kind}")
-    normalizer = (backend["normalizer"] or {"type": "NFC"})["type"]
-    if normalizer != "NFC":  # llama.cpp has none; texts are NFC as people write them
-        raise ValueError(f"llama.cpp does not change a text as the tokenizer's normalizer {normalizer} does")
-    marked = [
-        each["content"] for each in backend["added_tokens"] if each["lstrip"] or each["rstrip"] or each["single_word"]
-    ]
+    if normalizer is not None and type(normalizer).__name__ != "NFC":  # llama.cpp has none; most texts are NFC
+        change = type(normalizer).__name__
+        raise ValueError(f"llama.cpp does not change a text as the tokenizer's normalizer {change} does")
+    added = backend.get_added_tokens_decoder().values()
+    marked = [token.content for token in added if token.lstrip or token.rstrip or token.single_word]
     if marked:
         raise ValueError(f"llama.cpp does not look at the spaces around {', '.join(marked)} as this tokenizer does")
-    given = backend["pre_tokenizer"] or {"type": "none"}
+    given = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else {"type": "none"}
     steps = given["pretokenizers"] if given["type"] == "Sequence" else [given]
-    found = _read(steps, bool(model.get("ignore_merges")))
+    found = _read(steps, model.ignore_merges)
     for name, known in PRE_TOKENIZERS.items():
         if found == known:
             return name
@@ -111,7 +110,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         ValueError: as `pre_tokenizer_name`, and if the tokenizer has more tokens than `size`.
     """
     pre = pre_tokenizer_name(tokenizer)
-    backend = _backend(tokenizer)
+    backend = json.loads(_backend(tokenizer).to_str())
     added = {each["id"]: each for each in backend["added_tokens"]}
     by_id = {index: token for token, index in backend["model"]["vocab"].items()}
     by_id |= {index: each["content"] for index, each in added.items()}

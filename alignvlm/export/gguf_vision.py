@@ -2,7 +2,7 @@
 
 Which graph llama.cpp runs hangs on the projector's type alone. `gemma3` takes the encoder's final output, averages squares of patches,
 applies an RMS norm and a matrix, and lets the tokens of an image see each other; `mlp` takes the states after any number of layers,
-drops a class token, applies two layers with GELU, and stays causal.
+applies two layers with GELU, and stays causal.
 """
 
 import torch
@@ -11,7 +11,7 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.projector."
-EXACT = ("v.patch_embd.", "v.position_embd.", "v.class_embd")  # never quantised
+EXACT = ("v.patch_embd.", "v.position_embd.")  # never quantised
 NOT_QUANTISED = "mm.input_projection."  # llama.cpp transposes it, which quantised values do not take
 
 
@@ -19,10 +19,6 @@ def layers_used(config: AlignVLMConfig) -> int:
     """How many of the encoder's layers the features have gone through."""
     count, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
     return layer if layer >= 0 else count + 1 + layer
-
-
-def _final_norm_is_used(config: AlignVLMConfig) -> bool:
-    return config.vision_feature_layer == -1 and config.vision_config.model_type == "siglip_vision_model"
 
 
 def add_keys(writer, config: AlignVLMConfig, processor: AlignVLMProcessor, projector_type: str) -> None:
@@ -38,7 +34,7 @@ def add_keys(writer, config: AlignVLMConfig, processor: AlignVLMProcessor, proje
     writer.add_vision_block_count(layers_used(config))
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
-    writer.add_vision_use_gelu(vision.hidden_act == "gelu_pytorch_tanh")
+    writer.add_vision_use_gelu(True)
     writer.add_vision_image_mean(list(images.image_mean) if images.do_normalize else [0.0] * 3)
     writer.add_vision_image_std(list(images.image_std) if images.do_normalize else [1.0] * 3)
     if projector_type == "gemma3":
@@ -63,7 +59,7 @@ def tensors(model: AlignVLMForConditionalGeneration, projector_type: str) -> dic
         named = names.get_name(f"vision_tower.vision_model.{name}", try_suffixes=(".weight", ".bias"))
         if named is None:
             raise ValueError(f"llama.cpp's vision encoder has no weight {name!r}.")
-        if named.startswith("v.post_ln.") and not _final_norm_is_used(config):
+        if named.startswith("v.post_ln.") and config.vision_feature_layer != -1:
             continue
         if named.startswith("v.blk.") and int(named.split(".")[2]) >= used:
             continue

@@ -28,9 +28,7 @@ TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
 # Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
 # SmolLM3's computes the same.
 TAKES_NAMED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3", "olmo3", "llama")
-# Language models that `gguf_language.py` writes, and encoders that llama.cpp's projector `mlp` takes, with their activation there.
-IN_GGUF = ("llama", "qwen2", "qwen3", "smollm3")
-ENCODERS_IN_GGUF = {"siglip_vision_model": "gelu_pytorch_tanh", "clip_vision_model": "quick_gelu"}
+IN_GGUF = ("llama", "qwen2", "qwen3", "smollm3")  # language models that `gguf_language.py` writes
 
 
 @dataclass(frozen=True)
@@ -207,13 +205,12 @@ def _llama_cpp(config: AlignVLMConfig) -> list[Obstacle]:
         found.append(Obstacle(f"it has the activation 'silu' in the language model, not {text.hidden_act!r}"))
     if kind == "smollm3" and any(rope != ((index + 1) % 4 > 0) for index, rope in enumerate(text.no_rope_layers)):
         found.append(Obstacle("llama.cpp leaves every fourth layer of SmolLM3 without positions, and this one others"))
-    activation = ENCODERS_IN_GGUF.get(vision.model_type)
-    if activation and vision.hidden_act != activation:
-        found.append(
-            Obstacle(f"llama.cpp has the activation {activation!r} in this encoder, not {vision.hidden_act!r}")
-        )
-    if activation and vision.intermediate_size == vision.hidden_size:
-        found.append(Obstacle("llama.cpp swaps both layers of an encoder's MLP that is no wider than the encoder"))
+    if vision.model_type == "siglip_vision_model":
+        if vision.hidden_act != "gelu_pytorch_tanh":
+            reason = f"llama.cpp has the activation 'gelu_pytorch_tanh' in this encoder, not {vision.hidden_act!r}"
+            found.append(Obstacle(reason))
+        if vision.intermediate_size == vision.hidden_size:
+            found.append(Obstacle("llama.cpp swaps both layers of an encoder's MLP that is no wider than the encoder"))
     height, width = config.input_size
     if height != width or height != getattr(vision, "image_size", None):
         found.append(Obstacle(f"its encoder takes squares of the size it was made for, not {height} x {width} pixels"))
@@ -227,8 +224,9 @@ def _llama_cpp_pool(config: AlignVLMConfig) -> list[Obstacle]:
 def _llama_cpp_mlp(config: AlignVLMConfig) -> list[Obstacle]:
     found = _encoder(config)
     kind = config.vision_config.model_type
-    if not found and kind not in ENCODERS_IN_GGUF:
-        found.append(Obstacle(f"it takes the encoders {', '.join(ENCODERS_IN_GGUF)}, not {kind!r}"))
+    if not found and kind != "siglip_vision_model":
+        behind = ", since llama.cpp puts a class token behind the patches" if TOKENS_BEFORE_PATCHES[kind] else ""
+        found.append(Obstacle(f"it takes the encoder siglip_vision_model, not {kind!r}{behind}"))
     if config.pixel_shuffle_factor != 1:
         found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
     if config.projector_hidden_act not in ("gelu", "gelu_pytorch_tanh"):

@@ -77,6 +77,24 @@ def test_chatml_prompts_read_as_chatml(vision, language, tmp_path):
     )
 
 
+def test_tokens_around_images_are_single_and_the_usual_ones_with_pool(vision, language, tmp_path):
+    def begins(name: str, **fields) -> str:
+        _, processor = assemble(BackboneArguments(vision, str(language), str(tmp_path / name), **fields))
+        processor = AlignVLMProcessor.from_pretrained(tmp_path / name)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+        ids = processor.tokenizer(processor.apply_chat_template(messages))["input_ids"]
+        tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+        around = [token for token in tokens if token.startswith("<") and not token.startswith("<|")]
+        return "".join(around)
+
+    assert begins("pool", projector_type="pool") == "<start_of_image><image><end_of_image>"
+    assert begins("mlp") == begins("none", projector_type="pool", image_begin="", image_end="") == "<image>"
+    assert begins("one", image_begin="<look>") == "<look><image>"
+    for name, token in (("image_begin", "<image>"), ("image_end", "two words"), ("image_end", " x")):
+        with pytest.raises(ValueError, match=f"{name}={token!r} cannot be the token around an image"):
+            BackboneArguments(vision, str(language), str(tmp_path), **{name: token})
+
+
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 def test_the_vision_half_of_an_image_text_model_is_taken(kind, language, tmp_path):
     vision_config = {**SIZES, "image_size": 16, "patch_size": 8}

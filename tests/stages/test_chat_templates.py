@@ -410,3 +410,31 @@ def test_the_real_tokenizer_of_qwen(shared_data):
         for given in (messages, in_parts(messages)):
             batch = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)
             assert batch["input_ids"] == [own]
+
+
+@by_name
+def test_tokens_around_an_image_are_written_there_and_nowhere_else(shipped, name):
+    tokenizer, processor = shipped(name)
+    template, own = chat_template(tokenizer, f"<begin>{IMAGE_TOKEN}<end>")
+    assert own
+    parts = {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image"}]}
+    options = {"add_generation_prompt": True, "tokenize": False}
+    marked = processor.tokenizer.apply_chat_template([parts], chat_template=template, **options)
+    plain = processor.tokenizer.apply_chat_template([parts], chat_template=processor.chat_template, **options)
+    assert marked == plain.replace(IMAGE_TOKEN, f"<begin>{IMAGE_TOKEN}<end>") != plain
+
+
+def test_a_template_that_writes_images_itself_is_not_changed():
+    tokenizer = make_tokenizer(())
+    for given in (CHATML_TEMPLATE, PLAIN_TEMPLATE):
+        tokenizer.chat_template = given
+        assert chat_template(tokenizer, f"<b>{IMAGE_TOKEN}") == (
+            given.replace(IMAGE_TOKEN, f"<b>{IMAGE_TOKEN}"),
+            False,
+        )
+    tokenizer.chat_template = PLAIN_TEMPLATE + "{#- own -#}"
+    assert chat_template(tokenizer) == (tokenizer.chat_template, True)
+    with pytest.raises(
+        ValueError, match=r"writes <image> itself, and not <b><image>.*--image_begin '' --image_end ''"
+    ):
+        chat_template(tokenizer, f"<b>{IMAGE_TOKEN}")
