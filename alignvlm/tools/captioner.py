@@ -100,7 +100,10 @@ def load_processor(model: str, revision: str | None = None, trust_remote_code: b
         ValueError: if it has no processor of images and texts.
     """
     check_model(model, revision)
-    processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"{model!r} has no processor of images and texts, it is no image-text model: {error}") from error
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError(
             f"{model!r} has no processor of images and texts ({type(processor).__name__}): it is no image-text model."
