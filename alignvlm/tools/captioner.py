@@ -103,7 +103,9 @@ def load_processor(model: str, revision: str | None = None, trust_remote_code: b
     try:
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"{model!r} has no processor of images and texts, it is no image-text model: {error}") from error
+        raise ValueError(
+            f"{model!r} has no processor of images and texts, it is no image-text model: {error}"
+        ) from error
     if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ValueError(
             f"{model!r} has no processor of images and texts ({type(processor).__name__}): it is no image-text model."

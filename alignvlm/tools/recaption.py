@@ -1,6 +1,6 @@
 """Captions the images of a folder or data set with any image-text model, filters the captions, and writes a source of training data.
 
-    alignvlm recaption out/stage3 photos out/captions.jsonl --min_words 4 --max_repetition 0.3
+    alignvlm recaption out/stage3 photos out/captions.jsonl --min_words 4 --max_repetition 0.5
     accelerate launch -m alignvlm.tools.recaption out/stage3 photos out/captions.jsonl      # several processes
 
 Captions and scores are kept beside the output (`evaluation/batches.py`), so an interrupted run goes on where it stopped, and a run with
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--max_repetition",
         type=float,
         metavar="R",
-        help="Highest share of word pairs that repeat an earlier one; 0.3 rejects loops and hardly a text.",
+        help="Highest share of word pairs that repeat an earlier one; 0.5 rejects loops and hardly a text.",
     )
     filters.add_argument(
         "--min_agreement", type=float, metavar="A", help="Least mean F1 of shared words between the --samples, 0 to 1."
