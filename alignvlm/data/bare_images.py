@@ -30,6 +30,7 @@ class BareImages:
         place: returns where the row of an index stands.
         bad_rows: what is wrong with the rows that were left out, each with its place.
         all_paths: whether every image is a path below `folder`, rather than bytes in a row.
+        of_rows: whether rows name or hold the images; else they are the files of a folder.
     """
 
     rows: Dataset
@@ -38,7 +39,8 @@ class BareImages:
     identity: dict
     place: Callable[[int], str]
     bad_rows: list[str]
-    all_paths: bool
+    all_paths: bool = True
+    of_rows: bool = True
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -88,7 +90,7 @@ def list_images(
         identity = {"data": folder.resolve().name, "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
         positions = [(index, 0) for index in range(len(names))]
         place = partial(_name_at, names)
-        return BareImages(Dataset.from_dict({"image": names}), positions, folder, identity, place, [], True)
+        return BareImages(Dataset.from_dict({"image": names}), positions, folder, identity, place, [], of_rows=False)
     found = read_rows(data, split, config, revision)
     if image_dir is not None:
         found.folder = Path(image_dir)
@@ -99,7 +101,7 @@ def list_images(
     if not columns:
         raise ValueError(f"{data} has no column of images. Columns found: {sorted(found.columns)}.")
     rows = rows.select_columns(columns)
-    images = BareImages(rows, [], found.folder, found.identity, found.place, [], True)
+    images = BareImages(rows, [], found.folder, found.identity, found.place, [])
     seen: set[str] = set()
     for index, row in enumerate(rows):
         if len(images) == limit:

@@ -128,6 +128,10 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
             arguments.limit,
             arguments.on_bad_image,
         )
+        if images.of_rows and output.resolve().is_relative_to(Path(arguments.data).resolve()):
+            raise ValueError(
+                f"The output {arguments.output!r} would become a part of {arguments.data}. Name a file elsewhere."
+            )
         processor = load_processor(arguments.model, arguments.revision, arguments.trust_remote_code)
         asked = arguments.prompt
         if asked is None:
@@ -168,6 +172,8 @@ def check_arguments(arguments: argparse.Namespace) -> Limits:
     output = Path(arguments.output)
     if output.suffix != ".jsonl":
         raise ValueError(f"The output {arguments.output!r} is no .jsonl file: name it so.")
+    if output.resolve() == Path(arguments.data).resolve():
+        raise ValueError(f"The output {arguments.output!r} is the data itself. Name another file.")
     if output.exists() and not beside(output, ".summary.json").exists():
         raise FileExistsError(f"{arguments.output!r} is there already, and not from this command. Name another file.")
     for name, needs in (("temperature", "samples"), ("top_p", "samples"), ("min_agreement", "samples")):

@@ -504,6 +504,8 @@ def test_a_caption_is_finished_where_the_model_ended_it(models, photos):
         (["MODEL", "URL", "OUT"], r"url.jsonl, line 1: An image is at 'https://x.org/a.jpg'"),
         (["MODEL", "PHOTOS", "out.json"], "'out.json' is no .jsonl file"),
         (["MODEL", "PHOTOS", "TAKEN"], "is there already, and not from this command"),
+        (["MODEL", "URL", "URL"], "is the data itself"),
+        (["MODEL", "ROWS", "INSIDE"], "would become a part of"),
         (["MODEL", "PHOTOS", "OUT", "--min_agreement", "0.3"], "--min_agreement needs --samples of 2 or more"),
         (["MODEL", "PHOTOS", "OUT", "--min_score", "0.3"], "--min_score needs a --scorer"),
         (
@@ -522,6 +524,8 @@ def test_mistakes_are_named_and_leave_no_captions(arguments, message, models, ph
     (tmp_path / "taken.jsonl").write_text("mine\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "A dog."}\n')
     (tmp_path / "url.jsonl").write_text('{"image": "https://x.org/a.jpg"}\n')
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.jsonl").write_text('{"image": "a.jpg"}\n')
     tokenizer.save_pretrained(tmp_path / "language")
     (tmp_path / "language/config.json").write_text(json.dumps(TEXT))
     paths = {
@@ -534,6 +538,8 @@ def test_mistakes_are_named_and_leave_no_captions(arguments, message, models, ph
         "EMPTY": tmp_path / "EMPTY",
         "TEXTS": tmp_path / "texts.jsonl",
         "URL": tmp_path / "url.jsonl",
+        "ROWS": tmp_path / "rows",
+        "INSIDE": tmp_path / "rows/captions.jsonl",
     }
     with pytest.raises(SystemExit, match=rf"^error: (?s:.*){message}"):
         main(
