@@ -1,7 +1,7 @@
 """Draws images for the loop of docs/recaption.md, and counts which captions are word for word the drawn scene's.
 
-    python benchmarks/recaption.py draw photos
-    python benchmarks/recaption.py count out/round1.jsonl out/round2.jsonl
+python benchmarks/recaption.py draw photos
+python benchmarks/recaption.py count out/round1.jsonl out/round2.jsonl
 """
 
 import argparse

@@ -31,12 +31,16 @@ from transformers import (
     GitConfig,
     GitForCausalLM,
     GitProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
     set_seed,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import TrlParser
 
@@ -47,6 +51,7 @@ from alignvlm.data.sources import read_source
 from alignvlm.evaluation.answer import answer
 from alignvlm.export.export import export
 from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.chat_templates import PLAIN_TEMPLATE
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.stage import run_stage
 from alignvlm.tools.caption_filters import Limits, measure, most_agreed, rejection, repetition, similarity
@@ -160,6 +165,33 @@ def test_a_batch_gives_the_captions_of_one_by_one(name, prompt, models, photos):
     assert batch == [captioner([image], **decoding)[0] for image in images]
     texts = [captions[0].text for captions in batch]
     assert all(texts) and len(set(texts)) > 1 and not any(prompt and prompt in text for text in texts)
+
+
+def test_prompts_of_unequal_lengths_are_padded_before_them():
+    """LLaVA-NeXT shows a wide image in more tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    text = {"model_type": "qwen2", **tokens_of(tokenizer), "num_key_value_heads": 1}
+    pinpoints = [[16, 16], [32, 16], [16, 32], [16, 48]]
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **EYES},
+        text_config=text,
+        image_grid_pinpoints=pinpoints,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    set_seed(5)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    square = {"height": 16, "width": 16}
+    images = LlavaNextImageProcessorPil(size=square, crop_size=square, image_grid_pinpoints=pinpoints)
+    processor = LlavaNextProcessor(images, tokenizer, 8, "default", PLAIN_TEMPLATE, num_additional_image_tokens=1)
+    captioner = Captioner(model, processor, CAPTION_PROMPT)
+    photos = [
+        Image.linear_gradient("L").convert("RGB").resize(size) for size in ((16, 16), (48, 16), (16, 32), (20, 30))
+    ]
+    lengths = [captioner._inputs([photo])["input_ids"].shape[1] for photo in photos]
+    assert len(set(lengths)) > 1
+    decoding = {"max_new_tokens": 8, "do_sample": False}
+    assert captioner(photos, **decoding) == [captioner([photo], **decoding)[0] for photo in photos]
 
 
 @torch.no_grad()
