@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": ("alignvlm.tools.chat", "Talk with a checkpoint about images at a prompt."),
     "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
+    "recaption": ("alignvlm.tools.recaption", "Caption images with any image-text model, and filter what it writes."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
     "export": (
         "alignvlm.export.export",

@@ -84,6 +84,7 @@ def test_a_mistyped_command_names_the_nearest():
         ("evaluate", ["out/stage4", "--taks", "pathvqa"], "--task"),
         ("evaluate", ["--use-cpu"], "--use_cpu"),
         ("evaluate", ["out/stage4", "--bootstrap", "10"], "--bootstrap_samples"),  # no abbreviations
+        ("recaption", ["out/stage3", "photos", "a.jsonl", "--min_word", "3"], "--min_words"),
         ("ask", ["--max_new_token=5"], "--max_new_tokens"),
         ("ask", ["out/stage4", "photo.jpg", "--imgae", "other.jpg"], "--image"),
         ("ask", ["out/stage4", "photo.jpg", "-revision", "v1"], "--revision"),

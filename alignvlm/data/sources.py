@@ -170,7 +170,7 @@ def read_source(
         index = {value: number for number, value in enumerate(table.rows[key])}
         images = ImageTable(table.rows.cast_column("image", Image(decode=False)), column, index)
     _check_columns(found, kind, name, data)
-    found.rows = _undecoded(found, data, kind.note)
+    found.rows = undecoded(found, data, kind.note)
     if kind.image_folder and not {"text", *CAPTION_COLUMNS} & set(found.columns):
         if "label" not in found.columns:
             raise ValueError(
@@ -241,7 +241,7 @@ def _check_columns(found: Rows, kind: DataSet, name: str, data: str) -> None:
             )
 
 
-def _undecoded(found: Rows, data: str, note: str) -> Dataset | IterableDataset:
+def undecoded(found: Rows, data: str, note: str = "") -> Dataset | IterableDataset:
     """Returns the rows with images undecoded.
 
     Raises:

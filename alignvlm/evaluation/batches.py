@@ -4,6 +4,7 @@ Batches do not depend on the number of processes. Each process writes its finish
 continues where it stopped, with the same result.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +23,20 @@ class Work:
         settings: what decides the outputs, for the result file.
         run: returns one output per unit of a range, each JSON-serialisable.
         summarise: returns the result of all outputs, which are in order.
+        prepare: called by every process before the first batch, if any is missing: to load what finished work does not need.
     """
 
     length: int
     settings: dict
     run: Callable[[range], list]
-    summarise: Callable[[list], dict]
+    summarise: Callable[[list], dict] | None = None
+    prepare: Callable[[], None] | None = None
+
+
+def progress_folder(output_dir: Path, name: str, settings: dict) -> Path:
+    """Returns where work of these settings keeps its finished batches; other settings have another folder."""
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return output_dir / f".{name}-{fingerprint}"
 
 
 def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, title: str) -> list | None:
@@ -54,6 +63,8 @@ def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, 
     mine = missing[state.process_index :: state.num_processes]
     if done and state.is_main_process:
         print(f"Going on with {folder}: {len(done)} of {len(batches)} batches are done.")
+    if missing and work.prepare is not None:
+        work.prepare()
     with (folder / f"{state.process_index}.jsonl").open("a") as file:
         for start in tqdm(mine, desc=title, disable=not state.is_main_process):
             file.write(json.dumps({"start": start, "outputs": work.run(batches[start])}) + "\n")

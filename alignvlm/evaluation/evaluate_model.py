@@ -22,15 +22,14 @@ from alignvlm.data.files import read_rows
 from alignvlm.data.formats import CAPTION_PROMPT, text
 from alignvlm.data.record import ON_BAD_ROW, BadRow
 from alignvlm.evaluation.answer import answer
-from alignvlm.evaluation.batches import Work, run_batches
+from alignvlm.evaluation.batches import Work, progress_folder, run_batches
 from alignvlm.evaluation.judge import compare, judge
-from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_checkpoint
+from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_checkpoint, model_identity
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled
 from hub_upload.command_line import ArgumentParser
-from hub_upload.repository import commit_of
-from hub_upload.run_record import library_versions, sha256_of, write_json
+from hub_upload.run_record import library_versions, write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +99,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
         work = bind(arguments, model, processor)
     settings = {
         "task": arguments.task,
-        "model": _model_identity(arguments.checkpoint, arguments.revision),
+        "model": model_identity(arguments.checkpoint, arguments.revision),
         **work.settings,
         "control": _control(arguments),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -113,8 +112,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace) -> dict | None:
     }
     name = arguments.task + (f"-{settings['control']}" if settings["control"] else "")
     output_dir = Path(arguments.output_dir or _default_output(arguments.checkpoint))
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    progress = output_dir / f".{name}-{fingerprint}"  # other settings have another folder
+    progress = progress_folder(output_dir, name, settings)
     outputs = run_batches(work, arguments.batch_size, progress, state, name)
     if outputs is None:
         return None
@@ -245,15 +243,6 @@ def _control(arguments: argparse.Namespace) -> str | None:
 
 def _default_output(checkpoint: str) -> Path:
     return Path(checkpoint) / "results" if Path(checkpoint).is_dir() else Path("results") / checkpoint.split("/")[-1]
-
-
-def _model_identity(checkpoint: str, revision: str | None) -> dict:
-    """Returns which weights these are: a repository's commit, or the hash of a folder's weights."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return {"name": checkpoint, "revision": commit_of(checkpoint, revision)}
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("lora/*.safetensors")])
-    return {"name": folder.resolve().name, "weights_sha256": sha256_of(weights)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
-from hub_upload.repository import check_model, file_of
-from hub_upload.run_record import read_run_record
+from hub_upload.repository import check_model, commit_of, file_of
+from hub_upload.run_record import read_run_record, sha256_of
 
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -81,3 +81,14 @@ def evaluation_tag(checkpoint: str, revision: str | None = None) -> str:
     """Returns the source tag that the checkpoint's recipe puts before prompts, from its run record; empty without a record."""
     stages = read_run_record(checkpoint, revision)["stages"]
     return stages[-1].get("evaluation_tag", "") if stages else ""
+
+
+def model_identity(model: str, revision: str | None = None) -> dict[str, str | None]:
+    """Returns which weights these are: a repository's commit, or the hash of a folder's weights."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"name": model, "revision": commit_of(model, revision)}
+    weights = sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("lora/*.safetensors")]
+    )
+    return {"name": folder.resolve().name, "weights_sha256": sha256_of(weights)}

@@ -1,0 +1,132 @@
+"""Lists the images of a folder, a file of rows or a data set of the Hub, each once, whatever is said about them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset
+
+from alignvlm.data.files import read_rows
+from alignvlm.data.formats import images_of, is_image_column
+from alignvlm.data.reader import image_key
+from alignvlm.data.record import BadRow
+from alignvlm.data.sources import undecoded
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class BareImages:
+    """Images without texts, undecoded: `len(images)`, `images[i]`.
+
+    Args:
+        rows: the columns that hold images or their paths.
+        positions: of each image, its row and its number in the row.
+        folder: where paths start; None for a data set of the Hub.
+        identity: what was read; goes into settings.
+        place: returns where the row of an index stands.
+        bad_rows: what is wrong with the rows that were left out, each with its place.
+        all_paths: whether every image is a path below `folder`, rather than bytes in a row.
+        of_rows: whether rows name or hold the images; else they are the files of a folder.
+    """
+
+    rows: Dataset
+    positions: list[tuple[int, int]]
+    folder: Path | None
+    identity: dict
+    place: Callable[[int], str]
+    bad_rows: list[str]
+    all_paths: bool = True
+    of_rows: bool = True
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        """Returns an image as `read_image` takes it."""
+        row, number = self.positions[index]
+        value = images_of(self.rows[row])[number]
+        return {"bytes": None, "path": value, "folder": str(self.folder)} if isinstance(value, str) else value
+
+    def place_of(self, index: int) -> str:
+        """Returns where an image stands."""
+        return self.place(self.positions[index][0])
+
+
+def list_images(
+    data: str,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    image_dir: str | None = None,
+    limit: int | None = None,
+    on_bad_row: str = "raise",
+) -> BareImages:
+    """Lists the images of a folder with image files in it (all below it, hidden ones excepted), or else of rows of any form that `read_rows`
+    reads. Rows of one image give it once; rows without an image give none.
+
+    Args:
+        split, config, revision: of rows, as for `read_rows`.
+        image_dir: where the paths of rows start; by default beside the file that names them.
+        limit: at most this number of images, from the first.
+        on_bad_row: `raise`, or `skip` a row whose image is a URL or no image at all.
+
+    Raises:
+        FileNotFoundError: if there is no such data, or no such `image_dir`.
+        ValueError: for data without images, and for a bad row (`BadRow`).
+    """
+    folder = Path(data)
+    files = (
+        sorted(file for file in folder.rglob("*") if _is_image(file.relative_to(folder))) if folder.is_dir() else []
+    )
+    if files:
+        if image_dir is not None:
+            raise ValueError(f"{data} is a folder of images: leave out the image_dir, which is for paths in rows.")
+        names = [file.relative_to(folder).as_posix() for file in files][:limit]
+        listing = "".join(f"{name} {(folder / name).stat().st_size}\n" for name in names)
+        identity = {"data": folder.resolve().name, "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
+        positions = [(index, 0) for index in range(len(names))]
+        place = partial(_name_at, names)
+        return BareImages(Dataset.from_dict({"image": names}), positions, folder, identity, place, [], of_rows=False)
+    found = read_rows(data, split, config, revision)
+    if image_dir is not None:
+        found.folder = Path(image_dir)
+        if not found.folder.is_dir():
+            raise FileNotFoundError(f"No such image_dir: {found.folder}.")
+    rows = undecoded(found, data)
+    columns = [name for name in rows.column_names if is_image_column(name) or name == "filepath"]
+    if not columns:
+        raise ValueError(f"{data} has no column of images. Columns found: {sorted(found.columns)}.")
+    rows = rows.select_columns(columns)
+    images = BareImages(rows, [], found.folder, found.identity, found.place, [])
+    seen: set[str] = set()
+    for index, row in enumerate(rows):
+        if len(images) == limit:
+            break
+        try:
+            values = images_of(row)
+        except BadRow as error:
+            if on_bad_row == "raise":
+                raise error.at(found.place(index)) from error
+            images.bad_rows.append(str(error.at(found.place(index))))
+            continue
+        for number, value in enumerate(values):
+            key = image_key({"image": value})
+            if key not in seen and len(images) != limit:
+                seen.add(key)
+                images.positions.append((index, number))
+                images.all_paths &= isinstance(value, str)
+    if not images.positions:
+        raise ValueError(f"{data} holds no image in its columns {columns}.")
+    return images
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in file.parts)
+
+
+def _name_at(names: list[str], index: int) -> str:
+    return names[index]
