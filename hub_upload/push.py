@@ -56,11 +56,11 @@ from hub_upload.package import (
     package,
     read_manifest,
 )
+from hub_upload.repository import HTTPError
 from hub_upload.run_record import sha256_of
 from hub_upload.stock import is_stock, package_stock
 
 
-HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them
 THE_HUBS = ".gitattributes"
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".tflite")

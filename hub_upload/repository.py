@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
+
+
+HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library the client uses, lost connections among them
 
 
 def check_model(name: str | os.PathLike, revision: str | None = None) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from alignvlm.data.record import BadRow, shown
+from hub_upload.repository import HTTPError
 from hub_upload.run_record import sha256_of
 
 
@@ -133,7 +134,7 @@ def _hub_commit(data: str, revision: str | None) -> str:
     """
     try:
         return HfApi().dataset_info(data, revision=revision).sha
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise FileNotFoundError(_NOT_FOUND.format(data=data, error=error)) from error
 
 

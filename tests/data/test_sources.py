@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -799,3 +802,14 @@ def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
     texts = read_source({"name": "text", "data": "pathvqa/qa.jsonl"}, shared_data)
     assert len(texts) == 19755
     assert all(collator.token_counts(texts[i])[0] == 0 for i in range(0, len(texts), 10))
+
+
+def test_a_name_that_no_hub_answers_for_is_told(tmp_path):
+    """As at a mistyped folder, in a process without a network."""
+    code = "from alignvlm.data.files import read_rows; read_rows('user/nothing', 'train')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=170)
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("FileNotFoundError: No such file or folder: user/nothing, and the Hub gives no data set"), (
+        told
+    )
