@@ -20,12 +20,11 @@ class FeatureStore:
     """The features in a folder, by the keys of their images (`alignvlm.data.images.image_key`); read from memory-mapped files.
 
     Args:
-        folder: is created if need be.
+        folder: need not exist before something is written.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._opened: dict[str, safe_open] = {}
         self._places: dict[str, tuple[str, int]] = {}  # of a key: its file, and its row there
         self.refresh()
@@ -58,6 +57,7 @@ class FeatureStore:
         Raises:
             OSError: if the file cannot be written; nothing of it is left.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
         unfinished = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
@@ -65,7 +65,9 @@ class FeatureStore:
             unfinished.replace(self.folder / name)
         except Exception as error:  # safetensors has an error of its own
             unfinished.unlink(missing_ok=True)
-            raise OSError(f"Features cannot be written to {self.folder}: {error}. Make room, or name another folder.") from error
+            raise OSError(
+                f"Features cannot be written to {self.folder}: {error}. Make room, or name another folder."
+            ) from error
         self._places |= {key: (name, row) for row, key in enumerate(keys)}
 
     def stacked(self, keys: Sequence[str]) -> Tensor:

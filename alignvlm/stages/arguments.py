@@ -390,6 +390,10 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments):
         super().__post_init__()
         if self.cache_features and self.streaming:
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
+        if self.cache_features and self.torch_compile:
+            raise ValueError(
+                "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."
+            )
 
 
 class ArgumentsForAGPU(StageArguments):
