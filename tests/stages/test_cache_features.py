@@ -1,5 +1,6 @@
 """`cache_features`: training from features kept on disk is training, bit for bit, and no feature outlives what made it."""
 
+import copy
 import json
 import shutil
 from collections import namedtuple
@@ -102,7 +103,7 @@ def test_losses_and_weights_are_those_without_it(checkpoint, data, tmp_path, fie
     kept = run(checkpoint, tmp_path / "kept", data, cache_features=True, **fields)
     assert_same(plain, kept, tmp_path / "plain", tmp_path / "kept")
     said = kept["cache_features"]
-    assert said["encoded"] == said["images"] == (24 if "max_steps" in fields else 7)
+    assert said["encoded"] == said["images"] == 7
     assert said["share_of_batches"] == 1 and "cache_features" not in plain
 
     monkeypatch.setattr(AlignVLMModel, "encode_images", counted)
@@ -139,21 +140,28 @@ def changed_layer(model, processor):
     model.config.vision_feature_layer = -2
 
 
-@pytest.mark.parametrize("change", [changed_encoder, changed_processor, changed_layer, None])
-def test_what_makes_other_features_does_not_read_old_ones(make_model, processor, data, tmp_path, change):
-    from copy import deepcopy
+@pytest.fixture(scope="module")
+def first(checkpoint, data, tmp_path_factory) -> Path:
+    """The features of a stage of one step."""
+    folder = tmp_path_factory.mktemp("first")
+    run(checkpoint, folder / "stage", data, cache_features=True, features_dir=folder / "features", **SHORT)
+    return folder / "features"
 
-    folder, fields = tmp_path / "model", {"cache_features": True, "features_dir": tmp_path / "features", "max_steps": 1}
-    save_checkpoint(make_model(), processor, folder, {"stages": []})
-    run(folder, tmp_path / "1", data, **fields)
-    model, processor = make_model(), deepcopy(processor)
-    if change is None:
-        fields["bf16"] = True
-    else:
+
+SHORT = {"max_steps": 1, "eval_sources": None}
+
+
+@pytest.mark.parametrize("change", [None, changed_encoder, changed_processor, changed_layer, "bf16"])
+def test_what_makes_other_features_does_not_read_old_ones(make_model, processor, data, first, tmp_path, change):
+    shutil.copytree(first, tmp_path / "features")
+    model, processor = make_model(), copy.deepcopy(processor)
+    if callable(change):
         change(model, processor)
-    save_checkpoint(model, processor, folder, {"stages": []})
-    assert run(folder, tmp_path / "2", data, **fields)["cache_features"]["encoded"] == 7
-    assert len(list((tmp_path / "features").iterdir())) == 2
+    save_checkpoint(model, processor, tmp_path / "model", {"stages": []})
+    fields = {**SHORT, "cache_features": True, "features_dir": tmp_path / "features", "bf16": change == "bf16"}
+    said = run(tmp_path / "model", tmp_path / "2", data, **fields)["cache_features"]
+    assert said["encoded"] == (said["images"] if change else 0)
+    assert len(list((tmp_path / "features").iterdir())) == (2 if change else 1)
 
 
 def test_a_changed_image_is_another_image(data, tmp_path):
@@ -249,12 +257,16 @@ def test_batches_in_which_the_encoder_rounds_otherwise_are_encoded(checkpoint, d
         "encode_images",
         lambda self, pixels: encode_images(self, pixels) + (torch.arange(len(pixels)) * 1e-3)[:, None, None],
     )
-    with pytest.raises(ValueError, match=r"in fp32, the encoder 'siglip_vision_model' gives an image other last bits in"):
+    with pytest.raises(
+        ValueError, match=r"in fp32, the encoder 'siglip_vision_model' gives an image other last bits in"
+    ):
         run(checkpoint, tmp_path / "run", data, cache_features=True, per_device_train_batch_size=4)
     assert not (tmp_path / "run/features").exists()
 
 
-def test_the_plan_says_how_large_it_will_be_and_refuses_what_does_not_fit(checkpoint, data, tmp_path, capsys, monkeypatch):
+def test_the_plan_says_how_large_it_will_be_and_refuses_what_does_not_fit(
+    checkpoint, data, tmp_path, capsys, monkeypatch
+):
     recipe = tmp_path / "stage1.yaml"
     recipe.write_text(
         f"stage: 1\nmodel: {checkpoint}\noutput_dir: {tmp_path}/out\nprojector_learning_rate: 1.0e-3\ncache_features: true\n"
@@ -270,20 +282,42 @@ def test_the_plan_says_how_large_it_will_be_and_refuses_what_does_not_fit(checkp
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(ValueError, match="needs 1.48e-05 GB below .*out/features', where 1e-06 GB are free. Name another"):
+    with pytest.raises(
+        ValueError, match=r"needs 1\.48e-05 GB below .*out/features', where 1e-06 GB are free. Name another"
+    ):
         plan_main(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
-    with pytest.raises(ValueError, match="cache_features needs 3.58e-06 GB below"):
+    with pytest.raises(ValueError, match=r"cache_features needs 3\.58e-06 GB below"):
         run(checkpoint, tmp_path / "full", data, cache_features=True)
     assert not (tmp_path / "full/features").exists()
 
 
+TWO_STAGES = """
+import sys
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.stage import run_stage
+for more in (["--output_dir", sys.argv[1]], ["--output_dir", sys.argv[2], "--cache_features", "true"]):
+    run_stage(parse_fields([*sys.argv[3:], *more], StageArguments)[0])
+    AcceleratorState._reset_state()
+PartialState().destroy_process_group()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_give_the_same_losses(checkpoint, data, tmp_path):
-    sources = [{"data": str(data / "rows.jsonl")}, TEXTS]
-    fields = {"sources": sources, "per_device_train_batch_size": 2, "projector_learning_rate": 1e-2, "max_steps": 4}
-    for name, more in (("plain", {}), ("kept", {"cache_features": True})):
-        launch("stage3.py", *arguments_for(checkpoint, tmp_path / name, **fields, **more), processes=2)
-    plain, kept = (read_run_record(tmp_path / name)["stages"][-1] for name in ("plain", "kept"))
+    fields = {
+        "sources": [{"data": str(data / "rows.jsonl")}, TEXTS],
+        "projector_learning_rate": 1e-2,
+        "output_dir": None,
+    }
+    (tmp_path / "two_stages.py").write_text(TWO_STAGES)
+    folders = [tmp_path / "plain", tmp_path / "kept"]
+    given = arguments_for(checkpoint, tmp_path, **fields, per_device_train_batch_size=2)
+    launch(tmp_path / "two_stages.py", *map(str, folders), *given, processes=2)
+    plain, kept = (read_run_record(folder)["stages"][-1] for folder in folders)
     assert kept["cache_features"]["encoded"] == 7 and kept["processes"] == 2
+    assert kept["cache_features"]["share_of_batches"] == 1
     assert len(list((tmp_path / "kept/features").glob("*/*.safetensors"))) == 2
-    assert_same(plain, kept, tmp_path / "plain", tmp_path / "kept")
+    assert_same(plain, kept, *folders)
