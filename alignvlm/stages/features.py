@@ -104,7 +104,7 @@ class KeptFeatures(StageOption):
             "feature_layer": encoder.config.vision_feature_layer,
             "image_processor": {"class": type(image_processor).__name__, **image_processor.to_dict()},
             "precision": self.arguments.chosen_precision.name,
-            "float32_products": torch.get_float32_matmul_precision(),
+            "tf32": self.arguments.tf32,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processor": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

@@ -80,7 +80,15 @@ CASES = {
         "activation_checkpointing": True,
     },
     "16-bit encoder, contrast": {"bf16": True, "frozen_16_bit": True, "token_weighting": "contrast"},
-    "workers, a row per branch": {
+    "convolutions, workers, a row per branch": {
+        "model": {
+            "model_type": "convnext",
+            "hidden_sizes": [4, 8],
+            "depths": [1, 1],
+            "num_stages": 2,
+            "patch_size": 4,
+            "image_size": 16,
+        },
         "dataloader_num_workers": 1,
         "attention_mask_type": "prefix",
         "sources": [SOURCES[0], TEXTS],
@@ -91,8 +99,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
-def test_losses_and_weights_are_those_without_it(checkpoint, data, tmp_path, fields, monkeypatch):
-    encoded = []
+def test_losses_and_weights_are_those_without_it(
+    checkpoint, make_model, processor, data, tmp_path, fields, monkeypatch
+):
+    encoded, fields = [], dict(fields)
+    if vision := fields.pop("model", None):
+        checkpoint = tmp_path / "model"
+        save_checkpoint(
+            make_model(vision=vision, image_grid=[2, 2], vision_hidden_size=8, image_size=[16, 16]),
+            processor,
+            checkpoint,
+            {"stages": []},
+        )
     encode_images = AlignVLMModel.encode_images
 
     def counted(self, pixel_values):
