@@ -149,10 +149,10 @@ class KeptFeatures(StageOption):
         if not images:
             raise ValueError("cache_features: no source has an image. Leave it out.")
         at_once = known.get("images_at_once") or sizes.most_common(1)[0][0]
+        dtype = self._check_repeatable()
         exact = self._exact_sizes(sizes, at_once, set(known.get("exact_batches", [])))
         missing = sorted(key for key in images if key not in store)
         height, width = self.encoder.config.feature_grid
-        dtype = self.encode(self._noise(1)).dtype
         size = height * width * self.encoder.config.feature_size * dtype.itemsize
         check_room(store.folder, len(missing) * size)
         self.trainer.accelerator.wait_for_everyone()  # each has read the folder as it was
@@ -224,32 +224,40 @@ class KeptFeatures(StageOption):
         shape = (count, getattr(config.vision_config, "num_channels", 3), *config.input_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
+    def _check_repeatable(self) -> torch.dtype:
+        """Returns the dtype of features.
+
+        Raises:
+            ValueError: if they are random, or the encoder draws random numbers.
+        """
+        noise, states = self._noise(1), _random_states(self.encoder.device)
+        found = self.encode(noise)
+        same = zip(states, _random_states(self.encoder.device))
+        if not (torch.equal(found, self.encode(noise)) and all(torch.equal(*pair) for pair in same)):
+            raise ValueError(
+                f"cache_features: the encoder {self.encoder.config.vision_config.model_type!r} draws random numbers in training (dropout), so "
+                "that no features can be kept. Set its dropout to 0 in config.json, or leave out cache_features."
+            )
+        return found.dtype
+
     def _exact_sizes(self, sizes: Counter, at_once: int, tried: set[int]) -> set[int]:
         """Tries at which numbers of images a batch's features are, bit for bit, those made `at_once` at once in other places.
 
         Kernels add in an order that depends on shapes and not on values, so noise tells. `tried` are sizes known to be exact.
 
         Raises:
-            ValueError: if the encoder's features are random, or differ in the most common size of batch.
+            ValueError: if they differ in the most common size of batch.
         """
-        kind = self.encoder.config.vision_config.model_type
-        noise = self._noise(max(*sizes, at_once))
-        states = _random_states(self.encoder.device)
-        if not torch.equal(self.encode(noise[:1]), self.encode(noise[:1])) or any(
-            not torch.equal(*pair) for pair in zip(states, _random_states(self.encoder.device))
-        ):
-            raise ValueError(
-                f"cache_features: the encoder {kind!r} draws random numbers in training (dropout), so that no features can be kept. "
-                "Set its dropout to 0 in config.json, or leave out cache_features."
-            )
         untried = sizes.keys() - tried
         exact = tried | untried
         if untried:
+            noise = self._noise(max(*sizes, at_once))
             kept = self.encode_by(at_once, noise.flip(0)).flip(0)
             own = {count for count in untried if torch.equal(self.encode(noise[:count]), kept[:count])}
             exact = tried | set.intersection(*gather_object([own]))
         usual = sizes.most_common(1)[0][0]
         if usual not in exact:
+            kind = self.encoder.config.vision_config.model_type
             raise ValueError(
                 f"cache_features: on this device, in {self.arguments.chosen_precision.name}, the encoder {kind!r} gives an image other last "
                 f"bits in a batch of {usual} images than among other {at_once}, so that training from kept features would not be the same. "

@@ -20,6 +20,7 @@ from alignvlm.stages.stage import main
 from alignvlm.tools.plan import main as plan_main
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMModel
+from tests.conftest import VISION
 from tests.running import SOURCES, arguments_for
 from tests.stages.test_stages import launch, weights
 
@@ -80,15 +81,8 @@ CASES = {
         "activation_checkpointing": True,
     },
     "16-bit encoder, contrast": {"bf16": True, "frozen_16_bit": True, "token_weighting": "contrast"},
-    "convolutions, workers, a row per branch": {
-        "model": {
-            "model_type": "convnext",
-            "hidden_sizes": [4, 8],
-            "depths": [1, 1],
-            "num_stages": 2,
-            "patch_size": 4,
-            "image_size": 16,
-        },
+    "a class token, workers, a row per branch": {
+        "model": {**VISION, "model_type": "vit", "hidden_act": "gelu"},
         "dataloader_num_workers": 1,
         "attention_mask_type": "prefix",
         "sources": [SOURCES[0], TEXTS],
@@ -106,7 +100,7 @@ def test_losses_and_weights_are_those_without_it(
     if vision := fields.pop("model", None):
         checkpoint = tmp_path / "model"
         save_checkpoint(
-            make_model(vision=vision, image_grid=[2, 2], vision_hidden_size=8, image_size=[16, 16]),
+            make_model(vision=vision),
             processor,
             checkpoint,
             {"stages": []},
@@ -115,8 +109,11 @@ def test_losses_and_weights_are_those_without_it(
 
     def counted(self, pixel_values):
         encoded.append(len(pixel_values))
-        return encode_images(self, pixel_values)
+        found = encode_images(self, pixel_values)
+        assert found.is_contiguous()  # as kept ones are: kernels differ
+        return found
 
+    monkeypatch.setattr(AlignVLMModel, "encode_images", counted)
     plain = run(checkpoint, tmp_path / "plain", data, **fields)
     kept = run(checkpoint, tmp_path / "kept", data, cache_features=True, **fields)
     assert_same(plain, kept, tmp_path / "plain", tmp_path / "kept")
@@ -124,7 +121,7 @@ def test_losses_and_weights_are_those_without_it(
     assert said["encoded"] == said["images"] == 7
     assert said["share_of_batches"] == 1 and "cache_features" not in plain
 
-    monkeypatch.setattr(AlignVLMModel, "encode_images", counted)
+    encoded.clear()
     again = {"cache_features": True, "features_dir": tmp_path / "kept/features", **fields}
     again = run(checkpoint, tmp_path / "again", data, **again)
     assert_same(plain, again, tmp_path / "plain", tmp_path / "again")
