@@ -1,6 +1,7 @@
 """What `cache_features` saves: seconds a step with and without it, and that the losses are the same.
 
     python benchmarks/cache_features.py [--steps 6] [--batch_size 8] [--rounds 2] [--precision auto]
+    python benchmarks/cache_features.py --rounds 0      # counts the work of a step, and times nothing
 
 SigLIP-B/16-224 and a language model of SmolLM2-135M's dimensions, random weights; JPEGs of noise with one caption of 20 tokens each, another
 image at every step. Each round trains without, then from kept features; the first time they are encoded before training, which is timed
@@ -26,6 +27,7 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.stage import run_stage
+from alignvlm.tools.plan import plan_stages
 from benchmarks import models
 from hub_upload.run_record import write_json
 
@@ -49,12 +51,12 @@ def write_photos(folder: Path, count: int) -> Path:
     return folder / "photos.jsonl"
 
 
-def train(folder: Path, output: Path, options: argparse.Namespace, rates: dict[str, float], cache: bool) -> dict:
-    """Runs a stage and returns its entry in the run record."""
+def arguments_of(folder: Path, options: argparse.Namespace, rates: dict[str, float], cache: bool) -> StageArguments:
+    """Makes the arguments of a stage with or without kept features."""
     AcceleratorState._reset_state(reset_partial_state=True)
     fields = {
         "model": folder / "model",
-        "output_dir": output,
+        "output_dir": folder / ("with" if cache else "without"),
         "sources": json.dumps([{"data": str(folder / "photos.jsonl")}]),
         "per_device_train_batch_size": options.batch_size,
         "max_steps": options.steps,
@@ -68,7 +70,7 @@ def train(folder: Path, output: Path, options: argparse.Namespace, rates: dict[s
         **rates,
     }
     argv = [item for name, value in fields.items() for item in (f"--{name}", str(value))]
-    return run_stage(parse_fields(argv, StageArguments)[0])
+    return parse_fields(argv, StageArguments)[0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,11 +92,20 @@ def main(argv: list[str] | None = None) -> None:
         )
         save_checkpoint(model, processor, folder / "model", {"stages": []})
         del model
+        print("| trains | without, TFLOP a step | with | ratio |\n|---|---|---|---|")
+        for name, rates in STAGES.items():
+            without, kept_work = (
+                plan_stages([arguments_of(folder, options, rates, cache)], 1)[0].step_flops / 1e12
+                for cache in (False, True)
+            )
+            print(f"| {name} | {without:.2f} | {kept_work:.2f} | {without / kept_work:.2f} |", flush=True)
+        if not options.rounds:
+            return
         for name, rates in STAGES.items():
             plain, kept = [], []
             for _ in range(options.rounds):
-                plain.append(train(folder, folder / "without", options, rates, cache=False))
-                kept.append(train(folder, folder / "with", options, rates, cache=True))
+                plain.append(run_stage(arguments_of(folder, options, rates, cache=False)))
+                kept.append(run_stage(arguments_of(folder, options, rates, cache=True)))
             steps = {
                 key: statistics.median(entry["seconds"] / entry["steps"] for entry in runs)
                 for key, runs in (("without", plain), ("with", kept))
