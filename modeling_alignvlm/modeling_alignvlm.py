@@ -147,18 +147,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Encodes and projects images.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
-
-        Returns:
-            `last_hidden_state`: features `(images, positions, vision_hidden)`, class and register tokens dropped and feature
-            maps flattened row by row;
-            `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
-        """
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Encodes images `(images, channels, height, width)` to features `(images, positions, vision_hidden)`: class and register
+        tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels."""
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
@@ -177,7 +168,20 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"The encoder {self.config.vision_config.model_type!r} made features of shape {tuple(features.shape)} of pixel "
                 f"values of shape {tuple(pixel_values.shape)}; expected (images, at least {height * width} positions, hidden)."
             )
-        features = features[:, extra_tokens:]
+        return features[:, extra_tokens:].contiguous()
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encodes and projects images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
+
+        Returns:
+            `last_hidden_state`: features `(images, positions, vision_hidden)`, as `encode_images` returns them;
+            `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
+        """
+        features = self.encode_images(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
 
     def _weightless_image(self) -> Tensor:
@@ -214,6 +218,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         branch_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         positions_to_keep: Tensor | None = None,
+        image_features: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> AlignVLMModelOutputWithPast:
@@ -236,12 +241,17 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
                 head itself need not project positions without labels.
+            image_features (`torch.Tensor` of shape `(images, positions, vision_hidden)`, *optional*):
+                what `encode_images` made of the images, instead of `pixel_values`: a frozen encoder need not run again.
             cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
         cache = past_key_values if cache is None else cache
         self._refuse_flash_attention(self.config, self.language_model.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("Give only one of `pixel_values` and `image_features`, which the encoder made of them.")
+        gives_images = pixel_values is not None or image_features is not None
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens.shape[0] == 0 or tokens.shape[1] == 0:
             raise ValueError(f"The batch is empty: the input has shape {tuple(tokens.shape)}.")
@@ -252,14 +262,22 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         is_image = None
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-        elif input_ids is not None and (pixel_values is not None or begins_rows):
+        elif input_ids is not None and (gives_images or begins_rows):
             is_image = input_ids == self.config.image_token_id  # behind a cache: text, whatever a model has written
         has_images = image_ids is not None or (is_image is not None and bool(is_image.any()))
         features = None
-        if pixel_values is not None:
+        if gives_images:
             if is_image is None:
-                raise ValueError("`pixel_values` with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
-            features = self.get_image_features(pixel_values).pooler_output
+                raise ValueError("Images with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
+            if image_features is None:
+                image_features = self.encode_images(pixel_values)
+            height, width = self.config.feature_grid
+            if image_features.shape[1:] != (height * width, self.config.feature_size):
+                raise ValueError(
+                    f"`image_features` has shape {tuple(image_features.shape)}; expected (images, {height * width} positions, "
+                    f"{self.config.feature_size}), as `encode_images` makes them."
+                )
+            features = self.projector(image_features)
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
         elif input_ids is not None and is_image is not None and has_images:
             raise ValueError(

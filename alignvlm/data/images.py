@@ -1,5 +1,6 @@
 """Decodes images from files, bytes or memory to upright RGB, and refuses what cannot or should not be decoded."""
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -60,6 +61,26 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
         raise BadImage(f"Cannot read {name}: {error}") from error
 
 
+def image_key(value: Image.Image | dict | str | os.PathLike) -> str:
+    """Returns a hash of an image's content: of a file's bytes, undecoded, or of the pixels of an image in memory.
+
+    Raises:
+        BadImage: if the file is missing or leads out of its folder, or if an image in memory cannot be read. That a file has a key does
+            not mean that it can be decoded.
+    """
+    if isinstance(value, Image.Image):
+        image = read_image(value)
+        content = b"%d x %d RGB" % image.size + image.tobytes()
+    else:
+        if not isinstance(value, dict):
+            value = {"bytes": None, "path": None if value is None else os.fspath(value)}
+        try:
+            content = _content(value)
+        except OSError as error:
+            raise BadImage(f"Cannot read {describe_image(value)}: {error}") from error
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def describe_image(value: Image.Image | dict) -> str:
     """Returns a name for messages: the path, or that there is none."""
     path = getattr(value, "filename", None) if isinstance(value, Image.Image) else value.get("path")
@@ -67,11 +88,15 @@ def describe_image(value: Image.Image | dict) -> str:
 
 
 def _open(value: dict) -> Image.Image:
+    return Image.open(io.BytesIO(_content(value)))
+
+
+def _content(value: dict) -> bytes:
     if value.get("bytes") is not None:
-        return Image.open(io.BytesIO(value["bytes"]))
+        return value["bytes"]
     path = value.get("path")
     if path is None:
         raise BadImage("A record has an image with neither bytes nor a path.")
     if value.get("folder") is not None:
         path = inside(value["folder"], path)
-    return Image.open(io.BytesIO(Path(path).read_bytes()))
+    return Path(path).read_bytes()

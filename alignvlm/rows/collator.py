@@ -4,14 +4,28 @@ Mask types whose trunk sees the prompt cannot share the trunk: their records bec
 records fill a row up to it, for attention kernels that skip masked positions.
 """
 
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.images import BadImage, image_key, read_image
 from alignvlm.data.record import Record
 from alignvlm.rows.encode import Encoder
+from alignvlm.rows.features import FeatureStore
 from alignvlm.rows.packing import IGNORED, Packer, Row
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
+
+
+@dataclass
+class KeptImage:
+    """An undecoded image whose features are kept under `key`."""
+
+    image: Any
+    key: str
 
 
 class AlignVLMCollator:
@@ -40,6 +54,8 @@ class AlignVLMCollator:
 
     The batch's `losses_of_data` lists dropped data, if there is any: mappings of `"kind"` (`bad_row`, `bad_image`,
     `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes the list out, counts and records it.
+
+    After `keep_features`, a batch has `image_features` instead of `pixel_values` where the features of all its images are kept.
     """
 
     def __init__(
@@ -64,6 +80,12 @@ class AlignVLMCollator:
         self.encoder = Encoder(processor)
         shares_trunk = get_mask_type(mask_type).shares_trunk and shared_image
         self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
+        self.features: FeatureStore | None = None
+        self.sizes: Set[int] = frozenset()
+
+    def keep_features(self, features: FeatureStore | None, sizes: Set[int] = frozenset()) -> None:
+        """Takes features from a store in batches of these numbers of images; None: from now on in none."""
+        self.features, self.sizes = features, sizes
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
         """Makes the rows of one record: one, or one per branch where the trunk cannot be shared. Adds dropped data to `dropped`."""
@@ -83,7 +105,8 @@ class AlignVLMCollator:
 
     def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
         """Returns the model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
-        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are images.
+        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are images (or
+        `image_features` `(images, positions, vision_hidden)`).
         If every record is skipped, there is one row of one token without a label."""
         dropped: list[dict] = []
         rows = [row for record in self._readable(records, dropped) for row in self.rows(record, dropped)]
@@ -118,23 +141,41 @@ class AlignVLMCollator:
         )
         images = [image for row in rows for image in row.images]
         if images:
-            pixel_values = self.processor.image_processor(images, return_tensors="np")["pixel_values"]
-            batch["pixel_values"] = torch.from_numpy(np.asarray(pixel_values))
+            batch |= self._image_inputs(images)
         if dropped:
             batch["losses_of_data"] = dropped
         if self.name_records:
             batch["record_names"] = [_name(record) for record in records]
         return batch
 
+    def pixel_values(self, images: list) -> Tensor:
+        """Prepares decoded images as the vision encoder wants them: `(images, channels, height, width)`."""
+        return torch.from_numpy(
+            np.asarray(self.processor.image_processor(images, return_tensors="np")["pixel_values"])
+        )
+
+    def _image_inputs(self, images: list) -> dict[str, Tensor]:
+        """Returns the kept features of a batch's images if all of them have some, else their pixel values."""
+        if len(images) in self.sizes and all(isinstance(image, KeptImage) for image in images):
+            return {"image_features": self.features.stacked([image.key for image in images])}
+        decoded = [read_image(image.image) if isinstance(image, KeptImage) else image for image in images]
+        return {"pixel_values": self.pixel_values(decoded)}
+
+    def _read(self, image: Any) -> Any:
+        """Decodes an image, unless its features are kept."""
+        if self.features is not None and (key := image_key(image)) in self.features:
+            return KeptImage(image, key)
+        return read_image(image)
+
     def _readable(self, records: list[dict], dropped: list[dict]) -> list[dict]:
-        """Returns the records with their images decoded, without records whose images cannot be read."""
+        """Returns the records with their images decoded or known to be kept, without records whose images cannot be read."""
         readable = []
         for record in records:
             if record.get("bad_row"):  # a stream cannot be checked before it is read
                 dropped.append({"kind": "bad_row", "source": record.get("source", ""), "what": record["bad_row"]})
                 continue
             try:
-                readable.append({**record, "images": [read_image(image) for image in record["images"]]})
+                readable.append({**record, "images": [self._read(image) for image in record["images"]]})
             except BadImage as error:
                 if self.on_bad_image == "raise":
                     raise BadImage(f"{error} Replace it, or set `on_bad_image: skip`.") from error

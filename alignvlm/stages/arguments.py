@@ -215,9 +215,30 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
         metadata={"help": "Write the mean of the weights of the last N checkpoints. 0: the last weights."},
     )
 
+    cache_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode each image once, keep the features of the frozen vision encoder on disk, and train from them: the same loss, bit "
+            "for bit."
+        },
+    )
+    features_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the features, for several stages with the same encoder. Left out: features/ in output_dir."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         _read_json(self, "lora_target_modules")
+        if self.cache_features and self.vision_learning_rate is not None:
+            raise ValueError(
+                f"cache_features keeps features of a frozen encoder, and vision_learning_rate={self.vision_learning_rate} trains it: leave "
+                "one of them out."
+            )
+        if self.features_dir is not None and not self.cache_features:
+            raise ValueError(f"features_dir={self.features_dir!r} is read by cache_features only: set it, too.")
         if self.lora_r and self.language_learning_rate is None:
             raise ValueError("lora_r trains the language model: set language_learning_rate.")
         if self.frozen_16_bit and self.dtype_16_bit is None:
@@ -364,6 +385,15 @@ class RecordArguments(TrainerArguments):
 @dataclass
 class StageArguments(RecordArguments, DataArguments, WeightsArguments):
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cache_features and self.streaming:
+            raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
+        if self.cache_features and self.torch_compile:
+            raise ValueError(
+                "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."
+            )
 
 
 class ArgumentsForAGPU(StageArguments):

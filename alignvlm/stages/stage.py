@@ -17,6 +17,7 @@ from alignvlm.evaluation.precision import warn_if_emulated
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import check_writable, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
@@ -72,14 +73,15 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         eval_dataset=None if held_out is None else held_out.dataset,
         processing_class=processor,
     )
-    for option in (*held, *written):
+    features = KeptFeatures.of(arguments, trainer, collator)
+    for option in (*held, *features, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     # Train
-    nested.enter(StageMetrics(arguments, trainer, collator), *written)
+    nested.enter(*features, StageMetrics(arguments, trainer, collator), *written)
     trainer.train(resume_from_checkpoint=resume_from)
 
     # Finish

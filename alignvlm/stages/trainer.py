@@ -266,7 +266,7 @@ class AlignVLMTrainer(SFTTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
-        images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
         self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))

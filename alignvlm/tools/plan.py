@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from alignvlm.data.mixture import Mixture, Part, TokenCounts, load_mixture
+from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, load_mixture
 from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
+from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
@@ -125,6 +126,53 @@ class Batch:
 
 
 @dataclass
+class KeptSize:
+    """How large the features kept by `cache_features` can become, and the FLOPs of making them all."""
+
+    images: int  # at most: equal images are kept once
+    positions: int
+    values: int
+    bytes_each: int  # of a value
+    flops: float
+
+    @property
+    def bytes(self) -> float:
+        return float(self.images * self.positions * self.values * self.bytes_each)
+
+    @classmethod
+    def of(
+        cls, arguments: StageArguments, config: PreTrainedConfig, mixture: Mixture, image: ImageCost
+    ) -> "KeptSize | None":
+        """Estimates it from the sources; None without `cache_features`.
+
+        Raises:
+            ValueError: if the features have no room.
+        """
+        if not arguments.cache_features:
+            return None
+        images = 0.0
+        for part, draws in zip(mixture.parts, mixture.draws):
+            counts = [len(record["images"]) for record in part.sample(MEASURED_RECORDS)]
+            records = min(draws * arguments.num_train_epochs, len(part.source))
+            if arguments.max_steps > 0:
+                records = len(part.source)
+            images += records * sum(counts) / len(counts)
+        height, width = config.feature_grid
+        bytes_each = 2 if arguments.frozen_16_bit else 4
+        size = cls(round(images), height * width, config.feature_size, bytes_each, round(images) * image.flops)
+        folder = features_folder(arguments)
+        there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        check_room(folder, size.bytes - there)
+        return size
+
+    def __str__(self) -> str:
+        return (
+            f"at most {self.images:,} images x {self.positions} positions x {self.values} values x {self.bytes_each} bytes = "
+            f"{self.bytes / 1e9:,.3g} GB"
+        )
+
+
+@dataclass
 class Plan:
     """The plan of a stage. Bytes are those of one process."""
 
@@ -139,11 +187,12 @@ class Plan:
     step_flops: float  # of all processes
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
+    features: "KeptSize | None" = None  # with `cache_features`
 
     @property
     def flops(self) -> float:
         """FLOPs of the complete stage."""
-        return self.steps * self.step_flops
+        return self.steps * self.step_flops + (self.features.flops if self.features else 0)
 
 
 def batches_of(
@@ -260,6 +309,9 @@ def plan_stage(
         records = sum(mixture.draws) * arguments.num_train_epochs
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
+    features = KeptSize.of(arguments, config, mixture, image)
+    if features:
+        image = replace(image, flops=0.0)  # in a step
     flops = [
         step_flops(
             *(modules, set(arguments.learning_rates), batch.images, batch.rows, batch.length, batch.labels),
@@ -281,6 +333,7 @@ def plan_stage(
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
         [other_turns(part, collator.token_counts) for part in mixture.parts],
         describe_homes(config, processor=processor),
+        features,
     )
 
 
@@ -350,6 +403,8 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
+    if plan.features:
+        lines.append(f"  cache_features: {plan.features} below {features_folder(arguments)}")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes
     positions = np.mean([batch.rows * batch.length for batch in plan.batches])
     padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / positions

@@ -341,7 +341,14 @@ def launch(script: str, *arguments: str, processes: int) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     config = ROOT / "training/accelerate/cpu_2_processes.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", f"training/{script}", *arguments]
+    command += [
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+        str(ROOT / "training" / script),
+        *arguments,
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
