@@ -323,7 +323,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(given, tmp_path, monkeypat
         assert sorted(tmp_path.iterdir()) == before
 
     good, out = str(given("gemma3", "every patch")), str(tmp_path / "out")
-    refused("--outtype is for --to gguf, not for --to transformers", good, out, "--outtype", "f16")
+    refused("--outtype is an option of the form 'gguf', not of 'transformers'", good, out, "--outtype", "f16")
     shutil.copytree(good, tmp_path / "bare")
     bare = tmp_path / "bare/chat_template.jinja"
     bare.write_text(bare.read_text().replace(IMAGE_BEGIN, "").replace(IMAGE_END, ""))
