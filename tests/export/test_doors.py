@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def test_trl_trains_it_and_what_it_saves_loads(folders, tmp_path, home):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < float("inf") for loss in losses)
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
-    assert all(any(part in name for name in moved) for part in ("language_model", "vision")) and len(moved) > 50
+    for part in ("language_model", "vision", "projector|aligner"):
+        assert any(re.search(part, name) for name in moved), part
     trainer.save_model(str(tmp_path / "saved"))
     again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(info.values())
