@@ -367,6 +367,19 @@ def test_processors_without_a_home_are_told_why(make_model):
     assert "divides pixel values by 255" in said(processor, mask_type="causal")[1]
 
 
+def test_another_interpolation_is_said(given, tmp_path, caplog):
+    checkpoint = given("gemma3", "every patch")
+    export(str(checkpoint), tmp_path / "same", "gguf")
+    assert not any("interpolation" in message for message in caplog.messages)
+    shutil.copytree(checkpoint, tmp_path / "given")
+    settings = tmp_path / "given/processor_config.json"
+    values = json.loads(settings.read_text())
+    values["image_processor"]["resample"] = 3
+    settings.write_text(json.dumps(values))
+    export(str(tmp_path / "given"), tmp_path / "other", "gguf")
+    assert any("smaller by bilinear interpolation" in message and "16 x 16" in message for message in caplog.messages)
+
+
 def test_bad_input_gets_a_sentence_and_leaves_nothing(given, tmp_path, monkeypatch):
     def refused(sentence: str, *command: str) -> None:
         before = sorted(tmp_path.iterdir())
