@@ -36,6 +36,9 @@ An image must be square as the checkpoint saw it: llama.cpp pads others to a squ
 OUTTYPES = {"f32": ("F32", "F32"), "f16": ("F16", "F16"), "q8_0": ("Q8_0", "Q8_0"), "q4_0": ("Q4_0", "Q8_0")}
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
 QUANTISED = ("Q8_0", "Q4_0")
+RESIZES = {"gemma3": (2, "bilinear"), "mlp": (3, "bicubic")}  # what llama.cpp does to an image, by Pillow's number
+
+logger = logging.get_logger(__name__)
 
 
 def kind_of(name: str, shape: tuple[int, ...], matrices: str, embeddings: str) -> str:
@@ -117,7 +120,7 @@ def compare_tokens(path: Path, processor: AlignVLMProcessor, prompt: Prompt) -> 
         try:
             expected, _ = training_ids(processor, messages)
         except Exception as error:  # a template raises what it likes for a role it does not take
-            logging.get_logger(__name__).info(f"not compared: {error}")
+            logger.info(f"not compared: {error}")
             continue
         found = llama_cpp_ids(processor, messages, prompt, tokenizer)
         if found != expected:
@@ -178,6 +181,18 @@ def write(
     except ImportError as error:
         raise ImportError("The export to GGUF needs the package gguf: pip install 'alignvlm[export]'.") from error
     config, text = model.config, model.config.text_config
+    resample, name = RESIZES[home.class_name]
+    if int(processor.image_processor.resample) != resample:
+        height, width = config.input_size
+        logger.warning(
+            f"llama.cpp makes images smaller by {name} interpolation, and this image processor by another: what it sees differs a little "
+            f"unless images have {width} x {height} pixels."
+        )
+    if home.class_name == "gemma3" and config.image_seq_length > 512:
+        logger.warning(
+            f"An image has {config.image_seq_length} tokens, and llama.cpp takes 512 at once: start it with --ubatch-size "
+            f"{config.image_seq_length} or more, or some tokens of an image do not see others."
+        )
     begin, end = (IMAGE_BEGIN, IMAGE_END) if home.class_name == "gemma3" else ("", "")
     adds_bos = training_ids(processor, PROBES[0])[1]
     prompt = Prompt(llama_cpp_template(processor, begin, end), adds_bos, begin, end)
