@@ -130,6 +130,7 @@ def export(
     Raises:
         FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if there is no such checkpoint.
+        OSError: if the files cannot be written.
         ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, an option of
             another form, and a comparison that failed.
     """
@@ -147,8 +148,11 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
         folder = Path(workspace) / out.name
-        FORMS[form].write(model, processor, home, folder, **options)
-        write_card(checkpoint, revision, home, folder, out.name)
+        try:
+            FORMS[form].write(model, processor, home, folder, **options)
+            write_card(checkpoint, revision, home, folder, out.name)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{str(out)!r} cannot be written: {error}. Make room, or name another folder.") from error
         if out.exists():
             out.rmdir()
         shutil.move(folder, out)
