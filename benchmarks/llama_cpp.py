@@ -237,7 +237,7 @@ def same_texts(model, processor, folder: Path, binaries: Path, images: list, max
             texts.append(our_text(model, processor, messages, max_tokens))
             if texts[-1] != (theirs := server.text(messages, max_tokens)):
                 margins.append(margin(model, processor, messages, texts[-1], theirs))
-    parts = f"; the others part where our margin is {', '.join(f'{each:.3f}' for each in margins)}" if margins else ""
+    parts = f"; the others part where our margin is at most {max(margins):.4f}" if margins else ""
     return f"{len(images) - len(margins)} of {len(images)} texts equal ({len(set(texts))} different ones){parts}"
 
 
