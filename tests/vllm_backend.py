@@ -19,7 +19,8 @@ class NotHere:
             raise ModuleNotFoundError(name)
 
 
-sys.meta_path.insert(0, NotHere())
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotHere())
 
 import torch  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402

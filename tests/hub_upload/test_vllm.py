@@ -17,9 +17,9 @@ from hub_upload.package import main, package
 from hub_upload.push import PushError, push
 from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import BASE_MODEL
-from tests import vllm_backend
 
 
+BACKEND = Path(__file__).parents[1] / "vllm_backend.py"  # run, never imported: it hides our packages
 GEMMA = {
     "model_type": "gemma3_text",
     "head_dim": 16,
@@ -74,7 +74,7 @@ def served(checkpoints, tmp_path_factory) -> dict[str, dict]:
     ]
     torch.save(requests, work / "requests.pt")
     environment = {"HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(work)}
-    command = [sys.executable, "-I", vllm_backend.__file__, work / "requests.pt", work / "found.pt"]
+    command = [sys.executable, "-I", BACKEND, work / "requests.pt", work / "found.pt"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(folders, torch.load(work / "found.pt")))
