@@ -1,6 +1,7 @@
 """A saved folder is a repository: child processes that cannot import this package load it by the Auto classes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
+INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # what PyTorch may use of the processor: both sides the same
 PROLOGUE = """
 import json, sys
 
@@ -49,6 +51,7 @@ def run_child(code: str, checkpoint: Path, workdir: Path) -> str:
         "HF_HUB_OFFLINE": "1",
         "PATH": "/usr/bin:/bin",
         "HOME": str(workdir),
+        **{name: os.environ[name] for name in INSTRUCTIONS if name in os.environ},
     }
     result = subprocess.run(
         [sys.executable, "-I", "-c", PROLOGUE + code, str(checkpoint), str(workdir)],
