@@ -18,10 +18,10 @@ test: .venv/test-ready
 test-full: .venv/test-ready
 	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest $(PARALLEL)
 
-# The model, remote-code, generation, stage and Hub tests under other releases of the libraries: the newest that the ranges in
+# The model, remote-code, generation, stage, export and Hub tests under other releases of the libraries: the newest that the ranges in
 # pyproject.toml allow on the day the environment is made (`make clean` for new ones), and the lowest they claim. torch is the same
 # build in all. Checkpoints are exchanged with the environment of `make test`.
-RELEASE_TESTS = tests/modeling_alignvlm tests/evaluation/test_answer.py tests/stages/test_stages.py tests/hub_upload/test_hub.py
+RELEASE_TESTS = tests/modeling_alignvlm tests/evaluation/test_answer.py tests/stages/test_stages.py tests/export tests/hub_upload/test_hub.py tests/hub_upload/test_vllm.py
 OF_THE_HUB = test_hub and lfs and (loading_from_the_hub or beginning_to_end)
 SELECTED = -k "not (flickr8k_recipe or kernels_agree or test_masking or two_processes or test_hub) or $(OF_THE_HUB)"
 
