@@ -144,7 +144,7 @@ def evaluate(number: int, output: Path, task: str, control: str | None, limit: i
     else:
         if task == "text":
             options = ["--task", "text_perplexity", "--data", str(output / "data/text/wikitext2.valid.txt")]
-            options += ["--limit", "64"]
+            options += ["--limit", str(min(limit or 64, 64))]
         else:
             file, split, more = TASKS[task]
             data = output / "data" / file
@@ -175,7 +175,7 @@ def answers_without_image(number: int, output: Path) -> list[str]:
 
 def measure(number: int, output: Path, limit: int | None) -> dict:
     """All results of a stage's checkpoint."""
-    found = {"text": evaluate(number, output, "text", None, None), "questions": answers_without_image(number, output)}
+    found = {"text": evaluate(number, output, "text", None, limit), "questions": answers_without_image(number, output)}
     for task in TASKS_OF_STAGE[number]:
         for control in CONTROLS if number > 2 else CONTROLS[:1]:
             found[f"{task} {control or ''}".strip()] = evaluate(number, output, task, control, limit)
@@ -220,7 +220,9 @@ def main() -> None:
     parser.add_argument("--vision", required=True, help="MobileNetV2: a folder or Hub repository.")
     parser.add_argument("--output", type=Path, default=Path("out/real_photos"))
     parser.add_argument("--budget_minutes", type=float, help="For the training steps. Left out: all records once.")
-    parser.add_argument("--limit", type=int, help="At most this number of images an evaluation asks about.")
+    parser.add_argument(
+        "--limit", type=int, help="At most this number of images (and windows of text) an evaluation asks about."
+    )
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("--data names the folder of photos and questions (or ALIGNVLM_TEST_DATA does).")
