@@ -13,7 +13,10 @@ from PIL import Image
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
-INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # what PyTorch may use of the processor: both sides the same
+INSTRUCTIONS = (
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+)  # what PyTorch may use of the processor: both sides the same
 PROLOGUE = """
 import json, sys
 
