@@ -186,15 +186,16 @@ def rows_of(results: dict[int, dict]) -> list[tuple]:
     """The table: stage, task, control, metric, value, interval and the most frequent answer's value."""
     rows = []
     for number, found in results.items():
-        perplexity = found["text"]["metrics"]["text_perplexity"]["perplexity"]
-        rows.append((number, "text", "", "perplexity", perplexity, None, None))
+        perplexity = found["text"]["metrics"]["text"]["perplexity"]
+        interval = found["text"]["metrics"]["text"]["intervals"]["perplexity"]
+        rows.append((number, "text", "", "perplexity", perplexity, interval, None))
         for name, result in found.items():
             if name in ("text", "questions"):
                 continue
             task, _, control = name.partition(" ")
             for metrics in result["metrics"].values():
-                for metric in ("cider", "accuracy", "yes_no_accuracy", "free_form_accuracy", "token_f1"):
-                    if metric in metrics:
+                for metric in ("cider", "accuracy", "yes_no_accuracy", "free_form_accuracy", "free_form_f1"):
+                    if metrics.get(metric) is not None:  # there may be no question of the kind
                         interval, majority = metrics["intervals"].get(metric), metrics.get(f"majority_{metric}")
                         rows.append((number, task, control, metric, metrics[metric], interval, majority))
     return rows
