@@ -61,7 +61,7 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
         raise BadImage(f"Cannot read {name}: {error}") from error
 
 
-def image_key(value: Image.Image | dict | str | os.PathLike) -> str:
+def image_hash(value: Image.Image | dict | str | os.PathLike) -> str:
     """Returns a hash of an image's content: of a file's bytes, undecoded, or of the pixels of an image in memory.
 
     Raises:

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
+from hub_upload.package import weights_of
 from hub_upload.repository import check_model, commit_of, file_of
 from hub_upload.run_record import read_run_record, sha256_of
 
@@ -88,7 +89,5 @@ def model_identity(model: str, revision: str | None = None) -> dict[str, str | N
     folder = Path(model)
     if not folder.is_dir():
         return {"name": model, "revision": commit_of(model, revision)}
-    weights = sorted(
-        [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("lora/*.safetensors")]
-    )
+    weights = [*weights_of(folder), *sorted(folder.glob("pytorch_model*.bin"))]
     return {"name": folder.resolve().name, "weights_sha256": sha256_of(weights)}

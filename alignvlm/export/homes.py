@@ -98,6 +98,17 @@ def _uncapped(config: AlignVLMConfig) -> list[Obstacle]:
     return [Obstacle(f"it does not cap logits as the language model {text.model_type!r} does")]
 
 
+def _no_shuffle(config: AlignVLMConfig) -> list[Obstacle]:
+    shuffles = config.pixel_shuffle_factor != 1
+    return [Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1")] if shuffles else []
+
+
+def _last_layer(config: AlignVLMConfig) -> list[Obstacle]:
+    layer = config.vision_feature_layer
+    sentence = f"it reads the encoder's final output, not vision_feature_layer={layer}"
+    return [Obstacle(sentence, "vision_feature_layer: -1")] if layer != -1 else []
+
+
 def _llava(config: AlignVLMConfig) -> list[Obstacle]:
     found = _encoder(config) + _language_model(config)
     vision = config.vision_config
@@ -108,8 +119,7 @@ def _llava(config: AlignVLMConfig) -> list[Obstacle]:
                 "vision_feature_layer: -2",
             )
         )
-    if config.pixel_shuffle_factor != 1:
-        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    found += _no_shuffle(config)
     return found + _uncapped(config)
 
 
@@ -119,20 +129,13 @@ def _final_output(config: AlignVLMConfig) -> list[Obstacle]:
     if TOKENS_BEFORE_PATCHES.get(config.vision_config.model_type, 0):
         kind = config.vision_config.model_type
         found.append(Obstacle(f"it takes no encoder with tokens before the patches, such as {kind!r}"))
-    if config.vision_feature_layer != -1:
-        found.append(
-            Obstacle(
-                f"it reads the encoder's final output, not vision_feature_layer={config.vision_feature_layer}",
-                "vision_feature_layer: -1",
-            )
-        )
+    found += _last_layer(config)
     return found + _language_model(config)
 
 
 def _deepseek_vl(config: AlignVLMConfig) -> list[Obstacle]:
     found = _final_output(config) + _uncapped(config)
-    if config.pixel_shuffle_factor != 1:
-        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    found += _no_shuffle(config)
     if config.projector_hidden_act != "gelu":
         found.append(Obstacle(f"its projector's activation is 'gelu', not {config.projector_hidden_act!r}"))
     return found
@@ -150,15 +153,8 @@ def _fast_vlm(config: AlignVLMConfig) -> list[Obstacle]:
                 f"its processor counts squares of pixels, and {rows} x {columns} do not divide {height} x {width}"
             )
         )
-    if config.vision_feature_layer != -1:
-        found.append(
-            Obstacle(
-                f"it reads the encoder's final output, not vision_feature_layer={config.vision_feature_layer}",
-                "vision_feature_layer: -1",
-            )
-        )
-    if config.pixel_shuffle_factor != 1:
-        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    found += _last_layer(config)
+    found += _no_shuffle(config)
     return found
 
 
@@ -177,8 +173,7 @@ def _gemma3(config: AlignVLMConfig) -> list[Obstacle]:
 
 def _paligemma(config: AlignVLMConfig) -> list[Obstacle]:
     found = _final_output(config)
-    if config.pixel_shuffle_factor != 1:
-        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    found += _no_shuffle(config)
     kind = config.text_config.model_type
     if kind not in TAKES_READY_MASKS:
         found.append(Obstacle(f"it takes the language models {', '.join(TAKES_READY_MASKS)}, not {kind!r}"))
@@ -227,8 +222,7 @@ def _llama_cpp_mlp(config: AlignVLMConfig) -> list[Obstacle]:
     if not found and kind != "siglip_vision_model":
         behind = ", since llama.cpp puts a class token behind the patches" if TOKENS_BEFORE_PATCHES[kind] else ""
         found.append(Obstacle(f"it takes the encoder siglip_vision_model, not {kind!r}{behind}"))
-    if config.pixel_shuffle_factor != 1:
-        found.append(Obstacle("it has no pixel shuffle", "pixel_shuffle_factor: 1"))
+    found += _no_shuffle(config)
     if config.projector_hidden_act not in ("gelu", "gelu_pytorch_tanh"):
         found.append(Obstacle(f"its projector has the activation 'gelu', not {config.projector_hidden_act!r}"))
     return found + _llama_cpp(config)

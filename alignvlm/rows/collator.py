@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignvlm.data.images import BadImage, image_key, read_image
+from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.data.record import Record
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.features import FeatureStore
@@ -163,7 +163,7 @@ class AlignVLMCollator:
 
     def _read(self, image: Any) -> Any:
         """Decodes an image, unless its features are kept."""
-        if self.features is not None and (key := image_key(image)) in self.features:
+        if self.features is not None and (key := image_hash(image)) in self.features:
             return KeptImage(image, key)
         return read_image(image)
 

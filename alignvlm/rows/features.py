@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class FeatureStore:
-    """The features in a folder, by the keys of their images (`alignvlm.data.images.image_key`); read from memory-mapped files.
+    """The features in a folder, by the keys of their images (`alignvlm.data.images.image_hash`); read from memory-mapped files.
 
     Args:
         folder: need not exist before something is written.

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from alignvlm.data.images import BadImage, image_key, read_image
+from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.features import FeatureStore
 from alignvlm.stages.arguments import StageArguments
@@ -302,7 +302,7 @@ class _Survey:
 
     def _of(self, record: dict) -> tuple[list[str], int]:
         try:
-            keys = [image_key(image) for image in record["images"]]
+            keys = [image_hash(image) for image in record["images"]]
         except BadImage:  # the collator will say so, in its turn
             return [], 0
         return keys, sum(len(row.images) for row in self.collator.rows(record)) if keys else 0

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignvlm.data.images import image_key
+from alignvlm.data.images import image_hash
 from alignvlm.rows.features import FeatureStore
 from alignvlm.stages import features
 from alignvlm.stages.checkpoint import save_checkpoint
@@ -181,13 +181,13 @@ def test_what_makes_other_features_does_not_read_old_ones(make_model, processor,
 
 def test_a_changed_image_is_another_image(data, tmp_path):
     shutil.copy(data / "0.png", tmp_path / "0.png")
-    before = image_key(tmp_path / "0.png")
-    assert before == image_key({"path": "copy.png", "folder": str(data), "bytes": None})
-    assert before == image_key({"bytes": (data / "0.png").read_bytes()}) != image_key(data / "1.png")
+    before = image_hash(tmp_path / "0.png")
+    assert before == image_hash({"path": "copy.png", "folder": str(data), "bytes": None})
+    assert before == image_hash({"bytes": (data / "0.png").read_bytes()}) != image_hash(data / "1.png")
     shutil.copy(data / "1.png", tmp_path / "0.png")
-    assert image_key(tmp_path / "0.png") == image_key(data / "1.png")
+    assert image_hash(tmp_path / "0.png") == image_hash(data / "1.png")
     opened = Image.open(data / "0.png")
-    assert image_key(opened) == image_key(opened.convert("RGB")) != image_key(opened.rotate(180))
+    assert image_hash(opened) == image_hash(opened.convert("RGB")) != image_hash(opened.rotate(180))
 
 
 def test_a_resumed_run_is_one_that_was_not_interrupted(checkpoint, data, tmp_path):
