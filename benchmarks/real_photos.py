@@ -150,7 +150,16 @@ def evaluate(number: int, output: Path, task: str, control: str | None, limit: i
             data = output / "data" / file
             options = ["--task", "local", "--data", str(data), "--split", split, "--image_dir", str(data.parent)]
             options += [*more, *([f"--{control}"] if control else []), *(["--limit", str(limit)] if limit else [])]
-        command = [str(output / f"stage{number}"), *options, "--use_cpu", "--output_dir", str(folder)]
+        options += [
+            "--use_cpu",
+            "--dtype",
+            choose_precision().name,
+            "--attn_implementation",
+            "eager",
+            "--batch_size",
+            "32",
+        ]
+        command = [str(output / f"stage{number}"), *options, "--output_dir", str(folder)]
         result = evaluate_checkpoint(evaluation_parser().parse_args(command))
     return {name: value for name, value in result.items() if name != "predictions"}
 
