@@ -6,10 +6,15 @@ export TOKENIZERS_PARALLELISM = false
 # One process per core, at most four; each file's tests in one of them.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-full test-newest test-lowest lint bench clean
+.PHONY: quickstart reproduce test test-full test-newest test-lowest lint bench clean
 
 quickstart: .venv/ready
 	$(RUN) -m alignvlm.cli quickstart --output_dir out/quickstart
+
+# What stages 1 to 3 bring to stage 4, on drawn scenes, against the band in docs/results.json.
+reproduce: .venv/ready
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(RUN) benchmarks/findings.py --reproduce
 
 test: .venv/test-ready
 	$(RUN) -m pytest $(PARALLEL)

@@ -15,43 +15,53 @@ may take here, by the counted FLOPs and the rate measured at the start. What is 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/real_photos.py`
 
-from alignvlm.evaluation.evaluate_model import evaluate_checkpoint
-from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
+from alignvlm.evaluation.judge import compare
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.evaluation.precision import choose_precision, matrix_rate
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.checkpoint import last_complete_checkpoint
-from alignvlm.stages.command_line import parse_fields
 from alignvlm.tools.plan import plan_stages
-from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
+from benchmarks.stage_runs import ROOT, evaluate, machine, prepare_photos, stage_values, train, update_results
+from hub_upload.run_record import RUN_RECORD, write_json
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "training/recipes/smollm2_mobilenet"
 STAGES = (1, 2, 3, 4)
-HELD_OUT = 10  # every tenth image of DAQUAR and VQA-RAD
 EFFICIENCY = 0.35  # share of the machine's rate that training reaches
+CAPTIONS = ["--prompt", "Write a short caption.", "--max_new_tokens", "24"]
 # name: (file, split, further options of `alignvlm evaluate`)
 TASKS = {
-    "captions": ("flickr8k/captions.jsonl", "val", ["--prompt", "Write a short caption.", "--max_new_tokens", "24"]),
+    "captions": ("flickr8k/captions.jsonl", "val", CAPTIONS),
+    "captions_beams": ("flickr8k/captions.jsonl", "val", [*CAPTIONS, "--num_beams", "3"]),
     "daquar": ("daquar/test.jsonl", "test", ["--max_new_tokens", "8"]),
     "pathvqa": ("pathvqa/dev.jsonl", "dev", ["--max_new_tokens", "16"]),
     "vqa_rad": ("vqa_rad/test.jsonl", "test", ["--max_new_tokens", "16"]),
 }
-TASKS_OF_STAGE = {0: (), 1: ("captions",), 2: ("captions",), 3: ("captions", "daquar"), 4: tuple(TASKS)}
-CONTROLS = (None, "blank_image", "shuffle_images")
+TASKS_OF_STAGE = {
+    0: (),
+    1: ("captions",),
+    2: ("captions",),
+    3: ("captions", "captions_beams", "daquar"),
+    4: (*sorted(set(TASKS) - {"captions_beams"}),),
+}
+CONTROLS = ("blank_image", "shuffle_images")
+METRICS = {
+    "cider": "CIDEr",
+    "accuracy": "accuracy",
+    "yes_no_accuracy": "yes/no accuracy",
+    "free_form_accuracy": "open, exact",
+    "free_form_f1": "open, token F1",
+}
+EXAMPLES = 8  # the first answers of a task, which docs/results.md shows beside those of people
 QUESTIONS = (
     "What is the capital of France?",
     "How many days are in a week?",
@@ -66,33 +76,12 @@ QUESTIONS = (
 )
 
 
-def prepare(data: Path, folder: Path) -> None:
-    """Writes the files that the recipe reads: the data's own, and DAQUAR and VQA-RAD divided by image."""
-    for name in ("flickr8k", "pathvqa", "text"):
-        if not (data / name).is_dir():
-            raise FileNotFoundError(f"{data} holds no folder {name!r}; see the docstring for what it must hold.")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            (folder / name).symlink_to((data / name).resolve())
-    for name, file in (("daquar", "qa.jsonl"), ("vqa_rad", "train.jsonl")):
-        rows = [json.loads(line) for line in (data / name / file).read_text().splitlines()]
-        held = set(sorted({row["image"] for row in rows})[::HELD_OUT])
-        (folder / name).mkdir(exist_ok=True)
-        if not (folder / name / "images").exists():
-            (folder / name / "images").symlink_to((data / name / "images").resolve())
-        for split in ("train", "test"):
-            lines = [
-                json.dumps({**row, "split": split}) for row in rows if (row["image"] in held) == (split == "test")
-            ]
-            (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-
-
 def plan(output: Path, budget_minutes: float | None) -> dict:
     """The share of the recipe's images that fits into the budget, by the FLOPs that `alignvlm plan` counts and this machine's rate."""
     file, precision = output / "plan.json", choose_precision()
     if not file.is_file():
         rate = EFFICIENCY * matrix_rate(precision.dtype, seconds=0.5)
-        stages = [parse_fields(stage_options(number, output, 1), StageArguments)[0] for number in STAGES]
+        stages = [StageArguments(**values_of(number, output, 1)) for number in STAGES]
         plans = plan_stages(stages, processes=1, sample=8)
         minutes = [each.flops / rate / 60 for each in plans]
         share = 1 if budget_minutes is None else min(1, budget_minutes / sum(minutes))
@@ -107,61 +96,31 @@ def plan(output: Path, budget_minutes: float | None) -> dict:
     return json.loads(file.read_text())
 
 
-def stage_options(number: int, output: Path, share: float) -> list[str]:
-    """The options of a stage script that trains on a share of the recipe's images."""
-    options = ["--config", str(RECIPE / f"stage{number}.yaml"), "--data_dir", str(output / "data")]
-    options += ["--model", str(output / f"stage{number - 1}"), "--output_dir", str(output / f"stage{number}")]
-    if share < 1:
-        sources = yaml.safe_load((RECIPE / f"stage{number}.yaml").read_text())["sources"]
-        for source in sources:
-            if "share" not in source:
-                rows = (output / "data" / source["data"]).read_text().splitlines()
-                images = {row["image"] for row in map(json.loads, rows) if row.get("split", "train") == "train"}
-                source["limit"] = max(int(share * len(images)), 16)
-        options += ["--sources", json.dumps(sources)]
-    return options
+def values_of(number: int, output: Path, share: float) -> dict:
+    """The fields of a stage that trains on a share of the recipe's images."""
+    values = stage_values(
+        RECIPE, number, output / f"stage{number - 1}", output / f"stage{number}", data_dir=str(output / "data")
+    )
+    for source in values["sources"] if share < 1 else ():
+        if "share" not in source:
+            rows = (output / "data" / source["data"]).read_text().splitlines()
+            images = {row["image"] for row in map(json.loads, rows) if row.get("split", "train") == "train"}
+            source["limit"] = max(int(share * len(images)), 16)
+    return values
 
 
-def run_stage(number: int, output: Path, share: float) -> dict:
-    """Runs a stage by its script, or goes on with it; returns its entry in the run record."""
-    folder = output / f"stage{number}"
-    if not (folder / RUN_RECORD).is_file():
-        command = [sys.executable, str(ROOT / f"training/stage{number}.py"), *stage_options(number, output, share)]
-        if last_complete_checkpoint(folder) is not None:
-            command.append("--resume_from_checkpoint")
-        print(f"== {' '.join(command[1:])}", flush=True)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=environment)
-    return read_run_record(folder)["stages"][-1]
-
-
-def evaluate(number: int, output: Path, task: str, control: str | None, limit: int | None) -> dict:
-    """Evaluates a stage's checkpoint, unless its result is there; returns the result without the predictions."""
-    folder = output / f"results/stage{number}/{task}{'-' + control if control else ''}"
-    found = list(folder.glob("*.json"))
-    if found:
-        result = json.loads(found[0].read_text())
+def ask(number: int, output: Path, task: str, control: str | None, limit: int | None) -> dict:
+    """The result of a stage's checkpoint on a task."""
+    if task == "text":
+        options = ["--task", "text_perplexity", "--data", str(output / "data/text/wikitext2.valid.txt")]
+        options += ["--limit", str(min(limit or 64, 64))]
     else:
-        if task == "text":
-            options = ["--task", "text_perplexity", "--data", str(output / "data/text/wikitext2.valid.txt")]
-            options += ["--limit", str(min(limit or 64, 64))]
-        else:
-            file, split, more = TASKS[task]
-            data = output / "data" / file
-            options = ["--task", "local", "--data", str(data), "--split", split, "--image_dir", str(data.parent)]
-            options += [*more, *([f"--{control}"] if control else []), *(["--limit", str(limit)] if limit else [])]
-        options += [
-            "--use_cpu",
-            "--dtype",
-            choose_precision().name,
-            "--attn_implementation",
-            "eager",
-            "--batch_size",
-            "32",
-        ]
-        command = [str(output / f"stage{number}"), *options, "--output_dir", str(folder)]
-        result = evaluate_checkpoint(evaluation_parser().parse_args(command))
-    return {name: value for name, value in result.items() if name != "predictions"}
+        file, split, more = TASKS[task]
+        data = output / "data" / file
+        options = ["--task", "local", "--data", str(data), "--split", split, "--image_dir", str(data.parent)]
+        options += [*more, *([f"--{control}"] if control else []), *(["--limit", str(limit)] if limit else [])]
+    folder = output / f"results/stage{number}/{task}{'-' + control if control else ''}"
+    return evaluate(output / f"stage{number}", [*options, "--batch_size", "32"], folder)
 
 
 def answers_without_image(number: int, output: Path) -> list[str]:
@@ -183,44 +142,73 @@ def answers_without_image(number: int, output: Path) -> list[str]:
 
 
 def measure(number: int, output: Path, limit: int | None) -> dict:
-    """All results of a stage's checkpoint."""
-    found = {"text": evaluate(number, output, "text", None, limit), "questions": answers_without_image(number, output)}
+    """All that is measured of a stage's checkpoint.
+
+    Returns:
+        `perplexity` of the text; `questions`, the answers to the ten questions; `tasks`: for each its `metrics` (by control, `image` being
+        none), the `differences` that the own image makes to each control, with intervals, and as `examples` the first answers.
+    """
+    perplexity = ask(number, output, "text", None, limit)["metrics"]["text"]["perplexity"]
+    found = {"perplexity": perplexity, "questions": answers_without_image(number, output), "tasks": {}}
     for task in TASKS_OF_STAGE[number]:
-        for control in CONTROLS if number > 2 else CONTROLS[:1]:
-            found[f"{task} {control or ''}".strip()] = evaluate(number, output, task, control, limit)
+        controls = CONTROLS if number > 2 and task != "captions_beams" else ()
+        result = ask(number, output, task, None, limit)
+        others = {control: ask(number, output, task, control, limit) for control in controls}
+        found["tasks"][task] = {
+            "metrics": {name: numbers_of(each) for name, each in {"image": result, **others}.items()},
+            "differences": {control: compare(other, result) for control, other in others.items()},
+            "examples": [
+                {name: item[name] for name in ("prompt", "prediction", "references")}
+                for item in result["predictions"][:EXAMPLES]
+            ],
+        }
     return found
 
 
-def rows_of(results: dict[int, dict]) -> list[tuple]:
-    """The table: stage, task, control, metric, value, interval and the most frequent answer's value."""
-    rows = []
-    for number, found in results.items():
-        perplexity = found["text"]["metrics"]["text"]["perplexity"]
-        interval = found["text"]["metrics"]["text"]["intervals"]["perplexity"]
-        rows.append((number, "text", "", "perplexity", perplexity, interval, None))
-        for name, result in found.items():
-            if name in ("text", "questions"):
-                continue
-            task, _, control = name.partition(" ")
-            for metrics in result["metrics"].values():
-                for metric in ("cider", "accuracy", "yes_no_accuracy", "free_form_accuracy", "free_form_f1"):
-                    if metrics.get(metric) is not None:  # there may be no question of the kind
-                        interval, majority = metrics["intervals"].get(metric), metrics.get(f"majority_{metric}")
-                        rows.append((number, task, control, metric, metrics[metric], interval, majority))
-    return rows
+def numbers_of(result: dict) -> dict[str, dict]:
+    """The numbers of a result that the table shows: value, interval and the most frequent answer's value."""
+    return {
+        name: {
+            "value": metrics[name],
+            "interval": metrics["intervals"].get(name),
+            "majority": metrics.get(f"majority_{name}"),
+        }
+        for metrics in result["metrics"].values()
+        for name in METRICS
+        if metrics.get(name) is not None  # there may be no question of the kind
+    }
 
 
-def table(rows: list[tuple]) -> str:
-    """The rows as Markdown."""
+def table(results: dict) -> str:
+    """The results as Markdown."""
     lines = [
-        "| stage | task | control | metric | value | 95% interval | most frequent answer |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | task | metric | value (95% interval) | grey image | another image | most frequent answer | gain over another image |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for stage, task, control, metric, value, interval, majority in rows:
-        low_high = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
-        usual = "" if majority is None else f"{majority:.3f}"
-        lines.append(f"| {stage} | {task} | {control} | {metric} | {value:.3f} | {low_high} | {usual} |")
+    for number, found in results.items():
+        lines.append(f"| {number} | text | perplexity | {found['perplexity']:.2f} | | | | |")
+        for task, measured in found["tasks"].items():
+            for name, number_found in measured["metrics"]["image"].items():
+                cells = [f"{number_found['value']:.3f} {_interval(number_found['interval'])}"]
+                for control in CONTROLS:
+                    other = measured["metrics"].get(control, {}).get(name)
+                    cells.append(f"{other['value']:.3f}" if other else "")
+                cells.append("" if number_found["majority"] is None else f"{number_found['majority']:.3f}")
+                gain = measured["differences"].get("shuffle_images", {}).get(name)
+                cells.append(f"{gain['difference']:+.3f} {_interval(gain['interval'])}" if gain else "")
+                lines.append(f"| {number} | {task} | {METRICS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _interval(values: list[float] | None) -> str:
+    return f"({values[0]:.3f} to {values[1]:.3f})" if values else ""
+
+
+def cost(entry: dict) -> dict:
+    """What a stage's entry in the run record says of its cost and its losses."""
+    names = ("records", "steps", "seconds", "train_loss", "eval_loss_before", "eval_loss_after", "precision")
+    names += ("text_perplexity_before", "text_perplexity_after", "mir_before", "mir_after", "losses_of_data")
+    return {name: entry[name] for name in names if name in entry}
 
 
 def main() -> None:
@@ -233,11 +221,12 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, help="At most this number of images (and windows of text) an evaluation asks about."
     )
+    parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("--data names the folder of photos and questions (or ALIGNVLM_TEST_DATA does).")
     output, started = arguments.output.resolve(), time.perf_counter()
-    prepare(Path(arguments.data), output / "data")
+    prepare_photos(Path(arguments.data), output / "data")
     if not (output / "stage0" / RUN_RECORD).is_file():
         assemble(BackboneArguments(arguments.vision, arguments.language, str(output / "stage0")))
 
@@ -249,14 +238,11 @@ def main() -> None:
 
     results, stages = {0: measure(0, output, arguments.limit)}, {}
     for number in STAGES:
-        stages[number] = run_stage(number, output, planned["share"])
+        stages[number] = cost(train(values_of(number, output, planned["share"])))
         results[number] = measure(number, output, arguments.limit)
-    rows = rows_of(results)
-    write_json(
-        output / "real_photos.json",
-        {"plan": planned, "stages": stages, "results": results, "rows": rows},
-    )
-    print(table(rows))
+        found = {"machine": machine(), "plan": planned, "stages": stages, "results": results}
+        update_results(arguments.results or output / "results.json", "real_photos", found)
+    print(table(results))
     print(f"\n{(time.perf_counter() - started) / 60:.0f} minutes in this start.")
 
 

@@ -1,0 +1,387 @@
+"""The paper's four findings as controlled comparisons, on drawn scenes and on real photos.
+
+    python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
+    python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET --stage3 out/real_photos/stage3
+    python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
+
+A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
+their scripts on a recipe with the arm's changes (`training/recipes/nano` for scenes, `smollm2_mobilenet` for photos, where FOLDER is laid out as
+`benchmarks/real_photos.py` says), and the evaluation of the last checkpoint. A seed sets the projector's first weights and the order of the data, for
+scenes the backbones and the scenes too. Reported are the values of all seeds, and the paired differences to the first arm: mean and
+95% interval by Student's t over the seeds. What is there is not done again: start the same command to go on.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import t as student
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/findings.py`
+
+from alignvlm.data import scenes
+from alignvlm.quickstart.nano import train_nano_backbones
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from benchmarks.stage_runs import ROOT, evaluate, machine, prepare_photos, stage_values, train, update_results
+from hub_upload.run_record import RUN_RECORD
+from modeling_alignvlm.masking_alignvlm import MASK_TYPES
+
+
+RESULTS = ROOT / "docs/results.json"
+QUESTIONS = {
+    "masks": "What do masks change that leave images, or all of the prompt, unmasked?",
+    "captions": "Does a model learn faster from captions by a model (BLIP-2) than from a human's?",
+    "alignment": "Do more records belong in stages 1 and 2, at the expense of stage 3?",
+    "downstream": "What do stages 1 to 3 bring for the downstream task of stage 4?",
+}
+# What the recipes measure before and after a stage, and a comparison measures otherwise.
+UNMEASURED = {"eval_sources": None, "text_sources": None, "alignment_records": None}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A comparison: `arms` maps each name to its stages, pairs of a number and changes to the recipe; the first arm is the baseline.
+
+    The stages start from assembled backbones, those of an arm named in `starts` from the checkpoint there. With `curve` the checkpoints
+    that the last stage keeps on its way are evaluated too.
+    """
+
+    arms: dict[str, list[tuple[int, dict]]]
+    tasks: tuple[str, ...]
+    starts: dict[str, Path] | None = None
+    curve: bool = False
+
+
+class Scenes:
+    """Drawn scenes and nano backbones: cheap, and possible for everyone."""
+
+    recipe = ROOT / "training/recipes/nano"
+
+    def __init__(self, output: Path, photos: argparse.Namespace | None = None):
+        self.output = output
+
+    def assembled(self, seed: int) -> Path:
+        """The checkpoint with untrained projector; writes the held-out scenes beside it."""
+        folder = self.output / f"seed{seed}"
+        if not (folder / "stage0" / RUN_RECORD).is_file():
+            vision, language = train_nano_backbones(folder / "backbones", seed, vision_steps=350, language_steps=60)
+            scenes.make_scenes(250, "test", seed=seed).to_parquet(folder / "test.parquet")
+            assemble(BackboneArguments(str(vision), str(language), str(folder / "stage0"), seed=seed))
+        return folder / "stage0"
+
+    def source(self, count: int, seed: int, *annotations: str) -> dict:
+        return {"name": "scenes", "annotations": list(annotations), "count": count, "seed": seed}
+
+    def stages(self, first: int, second: int, third: int, **changes) -> list[tuple[int, dict]]:
+        """Stages 1 to 3 with these numbers of scenes; of stage 3's, a fifth with captions."""
+        held_out = [{"name": "scenes", "annotations": ["questions"], "count": 250, "split": "test", "seed": 1}]
+        captions = ("short_caption", "detailed_caption")
+        joint = [
+            self.source(third * 4 // 5, 3, "questions"),
+            self.source(third // 5, 4, *captions),
+            {"name": "scene_texts", "count": third // 40, "seed": 3},
+        ]
+        return [
+            (1, {**UNMEASURED, "sources": [self.source(first, 1, "short_caption")], **changes}),
+            (2, {**UNMEASURED, "sources": [self.source(second, 2, *captions)], **changes}),
+            (3, {**UNMEASURED, "sources": joint, "eval_sources": held_out, **changes}),
+        ]
+
+    def findings(self, seed: int) -> dict[str, Finding]:
+        questions = {**UNMEASURED, "sources": [self.source(1024, 5, "questions")]}
+        questions |= {"save_strategy": "steps", "save_steps": 8, "save_total_limit": None}
+        return {
+            "masks": Finding(
+                {mask: self.stages(1536, 1536, 4000, attention_mask_type=mask) for mask in MASK_TYPES}, ("scenes",)
+            ),
+            "alignment": Finding(
+                {"short": self.stages(256, 256, 4096), "long": self.stages(1280, 1280, 2048)}, ("scenes",)
+            ),
+            "downstream": Finding(
+                {
+                    "from stage 0": [(4, questions)],
+                    "from stage 3": [*self.stages(1536, 1536, 4000), (4, questions)],
+                },
+                ("scenes",),
+                curve=True,
+            ),
+        }
+
+    def evaluate(self, task: str, seed: int, checkpoint: Path, folder: Path) -> dict[str, float]:
+        data = self.output / f"seed{seed}"
+        result = evaluate(
+            checkpoint, ["--task", "scenes", "--data", str(data), "--batch_size", "250", "--bootstrap_samples", "10"], folder
+        )  # fmt: skip
+        metrics = result["metrics"]
+        return {"CIDEr": metrics["cider"]["cider"], "accuracy": metrics["pathvqa_accuracy"]["accuracy"]}
+
+
+class Photos:
+    """Photos of Flickr8k and PathVQA, MobileNetV2 and SmolLM2-135M.
+
+    Of the validation photos that have captions by BLIP-2, the first 300 are held out for all findings; the others train the finding about captions.
+    """
+
+    recipe = ROOT / "training/recipes/smollm2_mobilenet"
+    HELD_OUT = 300
+
+    def __init__(self, output: Path, photos: argparse.Namespace):
+        self.output, self.backbones, self.stage3 = output, (photos.vision, photos.language), photos.stage3
+        prepare_photos(Path(photos.photos), output / "data")
+        folder = output / "data/flickr8k"
+        rows = {row["image"]: row for row in map(json.loads, (folder / "captions.jsonl").read_text().splitlines())}
+        by_model = [json.loads(line) for line in (folder / "ai_captions.jsonl").read_text().splitlines()]
+        train_rows = [row for row in rows.values() if row["split"] == "train"]
+        files = {
+            "test": [rows[row["image"]] for row in by_model[: self.HELD_OUT]],
+            "train": train_rows,
+            "BLIP-2": [{**row, "captions": [row["blip2_zero_shot"]]} for row in by_model[self.HELD_OUT :]],
+            "BLIP-2 tuned": [{**row, "captions": [row["blip2_lora_flickr8k"]]} for row in by_model[self.HELD_OUT :]],
+            "human": [{**rows[row["image"]], "captions": rows[row["image"]]["captions"][:1]} for row in by_model[self.HELD_OUT :]],
+        }  # fmt: skip
+        for name, chosen in files.items():
+            lines = [json.dumps({"image": row["image"], "captions": row["captions"]}) for row in chosen]
+            (output / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def assembled(self, seed: int) -> Path:
+        folder = self.output / f"seed{seed}/stage0"
+        if not (folder / RUN_RECORD).is_file():
+            assemble(BackboneArguments(*self.backbones, str(folder), seed=seed))
+        return folder
+
+    def captions(self, file: str, **limits: int) -> dict:
+        return {"data": f"{file}.jsonl", "image_dir": "flickr8k", "prompt": "Write a short caption.", **limits}
+
+    def stage(self, number: int, *sources: dict, measured: bool = False, **changes) -> tuple[int, dict]:
+        held_out = [self.captions("test")] if measured else []
+        data_dir = str(self.output / "data")
+        return number, {
+            **UNMEASURED,
+            "save_strategy": "no",
+            "data_dir": data_dir,
+            "sources": list(sources),
+            "eval_sources": held_out or None,
+            **changes,
+        }
+
+    def findings(self, seed: int) -> dict[str, Finding]:
+        def photos(first: int, last: int) -> dict:
+            """Training photos of these positions, with their five captions."""
+            name = f"train-{first}-{last}"
+            lines = (self.output / "data/train.jsonl").read_text().splitlines(keepends=True)[first:last]
+            (self.output / "data" / f"{name}.jsonl").write_text("".join(lines))
+            return self.captions(name)
+
+        def divided(first: int, second: int, third: int, **changes) -> list[tuple[int, dict]]:
+            """Stages 1 to 3, or 1 and 3, on these numbers of photos, each photo once."""
+            ends = [first, first + second, first + second + third]
+            stages = [self.stage(1, photos(0, ends[0]), **changes)]
+            stages += [self.stage(2, photos(ends[0], ends[1]), **changes)] if second else []
+            return [*stages, self.stage(3, photos(ends[1], ends[2]), measured=True, **changes)]
+
+        questions = {"data": "pathvqa/train.jsonl", "split": "train", "image_dir": "pathvqa", "limit": 480}
+        downstream = self.stage(4, questions, save_strategy="steps", save_steps=15, save_total_limit=None)
+        found = {
+            "masks": Finding(
+                {mask: divided(320, 0, 480, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
+            ),
+            "captions": Finding(
+                {
+                    name: [
+                        self.stage(1, self.captions(name), logging_steps=5),
+                        self.stage(3, self.captions(name), measured=True, logging_steps=5),
+                    ]
+                    for name in ("human", "BLIP-2", "BLIP-2 tuned")
+                },
+                ("captions",),
+            ),
+            "alignment": Finding({"short": divided(80, 80, 800), "long": divided(320, 320, 320)}, ("captions",)),
+        }
+        if self.stage3 is not None:
+            found["downstream"] = Finding(
+                {"from stage 0": [downstream], "from stage 3": [downstream]},
+                ("pathvqa",),
+                starts={"from stage 3": Path(self.stage3)},
+                curve=True,
+            )
+        return found
+
+    def evaluate(self, task: str, seed: int, checkpoint: Path, folder: Path) -> dict[str, float]:
+        data = self.output / "data"
+        if task == "captions":
+            options = ["--data", str(data / "test.jsonl"), "--image_dir", str(data / "flickr8k"), "--max_new_tokens", "24"]  # fmt: skip
+            options += ["--prompt", "Write a short caption."]
+        else:
+            options = ["--data", str(data / "pathvqa/dev.jsonl"), "--split", "dev", "--image_dir", str(data / "pathvqa")]  # fmt: skip
+            options += ["--max_new_tokens", "16", "--limit", "100"]
+        options += ["--task", "local", "--batch_size", "32", "--bootstrap_samples", "10"]
+        metrics = evaluate(checkpoint, options, folder)["metrics"]
+        if task == "captions":
+            return {"CIDEr": metrics["cider"]["cider"]}
+        names = {"accuracy": "accuracy", "yes/no": "yes_no_accuracy", "open, F1": "free_form_f1"}
+        return {name: metrics["pathvqa_accuracy"][key] for name, key in names.items()}
+
+
+WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos}
+
+
+def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed: int) -> dict:
+    """Runs an arm's stages and evaluations; returns its values, losses and cost."""
+    folder = world.output / f"seed{seed}" / name / arm.replace(" ", "_")
+    start = (finding.starts or {}).get(arm) or world.assembled(seed)
+    entries = []
+    for number, changes in finding.arms[arm]:
+        entries.append(
+            train(stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, **changes))
+        )
+        start = folder / f"stage{number}"
+    values = {}
+    if entries[-1].get("eval_loss_after") is not None:
+        values["loss"] = entries[-1]["eval_loss_after"]
+    for task in finding.tasks:
+        values |= world.evaluate(task, seed, start, folder / "results" / task)
+    return {
+        "values": values,
+        "curve": curve(world, finding, seed, start, folder),
+        "logged_losses": [loss for entry in entries for loss in entry["logged_losses"]],
+        "steps": [entry["steps"] for entry in entries],
+        "seconds": [entry["seconds"] for entry in entries],
+    }
+
+
+def curve(
+    world: Scenes | Photos, finding: Finding, seed: int, last: Path, folder: Path
+) -> dict[str, dict[str, float]]:
+    """The values of the last stage's checkpoints by their steps, where the finding asks for them."""
+    found = {}
+    for checkpoint in sorted(last.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+        for task in finding.tasks if finding.curve else ():
+            values = world.evaluate(task, seed, checkpoint, folder / "results" / f"{task}-{checkpoint.name}")
+            found[checkpoint.name.split("-")[1]] = values
+    return found
+
+
+def band(values: list[float]) -> list[float] | None:
+    """Where the value of one more seed lies with a chance of 99%, were values distributed normally; None of a single value."""
+    if len(values) < 2:
+        return None
+    half = float(student.ppf(0.995, len(values) - 1)) * stdev(values) * (1 + 1 / len(values)) ** 0.5
+    return [mean(values) - half, mean(values) + half]
+
+
+def summarise(arms: dict[str, dict[int, dict]]) -> dict:
+    """The values of all seeds, and the paired differences to the first arm over the seeds that both have.
+
+    Args:
+        arms: by arm and seed, what `run_arm` returned.
+    """
+    baseline, *_ = arms
+    summary = {}
+    for arm, runs in arms.items():
+        metrics = {}
+        for metric in next(iter(runs.values()))["values"]:
+            values = {seed: run["values"][metric] for seed, run in runs.items()}
+            values_of_seeds = list(values.values())
+            metrics[metric] = {"values": values_of_seeds, "mean": mean(values_of_seeds), "band": band(values_of_seeds)}
+            if arm != baseline:
+                pairs = [value - arms[baseline][seed]["values"][metric] for seed, value in values.items()]
+                metrics[metric] |= {"difference": mean(pairs), "interval": t_interval(pairs)}
+        summary[arm] = metrics
+    return summary
+
+
+def t_interval(values: list[float]) -> list[float] | None:
+    """The 95% interval of the mean by Student's t (Gosset, 1908); None of a single value."""
+    if len(values) < 2:
+        return None
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [mean(values) - half, mean(values) + half]
+
+
+def table(world: str, name: str, summary: dict) -> str:
+    """A finding's summary as Markdown."""
+    lines = [f"### {world}: {QUESTIONS[name]}", "", "| arm | metric | mean | seeds | difference | 95% interval |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for arm, metrics in summary.items():
+        for metric, found in metrics.items():
+            seeds = ", ".join(f"{value:.3f}" for value in found["values"])
+            difference = f"{found['difference']:+.3f}" if "difference" in found else ""
+            low_high = f"{found['interval'][0]:+.3f} to {found['interval'][1]:+.3f}" if found.get("interval") else ""
+            lines.append(f"| {arm} | {metric} | {found['mean']:.3f} | {seeds} | {difference} | {low_high} |")
+    return "\n".join(lines)
+
+
+def run(world_name: str, world: Scenes | Photos, only: list[str], seeds: int, results: Path) -> None:
+    """Runs a world's findings seed by seed, and writes what is known after each arm."""
+    found = json.loads(results.read_text()).get(world_name, {}) if results.is_file() else {}
+    runs: dict[str, dict[str, dict[int, dict]]] = {}
+    for seed in range(seeds):
+        for name, finding in world.findings(seed).items():
+            if only and name not in only:
+                continue
+            for arm in finding.arms:
+                arms = runs.setdefault(name, {})
+                arms.setdefault(arm, {})[seed] = run_arm(world, name, finding, arm, seed)
+                found[name] = {"machine": machine(), "summary": summarise(arms), "runs": arms}
+                update_results(results, world_name, found)
+    for name, arms in runs.items():
+        print(f"\n{table(world_name, name, summarise(arms))}")
+
+
+def reproduce(output: Path) -> None:
+    """Runs a finding on scenes with one seed; raises a `SystemExit` if a value is not in the band of docs/results.json."""
+    recorded = json.loads(RESULTS.read_text())["scenes"]["downstream"]
+    world, outside = Scenes(output), []
+    print(f"{'arm':<14} {'stage 4, steps':>14} {'accuracy':>9} {'of other seeds':>16}")
+    for arm in recorded["summary"]:
+        run = run_arm(world, "downstream", world.findings(0)["downstream"], arm, seed=0)
+        points = {
+            **{steps: values["accuracy"] for steps, values in run["curve"].items()},
+            "end": run["values"]["accuracy"],
+        }
+        for steps, value in points.items():
+            others = [
+                (each["curve"][steps] if steps != "end" else each["values"])["accuracy"]
+                for each in recorded["runs"][arm].values()
+            ]
+            low, high = band(others)
+            print(f"{arm:<14} {steps:>14} {value:>9.3f} {max(low, 0):>7.3f} to {min(high, 1):.3f}", flush=True)
+            if not low <= value <= high:
+                outside.append(f"{arm}, {steps} steps: {value:.3f}")
+    if outside:
+        raise SystemExit(f"Outside the band of {RESULTS.relative_to(ROOT)}: {'; '.join(outside)}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
+    parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
+    parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
+    parser.add_argument("--stage3", help="The checkpoint of stage 3 that benchmarks/real_photos.py trained.")
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("out/findings"))
+    parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
+    parser.add_argument(
+        "--reproduce", action="store_true", help="Run a small part and compare it with docs/results.json."
+    )
+    arguments = parser.parse_args()
+    if arguments.photos and not (arguments.language and arguments.vision):
+        parser.error("--photos needs --language and --vision.")
+    output, started = arguments.output.resolve(), time.perf_counter()
+    if arguments.reproduce:
+        reproduce(output / "reproduce")
+    else:
+        name = "photos" if arguments.photos else "scenes"
+        world = WORLDS[name](output / name, arguments)
+        run(name, world, arguments.only, arguments.seeds, arguments.results or output / "results.json")
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in this start.")
+
+
+if __name__ == "__main__":
+    main()
