@@ -48,8 +48,8 @@ UNMEASURED = {"eval_sources": None, "text_sources": None, "alignment_records": N
 class Finding:
     """A comparison: `arms` maps each name to its stages, pairs of a number and changes to the recipe; the first arm is the baseline.
 
-    The stages start from assembled backbones, those of an arm named in `starts` from the checkpoint there. With `curve` the checkpoints
-    that the last stage keeps on its way are evaluated too.
+    The stages start from assembled backbones, those of an arm named in `starts` from the checkpoint there. With `curve` the checkpoint
+    before the last stage and those that it keeps on its way are evaluated too.
     """
 
     arms: dict[str, list[tuple[int, dict]]]
@@ -235,8 +235,9 @@ def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed:
     """Runs an arm's stages and evaluations; returns its values, losses and cost."""
     folder = world.output / f"seed{seed}" / name / arm.replace(" ", "_")
     start = (finding.starts or {}).get(arm) or world.assembled(seed)
-    entries = []
+    entries: list[dict] = []
     for number, changes in finding.arms[arm]:
+        before = start
         entries.append(
             train(stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, **changes))
         )
@@ -248,7 +249,7 @@ def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed:
         values |= world.evaluate(task, seed, start, folder / "results" / task)
     return {
         "values": values,
-        "curve": curve(world, finding, seed, start, folder),
+        "curve": curve(world, finding, seed, before, start, folder) if finding.curve else {},
         "logged_losses": [loss for entry in entries for loss in entry["logged_losses"]],
         "steps": [entry["steps"] for entry in entries],
         "seconds": [entry["seconds"] for entry in entries],
@@ -256,14 +257,15 @@ def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed:
 
 
 def curve(
-    world: Scenes | Photos, finding: Finding, seed: int, last: Path, folder: Path
-) -> dict[str, dict[str, float]]:
-    """The values of the last stage's checkpoints by their steps, where the finding asks for them."""
-    found = {}
-    for checkpoint in sorted(last.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
-        for task in finding.tasks if finding.curve else ():
-            values = world.evaluate(task, seed, checkpoint, folder / "results" / f"{task}-{checkpoint.name}")
-            found[checkpoint.name.split("-")[1]] = values
+    world: Scenes | Photos, finding: Finding, seed: int, before: Path, last: Path, folder: Path
+) -> dict[str, dict]:
+    """The values by steps of the last stage: before it, 0, and of the checkpoints that it kept on its way."""
+    checkpoints = {0: before, **{int(path.name.split("-")[1]): path for path in last.glob("checkpoint-*")}}
+    found: dict[str, dict] = {}
+    for steps, checkpoint in sorted(checkpoints.items()):
+        found[str(steps)] = {}
+        for task in finding.tasks:
+            found[str(steps)] |= world.evaluate(task, seed, checkpoint, folder / "results" / f"{task}-{steps}")
     return found
 
 
