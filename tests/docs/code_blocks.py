@@ -28,8 +28,8 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The name of the file that the block shows, which its first line says: `# name.yaml`."""
-        found = re.match(r"# ([\w./-]+\.(?:yaml|json|jsonl|py|sh))\n", self.code)
+        """The name of the file that the block shows, which its first line says, or the one after `#!`: `# name.yaml`."""
+        found = re.match(r"(?:#!.*\n)?# ([\w./-]+\.(?:yaml|json|jsonl|py|sh))\n", self.code)
         return found[1] if found else None
 
 

@@ -8,17 +8,22 @@ parser has taken the words.
 """
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import re
 import runpy
+import select
+import signal
 import socket
 import sys
 import traceback
 from pathlib import Path
 
 import tomllib
+import torch
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,9 +106,13 @@ def run(name: str, words: list[str], parse_only: bool) -> None:
         name, words = "python", [*(["-m"] if given.module else []), given.training_script, *given.training_script_args]
     if parse_only:
         stop_behind_parsers()
+    if parse_only and Path(words[0]).match("training/stage?.py") and not torch.accelerator.is_available():
+        words = [*words, "--use_cpu", "true"]  # a recipe for a GPU is read where there is none
     if name == "alignvlm":
-        name, words = "python", ["-m", "alignvlm.cli", *words]
+        words = ["-m", "alignvlm.cli", *words]
     sys.path.insert(0, os.getcwd())
+    if parse_only and words[0] == "-m" and importlib.util.find_spec(words[1]) is None:
+        return  # somebody else's program, which is not installed
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -133,7 +142,18 @@ def serve(address: str) -> None:
                     os._exit(finish(name, words, folder, environment))
                 for file in files:
                     os.close(file)
-                client.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+                answer(client, child)
+
+
+def answer(client: socket.socket, child: int) -> None:
+    """Tells the client the exit status of a command; ends the command if the client has gone."""
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if select.select([client], [], [], 0.02)[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+    with contextlib.suppress(OSError):
+        client.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
 
 
 def finish(name: str, words: list[str], folder: str, environment: dict[str, str]) -> int:
