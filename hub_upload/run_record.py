@@ -49,7 +49,9 @@ def library_versions() -> dict[str, str]:
     """The installed versions of the libraries that a result depends on."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        found.setdefault(distribution.metadata["Name"].lower(), distribution.version)  # the first on the path is imported
+        found.setdefault(
+            distribution.metadata["Name"].lower(), distribution.version
+        )  # the first on the path is imported
     return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
 
 

@@ -18,7 +18,9 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 def test_the_version_stands_in_one_place():
     """`pyproject.toml`; the changelog begins with it, and no other file of ours names it as the package's."""
-    sources = [file for folder in ("alignvlm", "hub_upload", "modeling_alignvlm") for file in (ROOT / folder).rglob("*")]
+    sources = [
+        file for folder in ("alignvlm", "hub_upload", "modeling_alignvlm") for file in (ROOT / folder).rglob("*")
+    ]
     sources += [ROOT / "README.md", ROOT / "model_card.md", ROOT / "mkdocs.yml", ROOT / "CONTRIBUTING.md"]
     named = [file for file in sources if file.suffix in (".py", ".md", ".yml") and VERSION in file.read_text()]
     assert not named

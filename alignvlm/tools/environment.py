@@ -71,7 +71,9 @@ def describe() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a line for each."""
-    ArgumentParser(description="Prints versions, processor, GPU and precision, for a report of a fault.").parse_args(argv)
+    ArgumentParser(description="Prints versions, processor, GPU and precision, for a report of a fault.").parse_args(
+        argv
+    )
     found = describe()
     width = max(map(len, found))
     for name, value in found.items():

@@ -84,9 +84,9 @@ def check_installation(words: list[str]) -> None:
     """Refuses extras that pyproject.toml does not have; nothing is installed."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words:
-        if found := re.match(r"(?:alignvlm|\.)\[(.*)\]$", word):
-            if unknown := set(found[1].split(",")) - set(extras):
-                raise SystemExit(f"pyproject.toml has no extra {unknown}.")
+        found = re.match(r"(?:alignvlm|\.)\[(.*)\]$", word)
+        if found and (unknown := set(found[1].split(",")) - set(extras)):
+            raise SystemExit(f"pyproject.toml has no extra {', '.join(sorted(unknown))}.")
 
 
 def run(name: str, words: list[str], parse_only: bool) -> None:

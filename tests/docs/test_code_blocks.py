@@ -8,6 +8,7 @@ commands still have to pass their argument parsers.
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ from tests.running import arguments_for
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_TESTS = ("extend.md",)  # tests/test_docs.py does what each section says to a copy of the sources
-PAGES = [page for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # How many blocks of each page are marked as not run.
 NOT_RUN = {
     "evaluation.md": 2,
@@ -135,7 +136,9 @@ def after_the_quickstart(shell, make_model, processor, tmp_path_factory):
         free = {"license": "apache-2.0"}
         backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
         layer = {"vision_feature_layer": -2} if mask_type == "causal" else {}
-        save_checkpoint(make_model(mask_type, **layer), processor, run / "stage0", {"backbones": backbones, "stages": []})
+        save_checkpoint(
+            make_model(mask_type, **layer), processor, run / "stage0", {"backbones": backbones, "stages": []}
+        )
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
         rates = {"projector_learning_rate": 1e-3}
@@ -217,14 +220,57 @@ def test_the_code_of_a_page_does_what_it_says(page, shell, after_the_quickstart,
             raise AssertionError(f"{block.place}: {error}") from error
 
 
+@pytest.mark.parametrize(
+    ("language", "code", "reason", "said"),
+    [
+        ("bash", "alignvlm ask out/quickstart/stage4 --imgae photo.jpg", None, "Did you mean --image"),
+        ("bash", "alignvlm ask out/quickstart/stage4 missing.jpg", None, "missing.jpg"),
+        ("bash", "alignvlm push out/stage4 user/name --licence mit", "the Hub", "Did you mean --license"),
+        ("bash", "accelerate launch --num_proceses 2 training/stage1.py", "GPUs", "--num_proceses"),
+        ("bash", "python training/stage1.py --config missing.yaml", "GPUs", "missing.yaml"),
+        ("bash", "pip install 'alignvlm[exports]'", "the network", "no extra"),
+        ("bash", "make quikstart", None, "quikstart"),
+        ("bash", "somebodys-program --option", None, "command not found"),
+        ("python", "print(undefined)", None, "NameError"),
+        ("python", "print(", "the Hub", "never closed"),
+        ("yaml", "projektor_learning_rate: 1.0", None, "Did you mean projector_learning_rate"),
+        ("yaml", "sources: [{name: scenes, limitt: 3}]", None, "nobody knows"),
+        ("json", "{'image': 1}", None, "double quotes"),
+        ("text", "alignvlm ask out/stage4", None, "are to be `bash`"),
+        ("ruby", "puts 1", None, "Nobody knows how to run"),
+    ],
+)
+def test_what_is_wrong_in_a_block_is_noticed(language, code, reason, said, shell, after_the_quickstart, tmp_path):
+    folder = tmp_path / "here"
+    shutil.copytree(after_the_quickstart("image"), folder, symlinks=True)
+    with pytest.raises((AssertionError, SystemExit, ValueError, SyntaxError), match=re.escape(said)):
+        do(Block(language, code, "page.md:1", reason), shell, folder)
+
+
+def test_blocks_are_found_with_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\n```bash\nls\n```\n\n<!-- not run: no time -->\n```python\nx\n\ny\n```\n\n    make all\n\n    make test\n\nText\n\n"
+        "```yaml\n# a.yaml\nb: 1\n```\n"
+    )
+    found = [(block.language, block.code, block.reason, block.file, block.place) for block in blocks_of(page)]
+    assert found[0] == ("bash", "ls\n", None, None, "page.md:3")
+    assert found[1] == ("python", "x\n\ny\n", "no time", None, "page.md:8")
+    assert found[2][:2] == ("bash", "make all\n\nmake test\n") and found[2][2].startswith("an indented block")
+    assert found[3] == ("yaml", "# a.yaml\nb: 1\n", None, "a.yaml", "page.md:20")
+    assert len(found) == 4
+
+
 def test_what_is_not_run_is_known():
     """A block more that is not run has to be wanted."""
-    fenced = [(page.name, block) for page in PAGES for block in blocks_of(page) if block.language]
-    marked = Counter(name for name, block in fenced if block.reason and not block.reason.startswith("an indented"))
+    found = [(page.name, block) for page in PAGES for block in blocks_of(page)]
+    marked = Counter(name for name, block in found if block.reason and not block.reason.startswith("an indented"))
     assert marked == NOT_RUN
 
 
 def test_blocks_under_docs_have_a_language():
     for page in (ROOT / "docs").glob("*.md"):
-        indented = [block.place for block in blocks_of(page) if block.reason and block.reason.startswith("an indented")]
+        indented = [
+            block.place for block in blocks_of(page) if block.reason and block.reason.startswith("an indented")
+        ]
         assert not indented, "Write ```bash or ```text, so that the code is coloured and can be copied"
