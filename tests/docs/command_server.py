@@ -63,6 +63,7 @@ def stop_behind_parsers() -> None:
     """Lets every argument parser end the process with status 0 once it has taken the words."""
     import click
     from trl import TrlParser
+    from typer.core import TyperCommand
 
     def ending(method):
         def parse(*args, **kwargs):
@@ -71,13 +72,20 @@ def stop_behind_parsers() -> None:
 
         return parse
 
-    for owner, names in (
-        (argparse.ArgumentParser, ("parse_args", "parse_intermixed_args")),
-        (TrlParser, ("parse_args_and_config",)),
-        (click.Command, ("make_context",)),
-    ):
-        for name in names:
-            setattr(owner, name, ending(getattr(owner, name)))
+    def ending_unless_group(method):
+        def invoke(command, context):
+            if not hasattr(command, "commands"):
+                raise SystemExit(0)
+            return method(command, context)
+
+        return invoke
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
+    TrlParser.parse_args_and_config = ending(TrlParser.parse_args_and_config)
+    # `transformers serve`: of click, or of the copy of click that typer has
+    for command in {click.Command, *(each for each in TyperCommand.__mro__ if each.__name__ == "Command")}:
+        command.invoke = ending_unless_group(command.invoke)
 
 
 def check_installation(words: list[str]) -> None:
