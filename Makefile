@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM = false
 # One process per core, at most four; each file's tests in one of them.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart reproduce test test-full test-newest test-lowest lint bench clean
+.PHONY: quickstart reproduce test test-full test-newest test-lowest lint bench docs clean
 
 quickstart: .venv/ready
 	$(RUN) -m alignvlm.cli quickstart --output_dir out/quickstart
@@ -44,6 +44,11 @@ bench: .venv/test-ready
 	$(RUN) benchmarks/generation.py
 	$(RUN) benchmarks/data.py
 	@[ -z "$$ALIGNVLM_TEST_DATA" ] || $(RUN) benchmarks/cider.py
+
+# The documentation as a site in out/site, which can be read without network; a link that leads nowhere is an error.
+docs: .venv/ready
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-newest .venv-lowest out build *.egg-info .pytest_cache .ruff_cache

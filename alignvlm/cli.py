@@ -22,6 +22,7 @@ COMMANDS = {
         "alignvlm.export.export",
         "Write a checkpoint as a class of transformers' own, without remote code, or as ONNX.",
     ),
+    "env": ("alignvlm.tools.environment", "Print versions, processor, GPU and precision, for a report of a fault."),
     "push": ("hub_upload.push", "Package, check and push a checkpoint to the Hub."),
     "inspect": ("hub_upload.inspect", "Show what `trust_remote_code` would run in a repository, without running it."),
 }

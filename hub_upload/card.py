@@ -65,6 +65,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
         eval_results=_eval_results(results) or None,
     )
     stages = record["stages"]
+    versions = (stages[-1] if stages else record).get("versions", {})
     tag = stages[-1].get("evaluation_tag") if stages else ""
     image_size = config.get("image_size") or config["vision_config"].get("image_size", 224)
     height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
@@ -82,7 +83,8 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             for_vllm=is_for_vllm(config),
             transformers=MINIMUM_TRANSFORMERS,
             loaded_with=_releases(record.get("loaded_with", {})),
-            made_with=_releases((stages[-1] if stages else record).get("versions", {})),
+            made_with=_releases(versions),
+            written_by=f", written by AlignVLM {versions['alignvlm']}" if versions.get("alignvlm") else "",
             licence=licence_name(licence) if licence else None,
             licence_given=bool(record.get("licence")),
             backbone_licences=[

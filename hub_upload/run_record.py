@@ -47,10 +47,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def library_versions() -> dict[str, str]:
     """The installed versions of the libraries that a result depends on."""
-    found = {
-        distribution.metadata["Name"].lower(): distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        found.setdefault(
+            distribution.metadata["Name"].lower(), distribution.version
+        )  # the first on the path is imported
     return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
 
 
