@@ -33,6 +33,8 @@ from modeling_alignvlm import AlignVLMProcessor
 
 logger = logging.get_logger(__name__)
 
+LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
+
 
 def run_stage(arguments: StageArguments) -> dict[str, Any]:
     """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record."""
@@ -125,8 +127,14 @@ def _entry(
         "resumed_at": progress["resumed_at"],
         "train_loss": progress["loss_sum"] / progress["steps"] if progress["steps"] else None,
         "logged_losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "log": [_logged(entry) for entry in trainer.state.log_history if "loss" in entry],
         "versions": library_versions(),
     }
+
+
+def _logged(entry: dict[str, Any]) -> dict[str, Any]:
+    """Picks of a line of the log what the run record keeps; `learning_rate/MODULE` comes with `learning_rate`."""
+    return {name: value for name, value in entry.items() if name.split("/")[0] in LOGGED}
 
 
 def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture | None) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Reads what a run left on disk: the entries of its stages and the results of its evaluations.
+
+What is missing or damaged becomes a note that the page shows; only a path that holds nothing of a run is an error.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignvlm.stages.checkpoint import last_complete_checkpoint
+from hub_upload.run_record import RUN_RECORD
+
+
+@dataclass
+class Result:
+    """A result of `alignvlm evaluate`: its content, the file, and the checkpoint's folder if it stands in its `results`.
+
+    `stage` is the number of the checkpoint's last stage; None if it is not known.
+    """
+
+    content: dict[str, Any]
+    path: Path
+    checkpoint: Path | None = None
+    stage: int | None = None
+
+    @property
+    def task(self) -> str:
+        return str(self.content.get("task"))
+
+    @property
+    def control(self) -> str | None:
+        return self.content.get("control")
+
+    @property
+    def model_name(self) -> str:
+        """What a person calls the model: its stage, else its name."""
+        if self.stage is not None:
+            return f"Stage {self.stage}"
+        return str((self.content.get("model") or {}).get("name") or self.path.stem)
+
+
+@dataclass
+class Run:
+    """What a report is about.
+
+    Args:
+        name: of the folder or file.
+        stages: the run record's entry of each stage, the first first.
+        results: of all checkpoints, in the order of the stages.
+        checkpoint: the folder of the last stage, if it is here.
+        backbones: what stage 0 was assembled from.
+        notes: sentences about what could not be read.
+    """
+
+    name: str
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    checkpoint: Path | None = None
+    backbones: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def last_results(self) -> list[Result]:
+        """The results of the last checkpoint that has any, controls left out."""
+        plain = [result for result in self.results if result.control is None]
+        return [result for result in plain if result.checkpoint == plain[-1].checkpoint]
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run.
+
+    Args:
+        path: a folder with a folder for each stage, a stage's folder, a folder of results, or the JSON file of one result.
+
+    Raises:
+        ValueError: if it is none of these.
+        FileNotFoundError: if there is nothing.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {str(path)!r}.")
+    run = Run(path.resolve().name)
+    if path.is_file():
+        return _read_result_file(run, path)
+    folders = [path] if _is_stage(path) else sorted(filter(_is_stage, path.iterdir()), key=lambda each: each.name)
+    read = [(folder, *_read_stages(folder, run.notes)) for folder in folders]
+    read.sort(key=lambda each: (len(each[1]), each[0].name))
+    for folder, stages, backbones in read:
+        run.results += _read_results(folder / "results", folder, _number(stages), run.notes)
+        if stages:
+            run.stages, run.checkpoint, run.backbones = stages, folder, backbones
+    if not folders:
+        run.results = _read_results(path, None, None, run.notes)
+    if not run.stages and not run.results:
+        why = "".join(f" {note}" for note in run.notes)
+        raise ValueError(
+            f"{str(path)!r} holds no run: no {RUN_RECORD} of a stage, in it or in a folder of it, and no result of `alignvlm evaluate`.{why}"
+        )
+    return run
+
+
+def _is_stage(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / RUN_RECORD).is_file() or last_complete_checkpoint(folder) is not None)
+
+
+def _number(stages: list[dict]) -> int | None:
+    return stages[-1].get("stage") if stages else None
+
+
+def _read_stages(folder: Path, notes: list[str]) -> tuple[list[dict], dict]:
+    """Returns the entries of a stage and those before it, and the backbones. A stage that has not finished has its last checkpoint's log."""
+    record = _read_json(folder / RUN_RECORD, notes) if (folder / RUN_RECORD).is_file() else None
+    if record is not None:
+        stages = [entry for entry in record.get("stages") or [] if isinstance(entry, dict)]
+        backbones = record.get("backbones")
+        return stages, backbones if isinstance(backbones, dict) else {}
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        return [], {}
+    state = _read_json(checkpoint / "trainer_state.json", notes) or {}
+    log = [entry for entry in state.get("log_history") or [] if "loss" in entry]
+    notes.append(
+        f"{folder.name} has not finished: what is shown of it is its {checkpoint.name}, of {state.get('max_steps')} steps."
+    )
+    digits = "".join(filter(str.isdecimal, folder.name))
+    entry = {"steps": state.get("global_step"), "log": log, "unfinished": True}
+    return [{"stage": int(digits) if digits else folder.name, **entry}], {}
+
+
+def _read_results(folder: Path, checkpoint: Path | None, stage: int | None, notes: list[str]) -> list[Result]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = _read_json(path, notes)
+        if content is not None and _is_result(content):
+            found.append(Result(content, path, checkpoint, stage))
+    return found
+
+
+def _read_result_file(run: Run, path: Path) -> Run:
+    content = _read_json(path, run.notes)
+    if content is None or not _is_result(content):
+        why = "".join(f" {note}" for note in run.notes)
+        raise ValueError(f"{str(path)!r} is no result of `alignvlm evaluate`: it has no task with metrics.{why}")
+    folder = path.resolve().parent.parent
+    if path.resolve().parent.name == "results" and (folder / RUN_RECORD).is_file():
+        run.stages, run.backbones = _read_stages(folder, run.notes)
+        run.checkpoint = folder
+    run.results = [Result(content, path, run.checkpoint, _number(run.stages))]
+    return run
+
+
+def _is_result(content: dict) -> bool:
+    parts = (("task", str), ("metrics", dict), ("predictions", list))
+    return all(isinstance(content.get(name), kind) for name, kind in parts)
+
+
+def _read_json(path: Path, notes: list[str]) -> dict | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} could not be read: {error}")
+        return None
+    return content if isinstance(content, dict) else None
