@@ -6,6 +6,7 @@ What a stage trains, at which learning rates, under which mask and on which sour
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
@@ -179,9 +180,15 @@ def _push(arguments: StageArguments) -> None:
         print("\n".join([*pushed.notes(), "Pushed. To load it:", pushed.how_to_load()]), flush=True)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error."""
+def main(argv: list[str] | None = None, report: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error.
+
+    Args:
+        report: called with the output folder of the finished stage, on the main process, unless the recipe says `report: false`.
+    """
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
     entry = run_stage(arguments)
+    if report is not None and arguments.report and PartialState().is_main_process:
+        report(arguments.output_dir)
     PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter
     return entry

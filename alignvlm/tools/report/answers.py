@@ -4,11 +4,11 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignvlm.tools.report.pictures import Pictures, as_seen, data_uri, pictures_of
+from alignvlm.tools.report.pictures import Pictures, data_uri, pictures_of
 from alignvlm.tools.report.read import Result, Run
 
 
-EACH = 8  # answers of a kind in each group
+EACH = 6  # answers of a kind in each group
 SCORES = {"cider": "cider", "pathvqa_accuracy": "correct"}  # the score of an answer that its group goes by
 KINDS = {"short_caption": "short caption", "detailed_caption": "detailed caption", "yes_no": "yes/no question"}
 
@@ -83,17 +83,18 @@ def _chosen(result: Result, pictures: Pictures, seed: int) -> list[Answer]:
     found = []
     for kind, predictions in kinds.items():
         shuffled = random.Random(seed).sample(predictions, len(predictions))  # equal scores in an order of chance
-        scored = [each for each in shuffled if score_of(each) is not None]
-        by_score = sorted(scored, key=score_of)
-        groups = {"best": by_score[-EACH:][::-1], "worst": by_score[:EACH], "random": shuffled[-EACH:]}
-        if len(scored) < 2 * EACH:  # the two halves of a few
-            groups |= {"best": by_score[len(scored) // 2 :][::-1], "worst": by_score[: len(scored) // 2]}
-        chosen: dict[int, tuple[dict, list[str]]] = {}
+        by_score = sorted((each for each in shuffled if score_of(each) is not None), key=score_of)
+        each = min(EACH, len(by_score) // 2)  # no answer is among the best and the worst
+        groups = {"random": shuffled[:EACH], "best": by_score[::-1][:each], "worst": by_score[:each]}
+        chosen: dict[int, tuple[int, dict, list[str]]] = {}
         for group, members in groups.items():
-            for prediction in members:
-                chosen.setdefault(id(prediction), (prediction, []))[1].append(group)
-        found += [make_answer(result.task, kind, prediction, pictures, its) for prediction, its in chosen.values()]
-    return found
+            for rank, prediction in enumerate(members):
+                chosen.setdefault(id(prediction), (rank, prediction, []))[2].append(group)
+        found += [
+            (rank, make_answer(result.task, kind, prediction, pictures, its))
+            for rank, prediction, its in chosen.values()
+        ]
+    return [answer for _, answer in sorted(found, key=lambda each: each[0])]  # the first of every kind and group first
 
 
 def make_answer(task: str, kind: str, prediction: dict, pictures: Pictures, groups: list[str]) -> Answer:
@@ -113,6 +114,3 @@ def make_answer(task: str, kind: str, prediction: dict, pictures: Pictures, grou
         uris=[data_uri(image) for image in images],
         tiny=bool(images) and max(images[0].size) <= 128,
     )
-
-
-__all__ = ["Answer", "as_seen", "choose_answers", "kind_of", "make_answer", "score_of", "score_text"]

@@ -64,6 +64,14 @@ def number(value: float | int | None, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def round_end(value: float) -> float:
+    """Returns a round number at least as large, for the end of an axis; 1 for 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if step * power >= value)
+
+
 def duration(seconds: float | None) -> str:
     """Writes a time: 45 s, 2 min 43 s, 3 h 5 min."""
     if seconds is None:

@@ -15,9 +15,9 @@ from modeling_alignvlm.masking_alignvlm import dense_mask
 MOST_IMAGE_TOKENS, MOST_TOKENS = 16, 64
 EXPLANATIONS = {
     "causal": "Every token sees only what stands before it: the top left of an image never learns what is at its bottom right.",
-    "image": "As causal, but the tokens of an image see all of that image, before and after them.",
+    "image": "Every token sees what stands before it, and the tokens of an image see all of that image.",
     "prefix": "Image and question see each other completely; only the answer is written from left to right.",
-    "mutual": "As image, and the image's tokens also see the question, so they can be read with it in mind.",
+    "mutual": "Every token sees what stands before it, the tokens of an image see all of it, and the question, too.",
 }
 
 
@@ -126,6 +126,9 @@ def _picture(rows: list[str], tokens: list[Token]) -> Markup:
                 parts.append(
                     f'<rect class="{group}" x="{start + band}" y="{y + band}" width="{length - 0.08:.2f}" height="0.92"/>'
                 )
+    parts.append(
+        f'<rect class="pick" x="{band - 0.2}" y="-9" width="{size + 0.2}" height="1" />'
+    )  # report.js moves it
     whole = size + band
     return Markup(
         f'<svg viewBox="0 0 {whole} {whole}" aria-hidden="true">{"".join(parts)}</svg>'  # the words beside it say the same

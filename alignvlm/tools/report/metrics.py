@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from alignvlm.stages.trainer import MODULES
-from alignvlm.tools.report.charts import Scale, Series, duration, number, plot
+from alignvlm.tools.report.charts import Scale, Series, duration, number, plot, round_end
 from alignvlm.tools.report.read import Result
 
 
@@ -51,6 +51,7 @@ TITLES = {
     ),
     "perplexity": ("Perplexity of a text", "How many words the model wavers between at each. Lower is better."),
 }
+MAIN = ("accuracy", "yes_no_accuracy", "free_form_accuracy", "cider", "perplexity")
 CONTROLS = {"blank_image": "every image replaced by grey", "shuffle_images": "asked about another image"}
 DROPPED = {
     "bad_image": "records left out because an image could not be read",
@@ -255,10 +256,11 @@ class MetricView:
 
 @dataclass
 class TaskView:
-    """A task with its metrics, and all further numbers of its last result as pairs."""
+    """A task with its metrics, those for which a reader has to ask, and all numbers of its last result as pairs."""
 
     task: str
     metrics: list[MetricView]
+    further: list[MetricView]
     others: list[tuple[str, str]]
     definitions: dict[str, str] = field(default_factory=dict)
 
@@ -270,23 +272,23 @@ def task_views(results: list[Result]) -> list[TaskView]:
         own = [result for result in results if result.task == task]
         own.sort(key=lambda result: result.control is not None)
         last = next((result for result in reversed(own) if result.control is None), own[-1])
-        metrics, others = [], []
+        metrics, further, others = [], [], []
         for name, numbers in last.content["metrics"].items():
             if not isinstance(numbers, dict):
                 continue
             for metric in numbers.get("intervals") or {}:
-                metrics.append(_metric_view(name, metric, own, numbers))
+                view = _metric_view(name, metric, own, numbers)
+                (metrics if metric in MAIN else further).append(view)
             prompts = numbers.get("by_prompt") or {}
             for prompt in prompts if len(prompts) > 1 else ():
-                metrics += [
-                    _metric_view(name, metric, own, {}, prompt) for metric in prompts[prompt].get("intervals") or {}
-                ]
+                own_metrics = prompts[prompt].get("intervals") or {}
+                further += [_metric_view(name, metric, own, {}, prompt) for metric in own_metrics]
             others += [
                 (f"{metric}", number(value) if isinstance(value, (int, float)) else str(value))
                 for metric, value in numbers.items()
                 if metric not in ("intervals", "by_prompt") and not isinstance(value, (dict, list))
             ]
-        views.append(TaskView(task, metrics, others, last.content.get("definitions") or {}))
+        views.append(TaskView(task, metrics, further, others, last.content.get("definitions") or {}))
     return views
 
 
@@ -304,7 +306,7 @@ def _metric_view(name: str, metric: str, results: list[Result], last: dict, prom
     baseline = last.get(f"majority_{metric}")
     ends = [end for _, value, interval in found for end in (value, *(interval or ()))]
     most = max([*ends, baseline or 0])
-    high = 1.0 if metric.endswith(("accuracy", "recall", "f1")) and most <= 1 else (most * 1.05 or 1.0)
+    high = 1.0 if metric.endswith(("accuracy", "recall", "f1")) and most <= 1 else round_end(most)
     scale = Scale(0.0, high)
     rows = []
     for result, value, interval in found:

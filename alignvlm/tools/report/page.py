@@ -33,5 +33,9 @@ def write_page(path: Path, page: str) -> None:
     """Writes the page completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -9,13 +9,13 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from alignvlm.data.images import read_image
 from alignvlm.data.record import Conversation
 from alignvlm.data.sources import Source
 from alignvlm.evaluation.questions import load_source
+from alignvlm.tools.contact_sheet import after_processing
 from alignvlm.tools.report.read import Result
 
 
@@ -91,12 +91,11 @@ def _hashes(identity: dict) -> list:
 
 
 def data_uri(image: Image.Image, longest_side: int = LONGEST_SIDE) -> str:
-    """Returns an image as WebP in a `data:` address, made smaller where it is larger; small drawn images without loss."""
+    """Returns an image as WebP in a `data:` address, made smaller where it is larger."""
     image = image.convert("RGB")
     image.thumbnail((longest_side, longest_side))
     file = io.BytesIO()
-    small = max(image.size) <= 128
-    image.save(file, "WEBP", quality=QUALITY, lossless=small)
+    image.save(file, "WEBP", quality=QUALITY if max(image.size) > 128 else 95)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -104,7 +103,4 @@ def as_seen(image: Image.Image, image_processor) -> Image.Image:
     """Returns what the model sees of an image: all of it, stretched to the encoder's input, or what cropping and padding make of it."""
     if not getattr(image_processor, "do_center_crop", False) and not getattr(image_processor, "do_pad", False):
         return image
-    values = np.asarray(image_processor([image], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
-    if getattr(image_processor, "do_normalize", False):
-        values = values * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
-    return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
+    return after_processing(image, image_processor)

@@ -20,6 +20,8 @@ for (const form of all(".filters")) {
         up: (a, b) => a.dataset.score - b.dataset.score,
         prompt: (a, b) => a.dataset.prompt.localeCompare(b.dataset.prompt),
     };
+    const more = form.querySelector(".more");
+    const few = 12;
     const show = () => {
         const value = (field) => form.elements[field]?.value ?? "";
         const text = value("text").toLowerCase();
@@ -29,13 +31,20 @@ for (const form of all(".filters")) {
                 && (!value("kind") || card.dataset.kind === value("kind"))
                 && (!value("group") || card.dataset.groups.split(" ").includes(value("group")))
                 && (!text || card.textContent.toLowerCase().includes(text));
-            card.hidden = !fits;
+            card.fits = fits;
             count += fits;
         }
-        box.replaceChildren(...(value("order") ? [...cards].sort(order[value("order")]) : cards));
-        form.querySelector("output").textContent = count === 1 ? "1 answer" : `${count} answers`;
+        const sorted = value("order") ? [...cards].sort(order[value("order")]) : cards;
+        const shown = sorted.filter((card) => card.fits).slice(0, more.pressed ? count : few);
+        for (const card of cards) card.hidden = !shown.includes(card);
+        box.replaceChildren(...sorted);
+        more.hidden = count <= few;
+        more.textContent = more.pressed ? "Show fewer" : `Show all ${count}`;
+        form.querySelector("output").textContent = `Showing ${shown.length} of ${count} answers`;
     };
+    more.onclick = () => { more.pressed = !more.pressed; show(); };
     form.hidden = false;
+    show();
     form.addEventListener("input", show);
     form.addEventListener("submit", (event) => event.preventDefault());
 }
@@ -49,7 +58,8 @@ for (const article of all(".heat")) {
     const buttons = all(".words button", article);
     const layer = article.querySelector("select");
     const canvases = all("canvas", article);
-    let chosen = 0;
+    // The word before which most of the attention was on the image.
+    let chosen = shares[0].map(Number).reduce((best, share, word, all) => (share > all[best] ? word : best), 0);
     const draw = () => {
         buttons.forEach((button, word) => button.setAttribute("aria-pressed", word === chosen));
         let place = (Number(layer.value) * words + chosen) * images * rows * columns;
@@ -91,9 +101,11 @@ if (mask) {
         const parts = Object.entries(names).map(([group, name]) => {
             const of = tokens.map((token, index) => [token, index]).filter(([token]) => token.classList.contains(group));
             const seen = of.filter(([, index]) => row[index] === "1").length;
-            return seen ? `${seen === of.length ? "all" : seen} of the ${of.length} ${name}` : `none ${name}`;
+            return seen === of.length ? `all ${seen} tokens ${name}` : `${seen || "none"} of the ${of.length} ${name}`;
         });
-        said.textContent = `This token may look at ${parts.join(", ")}.`;
+        const pick = figures[type].querySelector(".pick");
+        pick.setAttribute("y", chosen + Number(pick.getAttribute("x")) + 0.1);
+        said.textContent = `This ${tokens[chosen].getAttribute("aria-label")} may look at ${parts.slice(0, 2).join(", ")} and ${parts[2]}.`;
     };
     tokens.forEach((token, index) => { token.onclick = () => { chosen = index; show(); }; });
     mask.addEventListener("change", show);

@@ -72,14 +72,22 @@ def write_report(
     return target
 
 
-def report_of_stage(output_dir: str | os.PathLike) -> None:
-    """Writes the report of a stage that has just finished. A failure is logged: the stage is complete without it."""
+def report_if_possible(run: str | os.PathLike, attention: bool = True) -> Path | None:
+    """Writes the report of a finished run. A failure is logged and stops nothing: the run is complete without it."""
     try:
-        print(f"Report: {write_report(output_dir, attention=False)}", flush=True)
+        return write_report(run, attention=attention)
     except Exception as error:  # whatever it is
         logger.error(
-            f"The report could not be written: {error}\nThe checkpoint is complete. Try again: alignvlm report {output_dir}"
+            f"The report could not be written: {error}\nThe checkpoint is complete. Try again: alignvlm report {run}"
         )
+        return None
+
+
+def report_of_stage(output_dir: str | os.PathLike) -> None:
+    """Writes the report of a stage that has just finished, without heat maps: nobody has asked it anything yet."""
+    written = report_if_possible(output_dir, attention=False)
+    if written is not None:
+        print(f"Report: {written}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
