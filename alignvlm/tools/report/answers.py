@@ -70,7 +70,7 @@ def choose_answers(run: Run, data: str | None, near: list[Path], seed: int = 0) 
             continue
         pictures = pictures_of(result, data, near)
         if pictures.note:
-            notes.append(f"{result.task}: {pictures.note}")
+            notes.append(f"{result.title}: {pictures.note}")
         found += _chosen(result, pictures, seed)
     return found, notes
 
@@ -85,13 +85,15 @@ def _chosen(result: Result, pictures: Pictures, seed: int) -> list[Answer]:
         shuffled = random.Random(seed).sample(predictions, len(predictions))  # equal scores in an order of chance
         by_score = sorted((each for each in shuffled if score_of(each) is not None), key=score_of)
         each = min(EACH, len(by_score) // 2)  # no answer is among the best and the worst
-        groups = {"random": shuffled[:EACH], "best": by_score[::-1][:each], "worst": by_score[:each]}
+        best = [one for one in by_score[::-1][:each] if score_of(one) > 0]  # none is best among failures
+        worst = [one for one in by_score[:each] if score_of(one) == 0 or score_of(one) < score_of(by_score[-1])]
+        groups = {"random": shuffled[:EACH], "best": best, "worst": worst}
         chosen: dict[int, tuple[int, dict, list[str]]] = {}
         for group, members in groups.items():
             for rank, prediction in enumerate(members):
                 chosen.setdefault(id(prediction), (rank, prediction, []))[2].append(group)
         found += [
-            (rank, make_answer(result.task, kind, prediction, pictures, its))
+            (rank, make_answer(result.title, kind, prediction, pictures, its))
             for rank, prediction, its in chosen.values()
         ]
     return [answer for _, answer in sorted(found, key=lambda each: each[0])]  # the first of every kind and group first

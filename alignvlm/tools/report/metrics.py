@@ -268,8 +268,8 @@ class TaskView:
 def task_views(results: list[Result]) -> list[TaskView]:
     """Puts the results of each task beside each other: stages in their order, then controls, then what guessing reaches."""
     views = []
-    for task in dict.fromkeys(result.task for result in results):
-        own = [result for result in results if result.task == task]
+    for task in dict.fromkeys(result.title for result in results):
+        own = [result for result in results if result.title == task]
         own.sort(key=lambda result: result.control is not None)
         last = next((result for result in reversed(own) if result.control is None), own[-1])
         metrics, further, others = [], [], []
@@ -316,6 +316,7 @@ def _metric_view(name: str, metric: str, results: list[Result], last: dict, prom
         control = result.control
         label = result.model_name + (f", {CONTROLS.get(control, control)}" if control else "")
         limit = result.content.get("limit")
+        unit = "pieces of text" if result.task == "text_perplexity" else "images"
         rows.append(
             Row(
                 label=label,
@@ -325,7 +326,7 @@ def _metric_view(name: str, metric: str, results: list[Result], last: dict, prom
                 place=scale.place(value),
                 low=scale.place(interval[0]) if interval else None,
                 high=scale.place(interval[1]) if interval else None,
-                note=f"the first {limit:,} images only" if isinstance(limit, int) else "",
+                note=f"the first {limit:,} {unit} only" if isinstance(limit, int) else "",
             )
         )
     if isinstance(baseline, (int, float)):

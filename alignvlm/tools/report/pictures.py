@@ -5,6 +5,7 @@ changed since are not shown.
 """
 
 import base64
+import glob
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ def pictures_of(result: Result, data: str | None, near: list[Path]) -> Pictures:
     """Looks for the data of a result: in `data`, else by their name in the folders `near`."""
     identity = result.content.get("data") or {}
     name = str(identity.get("data", ""))
-    places = [Path(data)] if data else [folder / name for folder in near if name]
-    found = [place for place in places if place.exists()]
+    found = [Path(data)] if data else _places(name, near)
+    found = [place for place in found if place.exists()]
     if not found:
         where = data or name or "unknown"
         return Pictures(
@@ -83,6 +84,14 @@ def pictures_of(result: Result, data: str | None, near: list[Path]) -> Pictures:
         ids = source.ids or map(str, range(len(source)))
         return Pictures(source, {str(each): index for index, each in enumerate(ids)}, keep)
     return Pictures(note=note)
+
+
+def _places(name: str, near: list[Path]) -> list[Path]:
+    """Returns where data of a name may be: in the folders, and up to two below the first."""
+    if not name or name in (".", "..") or "/" in name or glob.has_magic(name):
+        return []
+    below = [place for pattern in (f"*/{name}", f"*/*/{name}") for place in sorted(near[0].glob(pattern))]
+    return [*(folder / name for folder in near), *below]
 
 
 def _hashes(identity: dict) -> list:

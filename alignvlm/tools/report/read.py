@@ -14,9 +14,9 @@ from hub_upload.run_record import RUN_RECORD
 
 @dataclass
 class Result:
-    """A result of `alignvlm evaluate`: its content, the file, and the checkpoint's folder if it stands in its `results`.
+    """A result of `alignvlm evaluate`: its content, the file, and the folder of the checkpoint if that is here.
 
-    `stage` is the number of the checkpoint's last stage; None if it is not known.
+    `stage` is the number of the checkpoint's last stage, 0 before the first; None if it is not known.
     """
 
     content: dict[str, Any]
@@ -29,6 +29,15 @@ class Result:
         return str(self.content.get("task"))
 
     @property
+    def title(self) -> str:
+        """What a person calls the task: of data of one's own the folder that holds the result, or the data's name."""
+        if self.task != "local":
+            return self.task
+        folder = self.path.resolve().parent.name.removesuffix(f"-{self.control}")
+        data = str((self.content.get("data") or {}).get("data", self.task))
+        return data if folder == "results" or self.checkpoint is None or folder == self.checkpoint.name else folder
+
+    @property
     def control(self) -> str | None:
         return self.content.get("control")
 
@@ -36,7 +45,7 @@ class Result:
     def model_name(self) -> str:
         """What a person calls the model: its stage, else its name."""
         if self.stage is not None:
-            return f"Stage {self.stage}"
+            return f"Stage {self.stage}" if self.stage else "Before training"
         return str((self.content.get("model") or {}).get("name") or self.path.stem)
 
 
@@ -86,11 +95,18 @@ def read_run(path: str | Path) -> Run:
     read = [(folder, *_read_stages(folder, run.notes)) for folder in folders]
     read.sort(key=lambda each: (len(each[1]), each[0].name))
     for folder, stages, backbones in read:
-        run.results += _read_results(folder / "results", folder, _number(stages), run.notes)
+        run.results += [
+            Result(content, file, folder, _number(stages)) for file, content in _results(folder / "results", run.notes)
+        ]
         if stages:
             run.stages, run.checkpoint, run.backbones = stages, folder, backbones
-    if not folders:
-        run.results = _read_results(path, None, None, run.notes)
+    if folders != [path]:  # results beside the stages, or alone, name the folder of their checkpoint
+        named = {folder.name: (folder, _number(stages)) for folder, stages, _ in read}
+        for file, content in _results(path / "results" if folders else path, run.notes):
+            name = (content.get("model") or {}).get("name")
+            run.results.append(Result(content, file, *named.get(name, (None, None))))
+    order = [folder for folder, _, _ in read]
+    run.results.sort(key=lambda each: order.index(each.checkpoint) if each.checkpoint in order else len(order))
     if not run.stages and not run.results:
         why = "".join(f" {note}" for note in run.notes)
         raise ValueError(
@@ -104,7 +120,7 @@ def _is_stage(folder: Path) -> bool:
 
 
 def _number(stages: list[dict]) -> int | None:
-    return stages[-1].get("stage") if stages else None
+    return stages[-1].get("stage") if stages else 0
 
 
 def _read_stages(folder: Path, notes: list[str]) -> tuple[list[dict], dict]:
@@ -127,13 +143,10 @@ def _read_stages(folder: Path, notes: list[str]) -> tuple[list[dict], dict]:
     return [{"stage": int(digits) if digits else folder.name, **entry}], {}
 
 
-def _read_results(folder: Path, checkpoint: Path | None, stage: int | None, notes: list[str]) -> list[Result]:
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        content = _read_json(path, notes)
-        if content is not None and _is_result(content):
-            found.append(Result(content, path, checkpoint, stage))
-    return found
+def _results(folder: Path, notes: list[str]) -> list[tuple[Path, dict]]:
+    """Returns the results in a folder and those below it."""
+    read = [(path, _read_json(path, notes)) for path in sorted(folder.rglob("*.json"))]
+    return [(path, content) for path, content in read if content is not None and _is_result(content)]
 
 
 def _read_result_file(run: Run, path: Path) -> Run:
@@ -145,7 +158,7 @@ def _read_result_file(run: Run, path: Path) -> Run:
     if path.resolve().parent.name == "results" and (folder / RUN_RECORD).is_file():
         run.stages, run.backbones = _read_stages(folder, run.notes)
         run.checkpoint = folder
-    run.results = [Result(content, path, run.checkpoint, _number(run.stages))]
+    run.results = [Result(content, path, run.checkpoint, _number(run.stages) if run.checkpoint else None)]
     return run
 
 

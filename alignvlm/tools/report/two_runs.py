@@ -77,7 +77,7 @@ def report_of_two(first: Path, second: Path, data: str | None = None) -> str:
 
 def compare_runs(first: Run, second: Run, data: str | None, near: list[Path]) -> tuple[list[Comparison], list[str]]:
     """Compares the last results of each task that both runs have; returns notes about the others, too."""
-    own = [{result.task: result for result in run.last_results()} if run.results else {} for run in (first, second)]
+    own = [{result.title: result for result in run.last_results()} if run.results else {} for run in (first, second)]
     notes = [
         f"Only {run.name} has a result of the task {task!r}, so there is nothing to compare it with."
         for run, mine, other in ((first, own[0], own[1]), (second, own[1], own[0]))
@@ -93,7 +93,7 @@ def _compared(first: Result, second: Result, data: str | None, near: list[Path])
     try:
         found = compare(first.content, second.content)
     except (ValueError, KeyError, TypeError) as error:
-        return Comparison(first.task, [], [], {}, 0, note=str(error))
+        return Comparison(first.title, [], [], {}, 0, note=str(error))
     pictures = pictures_of(first, data, near)
     changed = []
     counts = dict.fromkeys(("better", "worse", "other words"), 0)
@@ -109,10 +109,10 @@ def _compared(first: Result, second: Result, data: str | None, near: list[Path])
     for change in counts:
         of_kind = sorted((each for each in changed if each[1] == change), key=lambda each: -each[0])
         for _, _, before, after in of_kind[: MOST_CHANGED // len(counts)]:
-            answer = make_answer(first.task, kind_of(before, pictures), before, pictures, [change])
+            answer = make_answer(first.title, kind_of(before, pictures), before, pictures, [change])
             shown.append(Changed(answer, str(after["prediction"]), score_text(after), change))
     note = pictures.note if changed else ""
-    return Comparison(first.task, _differences(found), shown, counts, len(pairs), note)
+    return Comparison(first.title, _differences(found), shown, counts, len(pairs), note)
 
 
 def _differences(found: dict[str, dict]) -> list[Difference]:
