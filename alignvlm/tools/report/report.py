@@ -7,6 +7,7 @@ alignvlm report out/first out/second               # paired differences, and ans
 import os
 from pathlib import Path
 
+from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from alignvlm.tools.report.one_run import report_of_run
@@ -93,6 +94,7 @@ def report_of_stage(output_dir: str | os.PathLike) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Writes the report and prints its path; an error ends the program with one sentence."""
     arguments = parser().parse_args(argv)
+    disable_progress_bars()
     try:
         print(
             write_report(
