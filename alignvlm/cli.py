@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
     "recaption": ("alignvlm.tools.recaption", "Caption images with any image-text model, and filter what it writes."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
+    "report": ("alignvlm.tools.report.report", "Show a run, or two beside each other, as one HTML file."),
     "export": (
         "alignvlm.export.export",
         "Write a checkpoint as a class of transformers' own, without remote code, or as ONNX.",

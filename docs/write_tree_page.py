@@ -18,6 +18,7 @@ FOLDERS = (
     "alignvlm/stages",
     "alignvlm/export",
     "alignvlm/tools",
+    "alignvlm/tools/report",
     "alignvlm/quickstart",
     "alignvlm",
     "training",

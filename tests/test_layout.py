@@ -131,6 +131,8 @@ def test_the_distribution_is_complete(target):
     """All modules, the metrics and their neighbours, the card's template, and what one launches."""
     for name in INSTALLED:
         assert contents(target / name, "**/*.py") == contents(ROOT / name, "**/*.py")
+    page = ("*.html", "*.css", "*.js")
+    assert contents(target / "alignvlm/tools/report", *page) == contents(ROOT / "alignvlm/tools/report", *page)
     shared = ("model_card.md", "training/*.py", "training/*/*.yaml", "training/*/*/*.yaml")
     expected = contents(ROOT, *shared)
     assert {"training/stage4.py", "training/recipes/nano/stage1.yaml", "training/accelerate/ddp.yaml"} <= set(expected)

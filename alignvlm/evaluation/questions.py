@@ -69,27 +69,7 @@ def load_task(
         ValueError: for an unknown task, missing columns, or a split without rows. A row that cannot be used raises `BadRow`, which names
             its file, its number and what is wrong.
     """
-    if task not in TASKS:
-        unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
-        raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
-    if on_bad_row not in ON_BAD_ROW:
-        raise ValueError(f"on_bad_row={on_bad_row!r}. Valid values: {', '.join(ON_BAD_ROW)}.")
-    kind = CATALOGUE[task]
-    if (data or kind.data) is None:
-        raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
-    given = {"data": data, "split": split, "revision": revision, "keep_duplicates": keep_duplicates}
-    if image_dir is not None:
-        given["image_dir"] = image_dir
-    name = task if kind.generate is None else "local"
-    if prompt is not None and "prompt" in options_of(CATALOGUE[name].read):
-        given["prompt"] = prompt
-    try:
-        source = read_source(
-            {"name": name, **given}, max_bad_rows=None if on_bad_row == "raise" else 1.0, hash_all=True
-        )
-    except BadRow as error:
-        raise BadRow(f"{error} {REMEDY}") from error
-    source.metric_of = kind.metric_of
+    source = load_source(task, split, data, revision, image_dir, prompt, keep_duplicates, on_bad_row)
     names = source.ids or map(str, range(len(source)))
     asked = [
         Asked(name, index, found)
@@ -117,6 +97,41 @@ def load_task(
     if bad:
         notes |= {"bad_rows": len(bad), "bad_row_list": bad[:1000]}
     return EvaluationSet(readable, source, notes)
+
+
+def load_source(
+    task: str,
+    split: str,
+    data: str | None = None,
+    revision: str | None = None,
+    image_dir: str | None = None,
+    prompt: str | None = None,
+    keep_duplicates: bool = False,
+    on_bad_row: str = "raise",
+) -> Source:
+    """Loads the data of a task, undecoded: arguments and errors as of `load_task`."""
+    if task not in TASKS:
+        unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
+        raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row={on_bad_row!r}. Valid values: {', '.join(ON_BAD_ROW)}.")
+    kind = CATALOGUE[task]
+    if (data or kind.data) is None:
+        raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
+    given = {"data": data, "split": split, "revision": revision, "keep_duplicates": keep_duplicates}
+    if image_dir is not None:
+        given["image_dir"] = image_dir
+    name = task if kind.generate is None else "local"
+    if prompt is not None and "prompt" in options_of(CATALOGUE[name].read):
+        given["prompt"] = prompt
+    try:
+        source = read_source(
+            {"name": name, **given}, max_bad_rows=None if on_bad_row == "raise" else 1.0, hash_all=True
+        )
+    except BadRow as error:
+        raise BadRow(f"{error} {REMEDY}") from error
+    source.metric_of = kind.metric_of
+    return source
 
 
 REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."

@@ -2,7 +2,7 @@
 
     make quickstart
 
-Leaves `stage0` ... `stage4` and `summary.json` in the output folder. Stage 4 is a complete Hub repository.
+Leaves `stage0` ... `stage4`, `summary.json` and `report.html` in the output folder. Stage 4 is a complete Hub repository.
 """
 
 import json
@@ -28,6 +28,7 @@ from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.flops import FlopCounter
+from alignvlm.tools.report.report import report_if_possible
 from hub_upload.run_record import read_run_record
 from hub_upload.shared_files import shared_folder
 
@@ -78,6 +79,7 @@ class QuickstartArguments:
     )
     vision_steps: int = field(default=350, metadata={"help": "Training steps of the vision encoder."})
     language_steps: int = field(default=60, metadata={"help": "Training steps of the language model."})
+    report: bool = field(default=True, metadata={"help": "Write report.html, a page about the run, in the end."})
     projector_type: str = field(default="mlp", metadata={"help": "The projector: linear, mlp or pool."})
 
 
@@ -182,6 +184,8 @@ def main(argv: list[str] | None = None) -> dict:
         f"\n{summary['seconds']:.0f} seconds, {summary['flops'] / 1e12:.1f} TFLOP in {summary['precision']}. Checkpoints: {output}/stage0 ... stage4. "
         f"Summary: {output / 'summary.json'}"
     )
+    if arguments.report and (report := report_if_possible(output)):
+        print(f"To look at: {report}")
     return summary
 
 

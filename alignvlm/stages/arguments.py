@@ -362,6 +362,10 @@ class RecordArguments(TrainerArguments):
     evaluation_tag: str = field(
         default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
     )
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html, a page about the stage and those before it, when it is finished."},
+    )
     push_to: str | None = field(
         default=None,
         metadata={

@@ -6,6 +6,7 @@ What a stage trains, at which learning rates, under which mask and on which sour
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
@@ -32,6 +33,8 @@ from modeling_alignvlm import AlignVLMProcessor
 
 
 logger = logging.get_logger(__name__)
+
+LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
 
 
 def run_stage(arguments: StageArguments) -> dict[str, Any]:
@@ -125,8 +128,14 @@ def _entry(
         "resumed_at": progress["resumed_at"],
         "train_loss": progress["loss_sum"] / progress["steps"] if progress["steps"] else None,
         "logged_losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "log": [_logged(entry) for entry in trainer.state.log_history if "loss" in entry],
         "versions": library_versions(),
     }
+
+
+def _logged(entry: dict[str, Any]) -> dict[str, Any]:
+    """Picks of a line of the log what the run record keeps; `learning_rate/MODULE` comes with `learning_rate`."""
+    return {name: value for name, value in entry.items() if name.split("/")[0] in LOGGED}
 
 
 def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture | None) -> dict[str, Any]:
@@ -171,9 +180,15 @@ def _push(arguments: StageArguments) -> None:
         print("\n".join([*pushed.notes(), "Pushed. To load it:", pushed.how_to_load()]), flush=True)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error."""
+def main(argv: list[str] | None = None, report: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Parses command line and YAML into `StageArguments` and runs the stage; a field nobody knows is an error.
+
+    Args:
+        report: called with the output folder of the finished stage, on the main process, unless the recipe says `report: false`.
+    """
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
     entry = run_stage(arguments)
+    if report is not None and arguments.report and PartialState().is_main_process:
+        report(arguments.output_dir)
     PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter
     return entry

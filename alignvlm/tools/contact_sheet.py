@@ -107,13 +107,15 @@ def _branches(row: Row, collator: AlignVLMCollator) -> str:
     return "".join(pieces)
 
 
-def _data_url(picture: Image.Image, collator: AlignVLMCollator) -> str:
+def after_processing(picture: Image.Image, image_processor) -> Image.Image:
     """Returns the image after resizing, cropping and normalisation, back in 8-bit values."""
-    processor = collator.processor.image_processor
-    values = np.asarray(processor([picture], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
-    if getattr(processor, "do_normalize", False):
-        values = values * np.array(processor.image_std) + np.array(processor.image_mean)
-    pixels = (values * 255).round().clip(0, 255).astype(np.uint8)
+    values = np.asarray(image_processor([picture], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    if getattr(image_processor, "do_normalize", False):
+        values = values * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+    return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def _data_url(picture: Image.Image, collator: AlignVLMCollator) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    after_processing(picture, collator.processor.image_processor).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -48,6 +48,9 @@ def test_quickstart_leaves_four_stages_and_a_summary(small_recipe, tmp_path, mon
                 CAPTION_PROMPT,
                 DETAILED_PROMPT,
             }
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<canvas") > 1 and "Stage 4" in page and "every image replaced by grey" in page
+    assert (tmp_path / "stage3/report.html").is_file()
     assert summary["captions"] == 10 and summary["questions"] == 40
     assert summary["precision"] == choose_precision().name == summary["stages"][0]["precision"]
     assert summary["flops"] > expected_flops(

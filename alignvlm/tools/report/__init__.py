@@ -1,0 +1,1 @@
+"""`alignvlm report`: a run, or two beside each other, as one HTML file."""
