@@ -21,7 +21,9 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcesso
 
 logger = logging.get_logger(__name__)
 
-INTERRUPTED = "interrupted"  # folder in output_dir: the checkpoint of a run that a signal stopped between two of its own
+INTERRUPTED = (
+    "interrupted"  # folder in output_dir: the checkpoint of a run that a signal stopped between two of its own
+)
 PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had read and taken up to it
 
 

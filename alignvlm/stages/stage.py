@@ -26,6 +26,7 @@ from alignvlm.stages.log_lines import say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
+from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
 from alignvlm.stages.trainer import AlignVLMTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
@@ -79,14 +80,15 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         processing_class=processor,
     )
     features = KeptFeatures.of(arguments, trainer, collator)
-    for option in (*held, *features, *written):
+    samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
+    for option in (*held, *features, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     # Train
-    nested.enter(*features, StageMetrics(arguments, trainer, collator), *written)
+    nested.enter(*features, StageMetrics(arguments, trainer, collator), *samples, *written)
     _train(arguments, trainer, resume_from)
 
     # Finish

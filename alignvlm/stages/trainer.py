@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import gather_object, parse_flag_from_env
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -132,6 +134,7 @@ class AlignVLMTrainer(SFTTrainer):
         for callback in LIBRARY_CALLBACKS:
             self.remove_callback(callback)
         self.add_callback(LogLines(getattr(self.args, "stage", 0)))
+        self._keep_trackers_in_one_run()
 
         self._records_read = 0
         self._losses_of_data = Counter()
@@ -142,6 +145,15 @@ class AlignVLMTrainer(SFTTrainer):
         self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
         self._record_names: list[str] = []
         self._skipped_steps = 0
+
+    def _keep_trackers_in_one_run(self) -> None:
+        """Lets trackers put what is measured before and after training where training goes; by themselves they begin other runs."""
+        folder = Path(self.args.output_dir)
+        if self.args.run_name is None:
+            self.args.run_name = f"{folder.name} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder / default_logdir())
 
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
