@@ -436,7 +436,14 @@ def _read_json(arguments: Any, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str):
-            setattr(arguments, name, json.loads(value))
+            try:
+                setattr(arguments, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                rest = value[error.pos : error.pos + 30]
+                where = f"at {rest!r}" if rest else "at the end"
+                raise ValueError(
+                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}."
+                ) from error
 
 
 def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:
