@@ -46,6 +46,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise SystemExit(f"error: there is no option {name}.{hint(name, self._option_string_actions)}")
         return super().parse_known_args(args, namespace)
 
+    def error(self, message: str) -> None:
+        raise SystemExit(f"error: {message}")
+
 
 def hint(name: str, valid: Iterable[str]) -> str:
     """Which of the valid names was meant, as the end of an error message."""

@@ -67,7 +67,7 @@ def test_every_command_has_help():
 
 def test_a_mistyped_command_names_the_nearest():
     done = alignvlm("chatt")
-    assert done.returncode == 1 and "no command 'chatt'. Did you mean 'chat'?" in done.stderr
+    assert done.returncode == 2 and "no command 'chatt'. Did you mean 'chat'?" in done.stderr
 
 
 @pytest.mark.parametrize(

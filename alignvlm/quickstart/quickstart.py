@@ -27,7 +27,7 @@ from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.command_line import parse_fields, read_yaml
 from alignvlm.stages.flops import FlopCounter
-from hub_upload.command_line import run
+from hub_upload import command_line
 from hub_upload.run_record import read_run_record
 from hub_upload.shared_files import shared_folder
 
@@ -254,4 +254,4 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

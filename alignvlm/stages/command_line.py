@@ -69,6 +69,9 @@ class _FieldParser(TrlParser):
         except ValueError as error:  # of ours, TRL's and transformers' checks of values alike
             raise ValueError(str(error)) from error
 
+    def error(self, message: str) -> None:
+        raise SystemExit(f"error: {message}")  # without the usage, which has hundreds of lines
+
     def set_defaults_with_config(self, **values) -> list[str]:
         for name in values:
             if name not in self.names:
