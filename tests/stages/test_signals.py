@@ -121,7 +121,7 @@ def test_a_finished_run_says_so_and_what_to_do(checkpoint, whole, tmp_path):
     shutil.copytree(whole, copy)
     fields = arguments_for(checkpoint, copy, **FIELDS)
     with pytest.raises(
-        ValueError, match="is finished. To train longer, go on with --resume_from_checkpoint and a larger"
+        ValueError, match=r"is finished. To train longer, go on with --resume_from_checkpoint and a larger"
     ):
         main(fields)
     for path in complete_checkpoints(copy):
