@@ -101,7 +101,7 @@ class SampleAnswers(StageOption, TrainerCallback):
         if not state.is_world_process_zero:
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with self.trainer.uncounted(), undisturbed(model), self.trainer.compute_loss_context_manager():
+        with self.trainer.uncounted(), undisturbed(model), self.trainer.accelerator.autocast():
             images = [sample.images for sample in self.samples]
             prompts = [[conversation.messages for conversation in sample.conversations] for sample in self.samples]
             answers = answer(model, self.processor, images, prompts, max_new_tokens=NEW_TOKENS)

@@ -1,9 +1,13 @@
 """What a stage prints while it trains."""
 
+import fcntl
 import os
 import pty
 import re
+import select
+import struct
 import sys
+import termios
 
 import pytest
 import torch
@@ -113,9 +117,18 @@ def screen(text: str) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
+def waiting(master: int) -> str:
+    """What was written to a terminal."""
+    found = b""
+    while select.select([master], [], [], 0.2)[0]:
+        found += os.read(master, 100_000)
+    return found.decode().replace("\r\n", "\n")
+
+
 @pytest.mark.parametrize("disable_tqdm", [False, True])
 def test_a_terminal_shows_a_bar_below_whole_lines(tmp_path, monkeypatch, disable_tqdm):
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     with os.fdopen(slave, "w", buffering=1) as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(sys, "stdout", terminal)
@@ -128,9 +141,9 @@ def test_a_terminal_shows_a_bar_below_whole_lines(tmp_path, monkeypatch, disable
         say("something else")
         if lines.bar is not None:
             lines.bar.refresh()
-        during = os.read(master, 100_000).decode().replace("\r\n", "\n")
+        during = waiting(master)
         lines.on_train_end(arguments, state, None)
-        after = during + os.read(master, 100_000).decode().replace("\r\n", "\n") if not disable_tqdm else during
+        after = during + waiting(master)
     os.close(master)
     expected = [*(line(2, step, 4, LOGGED) for step in (1, 2, 3)), "something else"]
     assert screen(after)[:4] == screen(during)[:4] == expected

@@ -33,7 +33,7 @@ def test_training_takes_the_same_steps_with_answers_and_without(checkpoint, tmp_
     assert [text for text in lines if "answers:" in text] == [f"stage 3  {step}/3  answers:" for step in (0, 2, 3)]
     start = lines.index("stage 3  0/3  answers:") + 1
     first = lines[start : start + 12]  # of three records two prompts, each with its answer
-    assert [text[:11] for text in first if text.startswith("  ") and text[2].isdigit()] == [
+    assert [text[:12] for text in first if text.startswith("  ") and text[2].isdigit()] == [
         f"  {n} scenes  " for n in (1, 2, 3)
     ]
     assert all("(expected: " in text for text in first[1::2]) and not any("(expected: " in text for text in first[::2])
