@@ -7,6 +7,8 @@ import difflib
 import importlib
 import sys
 
+from hub_upload.command_line import run
+
 
 # name: (module with a `main(argv)`, what it does)
 COMMANDS = {
@@ -33,12 +35,16 @@ def usage() -> str:
     """All commands, a line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: alignvlm COMMAND [options]    (alignvlm COMMAND --help)", "", *lines])
+    usage = "usage: alignvlm COMMAND [options]    (alignvlm COMMAND --help)"
+    return "\n".join([usage, "", *lines, "", "--traceback, after any of them, shows where an error comes from."])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command that `argv` begins with."""
-    arguments = sys.argv[1:] if argv is None else argv
+    """Runs the command that `argv` begins with; a mistake ends it as `hub_upload.command_line.run` says."""
+    run(_dispatch, argv)
+
+
+def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return

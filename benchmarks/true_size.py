@@ -92,7 +92,7 @@ def run(stage: int, recipe: Path, options: list[str]) -> dict:
         lines.append(line)
         if line.startswith(f"Stage {stage}:"):
             peak["trains"] = True
-        if "train_runtime" in line:
+        if "  trained for " in line:
             peak["trains"] = False
     if process.wait() != 0:
         raise RuntimeError(f"stage {stage} failed:\n{''.join(lines[-40:])}")

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.package import ABSOLUTE_PATH, MANIFEST, files_of, is_allowed, read_manifest
 from hub_upload.run_record import RUN_RECORD, sha256_of
 from hub_upload.stock import is_stock
@@ -265,4 +265,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

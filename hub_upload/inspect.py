@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hub_upload.code_rules import read_code
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.package import files_of
 from hub_upload.run_record import sha256_of
 
@@ -153,4 +153,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

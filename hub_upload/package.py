@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_upload.card import PLACEHOLDER, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import given_licence, licence_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_run_record
 from hub_upload.serving import SERVERS, check_for_vllm, prepare_for_vllm
@@ -288,4 +288,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -46,7 +46,7 @@ from hub_upload.card_text import (
     split_card,
 )
 from hub_upload.checks import check, try_loading
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.package import (
     MANIFEST,
     add_package_options,
@@ -535,4 +535,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

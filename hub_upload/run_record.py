@@ -30,12 +30,24 @@ VERSIONED_PACKAGES = (
 def read_run_record(model: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
     """Reads the run record of a checkpoint; returns one without stages if the folder or Hub repository has none."""
     path = file_of(model, RUN_RECORD, revision)
-    return json.loads(Path(path).read_text()) if path else {"stages": []}
+    return read_json(Path(path)) if path else {"stages": []}
 
 
 def write_run_record(folder: str | os.PathLike, record: dict[str, Any]) -> None:
     """Writes the run record of a checkpoint folder: completely or not at all."""
     write_json(Path(folder) / RUN_RECORD, record)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: with file and line, for one that is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from error
 
 
 def write_json(path: Path, content: Any) -> None:

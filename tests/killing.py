@@ -22,6 +22,7 @@ def _run(arguments: list[str], log: Path, folder: Path, kill_at: int | None, lim
 
     from alignvlm.stages.stage import main
 
+    os.setsid()  # a group of its own, for signals to it and its data workers
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -45,6 +46,8 @@ def _run(arguments: list[str], log: Path, folder: Path, kill_at: int | None, lim
     sys.addaudithook(hook)
     try:
         main(arguments)
+    except SystemExit:
+        raise
     except BaseException:
         traceback.print_exc()
         sys.exit(1)

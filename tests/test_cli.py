@@ -6,12 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 from trl import TrlParser
 
 from alignvlm import cli
+from alignvlm.data.images import read_image
 from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.checkpoint import complete_checkpoints
 from alignvlm.stages.command_line import parse_fields
-from hub_upload.command_line import ArgumentParser
+from hub_upload import command_line
+from hub_upload.command_line import ArgumentParser, Ended, sentence_of
+from hub_upload.run_record import read_json
 from tests.running import arguments_for
 
 
@@ -67,7 +72,7 @@ def test_every_command_has_help():
 
 def test_a_mistyped_command_names_the_nearest():
     done = alignvlm("chatt")
-    assert done.returncode == 1 and "no command 'chatt'. Did you mean 'chat'?" in done.stderr
+    assert done.returncode == 2 and "no command 'chatt'. Did you mean 'chat'?" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -163,3 +168,123 @@ def test_what_argparse_takes_is_taken_and_names_are_not_guessed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", "--shfit", "2", "question"])
     with pytest.raises(SystemExit, match=r"^error: there is no option --shfit\. Did you mean --shift\?$"):
         parser.parse_args()
+
+
+def test_a_mistake_is_its_sentence_alone_and_exit_status_2(tmp_path):
+    recipe = tmp_path / "stage3.yaml"
+    recipe.write_text("stage: 3\nmodel: nowhere/at/all\nsources: [{name: scenes\n")
+    script = str(ROOT / "training/stage3.py")
+    done = run(script, "--config", str(recipe))
+    place = "line 4, column 1: expected ',' or '}', but got '<stream end>'"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {recipe} is not valid YAML: {place}\n"
+    done = run(script, "--config", str(recipe), "--traceback")
+    assert done.returncode == 2 and done.stderr.startswith("Traceback") and place in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs a program that fails as given; returns what it prints to stderr and how it ended."""
+
+    def fail(main, argv=(), **environment) -> tuple[str, BaseException]:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseException) as ended:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            command_line.run(main, list(argv))
+        return capsys.readouterr().err, ended.value
+
+    return fail
+
+
+def test_a_traceback_is_shown_if_asked_for_and_the_option_goes_no_further(failing, tmp_path):
+    (tmp_path / "broken.json").write_text('{"a": 1,\n "b" 2}')
+    given = []
+
+    def main(argv):
+        given.append(argv)
+        read_json(tmp_path / "broken.json")
+
+    sentence = f"error: {tmp_path}/broken.json, line 2, column 6: not JSON (Expecting ':' delimiter)."
+    printed, ended = failing(main, ["a"])
+    assert printed == f"{sentence}\n" and isinstance(ended, Ended) and ended.code == 2
+    for argv, environment in ((["a", "--traceback"], {}), (["a"], {"ALIGNVLM_TRACEBACK": "1"})):
+        printed, ended = failing(main, argv, **environment)
+        assert printed.startswith("Traceback") and "read_json" in printed and printed.endswith(f"\n{sentence}\n")
+        assert ended.code == 2
+    assert failing(main, ["a"], ALIGNVLM_TRACEBACK="0")[0] == f"{sentence}\n"
+    assert given == [["a"]] * 4
+
+
+def test_what_is_no_mistake_of_the_user_passes_through(failing, tmp_path):
+    """It happens in our code or anybody's, and no `raise` of ours says it."""
+
+    def in_our_code(argv):
+        complete_checkpoints(0)  # a TypeError
+
+    def unpack(argv):
+        (_first,) = argv
+
+    def reset(argv):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    for main, kind in ((in_our_code, TypeError), (unpack, ValueError), (reset, ConnectionResetError)):
+        printed, ended = failing(main)
+        assert printed == "" and type(ended) is kind, main
+    with pytest.raises(ValueError) as error:
+        read_our_step()
+    assert sentence_of(error.value) is None
+
+
+def read_our_step():
+    from alignvlm.stages.checkpoint import _step_of
+
+    _step_of(Path("checkpoint-last"))  # int() fails, in a line that raises nothing
+
+
+def test_files_and_texts_of_libraries_are_mistakes(failing, tmp_path):
+    def missing(argv):
+        (tmp_path / "none").read_text()
+
+    def library(argv):
+        raise OSError("user/name is not a local folder and is not a valid model identifier")
+
+    def text(argv):
+        raise SystemExit("error: there is no field")
+
+    for main, expected in (
+        (missing, "No such file or directory: "),
+        (library, "user/name is not"),
+        (text, "no field"),
+    ):
+        printed, ended = failing(main)
+        assert printed.startswith("error: ") and expected in printed and printed.count("\n") == 1 and ended.code == 2
+
+    def stopped(argv):
+        raise KeyboardInterrupt
+
+    printed, ended = failing(stopped)
+    assert (printed, ended.code) == ("interrupted\n", 130)
+    for status in (0, 3):
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(lambda argv, status=status: sys.exit(status), [])
+        assert ended.value.code == status
+
+
+def test_an_error_of_a_data_worker_is_told_without_the_workers_traceback(failing, tmp_path):
+    loader = DataLoader([str(tmp_path / "missing.png")], num_workers=1, collate_fn=read_first)
+    printed, ended = failing(lambda argv: next(iter(loader)))
+    assert printed.startswith("error: Cannot read the image ") and printed.count("\n") == 1 and ended.code == 2
+
+
+def read_first(batch: list[str]):
+    return read_image(batch[0])
+
+
+@pytest.mark.slow
+def test_several_processes_tell_a_mistake_once(tmp_path):
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    fields = arguments_for(tmp_path / "nowhere", tmp_path / "out", projector_learning_rate=1e-3)
+    done = run(*launcher, str(ROOT / "training/stage3.py"), *fields)
+    assert done.returncode != 0 and done.stderr.count("\nerror: No such folder: ") == 1
+    assert "alignvlm/stages/stage.py" not in done.stderr  # no traceback of ours

@@ -1,8 +1,11 @@
 """Stage 4, downstream task: `accelerate launch training/stage4.py --config training/recipes/nano/stage4.yaml`."""
 
+from functools import partial
+
 from alignvlm.stages.stage import main
 from alignvlm.tools.report.report import report_of_stage
+from hub_upload.command_line import run
 
 
 if __name__ == "__main__":
-    main(report=report_of_stage)
+    run(partial(main, report=report_of_stage))

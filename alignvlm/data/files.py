@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from alignvlm.data.record import BadRow, shown
 from hub_upload.repository import HTTPError
-from hub_upload.run_record import sha256_of
+from hub_upload.run_record import read_json, sha256_of
 
 
 BUILDERS = {
@@ -262,7 +262,7 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
             for number, row in enumerate(csv.DictReader(stream), 1):
                 yield f"{file.name}, row {number}", row
     elif _is_one_value(file):
-        content = json.loads(file.read_text())
+        content = _one_value(file)
         for number, row in enumerate(content["images"] if isinstance(content, dict) else content, 1):
             yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
     else:
@@ -279,6 +279,13 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
                         raise problem.at(place) from error
                     row = {NOT_A_ROW: str(problem)}
                 yield place, _mapping(row, place)
+
+
+def _one_value(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
 
 
 def _mapping(row: Any, place: str) -> dict:

@@ -10,7 +10,6 @@ Any number of processes share the work. An interrupted evaluation continues wher
 
 import argparse
 import hashlib
-import json
 import platform
 import shutil
 from pathlib import Path
@@ -28,8 +27,8 @@ from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_c
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled
-from hub_upload.command_line import ArgumentParser
-from hub_upload.run_record import library_versions, write_json
+from hub_upload.command_line import ArgumentParser, run
+from hub_upload.run_record import library_versions, read_json, write_json
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     try:
         if arguments.compare:
-            first, second = (json.loads(Path(path).read_text()) for path in arguments.compare)
+            first, second = (read_json(Path(path)) for path in arguments.compare)
             for name, found in compare(first, second, arguments.bootstrap_samples, arguments.seed).items():
                 low, high = found["interval"]
                 print(f"{name:<28} {found['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {found['p']:.3f}")
@@ -262,4 +261,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from alignvlm.export import gguf, onnx, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card import PLACEHOLDER
 from hub_upload.card_text import GENERATED, join_card, split_card
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import FIELDS
 from hub_upload.repository import check_model, file_of
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -194,4 +194,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from transformers.utils import logging
 
@@ -26,9 +25,10 @@ from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.evaluation.precision import choose_precision, matrix_rate
 from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.command_line import parse_fields, read_yaml
 from alignvlm.stages.flops import FlopCounter
 from alignvlm.tools.report.report import report_if_possible
+from hub_upload import command_line
 from hub_upload.run_record import read_run_record
 from hub_upload.shared_files import shared_folder
 
@@ -112,6 +112,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
         *("--config", str(Path(arguments.recipe) / f"stage{number}.yaml")),
         *("--model", str(output / f"stage{number - 1}"), "--output_dir", str(output / f"stage{number}")),
         *("--seed", str(arguments.seed)),
+        *("--save_on_signal", "false"),  # interrupted, the quickstart begins anew
     ]
     print(f"\n== accelerate launch {' '.join(command)}", flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a fresh process
@@ -145,7 +146,7 @@ def expected_flops(arguments: QuickstartArguments) -> float:
     """Returns the FLOPs of the training steps: those of a step or record, as earlier runs counted them, times their number."""
     flops = arguments.vision_steps * VISION_STEP_FLOPS + arguments.language_steps * LANGUAGE_STEP_FLOPS
     for number, record_flops in STAGE_RECORD_FLOPS.items():
-        recipe = yaml.safe_load((Path(arguments.recipe) / f"stage{number}.yaml").read_text())
+        recipe = read_yaml(Path(arguments.recipe) / f"stage{number}.yaml")
         flops += record_flops * sum(source["count"] for source in recipe["sources"])
     return flops
 
@@ -257,4 +258,4 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

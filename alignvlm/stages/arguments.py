@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from alignvlm.data.record import ON_BAD_ROW
@@ -359,6 +360,17 @@ class RecordArguments(TrainerArguments):
             "are then skipped or read twice."
         },
     )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={"help": "On Ctrl-C and SIGTERM, finish the step, write a checkpoint, and say how to go on."},
+    )
+    show_every: int = field(
+        default=0,
+        metadata={
+            "help": "Every N steps, before the first and after the last, show what the model answers to a few prompts of eval_sources (of "
+            "sources, where there are none): in the log, and with the images in `report_to`. 0: never."
+        },
+    )
     evaluation_tag: str = field(
         default="", metadata={"help": "The source tag to put before prompts at evaluation; goes into the run record."}
     )
@@ -381,6 +393,15 @@ class RecordArguments(TrainerArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint: leave it out. save_on_signal, which is on by default, writes the checkpoint, for Ctrl-C too."
+            )
+        if self.show_every < 0:
+            raise ValueError(f"show_every={self.show_every} must be a number of steps; 0 shows nothing.")
+        for name in self.report_to:
+            if name not in get_available_reporting_integrations():
+                raise ValueError(f"report_to: {name!r} is not installed, or is none of transformers' trackers.")
         if self.push_to:
             check_name(self.push_to)
         self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
@@ -419,7 +440,14 @@ def _read_json(arguments: Any, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str):
-            setattr(arguments, name, json.loads(value))
+            try:
+                setattr(arguments, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                rest = value[error.pos : error.pos + 30]
+                where = f"at {rest!r}" if rest else "at the end"
+                raise ValueError(
+                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}."
+                ) from error
 
 
 def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:

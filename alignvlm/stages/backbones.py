@@ -34,6 +34,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
+from hub_upload.command_line import run
 from hub_upload.licences import read_licence
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions
@@ -313,4 +314,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,6 +21,9 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcesso
 
 logger = logging.get_logger(__name__)
 
+INTERRUPTED = (
+    "interrupted"  # folder in output_dir: the checkpoint of a run that a signal stopped between two of its own
+)
 PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had read and taken up to it
 
 
@@ -53,12 +56,17 @@ def is_complete(checkpoint: Path) -> bool:
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Lists the complete `checkpoint-N` folders of a run, in the order of their steps."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    return sorted(filter(is_complete, found), key=lambda path: int(path.name.split("-")[-1]))
+    return sorted(filter(is_complete, found), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """Finds the last of `complete_checkpoints`; None if there is none."""
-    return next(reversed(complete_checkpoints(output_dir)), None)
+    """Finds the last of `complete_checkpoints` and of those that an interruption left; None if there is none."""
+    found = [*complete_checkpoints(output_dir), *complete_checkpoints(Path(output_dir) / INTERRUPTED)]
+    return max(found, key=_step_of, default=None)
 
 
 def save_checkpoint(

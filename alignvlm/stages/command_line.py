@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from trl import TrlParser
@@ -28,6 +29,23 @@ def parse_fields(argv: Iterable[str], *dataclasses: type, also: Iterable[str] = 
     return _FieldParser(dataclasses, also).parse_args_and_config(argv)
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of fields.
+
+    Raises:
+        SystemExit: with one sentence that names the line, for a file that is not YAML or no mapping.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = str(error) if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        raise SystemExit(f"error: {path} is not valid YAML: {what}") from error
+    if not isinstance(found, dict):
+        raise SystemExit(f"error: {path} holds no fields; expected a line `name: value` for each.")
+    return found
+
+
 class _FieldParser(TrlParser):
     """`TrlParser` that takes no abbreviations, and checks all names before it makes the dataclasses, which may miss the mistyped one."""
 
@@ -45,10 +63,14 @@ class _FieldParser(TrlParser):
             self.config = "".join(args[args.index("--config") + 1 :][:1])
             if not Path(self.config).is_file():
                 raise SystemExit(f"error: --config needs a YAML file; there is no file {self.config!r}.")
+            read_yaml(Path(self.config))
         try:
             return super().parse_args_and_config(args, **options)
-        except yaml.YAMLError as error:
-            raise SystemExit(f"error: {self.config} is not valid YAML: {error}") from error
+        except ValueError as error:  # of ours, TRL's and transformers' checks of values alike
+            raise ValueError(str(error)) from error
+
+    def error(self, message: str) -> None:
+        raise SystemExit(f"error: {message}")  # without the usage, which has hundreds of lines
 
     def set_defaults_with_config(self, **values) -> list[str]:
         for name in values:

@@ -26,6 +26,11 @@ def checkpoint_to_resume(arguments: StageArguments) -> str | None:
     """
     given, last = arguments.resume_from_checkpoint, last_complete_checkpoint(arguments.output_dir)
     if given in (None, False):
+        if last is not None and _is_finished(arguments):
+            raise ValueError(
+                f"The run in {arguments.output_dir!r} is finished. To train longer, go on with --resume_from_checkpoint and a larger "
+                "max_steps or num_train_epochs; to train anew, name another output_dir."
+            )
         if last is not None:
             raise ValueError(
                 f"{arguments.output_dir!r} holds {last.name} of an earlier run. Go on from it with --resume_from_checkpoint, or name "
@@ -33,6 +38,11 @@ def checkpoint_to_resume(arguments: StageArguments) -> str | None:
             )
         return None
     if given in ("last", True):
+        if last is None and _is_finished(arguments):
+            raise ValueError(
+                f"The run in {arguments.output_dir!r} is finished and kept no checkpoint-* folder to go on from. Its weights are the model "
+                "that the next stage starts from; to train anew, name another output_dir."
+            )
         if last is None:
             raise ValueError(
                 f"Nothing to resume: {arguments.output_dir!r} holds no complete checkpoint-* folder. Start without the flag."
@@ -49,8 +59,7 @@ def check_unfinished(arguments: StageArguments, checkpoint: str | None, total_st
     Raises:
         ValueError: for such a run.
     """
-    finished = Path(arguments.output_dir) / RUN_RECORD  # written last
-    if checkpoint is None or not finished.is_file():
+    if checkpoint is None or not _is_finished(arguments):
         return
     steps = _step_of(checkpoint)
     if steps >= total_steps:
@@ -58,6 +67,11 @@ def check_unfinished(arguments: StageArguments, checkpoint: str | None, total_st
             f"The run in {arguments.output_dir!r} is finished: {steps} of {total_steps} steps are taken, and its checkpoint is complete. "
             "To train longer, raise max_steps or num_train_epochs; to train anew, name another output_dir."
         )
+
+
+def _is_finished(arguments: StageArguments) -> bool:
+    """Tells whether a run in `output_dir` wrote its folder to the end, which the run record says last."""
+    return (Path(arguments.output_dir) / RUN_RECORD).is_file()
 
 
 def order_of_records(arguments: StageArguments, mixture: Mixture) -> dict[str, Any]:

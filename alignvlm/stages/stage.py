@@ -5,8 +5,11 @@ What a stage trains, at which learning rates, under which mask and on which sour
     accelerate launch training/stage3.py --config training/recipes/nano/stage3.yaml [--any_field value]
 """
 
+import shutil
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -16,13 +19,16 @@ from transformers.utils import logging
 from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
 from alignvlm.stages.arguments import StageArguments
-from alignvlm.stages.checkpoint import check_writable, save_checkpoint
+from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
+from alignvlm.stages.log_lines import say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
+from alignvlm.stages.samples import SampleAnswers
+from alignvlm.stages.signals import Interrupted, StopOnSignal
 from alignvlm.stages.trainer import AlignVLMTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of
@@ -77,15 +83,16 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         processing_class=processor,
     )
     features = KeptFeatures.of(arguments, trainer, collator)
-    for option in (*held, *features, *written):
+    samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
+    for option in (*held, *features, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     # Train
-    nested.enter(*features, StageMetrics(arguments, trainer, collator), *written)
-    trainer.train(resume_from_checkpoint=resume_from)
+    nested.enter(*features, StageMetrics(arguments, trainer, collator), *samples, *written)
+    _train(arguments, trainer, resume_from)
 
     # Finish
     options = nested.leave()
@@ -95,10 +102,38 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        shutil.rmtree(Path(arguments.output_dir) / INTERRUPTED, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():  # nobody has to wait for it
         _push(arguments)
     return entry
+
+
+def _train(arguments: StageArguments, trainer: AlignVLMTrainer, resume_from: str | None) -> None:
+    """Trains to the end.
+
+    Raises:
+        Interrupted: if a signal came before; the checkpoint to go on from is then written, and the output says how.
+    """
+    if not arguments.save_on_signal:
+        trainer.train(resume_from_checkpoint=resume_from)
+        return
+    with StopOnSignal(trainer).listening() as stop:
+        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.accelerator.wait_for_everyone()
+        if stop.stopped is not None:
+            if trainer.is_world_process_zero():
+                say(_how_to_go_on(stop.stopped, trainer, arguments.resume_from_checkpoint))
+            raise Interrupted(stop.stopped)
+
+
+def _how_to_go_on(number: int, trainer: AlignVLMTrainer, given: str | None) -> str:
+    """Says where a signal stopped the run, and what to do to go on."""
+    how = "the same command" if given in ("last", True) else "the same command and --resume_from_checkpoint"
+    return (
+        f"Stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {trainer.state.max_steps}. "
+        f"{last_complete_checkpoint(trainer.args.output_dir)} is complete. Go on with {how}."
+    )
 
 
 def _entry(
@@ -187,7 +222,11 @@ def main(argv: list[str] | None = None, report: Callable[[str], None] | None = N
         report: called with the output folder of the finished stage, on the main process, unless the recipe says `report: false`.
     """
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
-    entry = run_stage(arguments)
+    try:
+        entry = run_stage(arguments)
+    except Interrupted:
+        PartialState().destroy_process_group()
+        raise
     if report is not None and arguments.report and PartialState().is_main_process:
         report(arguments.output_dir)
     PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter

@@ -4,20 +4,26 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import gather_object, parse_flag_from_env
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from alignvlm.rows.packing import IGNORED
-from alignvlm.stages.checkpoint import PROGRESS, last_complete_checkpoint
+from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
+from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
 from alignvlm.stages.schedules import infinite_schedule
+from alignvlm.stages.signals import sheltered
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
@@ -87,7 +93,9 @@ class AlignVLMTrainer(SFTTrainer):
     `MAX_SKIPPED_STEPS` in a row. A checkpoint that cannot be written is removed and stops the run.
 
     The log gains `images_per_second`, `annotations_per_second` and `tokens_per_second` (of all processes, padding not
-    counted), each over the time since the last log, and `padding_share`, the share of the rows' positions that hold no token.
+    counted), each over the time since the last log that steps took; `padding_share`, the share of the rows' positions that hold no token;
+    `learning_rate/MODULE` of each module that trains; `memory_gb`, the most that a process has held so far; and `seconds_left`. One line
+    tells the most important of them, in place of transformers' dictionaries.
     """
 
     def __init__(
@@ -121,6 +129,12 @@ class AlignVLMTrainer(SFTTrainer):
             self.check_complete_weights("muon")
         self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, positions since the last log
         self._counted_since = time.perf_counter()
+        self._group_modules: list[str] = []  # of each group of the optimizer
+        self.saves_aside = False  # whether the next checkpoint is one that no save_steps asks for
+        for callback in LIBRARY_CALLBACKS:
+            self.remove_callback(callback)
+        self.add_callback(LogLines(getattr(self.args, "stage", 0)))
+        self._keep_trackers_in_one_run()
 
         self._records_read = 0
         self._losses_of_data = Counter()
@@ -132,8 +146,23 @@ class AlignVLMTrainer(SFTTrainer):
         self._record_names: list[str] = []
         self._skipped_steps = 0
 
+    def _keep_trackers_in_one_run(self) -> None:
+        """Lets trackers put what is measured before and after training where training goes; by themselves they begin other runs."""
+        folder = Path(self.args.output_dir)
+        if self.args.run_name is None:
+            self.args.run_name = f"{folder.name} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder / default_logdir())
+
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        workers = getattr(loader, "base_dataloader", loader)  # accelerate's holds torch's
+        workers.worker_init_fn = sheltered(workers.worker_init_fn)
+        return loader
 
     def _prepare_inputs(self, inputs):
         """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
@@ -231,6 +260,7 @@ class AlignVLMTrainer(SFTTrainer):
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
                 options.pop("lr", None)
+            self._group_modules = [module for module, *_ in groups]
             self.optimizer = optimizer_class(
                 [
                     {
@@ -302,17 +332,27 @@ class AlignVLMTrainer(SFTTrainer):
             "in bf16 or fp32."
         )
 
+    def _get_output_dir(self, trial):
+        """Returns where the next checkpoint goes: one that no `save_steps` asked for neither pushes another out nor is averaged."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / INTERRUPTED) if self.saves_aside else folder
+
     def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
                 f"{folder} could not be written: {error}. The last complete checkpoint is "
                 f"{last_complete_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
             ) from error
+        if self.args.should_save:  # what an earlier interruption left is not needed any more
+            for path in (Path(self.args.output_dir) / INTERRUPTED).glob("*"):
+                if path != folder:
+                    shutil.rmtree(path)
+        self.saves_aside = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -364,13 +404,37 @@ class AlignVLMTrainer(SFTTrainer):
         is_image = inputs["input_ids"] == self.model.config.image_token_id
         return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
 
+    def evaluate(self, *args, **kwargs):
+        with self.uncounted():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leaves the time of the block out of what the log says of a second."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._counted_since += time.perf_counter() - began
+
+    def _get_learning_rate(self) -> float:
+        self._rates = dict(zip(self._group_modules, (float(group["lr"]) for group in self.optimizer.param_groups)))
+        return super()._get_learning_rate()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
+            device = self.accelerator.device
             seconds = time.perf_counter() - self._counted_since
-            counts = self.accelerator.reduce(self._counts.float().to(self.accelerator.device), "sum").tolist()
+            counts = self.accelerator.reduce(self._counts.float().to(device), "sum").tolist()
             for name, count in zip(("images", "annotations", "tokens"), counts):
                 logs[f"{name}_per_second"] = round(count / seconds, 2)
             logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
+            logs |= {f"{RATE}{module}": rate for module, rate in self._rates.items()}
+            memory = self.accelerator.gather(torch.tensor([peak_memory_gb(device)], device=device))
+            logs["memory_gb"] = round(memory.max().item(), 3)
+            done = self.state.global_step - self._initial_global_step
+            elapsed = time.perf_counter() - self._train_started
+            logs["seconds_left"] = round(elapsed / done * (self.state.max_steps - self.state.global_step))
             self._counts.zero_()
             self._counted_since = time.perf_counter()
         super().log(logs, start_time)

@@ -15,7 +15,7 @@ from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,4 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag
 from alignvlm.tools.ask import load, with_tag
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 
 
 HELP = """\
@@ -165,4 +165,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

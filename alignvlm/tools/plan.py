@@ -29,6 +29,7 @@ from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
+from hub_upload.command_line import run
 from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -453,4 +454,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_c
 from alignvlm.tools.caption_filters import Judged, Limits, measure, most_agreed, rejection
 from alignvlm.tools.caption_source import beside, write_source
 from alignvlm.tools.captioner import Caption, Captioner, Scorer, has_chat_template, load_processor
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import licence_of, read_licence
 from hub_upload.run_record import library_versions, read_run_record
 
@@ -320,4 +320,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.loading import make_collator, make_mixture
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
+from hub_upload.command_line import run
 from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
@@ -44,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -74,7 +74,7 @@ def test_killed_at_a_random_time(checkpoint, whole, tmp_path, seed):
     process = start(arguments_for(checkpoint, folder, **SAVING), folder)
     log, rng = folder.with_suffix(".log"), random.Random(seed)
     steps = rng.randint(1, 5)
-    while process.is_alive() and (log.read_text().count("'loss'") if log.exists() else 0) < steps:
+    while process.is_alive() and (log.read_text().count("  loss ") if log.exists() else 0) < steps:
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.05))
     process.kill()
