@@ -52,15 +52,11 @@ class Limits:
 def is_public(address: str) -> bool:
     """Whether an IP address, as `socket.getaddrinfo` writes it, belongs to the public internet, and so does an IPv4 address inside it."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    inside = []
-    if found.version == 6:
-        inside = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
-        if found.packed[:12] in (bytes(12), bytes.fromhex("0064ff9b") + bytes(8)):  # IPv4-compatible, and NAT64
-            inside.append(ipaddress.IPv4Address(found.packed[12:]))
+    if found.version == 6 and found.ipv4_mapped is not None:
+        return is_public(str(found.ipv4_mapped))
+    inside = [found.sixtofour, *(found.teredo or ())] if found.version == 6 else []
     return all(
-        each.is_global and not each.is_multicast and not each.is_reserved
-        for each in (found, *filter(None, inside))
-        if each.version == 4 or each.ipv4_mapped is None
+        each.is_global and not each.is_multicast and not each.is_reserved for each in (found, *filter(None, inside))
     )
 
 
