@@ -82,7 +82,11 @@ class Gate:
 async def refuse(send, status: int, sentence: str) -> None:
     """Answers a request with a sentence, as JSON."""
     body = json.dumps({"error": sentence}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -106,7 +110,11 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
     name = manager.force_model
     if name is None:
         raise SystemExit("error: name the checkpoint to serve: python demo/serve.py CHECKPOINT [options]")
-    handlers = {"chat_handler": chat_handler, "completion_handler": completion_handler, "response_handler": response_handler}
+    handlers = {
+        "chat_handler": chat_handler,
+        "completion_handler": completion_handler,
+        "response_handler": response_handler,
+    }
     fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
     for handler, field in zip(handlers.values(), fields):
         handler.handle_request = checked(handler.handle_request, limits, field)
@@ -135,7 +143,9 @@ def with_room(generate):
         length = inputs["input_ids"].shape[-1]
         most = getattr(model.config.text_config, "max_position_embeddings", None)
         if most is not None and length + 1 > most:
-            raise ValueError(f"The conversation has {length} tokens; the model takes {most} with its answer. Shorten it.")
+            raise ValueError(
+                f"The conversation has {length} tokens; the model takes {most} with its answer. Shorten it."
+            )
         if most is not None:
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - length)
         return generate(self, model, processor, inputs, gen_config, *args, **kwargs)
@@ -177,7 +187,9 @@ def main() -> None:
     setattr(model_manager.transformers, name, AlignVLMForConditionalGeneration)
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["alignvlm"] = name
     server.build_server = functools.partial(build_checked_server, limits)
-    BaseHandler.get_processor_inputs_from_messages = staticmethod(lambda messages, modality: messages_with_images(messages))
+    BaseHandler.get_processor_inputs_from_messages = staticmethod(
+        lambda messages, modality: messages_with_images(messages)
+    )
     GenerateManager.generate_streaming = with_room(GenerateManager.generate_streaming)
     GenerateManager.generate_non_streaming = with_room(GenerateManager.generate_non_streaming)
     sys.argv = ["transformers", "serve", *rest]

@@ -78,7 +78,7 @@ def serving(checkpoint: Path, folder: Path, *options: str):
 
     post.url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"{post.url}/health", timeout=10).close()
@@ -124,12 +124,17 @@ def image_server():
             self.send_response(200)
             self.end_headers()
             if self.path == "/slow":
-                with_pauses = (self.wfile.write(b"x") or self.wfile.flush() or time.sleep(0.1) for _ in range(100))
-                try:
-                    return all(sent is None for sent in with_pauses)
-                except OSError:
-                    return None
+                return self.drip()
             self.wfile.write(PNG)
+
+        def drip(self):
+            try:
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.1)
+            except OSError:
+                pass
 
         def log_message(self, *_):
             pass
@@ -158,7 +163,9 @@ HOSTS = [
 def both_forms(url) -> list[tuple[str, dict]]:
     """A question about an image at an address, for both endpoints."""
     chat = {"messages": [user({"type": "image_url", "image_url": {"url": url}}, QUESTION)], "max_tokens": 2}
-    response = [{"role": "user", "content": [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "?"}]}]
+    response = [
+        {"role": "user", "content": [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "?"}]}
+    ]
     short = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "Why?"}]
     return [
         ("/v1/chat/completions", chat),
@@ -170,7 +177,17 @@ def both_forms(url) -> list[tuple[str, dict]]:
 def test_no_file_of_the_server_is_opened(ask, tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     path = str(tmp_path / "secret.png")
-    for url in (path, f"file://{path}", f"FILE://{path}", f"file:{path}", f"http:{path}", "../log", "log", "~/a.png", ""):
+    for url in (
+        path,
+        f"file://{path}",
+        f"FILE://{path}",
+        f"file:{path}",
+        f"http:{path}",
+        "../log",
+        "log",
+        "~/a.png",
+        "",
+    ):
         for endpoint, body in both_forms(url):
             status, answer = ask(endpoint, body)
             assert status == 400 and "data: URI" in answer["error"], (url, answer)
@@ -216,7 +233,12 @@ def test_addresses_are_checked_again_after_a_redirect():
 
         assert fetch(f"{here}/a.png", 10_000, 5, stands_for_public) == PNG
         assert fetch(f"{here}/to?/to?{here}/a.png", 10_000, 5, stands_for_public) == PNG
-        for target in (f"http://127.0.0.2:{port}/a.png", f"http://[::1]:{port}/a.png", "file:///etc/hostname", "//0.0.0.0"):
+        for target in (
+            f"http://127.0.0.2:{port}/a.png",
+            f"http://[::1]:{port}/a.png",
+            "file:///etc/hostname",
+            "//0.0.0.0",
+        ):
             asked.clear()
             with pytest.raises(ValueError, match="not fetched"):
                 fetch(f"{here}/to?{target}", 10_000, 5, stands_for_public)
@@ -266,7 +288,10 @@ def test_limits_hold(ask):
         ({"messages": [user(*[IMAGE] * 17, QUESTION)]}, "17 images"),
         ({"messages": [user({"type": "text", "text": "why " * 30_000})]}, "120,000 characters"),
         ({"messages": [user({"type": "text", "text": "why " * 900})]}, "Shorten it"),
-        ({"messages": [user({"type": "image_url", "image_url": {"url": data_url(bytes(2 << 20))}})]}, "1,048,576 bytes"),
+        (
+            {"messages": [user({"type": "image_url", "image_url": {"url": data_url(bytes(2 << 20))}})]},
+            "1,048,576 bytes",
+        ),
         ({"messages": "Why?"}, "list of messages"),
         ({"messages": ["Why?"]}, "A message is a str"),
         ({"messages": [{"role": "user", "content": ["Why?"]}]}, "A part of a message is a str"),
@@ -311,7 +336,7 @@ def test_a_full_server_says_so_and_goes_on(ask):
 @pytest.mark.parametrize(
     "messages, sentence",
     [
-        ([user(DAMAGED, QUESTION)], "image file is truncated"),
+        ([user(DAMAGED, QUESTION)], "truncated"),
         ([user(NO_IMAGE, QUESTION)], "Cannot read the image"),
         ([user(UNREACHABLE, QUESTION)], "The image 'http://127.0.0.1:1/a.png' is not fetched"),
         ([user(IMAGE, {"type": "text", "text": "What is <image>?"})], "a user typed '<image>'"),
