@@ -32,30 +32,49 @@ MAX_TURNS = 50
 MAX_WAITING = 16  # visitors
 MAX_NEW_TOKENS = 512
 MAX_BEAMS = 8
-EXAMPLES = 4
+EXAMPLES = 3
 KEEP_SECONDS = 3600  # sessions and uploaded files
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LAYERS = {"all layers (average)": "mean", "all layers (rollout)": "rollout"}
 INTRODUCTION = """# {title}
-**1.** Add an image: {names} what it sees. &nbsp; **2.** Ask about it. &nbsp; **3.** Choose a word of the answer to see where \
-the model looked."""
+**1.** Add an image: {say} what it shows. &nbsp; **2.** Ask about it. &nbsp; **3.** Choose a word of an answer to see where \
+the model looked.
+<div id="notice" role="alert"></div>"""
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
-.words label { padding: 2px 8px !important; }
+#notice { color: #b91c1c; font-weight: 600; }
+.dark #notice { color: #fca5a5; }
+#examples .caption-label { display: none; }
+.words label { padding: 3px 10px !important; }
 .words input { position: absolute; opacity: 0; }
 .words label:focus-within { outline: 2px solid var(--color-accent); }
 footer { display: none !important; }
 """
-# Names what Gradio leaves without a name, for screen readers.
+# Refuses other files with a sentence before they are sent, and names what Gradio leaves without a name, for screen readers.
 HEAD = """<meta name="description" content="Try a vision-language model: add an image and ask about it.">
 <script>
+const refuse = (event, files) => {
+    const notice = document.getElementById("notice");
+    if (!notice || !files || !event.target.closest("#uploads")) return;
+    const strange = [...files].find((file) => !file.type.startsWith("image/"));
+    const large = [...files].find((file) => file.size > MOST * 1048576);
+    notice.textContent = strange
+        ? `${strange.name} is not an image. Add a PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF file.`
+        : large ? `${large.name} has more than MOST MB. Make it smaller.` : "";
+    if (strange || large) {
+        event.preventDefault();
+        event.stopImmediatePropagation();
+        if (event.type === "change") event.target.value = "";
+    }
+};
+document.addEventListener("change", (event) => refuse(event, event.target.files), true);
+document.addEventListener("drop", (event) => refuse(event, event.dataTransfer?.files), true);
 const named = () => {
     document.documentElement.lang ||= "en";
-    for (const input of document.querySelectorAll("input[type=file]:not([aria-label])"))
-        input.setAttribute("aria-label", "Choose images");
+    for (const image of document.querySelectorAll("#uploads img:not([alt]), #uploads img[alt='']")) image.alt = "Your image";
 };
 new MutationObserver(named).observe(document, { childList: true, subtree: true });
-</script>"""
+</script>""".replace("MOST", str(MAX_FILE_MB))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +105,8 @@ def read_uploads(paths: list[str]) -> tuple[Image.Image, ...]:
         try:
             image = read_sent_image(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{name} cannot be read as an image. {error}") from error
+            reason = str(error).rpartition(": ")[2].replace("an image without a path", "it")
+            raise ValueError(f"{name} cannot be read: {reason}") from error
         pixels += image.width * image.height
         if pixels > MAX_PIXELS:
             raise ValueError(f"The images have more than {MAX_PIXELS:,} pixels together. Make them smaller.")
@@ -137,6 +157,8 @@ class Demo:
         """
         if not text.strip():
             raise ValueError("Type a question first.")
+        if not all(talk.images for talk in talks):
+            raise ValueError("Add an image first, or choose an example.")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
                 f"The question has {len(text):,} characters; the demo takes {MAX_CHARACTERS:,}. Shorten it."
@@ -184,13 +206,12 @@ def build(demo: Demo, title: str = "AlignVLM"):
     layers = min(model.model.config.text_config.num_hidden_layers for model in models)
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as app:
-        names = "both models say" if several else "the model says"
-        gr.Markdown(INTRODUCTION.format(title=title, names=names))
+        gr.Markdown(INTRODUCTION.format(title=title, say="both models say" if several else "the model says"))
         panels = []
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 uploads = gr.Gallery(
-                    label="Your images (a new one starts a new conversation)",
+                    label="Image",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
                     columns=2,
@@ -199,12 +220,14 @@ def build(demo: Demo, title: str = "AlignVLM"):
                     interactive=True,
                     elem_id="uploads",
                 )
+                gr.Markdown("A new image starts a new conversation. Or begin with one of these:")
                 examples = gr.Gallery(
                     value=[(image, name) for image, name in demo.examples],
-                    label="Or start with one of these",
-                    columns=len(demo.examples),
-                    height=130,
-                    object_fit="cover",
+                    label="Examples",
+                    show_label=False,
+                    columns=EXAMPLES,
+                    height=125,
+                    object_fit="contain",
                     allow_preview=False,
                     interactive=False,
                     buttons=[],
@@ -227,28 +250,53 @@ def build(demo: Demo, title: str = "AlignVLM"):
                     temperature = gr.Slider(0.1, 2, 0.7, step=0.1, label="Temperature (sampling)")
                     beams = gr.Slider(2, MAX_BEAMS, 4, step=1, label="Beams (beam search)")
                     tokens = gr.Slider(1, MAX_NEW_TOKENS, 128, step=1, label="Longest answer, in tokens")
-            with gr.Column(scale=3 if not several else 5, min_width=300):
+            with gr.Column(scale=5 if several else 3, min_width=300):
                 with gr.Row():
-                    for index, model in enumerate(models):
+                    chats = [
+                        gr.Chatbot(
+                            label=f"{model.name} ({model.precision.split(' (')[0]}, {model.model.device.type})",
+                            height=340,
+                            placeholder="Add an image, or choose an example.",
+                            render_markdown=False,
+                            buttons=[],
+                            feedback_options=None,
+                            min_width=280,
+                            elem_id=f"chat{index}",
+                        )
+                        for index, model in enumerate(models)
+                    ]
+                with gr.Row(equal_height=True):
+                    question = gr.Textbox(
+                        label="Your question",
+                        placeholder="How many shapes are there?",
+                        max_length=MAX_CHARACTERS,
+                        scale=5,
+                        min_width=200,
+                        elem_id="question",
+                    )
+                    button = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
+                layer = gr.Dropdown(
+                    [*LAYERS, *(f"layer {number}" for number in range(1, layers + 1))],
+                    value=next(iter(LAYERS)),
+                    label="Where did it look?",
+                    info="Choose a word below. Bright places were read most when the word was written; this does not say why it was.",
+                    visible=False,
+                    elem_id="layer",
+                )
+                with gr.Row():
+                    for index, (chat, model) in enumerate(zip(chats, models)):
                         with gr.Column(min_width=280):
-                            chat = gr.Chatbot(
-                                label=f"{model.name} ({model.precision})",
-                                height=340,
-                                placeholder="Add an image, or choose an example.",
-                                render_markdown=False,
-                                buttons=["copy"],
-                                feedback_options=None,
-                                elem_id=f"chat{index}",
-                            )
                             words = gr.Radio(
                                 [],
-                                label="Where did it look? Choose a word of the last answer",
+                                label=f"Words of {model.name}'s last answer"
+                                if several
+                                else "Words of the last answer",
                                 visible=False,
                                 elem_classes="words",
                                 elem_id=f"words{index}",
                             )
                             looked = gr.Image(
-                                label="Bright: read for this word",
+                                label="Heat map",
                                 visible=False,
                                 interactive=False,
                                 buttons=["fullscreen"],
@@ -256,21 +304,6 @@ def build(demo: Demo, title: str = "AlignVLM"):
                                 elem_id=f"looked{index}",
                             )
                             panels.append((chat, words, looked))
-                with gr.Row():
-                    question = gr.Textbox(
-                        label="Your question",
-                        placeholder="Ask about the image",
-                        max_length=MAX_CHARACTERS,
-                        scale=5,
-                        elem_id="question",
-                    )
-                    button = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
-                layer = gr.Dropdown(
-                    [*LAYERS, *(f"layer {number}" for number in range(1, layers + 1))],
-                    value=next(iter(LAYERS)),
-                    label="Heat map of",
-                    visible=False,
-                )
         state = gr.State([(Talk(), None)] * len(models), time_to_live=KEEP_SECONDS)
         settings = [mask, how, temperature, beams, tokens]
         outputs = [state, layer, *(part for panel in panels for part in panel)]
@@ -287,22 +320,23 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 ]
             return updates
 
-        def on_images(files, *given):
+        def on_images(files, before, *given):
             paths = [path for path, _ in files or []]
-            if not paths:
-                yield page([(Talk(), None)] * len(models))
+            if paths == before:  # Gradio tells of an upload twice
+                yield [gr.skip()] * (len(outputs) + 2)
                 return
+            yield [gr.skip(), paths, *page([(Talk(), None)] * len(models))]
             try:
-                for results in demo.begin(paths, *given):
-                    yield page(results)
+                for results in demo.begin(paths, *given) if paths else ():
+                    yield [gr.skip(), paths, *page(results)]
             except ValueError as error:
-                yield page([(Talk(), None)] * len(models))
+                yield [None, [], *page([(Talk(), None)] * len(models))]
                 raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
 
         def on_question(text, results, *given):
             try:
-                for results in demo.ask(text, [talk for talk, _ in results], *given):
-                    yield ["", *page(results)]
+                for answered in demo.ask(text, [talk for talk, _ in results], *given):
+                    yield ["", *page(answered)]
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
 
@@ -314,14 +348,20 @@ def build(demo: Demo, title: str = "AlignVLM"):
             values = looked.of_word(place, int(chosen_layer.split()[-1]) - 1 if name is None else name)
             word = looked.words[place].text
             return gr.update(
-                value=heat_map(list(talk.images), values), visible=True, label=f"Bright: read for “{word}”"
+                value=heat_map(list(talk.images), values),
+                visible=True,
+                label=f"Read for “{word}”",
+                alt_text=f"Heat map of the image for the word {word}",
             )
 
         def on_example(event: gr.SelectData):
             return [demo.examples[event.index][0]]
 
-        uploads.change(on_images, [uploads, *settings], outputs, **works)
+        files = gr.State([], time_to_live=KEEP_SECONDS)
+        uploads.change(on_images, [uploads, files, *settings], [uploads, files, *outputs], **works)
         examples.select(on_example, None, uploads, **private)
+        for chat in chats:
+            chat.clear(lambda: None, None, uploads, **private)
         asking = {"fn": on_question, "inputs": [question, state, *settings], "outputs": [question, *outputs]}
         gr.on([question.submit, button.click], **asking, **works)
         for index, (_, words, looked) in enumerate(panels):
@@ -371,7 +411,10 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "footer_links": [],
         "state_session_capacity": 1000,
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
-        "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        # No fonts of other servers, and a button whose text can be read on it.
+        "theme": gr.themes.Default("indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+            button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+        ),
         "css": CSS,
         "head": HEAD,
     }
@@ -404,7 +447,10 @@ def main(argv: list[str] | None = None) -> None:
         if several_of_one_name(models):
             for model, name in zip(models, names):
                 model.name = name
-        app = build(Demo(models, example_images(arguments.examples)), " and ".join(model.name for model in models))
+        app = build(
+            Demo(models, example_images(arguments.examples)),
+            "Talk with " + " and ".join(model.name for model in models),
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     app.launch(**launch_options(arguments))

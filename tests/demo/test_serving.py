@@ -214,7 +214,7 @@ def test_nothing_is_fetched_from_inside_the_network(ask, ask_with_urls):
             for post in (ask, ask_with_urls):
                 status, answer = post(*both_forms(url)[0])
                 assert status == 400 and "image" in answer["error"], (url, answer)
-            with pytest.raises(ValueError, match="not fetched|unknown"):
+            with pytest.raises(ValueError, match=r"not fetched|unknown"):
                 fetch(url, 1000, 1)
         for endpoint, body in both_forms(f"https://127.0.0.1:{port}/a.png"):
             assert "not at a public address" in ask_with_urls(endpoint, body)[1]["error"]
@@ -286,8 +286,8 @@ def test_limits_hold(ask):
         ({"generation_config": '{"num_beams": 9999}'}, "'generation_config'"),
         ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "'chat_template_kwargs'"),
         ({"messages": [user(*[IMAGE] * 17, QUESTION)]}, "17 images"),
-        ({"messages": [user({"type": "text", "text": "why " * 30_000})]}, "120,000 characters"),
-        ({"messages": [user({"type": "text", "text": "why " * 900})]}, "Shorten it"),
+        ({"messages": [user({"type": "text", "text": "why " * 30_000})]}, "more than the 100,000 that are read"),
+        ({"messages": [user({"type": "text", "text": "why " * 24_000})]}, "Shorten it"),
         (
             {"messages": [user({"type": "image_url", "image_url": {"url": data_url(bytes(2 << 20))}})]},
             "1,048,576 bytes",
@@ -340,7 +340,7 @@ def test_a_full_server_says_so_and_goes_on(ask):
         ([user(NO_IMAGE, QUESTION)], "Cannot read the image"),
         ([user(UNREACHABLE, QUESTION)], "The image 'http://127.0.0.1:1/a.png' is not fetched"),
         ([user(IMAGE, {"type": "text", "text": "What is <image>?"})], "a user typed '<image>'"),
-        ([user({"type": "video_url", "video_url": {"url": "a.mp4"}}, QUESTION)], "'video'"),
+        ([user({"type": "video_url", "video_url": {"url": "a.mp4"}}, QUESTION)], "'video_url'"),
         ([user({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, QUESTION)], "'input_audio'"),
         ([user({"type": "file", "file": {"file_id": "a"}}, QUESTION)], "'file'"),
         ([{"role": "tool", "tool_call_id": "a", "content": "42"}], "role 'tool'"),
