@@ -412,7 +412,7 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "state_session_capacity": 1000,
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
         # No fonts of other servers, and a button whose text can be read on it.
-        "theme": gr.themes.Default("indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        "theme": gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
             button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
         ),
         "css": CSS,

@@ -89,7 +89,7 @@ def serving(checkpoint: Path, folder: Path, *options: str):
         yield post
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
 
 
 @pytest.fixture(scope="module")
