@@ -9,6 +9,7 @@ replaces the files of an earlier one and keeps all others, and what was edited i
 import ast
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -128,6 +129,7 @@ def check_space(folder: str | Path) -> list[str]:
         done = subprocess.run(
             [sys.executable, "-c", IMPORTS, str(folder.resolve()), *OURS],
             cwd=elsewhere,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
         )

@@ -289,8 +289,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._download_large(parts[1])
         if parts[:1] == ["upload"]:
             return self._upload(parts[1], parts[2] if len(parts) > 2 else None)
-        if parts[2:] == ["info", "lfs", "objects", "batch"]:
-            self._repository(f"{parts[0]}/{parts[1].removesuffix('.git')}", write=True)
+        if parts[-4:] == ["info", "lfs", "objects", "batch"]:
+            self._repository("/".join(parts[:-4]).removesuffix(".git"), write=True)
             return self._batch()
         if len(parts) >= 5 and parts[2] in ("resolve", "raw"):
             return self._resolve(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]))

@@ -323,14 +323,13 @@ def build(demo: Demo, title: str = "AlignVLM"):
         def on_images(files, before, *given):
             paths = [path for path, _ in files or []]
             if paths == before:  # Gradio tells of an upload twice
-                yield [gr.skip()] * (len(outputs) + 2)
+                yield [gr.skip()] * (len(outputs) + 1)
                 return
-            yield [gr.skip(), paths, *page([(Talk(), None)] * len(models))]
+            yield [paths, *page([(Talk(), None)] * len(models))]
             try:
                 for results in demo.begin(paths, *given) if paths else ():
-                    yield [gr.skip(), paths, *page(results)]
+                    yield [paths, *page(results)]
             except ValueError as error:
-                yield [None, [], *page([(Talk(), None)] * len(models))]
                 raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
 
         def on_question(text, results, *given):
@@ -358,8 +357,13 @@ def build(demo: Demo, title: str = "AlignVLM"):
             return [demo.examples[event.index][0]]
 
         files = gr.State([], time_to_live=KEEP_SECONDS)
-        uploads.change(on_images, [uploads, files, *settings], [uploads, files, *outputs], **works)
-        examples.select(on_example, None, uploads, **private)
+        showing = {"fn": on_images, "inputs": [uploads, files, *settings], "outputs": [files, *outputs], **works}
+        # Gradio tells of no change where the app itself sets the images first.
+        for shown in (
+            uploads.change(**showing),
+            examples.select(on_example, None, uploads, **private).then(**showing),
+        ):
+            shown.failure(lambda: None, None, uploads, **private)
         for chat in chats:
             chat.clear(lambda: None, None, uploads, **private)
         asking = {"fn": on_question, "inputs": [question, state, *settings], "outputs": [question, *outputs]}
@@ -412,9 +416,9 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "state_session_capacity": 1000,
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
         # No fonts of other servers, and a button whose text can be read on it.
-        "theme": gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
-            button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
-        ),
+        "theme": gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"),
         "css": CSS,
         "head": HEAD,
     }

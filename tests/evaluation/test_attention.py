@@ -8,7 +8,6 @@ from PIL import Image
 from alignvlm.evaluation.attention import attention_rollout, attention_to_images, words_of
 from alignvlm.rows.encode import Encoder
 from modeling_alignvlm import MASK_TYPES
-from tests.conftest import VISION
 from tests.evaluation.test_answer import IMAGE, shown_images, turn
 
 
