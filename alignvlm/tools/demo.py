@@ -42,11 +42,14 @@ the model looked.
 <div id="notice" role="alert"></div>"""
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
+@media (max-width: 500px) { .gradio-container .main { padding: 8px !important; } }
 #notice { color: #b91c1c; font-weight: 600; }
-.dark #notice { color: #fca5a5; }
+.dark @media (max-width: 500px) { .gradio-container .main { padding: 8px !important; } }
+#notice { color: #fca5a5; }
 #examples .caption-label { display: none; }
 .words label { padding: 3px 10px !important; }
 .words input { position: absolute; opacity: 0; }
+.words label.selected { background: var(--color-accent-soft) !important; border-color: var(--color-accent) !important; }
 .words label:focus-within { outline: 2px solid var(--color-accent); }
 footer { display: none !important; }
 """
@@ -236,7 +239,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 with gr.Accordion("Settings", open=False):
                     mask = gr.Radio(
                         [(f"{own} ({', '.join(dict.fromkeys(model.mask_type for model in models))})", own)]
-                        + [(f"{name}: {MASK_TYPES[name].explanation}", name) for name in kept],
+                        + [(f"{name}: {MASK_TYPES[name].explanation}".replace("`", ""), name) for name in kept],
                         value=own,
                         label="Attention mask",
                         info="Which later tokens a token may see. A model is at its best under the mask that it was trained with.",
@@ -415,10 +418,15 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "footer_links": [],
         "state_session_capacity": 1000,
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
-        # No fonts of other servers, and a button whose text can be read on it.
+        # No fonts of other servers, and texts with enough contrast.
         "theme": gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-        ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"),
+        ).set(
+            button_primary_background_fill="*primary_700",
+            button_primary_background_fill_hover="*primary_800",
+            block_info_text_color="*body_text_color",
+            block_info_text_color_dark="*body_text_color",
+        ),
         "css": CSS,
         "head": HEAD,
     }

@@ -62,11 +62,14 @@ def visit(request, browser, url):
     tab.close()
 
 
+MESSAGES = "#chat0 [data-testid=user], #chat0 [data-testid=bot]"
+
+
 def answers(tab, count: int) -> list[str]:
     """The texts of the conversation, when the words of its last answer can be chosen."""
-    tab.wait_for_function(f"document.querySelectorAll('#chat0 .message').length >= {count}")
+    tab.wait_for_function(f"document.querySelectorAll('{MESSAGES}').length >= {count}")
     tab.wait_for_selector("#words0 label", state="attached")
-    return [each.inner_text().strip() for each in tab.query_selector_all("#chat0 .message")]
+    return [each.inner_text().strip() for each in tab.query_selector_all(MESSAGES)]
 
 
 def test_a_visitor_adds_an_image_asks_twice_and_sees_where_the_model_looked(visit, model, tmp_path):  # noqa: F811
@@ -85,9 +88,7 @@ def test_a_visitor_adds_an_image_asks_twice_and_sees_where_the_model_looked(visi
     visit.fill("#question textarea, #question input", "Why?")
     visit.click("#ask")
     reply = expected(model, [photo(1)], f"VQA: {CAPTION_PROMPT}", caption, "VQA: Why?", max_new_tokens=128)
-    visit.wait_for_function("document.querySelectorAll('#chat0 .message').length >= 4")
-    visit.wait_for_selector("#words0 label")
-    assert visit.query_selector_all("#chat0 .message")[3].inner_text().split() == reply.split()
+    assert answers(visit, 4)[3].split() == reply.split()
 
     visit.click("#words0 label >> nth=0")
     visit.wait_for_selector("#looked0 img")
