@@ -16,6 +16,7 @@ COMMANDS = {
     "assemble": ("alignvlm.stages.backbones", "Make a stage-0 checkpoint of a vision encoder and a language model."),
     "ask": ("alignvlm.tools.ask", "Ask a checkpoint about an image, or let it describe one."),
     "chat": ("alignvlm.tools.chat", "Talk with a checkpoint about images at a prompt."),
+    "demo": ("alignvlm.tools.demo", "Try a checkpoint in the browser: captions, questions, where it looked."),
     "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
     "recaption": ("alignvlm.tools.recaption", "Caption images with any image-text model, and filter what it writes."),

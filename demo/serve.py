@@ -2,16 +2,21 @@
 
     python demo/serve.py user/my-alignvlm --port 8000      # or a checkpoint folder; all options of `transformers serve`
 
-The command itself (transformers 5.23, 5.24) serves only classes it has by name, with `--trust-remote-code` too: it looks the architecture
-up in `transformers` and its kind in a table. This tells it of both, and of what to answer to a request that cannot be served; then
-it is that command. The code is this package's, not the repository's.
+The command itself (transformers 5.23, 5.24) serves only classes it has by name, with `--trust-remote-code` too, and opens every path
+and address that a message names. This tells it of our classes, serves one checkpoint at the addresses in `SERVED`, and lets only
+through what `visitors.py` has checked; then it is that command. The code is this package's, not the repository's.
 """
 
+import argparse
+import asyncio
+import functools
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.cli.serving import model_manager, server
-from transformers.cli.serving.utils import BaseHandler
+from transformers.cli.serving.utils import BaseHandler, GenerateManager
 from transformers.cli.transformers import main as transformers_command
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
@@ -19,59 +24,175 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python demo/serve.py`
 
+from demo.visitors import Limits, check_request, messages_with_images
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
 logger = logging.get_logger("transformers.alignvlm")
 build_server = server.build_server
-convert_messages = BaseHandler.get_processor_inputs_from_messages
+# The others of `transformers serve` load any model that a visitor names, unload this one, or open what a message names.
+SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 
 
-def build_server_that_explains(*args, **kwargs):
-    """The application of `transformers serve`, where a `ValueError` (a damaged image, a typed placeholder, a part of a message that has
-    no place) is answered with status 400 and its sentence instead of a bare 500."""
+class Gate:
+    """ASGI middleware: lets a request through if the server has its address and room for it, and if its body is small enough."""
+
+    def __init__(self, app, limits: Limits):
+        self.app, self.limits, self.open = app, limits, 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if scope["path"] not in SERVED:
+            served = ", ".join(SERVED)
+            return await refuse(send, 404, f"This server has no {scope['path']:.100}, only {served}.")
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if self.open >= self.limits.requests:
+            return await refuse(send, 503, f"The server is busy with {self.open} requests. Try again in a moment.")
+        self.open += 1
+        try:
+            body = await asyncio.wait_for(self.read(receive), self.limits.request_seconds)
+            if body is None:
+                most = self.limits.request_bytes
+                return await refuse(send, 413, f"The request has more than {most:,} bytes. Make its images smaller.")
+            messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+            async def again():
+                return next(messages, None) or await receive()
+
+            await self.app(scope, again, send)
+        except TimeoutError:
+            await refuse(send, 408, f"The request did not arrive within {self.limits.request_seconds:g} seconds.")
+        finally:
+            self.open -= 1
+
+    async def read(self, receive) -> bytes | None:
+        """Returns the body of a request; None if it is too large."""
+        content = bytearray()
+        while True:
+            message = await receive()
+            content += message.get("body", b"")
+            if len(content) > self.limits.request_bytes:
+                return None
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return bytes(content)
+
+
+async def refuse(send, status: int, sentence: str) -> None:
+    """Answers a request with a sentence, as JSON."""
+    body = json.dumps({"error": sentence}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def checked(handle_request, limits: Limits, max_tokens_field: str):
+    """A handler that gets only requests that pass `check_request`, with decoded images."""
+
+    @functools.wraps(handle_request)
+    async def handle(body: dict, request_id: str):
+        body = await asyncio.to_thread(check_request, body, limits, max_tokens_field)
+        return await handle_request(body, request_id)
+
+    return handle
+
+
+def build_checked_server(limits: Limits, manager, chat_handler, completion_handler, response_handler, **others):
+    """The application of `transformers serve` behind the gate. A `ValueError` (a damaged image, a typed placeholder, a part of a
+    message that has no place) is answered with status 400 and its sentence instead of a bare 500."""
     from fastapi.responses import JSONResponse  # the command has said by now what to install if it is missing
 
-    app = build_server(*args, **kwargs)
+    name = manager.force_model
+    if name is None:
+        raise SystemExit("error: name the checkpoint to serve: python demo/serve.py CHECKPOINT [options]")
+    handlers = {
+        "chat_handler": chat_handler,
+        "completion_handler": completion_handler,
+        "response_handler": response_handler,
+    }
+    fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    for handler, field in zip(handlers.values(), fields):
+        handler.handle_request = checked(handler.handle_request, limits, field)
+    app = build_server(manager, **handlers, **others)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/v1/models"]
+
+    @app.get("/v1/models")
+    def list_models() -> dict:
+        """The one model; transformers lists all that this machine has ever downloaded."""
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": ""}]}
 
     @app.exception_handler(ValueError)
     async def explain(request, error: ValueError) -> JSONResponse:
         logger.warning(f"Refused {request.method} {request.url.path}: {error}", exc_info=error)
         return JSONResponse({"error": str(error)}, status_code=400)
 
+    app.add_middleware(Gate, limits=limits)
     return app
 
 
-def convert_every_part(messages: list[dict], modality) -> list[dict]:
-    """OpenAI's messages as the processor takes them; what transformers has no conversion for is refused, not dropped.
+def with_room(generate):
+    """A manager's method that refuses a prompt that leaves the model no room for the answer."""
 
-    Raises:
-        ValueError: naming the types of a message of which a part was dropped.
-    """
-    converted = convert_messages(messages, modality)
-    for index, (message, result) in enumerate(zip(messages, converted)):
-        given, kept = message.get("content"), result["content"]
-        if (
-            isinstance(given, list)
-            and isinstance(kept, list)
-            and len(kept) < len(given)
-            and "tool_calls" not in message
-        ):
-            types = ", ".join(repr(part.get("type")) for part in given)
+    @functools.wraps(generate)
+    def checked_generate(self, model, processor, inputs, gen_config, *args, **kwargs):
+        length = inputs["input_ids"].shape[-1]
+        most = getattr(model.config.text_config, "max_position_embeddings", None)
+        if most is not None and length + 1 > most:
             raise ValueError(
-                f"Message {index} has parts of the types {types}, not all of which this model takes. Give 'text' and 'image_url' "
-                "(of /v1/responses: 'input_text' and 'input_image')."
+                f"The conversation has {length} tokens; the model takes {most} with its answer. Shorten it."
             )
-    return converted
+        if most is not None:
+            gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - length)
+        return generate(self, model, processor, inputs, gen_config, *args, **kwargs)
+
+    return checked_generate
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Limits on what a visitor may send, beside all options of `transformers serve`:",
+        usage="python demo/serve.py CHECKPOINT [options]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--allow_url_images",
+        action="store_true",
+        help="Fetch images from http(s) addresses, if public. Default: only data: URIs.",
+    )
+    p.add_argument("--max_image_mb", type=int, default=20, help="The most megabytes of an image. Default: 20.")
+    p.add_argument("--max_new_tokens", type=int, default=1024, help="The longest answer. Default: 1024.")
+    p.add_argument("--max_requests", type=int, default=16, help="Requests held at a time. Default: 16.")
+    return p
 
 
 def main() -> None:
+    options, rest = parser().parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        print(parser().format_help())
+    limits = replace(
+        Limits(),
+        url_images=options.allow_url_images,
+        image_bytes=options.max_image_mb << 20,
+        request_bytes=max(32, 2 * options.max_image_mb) << 20,
+        new_tokens=options.max_new_tokens,
+        requests=options.max_requests,
+    )
     name = AlignVLMForConditionalGeneration.__name__
     setattr(model_manager.transformers, name, AlignVLMForConditionalGeneration)
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["alignvlm"] = name
-    server.build_server = build_server_that_explains
-    BaseHandler.get_processor_inputs_from_messages = staticmethod(convert_every_part)
-    sys.argv = ["transformers", "serve", *sys.argv[1:]]
+    server.build_server = functools.partial(build_checked_server, limits)
+    BaseHandler.get_processor_inputs_from_messages = staticmethod(
+        lambda messages, modality: messages_with_images(messages)
+    )
+    GenerateManager.generate_streaming = with_room(GenerateManager.generate_streaming)
+    GenerateManager.generate_non_streaming = with_room(GenerateManager.generate_non_streaming)
+    sys.argv = ["transformers", "serve", *rest]
     transformers_command()
 
 

@@ -2,6 +2,7 @@
 
     python hub_upload/push.py out/stage4 user/my-alignvlm [--public] [--tag v1] [--dry_run]
     python hub_upload/push.py out/llava user/my-llava            # a folder of `alignvlm export`
+    python hub_upload/push.py --space user/demo --model user/my-alignvlm    # the demo of a pushed checkpoint: see `space.py`
 
 The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either unchanged or
 complete, and a second try sends no large file again. A push replaces only the files of an earlier checkpoint; all others stay, and so
@@ -20,6 +21,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
@@ -212,23 +214,51 @@ def send(
 ) -> Pushed:
     """Makes the branch hold the files of a packaged and checked folder, in one commit; see `push`."""
     staged, api = Path(staged), HfApi()
+    rules = {"license_given": license_given, "overwrite_card": overwrite_card, "delete_others": delete_others}
+    pushed = publish(
+        api,
+        repository,
+        lambda commit: _compare(api, repository, commit, staged, **rules),
+        private=private,
+        revision=revision,
+        tag=tag,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        message=message,
+    )
+    pushed.has_code = not is_stock(staged)
+    return pushed
+
+
+def publish(
+    api: HfApi,
+    repository: str,
+    compare: Callable[[str], "Change"],
+    *,
+    private: bool | None,
+    revision: str,
+    tag: str | None,
+    create_pr: bool,
+    dry_run: bool,
+    message: str,
+) -> Pushed:
+    """Makes one commit of what `compare` says of the branch's head, on exactly that head, and reads it back; see `push`."""
     if not dry_run:
         _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
     try:
         info = _patiently(lambda: api.model_info(repository), repository)
     except PushError as error:
         if dry_run and isinstance(error.__cause__, RepositoryNotFoundError):
-            return Pushed(repository, None, True, private is not False, has_code=not is_stock(staged))
+            return Pushed(repository, None, True, private is not False)
         raise
     if private is not None and bool(info.private) != private:
         now, wanted = ("private", "public") if info.private else ("public", "private")
         raise PushError(
             f"{repository} is {now}, and you asked for {wanted}. Nothing was sent. Change it in its settings, or push with --{now}."
         )
-    rules = {"license_given": license_given, "overwrite_card": overwrite_card, "delete_others": delete_others}
     head = _head(api, repository, revision, make=not dry_run) or info.sha
-    first = change = _compare(api, repository, head, staged, **rules)
-    pushed = Pushed(repository, None, bool(change.operations), bool(info.private), has_code=not is_stock(staged))
+    first = change = compare(head)
+    pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
     pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
     for attempt in range(TRIES):
         if dry_run:
@@ -255,7 +285,7 @@ def send(
             # The answer may have been lost on its way back: then the branch has moved, and holds what we sent.
             now = _head(api, repository, revision)
             if now != head:
-                change = _compare(api, repository, now, staged, **rules)
+                change = compare(now)
                 if change.operations or set(change.kept) - set(first.kept):
                     raise _explained(None, repository, status=412) from error
             head = now
@@ -277,7 +307,7 @@ def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str 
 
 
 @dataclass
-class _Change:
+class Change:
     """What a commit changes: the contents of the checkpoint's files, the operations, and what becomes of other files."""
 
     contents: dict[str, Path | bytes]
@@ -295,20 +325,20 @@ def _compare(
     license_given: bool,
     overwrite_card: bool,
     delete_others: bool,
-) -> _Change:
+) -> Change:
     """Compares a commit of the repository with the staged folder.
 
     Raises:
         PushError: if it holds another kind of model, or files that would be loaded in place of ours.
     """
-    there = _tree(api, repository, commit)
+    there = files_at(api, repository, commit)
 
     def read(name: str) -> str | None:
         if name not in there:
             return None
-        if _same(staged / name, there[name]):
+        if same_content(staged / name, there[name]):
             return (staged / name).read_text()
-        return _read(api, repository, commit, name)
+        return read_at(api, repository, commit, name)
 
     listed = read_manifest(read(MANIFEST) or "")
     is_ours = _check_kind(repository, read("config.json"), there, staged, pushed_by_us="config.json" in listed)
@@ -340,10 +370,12 @@ def _compare(
             f"{repository} holds {', '.join(found)}, which transformers would load beside this checkpoint. Remove it there, or push with "
             "--delete_others, which deletes " + ", ".join(kept) + "."
         )
-    changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
+    changed = [
+        name for name, content in contents.items() if name not in there or not same_content(content, there[name])
+    ]
     operations = [CommitOperationAdd(name, contents[name]) for name in changed]
     operations += [CommitOperationDelete(name) for name in removed]
-    return _Change(contents, operations, removed, kept, whose)
+    return Change(contents, operations, removed, kept, whose)
 
 
 def _check_kind(
@@ -391,13 +423,13 @@ def _with_hash(staged: Path, card: bytes) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
 
 
-def _tree(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
+def files_at(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
     """Lists the files of a commit, by their paths."""
     tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
-def _read(api: HfApi, repository: str, commit: str, name: str) -> str:
+def read_at(api: HfApi, repository: str, commit: str, name: str) -> str:
     """Reads a text file of a commit."""
     with tempfile.TemporaryDirectory() as temporary:
         path = _patiently(
@@ -406,7 +438,7 @@ def _read(api: HfApi, repository: str, commit: str, name: str) -> str:
         return Path(path).read_bytes().decode(errors="replace")
 
 
-def _same(content: Path | bytes, entry: RepoFile) -> bool:
+def same_content(content: Path | bytes, entry: RepoFile) -> bool:
     """Whether the Hub holds this content: by SHA-256 for large files, else by git's hash of the content."""
     if isinstance(content, Path):
         if not content.is_file() or entry.size != content.stat().st_size:
@@ -419,12 +451,14 @@ def _same(content: Path | bytes, entry: RepoFile) -> bool:
     return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _verify(api: HfApi, repository: str, commit: str, change: _Change) -> None:
+def _verify(api: HfApi, repository: str, commit: str, change: Change) -> None:
     """Raises a `PushError` if a commit does not hold what was sent."""
-    there = _tree(api, repository, commit)
+    there = files_at(api, repository, commit)
     lacking = sorted(set(change.contents) - set(there))
     differing = [
-        name for name, entry in there.items() if name in change.contents and not _same(change.contents[name], entry)
+        name
+        for name, entry in there.items()
+        if name in change.contents and not same_content(change.contents[name], entry)
     ]
     too_many = sorted(set(change.removed) & set(there))
     if differing or lacking or too_many:
@@ -499,7 +533,14 @@ def _explained(error: Exception | None, repository: str, status: int | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(description="Pushes a checkpoint or its export to the Hub.")
+    arguments = sys.argv[1:] if argv is None else argv
+    if any(argument.split("=")[0] == "--space" for argument in arguments):
+        from hub_upload import space  # which pushes by `publish`
+
+        return space.main(arguments)
+    parser = ArgumentParser(
+        description="Pushes a checkpoint or its export to the Hub. `push.py --space --help` is about the demo as a Space."
+    )
     parser.add_argument("folder", help="The output_dir of a stage, or a folder of `alignvlm export`.")
     parser.add_argument("repository", help="user/name")
     visibility = parser.add_mutually_exclusive_group()
@@ -517,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     add_package_options(parser)
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--message", help="Of the commit.")
-    options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    options = vars(parser.parse_args(arguments))
     try:
         pushed = push(options.pop("folder"), options.pop("repository"), **options)
     except PushError as error:

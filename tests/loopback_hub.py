@@ -4,7 +4,7 @@
         subprocess.run(..., env={**os.environ, **hub.environment(home)})
 
 The client freezes its environment when it is imported, so everything that talks to this Hub is a child process. Commits are kept in
-memory, contents on disk. Large files travel by LFS (`xet=False`) or by hf_xet's own file-backed store (`xet=True`).
+memory, contents on disk; a Space's name begins with `spaces/`. Large files travel by LFS (`xet=False`) or by hf_xet's own file-backed store (`xet=True`).
 
 `hub.faults` holds what goes wrong, each once or `times`: `{"method", "path", ...}`, a regular expression for the path, and one of
 `status` (answer so, with `headers`), `cut` (close the connection after so many bytes of the body), `lose_answer` (do it, but close the
@@ -281,12 +281,16 @@ class Handler(BaseHTTPRequestHandler):
             return self._create()
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self._api("/".join(parts[2:4]), parts[4:], method)
+        if parts[:2] == ["api", "spaces"] and len(parts) >= 4:
+            return self._api("/".join(parts[1:4]), parts[4:], method)
+        if parts[:1] == ["spaces"] and len(parts) >= 6 and parts[3] in ("resolve", "raw"):
+            return self._resolve("/".join(parts[:3]), parts[4], "/".join(parts[5:]))
         if parts[:1] == ["large"]:
             return self._download_large(parts[1])
         if parts[:1] == ["upload"]:
             return self._upload(parts[1], parts[2] if len(parts) > 2 else None)
-        if parts[2:] == ["info", "lfs", "objects", "batch"]:
-            self._repository(f"{parts[0]}/{parts[1].removesuffix('.git')}", write=True)
+        if parts[-4:] == ["info", "lfs", "objects", "batch"]:
+            self._repository("/".join(parts[:-4]).removesuffix(".git"), write=True)
             return self._batch()
         if len(parts) >= 5 and parts[2] in ("resolve", "raw"):
             return self._resolve(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]))
@@ -296,10 +300,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str, write: bool = False) -> Repository:
         repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and self.user != name.split("/")[0]):
+        owner = name.split("/")[-2]
+        if repository is None or (repository.private and self.user != owner):
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write:
-            self._must_write(name.split("/")[0])
+            self._must_write(owner)
         return repository
 
     def _must_write(self, namespace: str) -> None:
@@ -321,6 +326,10 @@ class Handler(BaseHTTPRequestHandler):
         namespace = wanted.get("organization") or self.user
         self._must_write(namespace)
         name = f"{namespace}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") not in ("gradio", "docker", "static"):
+                raise Refused(400, "A Space needs an sdk")
+            name = f"spaces/{name}"
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         with self.hub.lock:
             if name in self.hub.repositories:

@@ -106,7 +106,7 @@ def target(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distribution")
     copy, target = folder / "sources", folder / "target"
     copy.mkdir()
-    for name in (*INSTALLED, "training"):
+    for name in (*INSTALLED, "training", "demo"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "model_card.md"):
         shutil.copy(ROOT / name, copy)
@@ -134,6 +134,7 @@ def test_the_distribution_is_complete(target):
     page = ("*.html", "*.css", "*.js")
     assert contents(target / "alignvlm/tools/report", *page) == contents(ROOT / "alignvlm/tools/report", *page)
     shared = ("model_card.md", "training/*.py", "training/*/*.yaml", "training/*/*/*.yaml")
+    shared += ("demo/README.md", "demo/app.py", "demo/requirements.txt")
     expected = contents(ROOT, *shared)
     assert {"training/stage4.py", "training/recipes/nano/stage1.yaml", "training/accelerate/ddp.yaml"} <= set(expected)
     assert contents(target / "share/alignvlm", *shared) == expected, "see data-files in pyproject.toml"

@@ -13,6 +13,8 @@ from modeling_alignvlm import to_rgb
 MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb; a phone's 50 megapixels pass
 DRAFT_SIDE = 2048  # a JPEG more than twice as large is decoded at reduced scale, which is all an encoder will see
 
+SENT_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none for which Pillow starts a program
+
 
 class BadImage(ValueError):
     """An image that cannot be read; the message names it."""
@@ -59,6 +61,20 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
     # Pillow's decoders raise what their format's parser happens to raise on damaged data.
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(f"Cannot read {name}: {error}") from error
+
+
+def read_sent_image(content: bytes) -> Image.Image:
+    """Decodes the bytes that a stranger sent, as `read_image` does, if they are of a format in `SENT_FORMATS`.
+
+    Raises:
+        BadImage: as for `read_image`, and for any other format.
+    """
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(content), formats=[name for name in SENT_FORMATS if name in Image.OPEN])
+    except Exception as error:  # of a format's parser
+        raise BadImage(f"Cannot read the image: it is none of {', '.join(SENT_FORMATS)}, or it is damaged.") from error
+    return read_image(image)
 
 
 def image_hash(value: Image.Image | dict | str | os.PathLike) -> str:

@@ -7,6 +7,7 @@ a kept cache would change the answer.
 """
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -157,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         tag = evaluation_tag(arguments.checkpoint, arguments.revision)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - makes `input` keep the lines for the arrow keys
     print(f"{arguments.checkpoint} on {model.device.type} in {precision}. /help lists the commands.")
     chat = Chat(model, processor, tag, arguments.max_new_tokens)
     if arguments.image is not None:

@@ -1,4 +1,4 @@
-"""The server: a request that cannot be served is answered with status 400 and the sentence that says why."""
+"""The server: a request that cannot be served is answered with status 400 and the sentence that says why, and opens nothing."""
 
 import base64
 import io
@@ -7,13 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from demo.visitors import Limits, fetch, is_public, read_visitors_image
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,23 +38,23 @@ def user(*parts) -> dict:
     return {"role": "user", "content": list(parts)}
 
 
-IMAGE = {"type": "image_url", "image_url": {"url": data_url(png())}}
+PNG = png()
+IMAGE = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
 DAMAGED = {"type": "image_url", "image_url": {"url": data_url(png()[:200])}}
 NO_IMAGE = {"type": "image_url", "image_url": {"url": data_url(b"nothing")}}
 UNREACHABLE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}
 QUESTION = {"type": "text", "text": "Why?"}
 
 
-@pytest.fixture(scope="module")
-def ask(checkpoint, tmp_path_factory):
-    """A function that posts a JSON body to a path of the real server and returns status and answer."""
+@contextmanager
+def serving(checkpoint: Path, folder: Path, *options: str):
+    """Starts the real server; gives a function that posts a JSON body to a path of it and returns status and answer."""
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
-    folder = tmp_path_factory.mktemp("serving")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    options = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", *options]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, str(ROOT / "demo/serve.py"), str(checkpoint), *options],
@@ -59,8 +64,8 @@ def ask(checkpoint, tmp_path_factory):
             stderr=log,
         )
 
-    def post(path: str, body: dict) -> tuple[int, dict]:
-        data = json.dumps({"model": str(checkpoint), **body}).encode()
+    def post(path: str, body: dict | bytes) -> tuple[int, dict]:
+        data = body if isinstance(body, bytes) else json.dumps({"model": str(checkpoint), **body}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}, method="POST"
         )
@@ -71,11 +76,12 @@ def ask(checkpoint, tmp_path_factory):
             answer = error.read().decode()
             return error.code, json.loads(answer) if answer.startswith("{") else {"error": answer}
 
+    post.url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+                urllib.request.urlopen(f"{post.url}/health", timeout=10).close()
                 break
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
@@ -83,17 +89,258 @@ def ask(checkpoint, tmp_path_factory):
         yield post
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def ask(checkpoint, tmp_path_factory):
+    """Posts to a server that takes images as data URIs only."""
+    with serving(checkpoint, tmp_path_factory.mktemp("serving"), "--max_image_mb", "1", "--max_requests", "2") as post:
+        yield post
+
+
+@pytest.fixture(scope="module")
+def ask_with_urls(checkpoint, tmp_path_factory):
+    """Posts to a server that fetches images from public addresses."""
+    with serving(checkpoint, tmp_path_factory.mktemp("urls"), "--allow_url_images") as post:
+        yield post
+
+
+@contextmanager
+def image_server():
+    """An HTTP server on this machine: /a.png is an image, /to?ADDRESS redirects, /slow drips; lists the paths it was asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path.startswith("/to?"):
+                self.send_response(302)
+                self.send_header("Location", self.path[4:])
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            if self.path == "/missing":
+                return self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/slow":
+                return self.drip()
+            self.wfile.write(PNG)
+
+        def drip(self):
+            try:
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.1)
+            except OSError:
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET
+        daemon_threads = True
+
+    server = Server(("0.0.0.0", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server.server_port, asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+HOSTS = [
+    *("127.0.0.1", "127.1", "127.8.9.10", "0.0.0.0", "0", "localhost", "[::1]", "[::ffff:127.0.0.1]", "[::]"),
+    *("2130706433", "0x7f000001", "0177.0.0.1", "%31%32%37.0.0.1", "user:word@127.0.0.1", "8.8.8.8@127.0.0.1"),
+    *("169.254.169.254", "[fe80::1]", "10.0.0.1", "192.168.1.1", "172.16.0.1", "100.64.0.1", "[64:ff9b::7f00:1]"),
+    *("[fd00::1]", "[2002:7f00:1::]", "224.0.0.1", "255.255.255.255"),
+]
+
+
+def both_forms(url) -> list[tuple[str, dict]]:
+    """A question about an image at an address, for both endpoints."""
+    chat = {"messages": [user({"type": "image_url", "image_url": {"url": url}}, QUESTION)], "max_tokens": 2}
+    response = [
+        {"role": "user", "content": [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "?"}]}
+    ]
+    short = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "Why?"}]
+    return [
+        ("/v1/chat/completions", chat),
+        ("/v1/responses", {"input": response, "max_output_tokens": 2, "stream": False}),
+        ("/v1/responses", {"input": short, "max_output_tokens": 2, "stream": False}),
+    ]
+
+
+def test_no_file_of_the_server_is_opened(ask, tmp_path):
+    (tmp_path / "secret.png").write_bytes(png())
+    path = str(tmp_path / "secret.png")
+    for url in (
+        path,
+        f"file://{path}",
+        f"FILE://{path}",
+        f"file:{path}",
+        f"http:{path}",
+        "../log",
+        "log",
+        "~/a.png",
+        "",
+    ):
+        for endpoint, body in both_forms(url):
+            status, answer = ask(endpoint, body)
+            assert status == 400 and "data: URI" in answer["error"], (url, answer)
+    for part in (
+        *({"type": "image", name: path} for name in ("path", "url", "image", "base64")),
+        {"type": "image_url", "url": path},
+        {"type": "image_url", "image_url": {"path": path}},
+        {"type": "image_url", "image_url": [path]},
+        {"type": "video_url", "video_url": {"url": path}},
+        {"type": "video", "path": path},
+        {"type": "audio_url", "audio_url": {"url": path}},
+        {"type": "audio", "path": path},
+        {"type": "input_audio", "input_audio": path},
+        {"type": "input_file", "file_url": path},
+    ):
+        status, answer = ask("/v1/chat/completions", {"messages": [user(part, QUESTION)], "max_tokens": 2})
+        assert status == 400 and len(answer["error"]) > 30, (part, answer)
+
+
+def test_nothing_is_fetched_from_inside_the_network(ask, ask_with_urls):
+    with image_server() as (port, asked):
+        for host in HOSTS:
+            url = f"http://{host}:{port}/a.png"
+            for post in (ask, ask_with_urls):
+                status, answer = post(*both_forms(url)[0])
+                assert status == 400 and "image" in answer["error"], (url, answer)
+            with pytest.raises(ValueError, match=r"not fetched|unknown"):
+                fetch(url, 1000, 1)
+        for endpoint, body in both_forms(f"https://127.0.0.1:{port}/a.png"):
+            assert "not at a public address" in ask_with_urls(endpoint, body)[1]["error"]
+        status, answer = ask_with_urls(*both_forms("ftp://8.8.8.8/a.png")[0])
+        assert status == 400 and "http" in answer["error"]
+        assert not asked
+
+
+def test_addresses_are_checked_again_after_a_redirect():
+    """From an address that is taken for a public one here, as none can be reached in a test."""
+    with image_server() as (port, asked):
+        here = f"http://127.0.0.1:{port}"
+
+        def stands_for_public(address):
+            return address == "127.0.0.1"
+
+        assert fetch(f"{here}/a.png", 10_000, 5, stands_for_public) == PNG
+        assert fetch(f"{here}/to?/to?{here}/a.png", 10_000, 5, stands_for_public) == PNG
+        for target in (
+            f"http://127.0.0.2:{port}/a.png",
+            f"http://[::1]:{port}/a.png",
+            "file:///etc/hostname",
+            "//0.0.0.0",
+        ):
+            asked.clear()
+            with pytest.raises(ValueError, match="not fetched"):
+                fetch(f"{here}/to?{target}", 10_000, 5, stands_for_public)
+            assert asked == [f"/to?{target}"]
+        with pytest.raises(ValueError, match="redirects more than"):
+            fetch(f"{here}/to?" * 6 + here, 10_000, 5, stands_for_public)
+        with pytest.raises(ValueError, match="more than 100 bytes"):
+            fetch(f"{here}/a.png", 100, 5, stands_for_public)
+        with pytest.raises(ValueError, match="answered 404"):
+            fetch(f"{here}/missing", 100, 5, stands_for_public)
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="took too long"):
+            fetch(f"{here}/slow", 10_000, 0.5, stands_for_public)
+        assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111"])
+def test_public_addresses_are_known(address):
+    assert is_public(address)
+
+
+def test_images_of_other_kinds_and_sizes_are_refused():
+    bomb = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(bomb, "PNG")
+    with pytest.raises(ValueError, match=r"10000 x 9000 pixels"):
+        read_visitors_image(data_url(bomb.getvalue()), Limits())
+    with pytest.raises(ValueError, match="is none of AVIF"):  # Pillow would start Ghostscript
+        read_visitors_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), Limits())
+    with pytest.raises(ValueError, match="no base64"):
+        read_visitors_image("data:image/png;base64,/etc/*", Limits())
+    with pytest.raises(ValueError, match="must begin like"):
+        read_visitors_image("data:image/png,/etc/hostname", Limits())
+    assert read_visitors_image(data_url(png()).replace("+", "%2B"), Limits()).size == (40, 30)
+
+
+def test_limits_hold(ask):
+    messages = [user(IMAGE, QUESTION)]
+    for wrong, sentence in (
+        ({"max_tokens": 1025}, "from 1 to 1024"),
+        ({"max_completion_tokens": -1}, "from 1 to 1024"),
+        ({"max_tokens": "9"}, "from 1 to 1024"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": 10**30}, "seed"),
+        ({"stop": ["x"] * 5}, "stop"),
+        ({"generation_config": '{"num_beams": 9999}'}, "'generation_config'"),
+        ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "'chat_template_kwargs'"),
+        ({"messages": [user(*[IMAGE] * 17, QUESTION)]}, "17 images"),
+        ({"messages": [user({"type": "text", "text": "why " * 30_000})]}, "more than the 100,000 that are read"),
+        ({"messages": [user({"type": "text", "text": "why " * 24_000})]}, "Shorten it"),
+        (
+            {"messages": [user({"type": "image_url", "image_url": {"url": data_url(bytes(2 << 20))}})]},
+            "1,048,576 bytes",
+        ),
+        ({"messages": "Why?"}, "list of messages"),
+        ({"messages": ["Why?"]}, "A message is a str"),
+        ({"messages": [{"role": "user", "content": ["Why?"]}]}, "A part of a message is a str"),
+        ({"messages": [{"content": "Why?"}]}, "no role"),
+        ({"messages": [{"role": "user", "content": {"text": "Why?"}}]}, "a dict as its content"),
+    ):
+        status, answer = ask("/v1/chat/completions", {"messages": messages, "max_tokens": 2, **wrong})
+        assert status == 400 and sentence in answer["error"], (wrong.keys(), answer)
+    status, answer = ask("/v1/chat/completions", b" " * (33 << 20))
+    assert status == 413 and "Make its images smaller" in answer["error"]
+    status, answer = ask("/v1/completions", {"prompt": "What is <image>?", "max_tokens": 2})
+    assert status == 400 and "image" in answer["error"], answer
+
+
+def test_a_visitor_can_name_no_other_model(ask, checkpoint, tmp_path):
+    for path in ("/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
+        status, answer = ask(path, {"model": str(tmp_path)})
+        assert status == 404 and "/v1/chat/completions" in answer["error"], (path, answer)
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        body = {"model": str(tmp_path), "prompt": "a", "messages": [user(QUESTION)], "input": "a"}
+        allowed = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}[path]
+        status, answer = ask(path, {"model": body["model"], allowed: body[allowed]})
+        assert status == 400 and "pinned" in answer["detail"], answer
+    with urllib.request.urlopen(f"{ask.url}/v1/models", timeout=10) as response:
+        assert [model["id"] for model in json.load(response)["data"]] == [str(checkpoint)]
+
+
+def test_a_full_server_says_so_and_goes_on(ask):
+    host, port = ask.url.removeprefix("http://").split(":")
+    waiting = [socket.create_connection((host, int(port))) for _ in range(2)]
+    for each in waiting:
+        each.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+    time.sleep(0.5)
+    status, answer = ask("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    assert status == 503 and "busy" in answer["error"], answer
+    for each in waiting:
+        each.close()
+    time.sleep(0.5)
+    assert ask("/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
 
 
 @pytest.mark.parametrize(
     "messages, sentence",
     [
-        ([user(DAMAGED, QUESTION)], "image file is truncated"),
+        ([user(DAMAGED, QUESTION)], "truncated"),
         ([user(NO_IMAGE, QUESTION)], "Cannot read the image"),
-        ([user(UNREACHABLE, QUESTION)], "Cannot read the image 'http://127.0.0.1:1/a.png'"),
+        ([user(UNREACHABLE, QUESTION)], "The image 'http://127.0.0.1:1/a.png' is not fetched"),
         ([user(IMAGE, {"type": "text", "text": "What is <image>?"})], "a user typed '<image>'"),
-        ([user({"type": "video_url", "video_url": {"url": "a.mp4"}}, QUESTION)], "'video'"),
+        ([user({"type": "video_url", "video_url": {"url": "a.mp4"}}, QUESTION)], "'video_url'"),
         ([user({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, QUESTION)], "'input_audio'"),
         ([user({"type": "file", "file": {"file_id": "a"}}, QUESTION)], "'file'"),
         ([{"role": "tool", "tool_call_id": "a", "content": "42"}], "role 'tool'"),

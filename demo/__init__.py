@@ -1,0 +1,1 @@
+"""The demo app, which is also the Space's, and the server."""

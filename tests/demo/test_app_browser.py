@@ -1,0 +1,117 @@
+"""The demo in headless Chromium, driven by Playwright: what a first-time visitor does, on a phone and on a desktop.
+
+Needs `gradio`, `playwright`, Debian's `chromium`, and for the accessibility test, in the folder that ALIGNVLM_NODE_MODULES names, what
+`npm install axe-core` made.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignvlm.data.formats import CAPTION_PROMPT
+from alignvlm.tools import demo as page
+from tests.demo.test_app import expected, model, photo, png  # noqa: F401 - `model` is a fixture
+
+
+WAIT = 120_000  # milliseconds
+# Gradio's own, inside its upload button and its messages.
+NOT_OURS = ("nested-interactive",)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("there is no chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def url(model, tmp_path_factory):  # noqa: F811
+    pytest.importorskip("gradio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("app")))
+        options = page.launch_options(argparse.Namespace(host="127.0.0.1", port=None, share="off"))
+        app = page.build(page.Demo([model], page.example_images(None)), "Talk with tiny")
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **options)
+        yield url
+        app.close()
+
+
+@pytest.fixture(params=[390, 1280])
+def visit(request, browser, url):
+    """The page as a visitor of that width sees it, loaded; fails if the browser's console had an error."""
+    tab = browser.new_page(viewport={"width": request.param, "height": 900})
+    tab.set_default_timeout(WAIT)
+    errors = []
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto(url)
+    tab.wait_for_selector("#question textarea, #question input")
+    yield tab
+    assert errors == []
+    tab.close()
+
+
+MESSAGES = "#chat0 [data-testid=user], #chat0 [data-testid=bot]"
+
+
+def answers(tab, count: int) -> list[str]:
+    """The texts of the conversation, when the words of its last answer can be chosen."""
+    tab.wait_for_function(f"document.querySelectorAll('{MESSAGES}').length >= {count}")
+    tab.wait_for_selector("#words0 label", state="attached")
+    return [each.inner_text().strip() for each in tab.query_selector_all(MESSAGES)]
+
+
+def test_a_visitor_adds_an_image_asks_twice_and_sees_where_the_model_looked(visit, model, tmp_path):  # noqa: F811
+    assert visit.evaluate("document.documentElement.scrollWidth <= innerWidth + 1"), "it scrolls sideways"
+    (tmp_path / "notes.txt").write_text("hello")
+    visit.set_input_files("#uploads input[type=file]", tmp_path / "notes.txt")
+    visit.wait_for_function("document.getElementById('notice').textContent.includes('notes.txt is not an image')")
+
+    (tmp_path / "photo.png").write_bytes(png(photo(1)))
+    visit.set_input_files("#uploads input[type=file]", tmp_path / "photo.png")
+    caption = expected(model, [photo(1)], f"VQA: {CAPTION_PROMPT}", max_new_tokens=128)
+    found = answers(visit, 2)
+    assert found[0] == CAPTION_PROMPT and found[1].split() == caption.split()
+    assert visit.inner_text("#notice") == ""
+
+    visit.fill("#question textarea, #question input", "Why?")
+    visit.click("#ask")
+    reply = expected(model, [photo(1)], f"VQA: {CAPTION_PROMPT}", caption, "VQA: Why?", max_new_tokens=128)
+    assert answers(visit, 4)[3].split() == reply.split()
+
+    visit.click("#words0 label >> nth=0")
+    visit.wait_for_selector("#looked0 img")
+    assert visit.get_attribute("#looked0 img", "alt").startswith("Heat map of the image for the word")
+
+
+def test_an_example_begins_a_conversation(visit):
+    visit.click("#examples button >> nth=1")
+    assert answers(visit, 2)[0] == CAPTION_PROMPT
+
+
+def test_axe_finds_no_serious_fault_of_ours(visit):
+    folder = os.environ.get("ALIGNVLM_NODE_MODULES")
+    script = Path(folder or "none", "axe-core/axe.min.js")
+    if not script.is_file():
+        pytest.skip("ALIGNVLM_NODE_MODULES names no folder with axe-core")
+    visit.click("#examples button >> nth=0")
+    answers(visit, 2)
+    visit.add_script_tag(path=script)
+    found = visit.evaluate("axe.run()")["violations"]
+    serious = [
+        (each["id"], [node["html"][:200] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in ("serious", "critical") and each["id"] not in NOT_OURS
+    ]
+    assert serious == []

@@ -1,0 +1,138 @@
+"""The demo as a Space: complete, checked, and pushed in one commit to a Hub on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hub_upload.package import files_of
+from hub_upload.space import check_space, modules_of_the_app, package_space
+from tests.hub_client import Client, ClientError
+from tests.loopback_hub import LoopbackHub
+
+
+ROOT = Path(__file__).parents[2]
+BASE = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
+
+@pytest.fixture
+def staged(tmp_path) -> Path:
+    return package_space(tmp_path / "staged", ["user/model"])
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_a_space_is_complete(staged):
+    assert check_space(staged) == []
+    files = files_of(staged)
+    assert {"app.py", "README.md", "requirements.txt", "alignvlm/tools/demo.py"} <= set(files)
+    assert not any("stages" in name or "test" in name for name in files), "more than the app imports"
+    card = metadata((staged / "README.md").read_text())
+    assert card["models"] == ["user/model"] and card["sdk"] == "gradio" and card["app_file"] == "app.py"
+    ranges = (ROOT / "pyproject.toml").read_text()
+    pinned = dict(line.split("==") for line in (staged / "requirements.txt").read_text().split())
+    assert f'"gradio>={pinned["gradio"].split(".")[0]}.' in ranges
+
+
+def test_what_is_wrong_with_a_space_is_told(staged):
+    module = modules_of_the_app()[-1]
+    (staged / module).unlink()
+    (problem,) = check_space(staged)
+    assert "cannot be imported" in problem or "is not in it" in problem
+    (staged / "app.py").write_text("TOKEN = 'hf_" + "a" * 34 + "'\n")
+    (staged / "requirements.txt").write_text("gradio\n")
+    problems = " ".join(check_space(staged))
+    assert "app.py: looks like it holds a Hugging Face token" in problems
+    assert "gradio is not pinned" in problems and "sdk_version" in problems
+
+
+def test_the_app_takes_its_model_from_the_environment_or_the_card(staged):
+    code = "import app; print('RESULT', app.checkpoints())"
+
+    def found(**environment) -> str:
+        given = {**BASE, "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run([sys.executable, "-c", code], cwd=staged, env=given, capture_output=True, text=True)
+        return (re.search("RESULT (.*)", done.stdout) or ["", done.stderr])[1]
+
+    assert found() == "['user/model']"
+    assert found(ALIGNVLM_MODEL="a/b c/d") == "['a/b', 'c/d']"
+    card = staged / "README.md"
+    card.write_text(card.read_text().replace("- user/model", ""))
+    assert "set ALIGNVLM_MODEL" in found()
+
+
+def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        client = Client({**BASE, **hub.environment(tmp_path / "home")}, tmp_path)
+        try:
+            client("hub_client:quick")
+            push = "hub_upload.space:push_space"
+            dry = client(push, "user/demo", ["user/model"], dry_run=True)
+            assert dry["commit"] is None and "spaces/user/demo" not in hub.repositories
+            pushed = client(push, "user/demo", ["user/model"])
+            space = hub.repositories["spaces/user/demo"]
+            assert pushed["commit"] == space.refs["main"] and pushed["private"] and space.private
+            assert space.history() == ["Demo of user/model", "initial commit"]
+            expected = package_space(tmp_path / "expected", ["user/model"])
+            there = hub.files("spaces/user/demo")
+            assert sorted(set(there) - {".gitattributes"}) == files_of(expected)
+            assert all(hub.content(there[name]) == (expected / name).read_bytes() for name in files_of(expected))
+            assert not client(push, "user/demo", ["user/model"])["changed"] and len(space.history()) == 2
+
+            # What somebody wrote there stays; what an earlier push left behind goes; another model is shown.
+            card = hub.content(there["README.md"]).decode().replace("title: AlignVLM", "title: Mine") + "\nBy me.\n"
+            manifest = hub.content(there["manifest.sha256"]) + b"0  old_module.py\n"
+            changed = {
+                "README.md": card.encode(),
+                "notes.txt": b"x",
+                "old_module.py": b"",
+                "manifest.sha256": manifest,
+            }
+            space.commit(
+                "main", {**there, **{name: hub.store(content) for name, content in changed.items()}}, "by hand"
+            )
+            pushed = client(push, "user/demo", ["user/other", "user/model"])
+            assert pushed["removed"] == ["old_module.py"] and pushed["kept"] == ["notes.txt"] and pushed["card"]
+            card = hub.content(hub.files("spaces/user/demo")["README.md"]).decode()
+            assert metadata(card)["title"] == "Mine" and metadata(card)["models"] == ["user/other", "user/model"]
+            assert card.endswith("By me.\n")
+
+            # Somebody pushes meanwhile: their commit stays.
+            def theirs():
+                files = {**hub.files("spaces/user/demo"), "README.md": hub.store(b"---\nsdk: gradio\n---\nTheirs\n")}
+                space.commit("main", files, "theirs")
+
+            hub.faults.append({"method": "POST", "path": "/commit/", "before": theirs})
+            with pytest.raises(ClientError, match="Someone pushed"):
+                client(push, "user/demo", ["user/model"])
+            assert space.history()[0] == "theirs"
+
+            hub.create("spaces/user/strange")
+            files = {"app.py": hub.store(b"print()")}
+            hub.repositories["spaces/user/strange"].commit("main", files, "an app")
+            with pytest.raises(ClientError, match="was not pushed from here"):
+                client(push, "user/strange", ["user/model"])
+            with pytest.raises(ClientError, match="names no repository"):
+                client(push, "user/demo", ["/tmp/model"])
+        finally:
+            client.close()
+
+
+def test_the_command_pushes_a_space(tmp_path):
+    with LoopbackHub(tmp_path / "hub") as hub:
+        environment = {**BASE, **hub.environment(tmp_path / "home")}
+        command = [sys.executable, str(ROOT / "hub_upload/push.py"), "--space", "user/demo"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode and "--model" in done.stderr
+        command += ["--model", "user/model", "--public"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"Public: {hub.url}/spaces/user/demo" in done.stdout
+        assert json.dumps(hub.repositories["spaces/user/demo"].private) == "false"
