@@ -8,6 +8,7 @@ A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells t
   scores to what is summed, and to the function of the sums (`bootstrap.Function`). They get an interval, too: each resample sums again.
 - `per_prompt`, `per_kind`: the numbers of these that are reported for each prompt, or for each kind of question, too.
 - `beside`: metrics that judge the same answers, too.
+- `headlines`: the numbers that stand in a table of several tasks; by default the first.
 - its `features`: which columns it gets, of `COLUMNS` and `references`.
 
 The metric returns the scores of the items with its numbers: as `per_item`, a dict for each item, or as a list `<score>_per_item`.
@@ -40,7 +41,19 @@ def load_metric(name: str) -> evaluate.Metric:
 
 
 # What a metric may ask for, by the names of its features, and what of a prediction it gets.
-COLUMNS = {"predictions": "prediction", "ids": "id", "kinds": "kind", "choices": "choices", "likelihoods": "likelihoods"}
+COLUMNS = {
+    "predictions": "prediction",
+    "ids": "id",
+    "kinds": "kind",
+    "choices": "choices",
+    "likelihoods": "likelihoods",
+}
+
+
+def headlines_of(metric: evaluate.Metric) -> tuple[str, ...]:
+    """Returns the numbers of a metric that stand in a table of several tasks: its `headlines`, or the first."""
+    given = getattr(metric, "headlines", None)
+    return (numbers_of(metric)[0],) if given is None else given
 
 
 def judges_of(name: str) -> list[str]:
@@ -58,7 +71,7 @@ def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
 
     Returns:
         `metrics`: the numbers of each metric, with their 95% intervals under `intervals` and its numbers per prompt and per kind under
-        `by_prompt` and `by_kind`; `definitions`; `predictions`: the given ones, each with its `scores`.
+        `by_prompt` and (of several kinds) `by_kind`; `definitions`; `predictions`: the given ones, each with its `scores`.
 
     Raises:
         ValueError: for an unknown metric, and for predictions that a metric refuses.
@@ -77,9 +90,11 @@ def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
         for item, scores in zip(items, _taken_scores(numbers, len(items)), strict=True):
             item["scores"] |= scores
         metrics[name] = {**numbers, "intervals": _intervals(items, metric, numbers_of(metric), samples, seed)}
-        for per, key in (("per_prompt", "prompt"), ("per_kind", "kind")):
-            if chosen := getattr(metric, per, ()):
-                metrics[name][f"by_{key}"] = numbers_by(key, items, metric, chosen, samples, seed)
+        if metric.per_prompt:
+            metrics[name]["by_prompt"] = numbers_by("prompt", items, metric, metric.per_prompt, samples, seed)
+        per_kind = getattr(metric, "per_kind", ())
+        if per_kind and len({item.get("kind") for item in items}) > 1:
+            metrics[name]["by_kind"] = numbers_by("kind", items, metric, per_kind, samples, seed)
     return {"metrics": metrics, "definitions": definitions, "predictions": predictions}
 
 
@@ -87,8 +102,12 @@ def _columns(items: list[dict], metric: evaluate.Metric) -> dict[str, list]:
     """Returns the columns that a metric asks for by its features."""
     takes_one = isinstance(metric.features["references"], datasets.Value)
     references = [item["references"][0] if takes_one else item["references"] for item in items]
-    others = {name: [item.get(COLUMNS[name]) for item in items] for name in metric.features if name in COLUMNS}
-    return {**others, "references": references}
+    columns = {"references": references}
+    for name, feature in metric.features.items():
+        if name != "references":
+            missing = "" if isinstance(feature, datasets.Value) else []
+            columns[name] = [missing if (value := item.get(COLUMNS[name])) is None else value for item in items]
+    return columns
 
 
 def numbers_of(metric: evaluate.Metric) -> list[str]:

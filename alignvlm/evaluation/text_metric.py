@@ -12,7 +12,7 @@ TEXTS = datasets.List(TEXT)
 
 
 class TextMetric(evaluate.Metric):
-    """A metric of texts. `alignvlm/evaluation/judge.py` says what `means`, `of_sums`, `per_prompt`, `per_kind` and `beside` are.
+    """A metric of texts. `alignvlm/evaluation/judge.py` says what `means`, `of_sums` and the other names are.
 
     Args:
         about: what it measures, and whose convention that is; goes into result files.
@@ -32,6 +32,7 @@ class TextMetric(evaluate.Metric):
     per_prompt: tuple[str, ...] = ()
     per_kind: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    headlines: tuple[str, ...] | None = None
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

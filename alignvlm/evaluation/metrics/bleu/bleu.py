@@ -39,6 +39,8 @@ Returns:
 """
     sources = ("https://aclanthology.org/P02-1040", "https://github.com/tylin/coco-caption")
 
+    headlines = ("bleu_4",)
+
     def _compute(self, predictions, references):
         tokens = iter(tokenize([text for group in references for text in group]))
         groups = [[next(tokens) for _ in group] for group in references]

@@ -9,16 +9,16 @@ class ChoiceAccuracy(text_metric.TextMetric):
     about = """
 Multiple choice, two ways. `choice_accuracy` judges the written answer as LLaVA and lmms-eval judge ScienceQA: it must be the letter, or begin with
 the capital letter and a period; anything else is wrong. `choice_accuracy_by_likelihood` takes the choice whose text the model finds most likely
-after the question without letters, by the mean log-likelihood of its tokens; `choice_accuracy_by_sum` by their sum, which favours short choices
-(`acc_norm` and `acc` of lm-evaluation-harness, which divides by characters).
+as the answer to the same prompt, by the mean log-likelihood of its tokens, end token included; `choice_accuracy_by_sum` by their sum, which
+favours short choices (`acc_norm` and `acc` of lm-evaluation-harness, which divides by bytes in place of tokens).
 """
     numbers = """
 Args:
     predictions (list of str): one written answer per question.
     references (list of str): the right letters.
     choices (list of list of str): the choices of each question; the first is A.
-    likelihoods (list of list of dict): for each choice, the `sum` of its tokens' log-likelihoods and their number, `tokens`; None for all questions
-        if nobody measured them.
+    likelihoods (list of list of dict): for each choice, the `sum` of its tokens' log-likelihoods and their number, `tokens`; an empty list
+        where nobody measured them.
 
 Returns:
     choice_accuracy (float): share of right letters.
@@ -45,6 +45,7 @@ Returns:
         "choices": text_metric.TEXTS,
         "likelihoods": datasets.List({"sum": datasets.Value("float64"), "tokens": datasets.Value("int64")}),
     }
+    headlines = ("choice_accuracy", "choice_accuracy_by_likelihood")
     means = {
         "choice_accuracy": ("correct", {}),
         "choice_accuracy_by_likelihood": ("likeliest_correct", {"measured": True}),
@@ -79,7 +80,7 @@ def letter_of(answer: str) -> str | None:
     return answer[0] if len(answer) > 1 and answer[0].isupper() and answer[1] == "." else None
 
 
-def _judged(prediction: str, reference: str, choices: list[str], likelihoods: list[dict] | None) -> dict:
+def _judged(prediction: str, reference: str, choices: list[str], likelihoods: list[dict]) -> dict:
     names = letters(len(choices))
     given, right = letter_of(prediction), reference.strip().upper()
     scores = {"correct": given == right, "no_letter": given not in names, "chance": 1 / max(len(choices), 1)}

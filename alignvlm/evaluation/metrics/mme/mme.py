@@ -37,8 +37,12 @@ Returns:
   year={2023}
 }
 """
-    sources = ("https://arxiv.org/abs/2306.13394", "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models")
-    columns = {name: text_metric.TEXT for name in ("predictions", "references", "kinds", "ids")}
+    sources = (
+        "https://arxiv.org/abs/2306.13394",
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models",
+    )
+    columns = dict.fromkeys(("predictions", "references", "kinds", "ids"), text_metric.TEXT)
+    headlines = ("mme_perception", "mme_cognition")
     means = {"mme_accuracy": ("correct", {})}
     per_kind = ("mme_accuracy",)
 

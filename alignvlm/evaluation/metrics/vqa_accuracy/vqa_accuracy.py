@@ -1,15 +1,16 @@
 """VQA accuracy by the answers of several people, for the `evaluate` library."""
 
 from alignvlm.evaluation import text_metric
-from alignvlm.evaluation.metrics.pathvqa_accuracy.vqa_normalisation import normalise
+from alignvlm.evaluation.metrics.pathvqa_accuracy.vqa_normalisation import normalise, without_punctuation
 
 
 class VQAAccuracy(text_metric.TextMetric):
     about = """
 VQA accuracy (Antol et al., 2015, arXiv 1505.00468): an answer scores min(1, n / 3) where n other people gave it too, the mean over all people
-taken as the one left out. `vqa_accuracy` normalises as the official evaluation of VQA does (`vqaEval.py`; answers on which all people agree are
-compared as they stand). `vqa_accuracy_evalai` normalises as the EvalAI server and MMF do, which is official for TextVQA, and which lmms-eval
-takes for OK-VQA and VizWiz as well: commas and question marks go, "'s" stands apart, and all answers are normalised.
+taken as the one left out. `vqa_accuracy` is that of the official evaluation of VQA (`vqaEval.py`): the prediction is normalised, of people's answers
+only punctuation goes, and nothing where all of them agree, for VQA's were normalised when they were collected. `vqa_accuracy_evalai` normalises
+all of them as the EvalAI server and MMF do, which is official for TextVQA, and which lmms-eval takes for OK-VQA and VizWiz as well: commas and
+question marks go, and "'s" stands apart, before the same rules.
 """
     numbers = """
 Args:
@@ -29,6 +30,7 @@ Returns:
 }
 """
     sources = ("https://arxiv.org/abs/1505.00468", "https://github.com/GT-Vision-Lab/VQA")
+    headlines = ("vqa_accuracy", "vqa_accuracy_evalai")
     means = {name: (name, {}) for name in ("vqa_accuracy", "vqa_accuracy_evalai")}
     per_kind = ("vqa_accuracy",)
 
@@ -42,20 +44,14 @@ Returns:
 
 def official(prediction: str, answers: list[str]) -> float:
     """Returns the score by the official evaluation of VQA."""
-    given, *people = (_on_one_line(text) for text in (prediction, *answers))
-    if len(set(people)) > 1:
-        given, *people = (normalise(text) for text in (given, *people))
-    return _agreement(given, people)
+    people = [without_punctuation(answer) for answer in answers] if len(set(answers)) > 1 else answers
+    return _agreement(normalise(prediction), people)
 
 
 def evalai(prediction: str, answers: list[str]) -> float:
     """Returns the score with the normalisation of EvalAI and MMF."""
     given, *people = (normalise(_words(text)) for text in (prediction, *answers))
     return _agreement(given, people)
-
-
-def _on_one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _words(text: str) -> str:

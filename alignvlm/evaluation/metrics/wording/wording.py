@@ -35,6 +35,7 @@ Returns:
 }
 """
     sources = ("https://arxiv.org/abs/1908.04319",)
+    headlines = ()
     means = {name: (name, {}) for name in ("words", "empty", "repetition", "loops")}
 
     def _compute(self, predictions, references):
