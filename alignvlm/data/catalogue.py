@@ -297,12 +297,11 @@ CATALOGUE: dict[str, DataSet] = {
         note="Answers of its test split are not public; the training split is the_cauldron's `docvqa`.",
     ),
     "ocrbench": DataSet(
-        partial(formats.question, kind_column="question_type"),
+        partial(formats.question, kind_column="question_type", all_answers=True),
         ("image", "question", "answer", "question_type"),
         data="echo840/OCRBench",
         group_by="image",
         metric="ocrbench",
-        asked={"all_answers": True},
         licence="unknown: see its page",
         note="1,000 questions, its test split only.",
     ),

@@ -366,7 +366,7 @@ def question(
     name = next((name for name in ANSWERS if row.get(name) is not None), "answer")
     if all_answers and row.get("answers") is not None:
         name = "answers"
-    if name == "answers" or isinstance(row.get(name), list):
+    if name == "answers" or (all_answers and isinstance(row.get(name), list)):
         answers = _given(row[name], name, may_be_empty=all_answers)
         answers = answers if all_answers else [Counter(answers).most_common(1)[0][0]]
     else:

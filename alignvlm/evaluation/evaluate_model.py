@@ -308,10 +308,8 @@ CONTROLS = ("blank_image", "shuffle_images", "question_only")
 def _control(arguments: argparse.Namespace) -> str | None:
     chosen = [name for name in CONTROLS if getattr(arguments, name)]
     if len(chosen) > 1:
-        flags = " and ".join(f"--{name}" for name in chosen)
-        raise ValueError(
-            f"{flags} are {len(chosen)} controls: run them one after the other, or all of them by --controls."
-        )
+        flags, count = " and ".join(f"--{name}" for name in chosen), {2: "two", 3: "three"}[len(chosen)]
+        raise ValueError(f"{flags} are {count} controls: run them one after the other, or all of them by --controls.")
     return chosen[0] if chosen else None
 
 

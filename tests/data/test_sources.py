@@ -261,12 +261,12 @@ def slake(folder: Path) -> dict:
     return {"data": "slake", "image_dir": "images"}
 
 
-def asked_of(folder: Path, name: str, file: str, rows, **columns) -> dict:
+def asked_of(folder: Path, name: str, split: str, rows, config: str = "data", **columns) -> dict:
     """A parquet file of questions: `rows(i)` about the image of shade i; `columns` are features that are not texts."""
     found = [{"image": embedded(i), **row} for i in range(3) for row in rows(i)]
     features = {key: Value("string") for key in found[0]} | {"image": Image()} | columns
-    parquet(folder, f"{name}/data/{file}-00000-of-00001.parquet", found, **features)
-    return {"data": name, "split": file}
+    parquet(folder, f"{name}/{config}/{split}-00000-of-00001.parquet", found, **features)
+    return {"data": name, "split": split}
 
 
 TEXTS, NUMBER = List(Value("string")), Value("int64")
@@ -294,7 +294,7 @@ def scienceqa(folder: Path) -> dict:
     def rows(i):
         yield {"question": "Which?", "choices": ["one", "two", "three"], "answer": i, "hint": "Look." if i == 1 else "", "task": "closed choice", "grade": "grade2", "subject": "natural science", "lecture": "", "solution": ""}  # fmt: skip
 
-    return {**asked_of(folder, "scienceqa/ScienceQA-IMG", "test", rows, choices=TEXTS, answer=NUMBER), "data": "scienceqa/ScienceQA-IMG"}  # fmt: skip
+    return asked_of(folder, "scienceqa", "test", rows, "ScienceQA-IMG", choices=TEXTS, answer=NUMBER)
 
 
 def ai2d(folder: Path) -> dict:
@@ -341,7 +341,7 @@ def docvqa(folder: Path) -> dict:
     def rows(i):
         yield {"questionId": str(i), "question": "Which?", "question_types": ["form"], "docId": i, "answers": [f"shade {i}", f"Shade {i}."], "data_split": "val"}  # fmt: skip
 
-    return asked_of(folder, "docvqa", "validation", rows, question_types=TEXTS, docId=NUMBER, answers=TEXTS)
+    return asked_of(folder, "docvqa", "validation", rows, "DocVQA", question_types=TEXTS, docId=NUMBER, answers=TEXTS)
 
 
 def ocrbench(folder: Path) -> dict:

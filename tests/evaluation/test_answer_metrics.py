@@ -54,7 +54,7 @@ def test_letters_are_read_as_by_llava():
     predictions, references, choices, right = map(list, zip(*OFFICIAL["choices"]))
     given = {"predictions": predictions, "references": references, "choices": choices}
     found = computed("choice_accuracy", **given, likelihoods=[[]] * len(choices))
-    assert [item["correct"] for item in found["per_item"]] == [score == 1 for score in right] and 20 < sum(right) < 150
+    assert [item["correct"] for item in found["per_item"]] == [score == 1 for score in right] and 10 < sum(right) < 150
     assert found["choice_accuracy_by_likelihood"] is None
     assert found["chance"] == pytest.approx(sum(1 / len(each) for each in choices) / len(choices))
 
