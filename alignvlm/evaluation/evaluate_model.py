@@ -27,7 +27,7 @@ from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
 from alignvlm.evaluation.choices import likelihoods
 from alignvlm.evaluation.controls import MOST_FREQUENT, most_frequent, table
-from alignvlm.evaluation.judge import compare, judge
+from alignvlm.evaluation.judge import compare, judge, load_metric
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_checkpoint, model_identity
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
@@ -69,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
         help="What to do with a row whose texts cannot be used or whose image cannot be read.",
     )
     p.add_argument("--prompt", help=f"The prompt for captions. Default: as in training, {CAPTION_PROMPT!r}")
+    p.add_argument(
+        "--metric",
+        help="Judge all answers by this metric of alignvlm/evaluation/metrics. Default: the data set's own.",
+    )
     p.add_argument(
         "--tag", help="A source tag before every prompt; default: the `evaluation_tag` of the checkpoint's last stage."
     )
@@ -180,6 +184,8 @@ def finished(file: Path, settings: dict) -> dict | None:
 
 def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
     """Returns work that asks about images and judges the answers by each question's metric."""
+    if arguments.metric is not None:
+        load_metric(arguments.metric)  # an unknown one is refused now
     evaluation_set = load_task(
         arguments.task,
         arguments.split,
@@ -223,7 +229,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
                 **output,
                 "references": conversation.responses,
                 "kind": conversation.kind,
-                "metric": evaluation_set.source.metric_of(conversation),
+                "metric": arguments.metric or evaluation_set.source.metric_of(conversation),
             }
             for one, group in zip(asked, outputs, strict=True)
             for conversation, output in zip(one.conversations, group, strict=True)
@@ -231,7 +237,10 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
         return judge(predictions, arguments.bootstrap_samples, arguments.seed)
 
     data = {**evaluation_set.source.identity, **evaluation_set.notes}
-    return Work(len(asked), {"data": data, "tag": tag, "decoding": decoding}, run, summarise)
+    settings = {"data": data, "tag": tag, "decoding": decoding}
+    if arguments.metric is not None:
+        settings["metric"] = arguments.metric
+    return Work(len(asked), settings, run, summarise)
 
 
 def _text_work(arguments: argparse.Namespace, model, processor) -> Work:

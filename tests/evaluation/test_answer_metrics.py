@@ -80,6 +80,27 @@ def test_mme_equals_the_official_code():
     assert computed("mme", predictions=["y"] * 2, references=["Yes", "No"], kinds=["OCR"] * 2, ids=["a"] * 2)["mme_cognition"] is None  # fmt: skip
 
 
+def test_objects_in_captions_are_the_official_ones():
+    from alignvlm.evaluation.metrics.chair.coco_objects import OBJECT_OF, OBJECTS, objects_in
+
+    assert len(OBJECTS) == 80 and set(OBJECT_OF.values()) == set(OBJECTS)
+    for caption, objects in OFFICIAL["chair"]:
+        assert objects_in(caption) == objects, caption
+    assert sum(bool(objects) for _, objects in OFFICIAL["chair"]) > 150
+    assert [name for name in OBJECTS if objects_in(name) != [name]] == ["bus"]  # "bu" in the official singular
+
+
+def test_chair_by_hand():
+    captions = ["A dog and two cats on a couch.", "A man holds a wine glass.", "A sunset."]
+    references = [["dog", "couch", "a dog sleeps"], ["person", "bus"], ["A bench by the sea"]]
+    found = computed("chair", predictions=captions, references=references)
+    assert found["chair_i"] == pytest.approx(2 / 5) and found["chair_s"] == pytest.approx(2 / 3)
+    assert found["chair_recall"] == pytest.approx(3 / 5) and found["chair_objects"] == pytest.approx(5 / 3)
+    assert [item["hallucinated"] for item in found["per_item"]] == [["cat"], ["wine glass"], []]
+    nothing = computed("chair", predictions=["x"], references=[["y"]])
+    assert nothing["chair_i"] is None and nothing["chair_recall"] is None and nothing["chair_s"] == 0
+
+
 def test_pope_equals_the_official_script():
     predictions, references = map(list, zip(*OFFICIAL["pope"]["items"]))
     found = computed("pope", predictions=predictions, references=references)

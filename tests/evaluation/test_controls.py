@@ -105,6 +105,20 @@ def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path
     assert "there already" not in capsys.readouterr().out
 
 
+def test_any_metric_can_judge_ones_own_data(checkpoint, data_dir, tmp_path):
+    """CHAIR of captions whose references are captions of people and the names of annotated objects."""
+    row = {"image": "0.png", "captions": ["A dog sleeps.", "couch", "dining table"]}
+    (data_dir / "rows.jsonl").write_text(json.dumps(row))
+    arguments = [str(checkpoint), "--task", "local", "--data", str(data_dir / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--metric", "chair", "--output_dir", str(tmp_path), "--max_new_tokens", "3"]
+    main(arguments)
+    result = json.loads((tmp_path / "local.json").read_text())
+    assert list(result["metrics"]) == ["chair"] and result["metric"] == "chair"
+    assert result["predictions"][0]["scores"]["present"] == 3
+    with pytest.raises(SystemExit, match=r"There is no metric 'spice'\. Valid values: anls, bleu"):
+        main([*arguments[:-1], "3", "--metric", "spice"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,7 @@
 import numpy as np
 
 from alignvlm.evaluation import text_metric
-from alignvlm.evaluation.metrics.chair.coco_objects import objects_in
+from alignvlm.evaluation.metrics.chair.coco_objects import OBJECT_OF, objects_in
 
 
 class Chair(text_metric.TextMetric):
@@ -48,7 +48,7 @@ Returns:
 
 
 def _judged(prediction: str, references: list[str]) -> dict:
-    present = {name for reference in references for name in objects_in(reference)}
+    present = {name for reference in references for name in _named(reference)}
     mentioned = objects_in(prediction)
     hallucinated = [name for name in mentioned if name not in present]
     return {
@@ -59,6 +59,11 @@ def _judged(prediction: str, references: list[str]) -> dict:
         "present": len(present),
         "found": len(present & set(mentioned)),
     }
+
+
+def _named(reference: str) -> list[str]:
+    """Returns the objects that a reference names: the one whose name it is, or those of a caption."""
+    return [OBJECT_OF[reference]] if reference in OBJECT_OF else objects_in(reference)
 
 
 def _share(sums: np.ndarray) -> np.ndarray:
