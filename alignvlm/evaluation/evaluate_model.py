@@ -276,7 +276,7 @@ def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:
     if path.suffix == ".txt":
         content = path.read_bytes()
         return content.decode(), {"data": path.name, "sha256": hashlib.sha256(content).hexdigest()}
-    found = read_rows(arguments.data, arguments.split, revision=arguments.data_revision)
+    found = read_rows(arguments.data, arguments.split or "test", revision=arguments.data_revision)
     if "text" not in found.columns:
         raise ValueError(f"{arguments.data} has no column `text`; its columns: {found.columns}.")
     texts, bad = [], []
