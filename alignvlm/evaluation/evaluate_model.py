@@ -132,6 +132,8 @@ def evaluate_checkpoint(
     """
     if arguments.checkpoint is None or arguments.task is None:
         raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
+    if arguments.data_dir is not None and not (arguments.tasks or arguments.controls):
+        raise ValueError("--data_dir holds the data of several --tasks; the data of one --task is --data.")
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     model, processor, precision = loaded or load_model(arguments)
     with state.main_process_first():  # fetches data once

@@ -165,10 +165,10 @@ def blank(images: list[list[Image.Image]]) -> list[list[Image.Image]]:
 
 def without_images(conversation: Conversation) -> Conversation:
     """Returns a conversation without its image parts, to see what the words alone tell."""
-    messages = [
-        {**message, "content": [part for part in Conversation.parts(message) if part["type"] != "image"]}
-        for message in conversation.messages
-    ]
+    messages = []
+    for message in conversation.messages:
+        said = [part for part in Conversation.parts(message) if part["type"] != "image"]
+        messages.append({**message, "content": said or [{"type": "text", "text": ""}]})
     return replace(conversation, messages=messages)
 
 

@@ -127,6 +127,7 @@ def test_any_metric_can_judge_ones_own_data(checkpoint, data_dir, tmp_path):
         (["--tasks", "ai2d,pope", "--data_dir", "DATA"], "holds 0 folders or files called 'pope'; expected one"),
         (["--tasks", "ai2d,pope", "--data", "DATA"], "--data is the data of one task"),
         (["--tasks", "ai2d,scenes"], "The task 'scenes' has no data by default: give --data_dir"),
+        (["--task", "ai2d", "--data_dir", "DATA"], "the data of one --task is --data"),
         (["--task", "ai2d", "--controls", "--blank_image"], "--controls includes --blank_image"),
         (["--task", "ai2d", "--question_only", "--blank_image"], "--blank_image and --question_only are two controls"),
     ],
