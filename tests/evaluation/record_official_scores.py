@@ -116,10 +116,13 @@ def ocrbench(folder: Path, rng: random.Random) -> list:
     for _ in range(200):
         kind = rng.choice([formulas, "Doc-oriented VQA"])
         references = [said(rng, 2) or "x" for _ in range(rng.randint(1, 3))]
-        prediction = (
-            said(rng) + misspelt(rng, rng.choice(references)).upper() + said(rng)
-            if rng.random() < 0.5
-            else " ".join(rng.choice(references)) + said(rng, 2)
+        reference = rng.choice(references)
+        prediction = rng.choice(
+            [
+                said(rng) + misspelt(rng, reference).upper() + said(rng),
+                " ".join(reference) + said(rng, 2),
+                reference.strip(),
+            ]
         )
         row = {"answer": references, "dataset": "HME100k" if kind == formulas else "x", "question_type": kind}
         score = official.ocrbench_process_results(row, [prediction])["ocrbench_accuracy"]["score"]
@@ -215,7 +218,9 @@ def chair(folder: Path, rng: random.Random) -> list:
         words = [rng.choice(known if rng.random() < 0.6 else fill).strip() for _ in range(rng.randint(0, 9))]
         caption = " ".join(rng.choice(forms)(word) for word in words) + rng.choice(["", ".", "!"])
         items.append([caption, official(caption)])
-    return items
+    return items + [
+        [caption, official(caption)] for caption in (f"a {name.strip()} or {name.strip()}s" for name in known)
+    ]
 
 
 def pope(script: Path, rng: random.Random) -> dict:

@@ -128,6 +128,7 @@ _FORMS = {
     "child": ["child", "childs", "children"],
     "children": ["childrens"],
     "cow": ["cow", "cows", "kine"],
+    "doggy": ["doggy", "doggys"],
     "glas": ["glass"],
     "glass": ["glasses", "glasss"],
     "goose": ["goose", "gooses", "geese"],
@@ -149,7 +150,7 @@ def _forms_of(word: str) -> list[str]:
     plurals = [f"{word}s"]
     if re.search("(ch|sh|o)$", word):
         plurals.append(f"{word}es")
-    elif re.search("[^aeo]y$", word):
+    elif re.search("[^aeou]y$", word):
         plurals.append(f"{word[:-1]}ies")
     elif word.endswith("man"):
         plurals.append(f"{word[:-3]}men")
