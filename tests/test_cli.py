@@ -86,7 +86,7 @@ def test_a_mistyped_command_names_the_nearest():
         ("plan", ["--config", "RECIPE", "--row_lenght", "8"], "--row_length"),
         ("assemble", ["--visoin", "somewhere"], "--vision"),
         ("quickstart", ["--ouput_dir", "somewhere"], "--output_dir"),
-        ("evaluate", ["out/stage4", "--taks", "pathvqa"], "--task"),
+        ("evaluate", ["out/stage4", "--taks", "pathvqa"], "--tasks?"),
         ("evaluate", ["--use-cpu"], "--use_cpu"),
         ("evaluate", ["out/stage4", "--bootstrap", "10"], "--bootstrap_samples"),  # no abbreviations
         ("recaption", ["out/stage3", "photos", "a.jsonl", "--min_word", "3"], "--min_words"),

@@ -1,7 +1,7 @@
 """The data sets that have a name: one table for training and evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from datasets import Dataset
@@ -11,7 +11,7 @@ from alignvlm.data.formats import CAPTION_COLUMNS, DETAILED_PROMPT, IMAGE_COLUMN
 from alignvlm.data.record import Conversation, Record
 
 
-CIDER, ACCURACY = "cider", "pathvqa_accuracy"
+CIDER, ACCURACY, PEOPLE, CHOICE = "cider", "pathvqa_accuracy", "vqa_accuracy", "choice_accuracy"
 BY_KIND = "by kind"
 
 
@@ -31,6 +31,8 @@ class DataSet:
         generate: draws the records; such a data set has no rows to read.
         metric: a folder of `alignvlm/evaluation/metrics`; `by kind`: `cider` for captions, else `pathvqa_accuracy`; None: this package has
             no metric that judges it as the field does.
+        split: the split that is asked if an evaluation names none.
+        asked: arguments and options of `read` that an evaluation sets.
         licence: as its page states it. The images often have terms of their own.
         note: what a user must know.
     """
@@ -45,6 +47,8 @@ class DataSet:
     image_folder: bool = False
     generate: Callable[..., Dataset] | None = None
     metric: str | None = BY_KIND
+    split: str = "test"
+    asked: dict = field(default_factory=dict)
     licence: str = "unknown"
     note: str = ""
 
@@ -123,12 +127,31 @@ CATALOGUE: dict[str, DataSet] = {
         metric=CIDER,
         licence="non-commercial research",
     ),
+    "nocaps": DataSet(
+        formats.captions,
+        ("image", "annotations_captions"),
+        data="lmms-lab/NoCaps",
+        metric=CIDER,
+        split="validation",
+        licence="unknown: see its page",
+        note="Ten captions each; those of its test split are not public.",
+    ),
+    "textcaps": DataSet(
+        formats.captions,
+        ("image", "caption_str"),
+        data="lmms-lab/TextCaps",
+        metric=CIDER,
+        split="val",
+        licence="CC BY 4.0",
+    ),
     "vqav2": DataSet(
         formats.question,
-        (IMAGE_COLUMNS, "question", "multiple_choice_answer"),
+        (IMAGE_COLUMNS, "question", ("multiple_choice_answer", "answers")),
         data="lmms-lab/VQAv2",
         group_by="image",
-        metric=None,
+        metric=PEOPLE,
+        split="validation",
+        asked={"all_answers": True},
         licence="CC BY 4.0",
         note="Its labelled split on the Hub is `validation`; the training split is the_cauldron's `vqav2`.",
     ),
@@ -140,6 +163,8 @@ CATALOGUE: dict[str, DataSet] = {
         images=("instructions", "images", "imageId", "id"),
         group_by="imageId",
         metric=ACCURACY,
+        split="testdev",
+        asked={"config": "testdev_balanced_instructions"},
         licence="MIT",
         note="Images stand in a config of their own, which is read with it; `config: testdev_balanced_instructions` for its test.",
     ),
@@ -148,7 +173,9 @@ CATALOGUE: dict[str, DataSet] = {
         (IMAGE_COLUMNS, "question", "answers"),
         data="lmms-lab/OK-VQA",
         group_by="image",
-        metric=None,
+        metric=PEOPLE,
+        split="val2014",
+        asked={"all_answers": True},
         note="The Hub has the split `val2014` only.",
         licence="unknown: its page states none",
     ),
@@ -157,7 +184,9 @@ CATALOGUE: dict[str, DataSet] = {
         (IMAGE_COLUMNS, "question", "answers"),
         data="lmms-lab/textvqa",
         group_by="image",
-        metric=None,
+        metric=PEOPLE,
+        split="validation",
+        asked={"all_answers": True},
         licence="CC BY 4.0",
     ),
     "vizwiz": DataSet(
@@ -165,7 +194,9 @@ CATALOGUE: dict[str, DataSet] = {
         (IMAGE_COLUMNS, "question", "answers"),
         data="lmms-lab/VizWiz-VQA",
         group_by="image",
-        metric=None,
+        metric=PEOPLE,
+        split="val",
+        asked={"all_answers": True},
         licence="CC BY 4.0",
         note="The Hub's labelled split is `val`.",
     ),
@@ -195,6 +226,84 @@ CATALOGUE: dict[str, DataSet] = {
         metric=ACCURACY,
         licence="CC BY 4.0",
         note="Download the repository and unpack imgs.zip; `image_dir` is its folder `imgs`. `language: zh` for the Chinese half.",
+    ),
+    "scienceqa": DataSet(
+        partial(formats.multiple_choice, kind_column="subject"),
+        ("image", "question", "choices", "answer", "hint"),
+        data="lmms-lab/ScienceQA",
+        config="ScienceQA-IMG",
+        metric=CHOICE,
+        licence="CC BY-NC-SA 4.0",
+        note="The questions with an image; `config: ScienceQA-FULL` for all.",
+    ),
+    "ai2d": DataSet(
+        formats.multiple_choice,
+        ("image", "question", "options", "answer"),
+        data="lmms-lab/ai2d",
+        group_by="image",
+        metric=CHOICE,
+        licence="unknown: see its page",
+        note="Its test split only.",
+    ),
+    "mmstar": DataSet(
+        partial(formats.multiple_choice, kind_column="category"),
+        ("image", "question", "answer", "category"),
+        data="Lin-Chen/MMStar",
+        group_by="image",
+        metric=CHOICE,
+        split="val",
+        licence="unknown: see its page",
+        note="Choices stand in the question, so likelihoods are those of the letters A to D.",
+    ),
+    "pope": DataSet(
+        partial(formats.question, kind_column="category"),
+        ("image", "question", "answer", "category"),
+        data="lmms-lab/POPE",
+        group_by="image",
+        metric="pope",
+        asked={"keep_duplicates": True},
+        licence="MIT",
+        note="9,000 questions about 500 photos of COCO; their `category` says how absent objects were chosen. Random, popular and adversarial "
+        "share questions, which are asked once for each.",
+    ),
+    "mme": DataSet(
+        partial(formats.question, kind_column="category"),
+        ("image", "question", "answer", "category", "question_id"),
+        data="lmms-lab/MME",
+        group_by="question_id",
+        metric="mme",
+        licence="unknown: for research, see its page",
+        note="Two questions about each image.",
+    ),
+    "chartqa": DataSet(
+        formats.question,
+        ("image", "question", "answer", "type"),
+        data="lmms-lab/ChartQA",
+        group_by="image",
+        metric="relaxed_accuracy",
+        licence="GPL-3.0",
+        note="Its test split only; the training split is the_cauldron's `chartqa`.",
+    ),
+    "docvqa": DataSet(
+        formats.question,
+        ("image", "question", "answers"),
+        data="lmms-lab/DocVQA",
+        config="DocVQA",
+        group_by="image",
+        metric="anls",
+        split="validation",
+        asked={"all_answers": True},
+        licence="unknown: see its page",
+        note="Answers of its test split are not public; the training split is the_cauldron's `docvqa`.",
+    ),
+    "ocrbench": DataSet(
+        partial(formats.question, kind_column="question_type", all_answers=True),
+        ("image", "question", "answer", "question_type"),
+        data="echo840/OCRBench",
+        group_by="image",
+        metric="ocrbench",
+        licence="unknown: see its page",
+        note="1,000 questions, its test split only.",
     ),
     "text": DataSet(
         formats.text_only,

@@ -20,7 +20,10 @@ from alignvlm.data.record import BadRow, Conversation, Record, one_turn, shown
 CAPTION_PROMPT = "Write a short caption."
 DETAILED_PROMPT = "Describe the picture in detail."
 IMAGE_TOKEN = "<image>"
-CAPTION_COLUMNS = ("captions", "sentences", "original_alt_text", "alt_text", "caption")
+CAPTION_COLUMNS = (
+    *("captions", "sentences", "original_alt_text", "alt_text", "caption"),
+    *("annotations_captions", "caption_str"),  # NoCaps, TextCaps
+)
 IMAGE_COLUMNS = ("images", "image", "filename", "img_name")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
 SPEAKERS = {
@@ -335,7 +338,14 @@ def _rated_lower(row: dict, name: str, index: int, least: int) -> bool:
     return index < len(ratings) and ratings[index] is not None and ratings[index] < least
 
 
-def question(row: dict, *, instruction: str = "", language: str | None = None) -> Record | None:
+def question(
+    row: dict,
+    *,
+    instruction: str = "",
+    language: str | None = None,
+    kind_column: str | None = None,
+    all_answers: bool = False,
+) -> Record | None:
     """Reads a `question` about the image with its answer.
 
     The answer is `answer`, VQAv2's `multiple_choice_answer` (the most frequent of its ten people's), or the most frequent of `answers`, the
@@ -344,6 +354,8 @@ def question(row: dict, *, instruction: str = "", language: str | None = None) -
     Args:
         instruction: a text after each question.
         language: reads only rows with this `q_lang` (SLAKE).
+        kind_column: the column that says what kind of question it is; None: `answer_type` or `type`.
+        all_answers: take everyone's answers, for a metric that judges by all of them.
     """
     if language is not None and row.get("q_lang") != language:
         return None
@@ -352,20 +364,65 @@ def question(row: dict, *, instruction: str = "", language: str | None = None) -
         raise BadRow(f"`{columns[0]}` is empty. Name the image the question is about, or remove the row.")
     asked = text(row.get("question"), "question")
     name = next((name for name in ANSWERS if row.get(name) is not None), "answer")
-    answer = _most_frequent(row[name]) if name == "answers" else text(row.get(name), name)
-    kind = next((row[name] for name in ("answer_type", "type") if isinstance(row.get(name), str)), "question")
-    return Record(images, [one_turn(f"{asked} {instruction}".strip(), [answer], len(images), kind)])
+    if all_answers and row.get("answers") is not None:
+        name = "answers"
+    if name == "answers" or (all_answers and isinstance(row.get(name), list)):
+        answers = _given(row[name], name, may_be_empty=all_answers)
+        answers = answers if all_answers else [Counter(answers).most_common(1)[0][0]]
+    else:
+        answers = [text(row.get(name), name)]
+    columns = ("answer_type", "type") if kind_column is None else (kind_column,)
+    kind = next((row[name] for name in columns if isinstance(row.get(name), str)), "question")
+    return Record(images, [one_turn(f"{asked} {instruction}".strip(), answers, len(images), kind)])
 
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers")
 
 
-def _most_frequent(answers: Any) -> str:
-    given = [
-        text(answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer, f"answers[{index}]")
-        for index, answer in enumerate(items(answers, "answers"))
+def _given(answers: Any, column: str, may_be_empty: bool) -> list[str]:
+    """Returns the answers of several people: texts, or mappings with `answer`."""
+    return [
+        text(
+            answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer,
+            f"{column}[{index}]",
+            may_be_empty,
+        )
+        for index, answer in enumerate(items(answers, column))
     ]
-    return Counter(given).most_common(1)[0][0]
+
+
+BY_LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str | None = None) -> Record:
+    """Reads a `question` with `choices` (or `options`), which is answered by a letter; a `hint` stands before it, as in ScienceQA.
+
+    The `answer` is the letter, or the right choice's index from 0. A question without a column of choices lists them itself, as A to D (MMStar).
+
+    Args:
+        instruction: a text after the choices.
+        kind_column: the column that says what kind of question it is.
+    """
+    images = images_of(row)
+    asked = text(row.get("question"), "question")
+    column = next((name for name in ("choices", "options") if row.get(name) is not None), None)
+    if column is None:
+        choices, listed = list("ABCD"), asked
+    else:
+        choices = [text(choice, f"{column}[{index}]") for index, choice in enumerate(items(row[column], column))]
+        listed = "\n".join([asked, *(f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(choices))])
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    answer = str(row.get("answer")).strip()
+    answer = letters[int(answer)] if answer.isdecimal() and int(answer) < len(letters) else answer
+    if answer not in letters:
+        raise BadRow(
+            f"`answer` is {shown(row.get('answer'))}; expected one of {', '.join(letters)}, or an index from 0."
+        )
+    hint = text(row.get("hint") or "", "hint", may_be_empty=True)
+    prompt = f"Context: {hint}\n{listed}" if hint else listed
+    kind = row.get(kind_column) if kind_column is not None else None
+    turn = one_turn(f"{prompt}\n{instruction}".strip(), [answer], len(images), kind or "multiple_choice")
+    return Record(images, [replace(turn, choices=choices)])
 
 
 def questions(row: dict, *, instruction: str = "") -> Record:

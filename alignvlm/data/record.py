@@ -34,6 +34,7 @@ class Conversation:
         responses: the accepted answers. In training each is a branch, in evaluation all are references.
         train_on: `last` trains the response alone; `all` trains the assistant's earlier turns too.
         kind: what is asked for, such as `short_caption` or `question`; it chooses the metric.
+        choices: of a multiple-choice question, in the order of their letters; None: no such question.
 
     Raises:
         ValueError: for another role, part or `train_on`; without a response; and if the last message is not the user's.
@@ -43,6 +44,7 @@ class Conversation:
     responses: list[str]
     train_on: str = "last"
     kind: str = ""
+    choices: list[str] | None = None
 
     def __post_init__(self):
         if self.train_on not in TRAIN_ON:

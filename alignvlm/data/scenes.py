@@ -180,6 +180,7 @@ RECORD_FEATURES = Features(
                 "responses": List(Value("string")),
                 "train_on": Value("string"),
                 "kind": Value("string"),
+                "choices": List(Value("string")),
             }
         ),
         "id": Value("string"),

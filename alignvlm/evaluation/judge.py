@@ -1,19 +1,26 @@
 """Judges each answer by its metric, with confidence intervals, and compares two results.
 
-A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells the judge two things beyond its numbers:
+A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells the judge what it must know beyond its numbers:
 
 - `means`: the numbers that are means over items, and so get an interval. It maps each number to the score of an item and to a condition:
   an item counts if its other scores have the given values.
-- `per_prompt`: the means that are reported for each prompt too.
+- `of_sums`: the numbers that are other functions of sums over items, such as BLEU or F1. It maps each number to a function from an item's
+  scores to what is summed, and to the function of the sums (`bootstrap.Function`). They get an interval, too: each resample sums again.
+- `per_prompt`, `per_kind`: the numbers of these that are reported for each prompt, or for each kind of question, too.
+- `beside`: metrics that judge the same answers, too.
+- `headlines`: the numbers that stand in a table of several tasks; by default the first.
+- its `features`: which columns it gets, of `COLUMNS` and `references`.
 
 The metric returns the scores of the items with its numbers: as `per_item`, a dict for each item, or as a list `<score>_per_item`.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import evaluate
+import numpy as np
 
 from alignvlm.evaluation import bootstrap
 
@@ -33,36 +40,79 @@ def load_metric(name: str) -> evaluate.Metric:
     return evaluate.load(str(METRICS / name))
 
 
+# What a metric may ask for, by the names of its features, and what of a prediction it gets.
+COLUMNS = {
+    "predictions": "prediction",
+    "ids": "id",
+    "kinds": "kind",
+    "choices": "choices",
+    "likelihoods": "likelihoods",
+}
+
+
+def headlines_of(metric: evaluate.Metric) -> tuple[str, ...]:
+    """Returns the numbers of a metric that stand in a table of several tasks: its `headlines`, or the first."""
+    given = getattr(metric, "headlines", None)
+    return (numbers_of(metric)[0],) if given is None else given
+
+
+def judges_of(name: str) -> list[str]:
+    """Returns the names of the metrics that judge answers of a metric: itself, and those `beside` it."""
+    return [name, *getattr(load_metric(name), "beside", ())]
+
+
 def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
     """Scores each answer by its metric.
 
     Args:
-        predictions: `{"id", "prompt", "prediction", "references", "metric"}` each. The bootstrap draws predictions of one `id` together.
-            A metric with one reference per item takes the first.
+        predictions: `{"id", "prompt", "prediction", "references", "metric"}` each, and what else the metric asks for. The bootstrap draws
+            predictions of one `id` together. A metric with one reference per item takes the first.
         samples, seed: of the bootstrap.
 
     Returns:
-        `metrics`: the numbers of each metric, with the 95% intervals of its means under `intervals` and its numbers per prompt under
-        `by_prompt`; `definitions`; `predictions`: the given ones, each with its `scores`.
+        `metrics`: the numbers of each metric, with their 95% intervals under `intervals` and its numbers per prompt and per kind under
+        `by_prompt` and (of several kinds) `by_kind`; `definitions`; `predictions`: the given ones, each with its `scores`.
 
     Raises:
         ValueError: for an unknown metric, and for predictions that a metric refuses.
     """
-    predictions = [dict(prediction) for prediction in predictions]
+    predictions = [{**prediction, "scores": {}} for prediction in predictions]
+    judged: dict[str, list[dict]] = {}
+    for first in sorted({prediction["metric"] for prediction in predictions}):
+        items = [prediction for prediction in predictions if prediction["metric"] == first]
+        for name in judges_of(first):
+            judged.setdefault(name, []).extend(items)
     metrics, definitions = {}, {}
-    for name in sorted({prediction["metric"] for prediction in predictions}):
-        items = [prediction for prediction in predictions if prediction["metric"] == name]
+    for name, items in judged.items():
         metric = load_metric(name)
         definitions[name] = " ".join(metric.info.description.split("\nArgs:")[0].split())
-        takes_one = isinstance(metric.features["references"], datasets.Value)
-        references = [item["references"][0] if takes_one else item["references"] for item in items]
-        numbers = metric.compute(predictions=[item["prediction"] for item in items], references=references)
+        numbers = metric.compute(**_columns(items, metric))
         for item, scores in zip(items, _taken_scores(numbers, len(items)), strict=True):
-            item["scores"] = scores
-        metrics[name] = {**numbers, "intervals": _intervals(items, metric, metric.means, samples, seed)}
+            item["scores"] |= scores
+        metrics[name] = {**numbers, "intervals": _intervals(items, metric, numbers_of(metric), samples, seed)}
         if metric.per_prompt:
-            metrics[name]["by_prompt"] = by_prompt(items, metric, samples, seed)
+            metrics[name]["by_prompt"] = numbers_by("prompt", items, metric, metric.per_prompt, samples, seed)
+        per_kind = getattr(metric, "per_kind", ())
+        if per_kind and len({item.get("kind") for item in items}) > 1:
+            metrics[name]["by_kind"] = numbers_by("kind", items, metric, per_kind, samples, seed)
     return {"metrics": metrics, "definitions": definitions, "predictions": predictions}
+
+
+def _columns(items: list[dict], metric: evaluate.Metric) -> dict[str, list]:
+    """Returns the columns that a metric asks for by its features."""
+    takes_one = isinstance(metric.features["references"], datasets.Value)
+    references = [item["references"][0] if takes_one else item["references"] for item in items]
+    columns = {"references": references}
+    for name, feature in metric.features.items():
+        if name != "references":
+            missing = "" if isinstance(feature, datasets.Value) else []
+            columns[name] = [missing if (value := item.get(COLUMNS[name])) is None else value for item in items]
+    return columns
+
+
+def numbers_of(metric: evaluate.Metric) -> list[str]:
+    """Returns the names of a metric's numbers that get an interval."""
+    return [*metric.means, *getattr(metric, "of_sums", {})]
 
 
 def _taken_scores(numbers: dict, count: int) -> list[dict]:
@@ -77,29 +127,44 @@ def _taken_scores(numbers: dict, count: int) -> list[dict]:
 def _intervals(
     items: list[dict], metric: evaluate.Metric, numbers: Iterable[str], samples: int, seed: int
 ) -> dict[str, list[float]]:
-    """Returns the 95% intervals of these means of a metric, except those for which no item counts."""
+    """Returns the 95% intervals of these numbers of a metric, except those for which no item counts."""
     intervals = {}
     for number in numbers:
-        chosen, values = scores_of(items, metric, number)
-        if values:
-            intervals[number] = bootstrap.interval([item["id"] for item in chosen], values, samples, seed)
+        ids, columns, function = _summands(items, metric, number)
+        if len(ids) and not np.isnan(function(columns.sum(0))):
+            intervals[number] = bootstrap.interval_of(ids, columns, function, samples, seed)
     return intervals
 
 
-def by_prompt(items: list[dict], metric: evaluate.Metric, samples: int, seed: int) -> dict[str, dict]:
-    """Returns a metric's `per_prompt` numbers for each prompt: the mean of its answers' scores, `count` and `intervals`."""
+def numbers_by(
+    key: str, items: list[dict], metric: evaluate.Metric, numbers: Iterable[str], samples: int, seed: int
+) -> dict[str, dict]:
+    """Returns numbers of a metric for the answers with each value of `key`: their values, `count` and `intervals`."""
     groups: dict[str, list[dict]] = {}
     for item in items:
-        groups.setdefault(item["prompt"], []).append(item)
+        groups.setdefault(item.get(key) or "", []).append(item)
     found = {}
-    for prompt, group in groups.items():
-        numbers = {}
-        for number in metric.per_prompt:
-            _, values = scores_of(group, metric, number)
-            numbers[number] = sum(values) / len(values) if values else None
-        intervals = _intervals(group, metric, metric.per_prompt, samples, seed)
-        found[prompt] = {**numbers, "count": len(group), "intervals": intervals}
+    for value, group in groups.items():
+        own = {number: value_of(group, metric, number) for number in numbers}
+        found[value] = {**own, "count": len(group), "intervals": _intervals(group, metric, numbers, samples, seed)}
     return found
+
+
+def value_of(items: list[dict], metric: evaluate.Metric, number: str) -> float | None:
+    """Returns a number of a metric over judged predictions; None if none of them counts."""
+    ids, columns, function = _summands(items, metric, number)
+    value = function(columns.sum(0)) if len(ids) else math.nan
+    return None if math.isnan(value) else float(value)
+
+
+def _summands(items: list[dict], metric: evaluate.Metric, number: str) -> tuple[list, np.ndarray, bootstrap.Function]:
+    """Returns what a number is made of: the ids of the predictions that count, what they add to the sums `(items, columns)`, and the
+    function of the sums."""
+    if number in metric.means:
+        chosen, values = scores_of(items, metric, number)
+        return [item["id"] for item in chosen], bootstrap.counted(values), bootstrap.mean
+    summed, function = metric.of_sums[number]
+    return [item["id"] for item in items], np.array([summed(item["scores"]) for item in items], dtype=float), function
 
 
 def scores_of(items: list[dict], metric: evaluate.Metric, number: str) -> tuple[list[dict], list[float]]:
@@ -110,7 +175,8 @@ def scores_of(items: list[dict], metric: evaluate.Metric, number: str) -> tuple[
 
 
 def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """Compares two results by the paired bootstrap: for each mean, how much higher `second` is (see `bootstrap.paired_difference`).
+    """Compares two results by the paired bootstrap: for each number with an interval, how much higher
+    `second` is (see `bootstrap.paired_difference_of`).
 
     Raises:
         ValueError: if the results do not answer the same questions.
@@ -125,13 +191,13 @@ def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> di
             f"answers and task {second['task']!r} with {len(questions[1])}. Evaluate both on the same data and split."
         )
     differences = {}
-    for name in first["metrics"]:
+    for name in [name for name in first["metrics"] if name in second["metrics"]]:
         metric = load_metric(name)
-        items = [[p for p in result["predictions"] if p["metric"] == name] for result in (first, second)]
-        for number in metric.means:
-            chosen, before = scores_of(items[0], metric, number)
-            _, after = scores_of(items[1], metric, number)
-            if chosen:
-                ids = [item["id"] for item in chosen]
-                differences[number] = bootstrap.paired_difference(ids, before, after, samples, seed)
+        judged = {own for own in {p["metric"] for p in first["predictions"]} if name in judges_of(own)}
+        items = [[p for p in result["predictions"] if p["metric"] in judged] for result in (first, second)]
+        for number in numbers_of(metric):
+            ids, before, function = _summands(items[0], metric, number)
+            _, after, _ = _summands(items[1], metric, number)
+            if len(ids):
+                differences[number] = bootstrap.paired_difference_of(ids, before, after, function, samples, seed)
     return differences

@@ -42,7 +42,7 @@ class EvaluationSet:
 
 def load_task(
     task: str,
-    split: str,
+    split: str | None = None,
     data: str | None = None,
     revision: str | None = None,
     image_dir: str | None = None,
@@ -55,7 +55,8 @@ def load_task(
 
     Args:
         task: a data set of `CATALOGUE` with a metric.
-        split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`).
+        split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`); None: the one that `CATALOGUE` names, which
+            is `test` for most.
         data: a Hub data set, or a local folder or file. Most tasks have a default; `local` and drawn data sets have none.
         revision: of a Hub data set.
         image_dir: where image paths in the data start; the data's own folder by default.
@@ -70,6 +71,7 @@ def load_task(
             its file, its number and what is wrong.
     """
     source = load_source(task, split, data, revision, image_dir, prompt, keep_duplicates, on_bad_row)
+    keep_duplicates = _keeps_duplicates(task, keep_duplicates)
     names = source.ids or map(str, range(len(source)))
     asked = [
         Asked(name, index, found)
@@ -101,7 +103,7 @@ def load_task(
 
 def load_source(
     task: str,
-    split: str,
+    split: str | None = None,
     data: str | None = None,
     revision: str | None = None,
     image_dir: str | None = None,
@@ -118,7 +120,8 @@ def load_source(
     kind = CATALOGUE[task]
     if (data or kind.data) is None:
         raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
-    given = {"data": data, "split": split, "revision": revision, "keep_duplicates": keep_duplicates}
+    given = {**kind.asked, "data": data, "split": split or kind.split, "revision": revision}
+    given["keep_duplicates"] = _keeps_duplicates(task, keep_duplicates)
     if image_dir is not None:
         given["image_dir"] = image_dir
     name = task if kind.generate is None else "local"
@@ -132,6 +135,11 @@ def load_source(
         raise BadRow(f"{error} {REMEDY}") from error
     source.metric_of = kind.metric_of
     return source
+
+
+def _keeps_duplicates(task: str, asked: bool) -> bool:
+    """Whether exact duplicates are asked again: where the user wants it, and where the data set counts them."""
+    return asked or CATALOGUE[task].asked.get("keep_duplicates", False)
 
 
 REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."
@@ -173,6 +181,15 @@ def _problem(images: list) -> str | None:
 def blank(images: list[list[Image.Image]]) -> list[list[Image.Image]]:
     """Replaces every image by grey of its size, to see what a model answers without looking."""
     return [[Image.new("RGB", image.size, (128, 128, 128)) for image in group] for group in images]
+
+
+def without_images(conversation: Conversation) -> Conversation:
+    """Returns a conversation without its image parts, to see what the words alone tell."""
+    messages = []
+    for message in conversation.messages:
+        said = [part for part in Conversation.parts(message) if part["type"] != "image"]
+        messages.append({**message, "content": said or [{"type": "text", "text": ""}]})
+    return replace(conversation, messages=messages)
 
 
 def shuffled(asked: list[Asked], seed: int) -> list[Asked]:

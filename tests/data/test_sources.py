@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
 from alignvlm.data.catalogue import BY_KIND, CATALOGUE
-from alignvlm.data.formats import FORMATS
+from alignvlm.data.formats import BY_LETTER, FORMATS
 from alignvlm.data.images import read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
@@ -261,6 +261,96 @@ def slake(folder: Path) -> dict:
     return {"data": "slake", "image_dir": "images"}
 
 
+def asked_of(folder: Path, name: str, split: str, rows, config: str = "data", **columns) -> dict:
+    """A parquet file of questions: `rows(i)` about the image of shade i; `columns` are features that are not texts."""
+    found = [{"image": embedded(i), **row} for i in range(3) for row in rows(i)]
+    features = {key: Value("string") for key in found[0]} | {"image": Image()} | columns
+    parquet(folder, f"{name}/{config}/{split}-00000-of-00001.parquet", found, **features)
+    return {"data": name, "split": split}
+
+
+TEXTS, NUMBER = List(Value("string")), Value("int64")
+
+
+def nocaps(folder: Path) -> dict:
+    def rows(i):
+        captions = [f"shade {i}", f"still {i}"]
+        yield {"image_file_name": "a.jpg", "image_id": i, "image_open_images_id": "0", "annotations_ids": [1, 2], "annotations_captions": captions}  # fmt: skip
+
+    return asked_of(
+        folder, "nocaps", "validation", rows, image_id=NUMBER, annotations_ids=List(NUMBER), annotations_captions=TEXTS
+    )
+
+
+def textcaps(folder: Path) -> dict:
+    def rows(i):
+        captions = [f"shade {i}", f"still {i}"]
+        yield {"question_id": str(i), "question": "Provide a one-sentence caption", "image_id": "a", "image_classes": ["Sign"], "caption_str": captions, "reference_strs": captions}  # fmt: skip
+
+    return asked_of(folder, "textcaps", "val", rows, image_classes=TEXTS, caption_str=TEXTS, reference_strs=TEXTS)
+
+
+def scienceqa(folder: Path) -> dict:
+    def rows(i):
+        yield {"question": "Which?", "choices": ["one", "two", "three"], "answer": i, "hint": "Look." if i == 1 else "", "task": "closed choice", "grade": "grade2", "subject": "natural science", "lecture": "", "solution": ""}  # fmt: skip
+
+    return asked_of(folder, "scienceqa", "test", rows, "ScienceQA-IMG", choices=TEXTS, answer=NUMBER)
+
+
+def ai2d(folder: Path) -> dict:
+    def rows(i):
+        yield {"question": "Which?", "options": ["one", "two", "three"], "answer": str(i)}
+
+    return asked_of(folder, "ai2d", "test", rows, options=TEXTS)
+
+
+def mmstar(folder: Path) -> dict:
+    def rows(i):
+        question = "Which?\nOptions: A: one, B: two, C: three, D: four"
+        yield {"index": i, "question": question, "answer": "ABC"[i], "category": "math", "l2_category": "geometry"}
+
+    return asked_of(folder, "mmstar", "val", rows, index=NUMBER)
+
+
+def pope(folder: Path) -> dict:
+    """One question twice, for two ways to choose absent objects."""
+
+    def rows(i):
+        for number, category in enumerate(("random", "popular")):
+            yield {"id": str(number), "question_id": str(number), "question": "Is there a cat?", "answer": ("no", "yes")[i % 2], "image_source": "COCO_val2014_0", "category": category}  # fmt: skip
+
+    return asked_of(folder, "pope", "test", rows)
+
+
+def mme(folder: Path) -> dict:
+    def rows(i):
+        for answer in (("No", "Yes"), ("Yes", "No"))[i % 2]:
+            yield {"question_id": f"count/{i}.png", "question": f"{answer}? Please answer yes or no.", "answer": answer, "category": "count"}  # fmt: skip
+
+    return asked_of(folder, "mme", "test", rows)
+
+
+def chartqa(folder: Path) -> dict:
+    def rows(i):
+        yield {"type": "human_test" if i else "augmented_test", "question": "How many?", "answer": str(i)}
+
+    return asked_of(folder, "chartqa", "test", rows)
+
+
+def docvqa(folder: Path) -> dict:
+    def rows(i):
+        yield {"questionId": str(i), "question": "Which?", "question_types": ["form"], "docId": i, "answers": [f"shade {i}", f"Shade {i}."], "data_split": "val"}  # fmt: skip
+
+    return asked_of(folder, "docvqa", "validation", rows, "DocVQA", question_types=TEXTS, docId=NUMBER, answers=TEXTS)
+
+
+def ocrbench(folder: Path) -> dict:
+    def rows(i):
+        yield {"dataset": "IIIT5K", "question": "what is written?", "question_type": "Regular Text Recognition", "answer": [f"shade {i}"]}  # fmt: skip
+
+    return asked_of(folder, "ocrbench", "test", rows, answer=TEXTS)
+
+
 def conversation_of(i: int) -> list[dict]:
     """Two turns; the image stands in the middle of the first question."""
     return said(("human", "Is this <image> dark?"), ("gpt", f"shade {i}"), ("human", "And now?"), ("gpt", "no"))
@@ -377,6 +467,7 @@ def trl(folder: Path) -> dict:
 
 
 # For each: the source, what a recipe says, the first prompt of record 1, and its number of exchanges.
+LISTED = "A. one\nB. two\nC. three"
 BLIP, CAPTION = "Give a brief description of the image.", "Write a short caption."
 FIXTURES = {
     "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), f"{BLIP}<image>", 1),
@@ -393,6 +484,16 @@ FIXTURES = {
     "okvqa": (lambda f: people(f, "okvqa", question_type="one", answer_type="other"), "<image>question 0?", 2),
     "textvqa": (lambda f: people(f, "textvqa", image_id="a", set_name="val"), "<image>question 0?", 2),
     "vizwiz": (lambda f: people(f, "vizwiz", category="other"), "<image>question 0?", 2),
+    "nocaps": (nocaps, f"<image>{CAPTION}", 2),
+    "textcaps": (textcaps, f"<image>{CAPTION}", 2),
+    "scienceqa": (scienceqa, f"<image>Context: Look.\nWhich?\n{LISTED}\n{BY_LETTER}", 1),
+    "ai2d": (ai2d, f"<image>Which?\n{LISTED}\n{BY_LETTER}", 1),
+    "mmstar": (mmstar, f"<image>Which?\nOptions: A: one, B: two, C: three, D: four\n{BY_LETTER}", 1),
+    "pope": (pope, "<image>Is there a cat?", 1),
+    "mme": (mme, "<image>Yes? Please answer yes or no.", 2),
+    "chartqa": (chartqa, "<image>How many?", 1),
+    "docvqa": (docvqa, "<image>Which?", 1),
+    "ocrbench": (ocrbench, "<image>what is written?", 1),
     "pathvqa": (pathvqa, "<image>what shade?", 2),
     "vqa_rad": (pathvqa, "<image>what shade?", 2),
     "slake": (slake, "<image>question 0?", 2),
@@ -439,7 +540,8 @@ def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streamin
             for conversation in record.conversations
             for text in (*written(conversation.messages)[1::2], *conversation.responses)
         ]
-        assert turns[0].removeprefix("shade ") == str(index) and len(turns) == count
+        answers = (str(index), f"shade {index}", "ABC"[index], ("no", "yes")[index % 2])
+        assert turns[0].lower() in map(str.lower, answers) and len(turns) == count
     assert written(Record.from_row(records[1]).conversations[0].messages)[0] == prompt
     assert source.identity["data"]
     batch = AlignVLMCollator(processor)(records)

@@ -53,7 +53,8 @@ def test_the_file_says_what_was_found_and_how(result, checkpoint, data, tmp_path
     assert json.loads((tmp_path / "scenes.json").read_text()) == result
     assert os.listdir(tmp_path) == ["scenes.json"]
     assert len(result["predictions"]) == 14 * 10
-    assert set(result["metrics"]) == set(result["definitions"]) == {"cider", "pathvqa_accuracy"}
+    names = {"cider", "bleu", "rouge_l", "wording", "pathvqa_accuracy"}
+    assert set(result["metrics"]) == set(result["definitions"]) == names
     accuracy = result["metrics"]["pathvqa_accuracy"]
     assert accuracy["count"] == 14 * 8
     correct = [p["scores"]["correct"] for p in result["predictions"] if p["metric"] == "pathvqa_accuracy"]

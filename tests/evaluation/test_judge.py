@@ -85,12 +85,12 @@ def test_a_metric_is_a_folder_and_its_name(tmp_path, monkeypatch, references, ki
 def test_metrics_are_judged_side_by_side_and_an_unknown_one_is_named():
     both = predictions_of("cider", "a dog runs") + predictions_of("pathvqa_accuracy", "a", "c")
     metrics = judge(both, samples=10)["metrics"]
-    assert list(metrics) == ["cider", "pathvqa_accuracy"]
+    assert list(metrics) == ["cider", "bleu", "rouge_l", "wording", "pathvqa_accuracy"]  # and those beside CIDEr
     assert "by_prompt" in metrics["cider"] and "by_prompt" not in metrics["pathvqa_accuracy"]
     assert metrics["pathvqa_accuracy"]["accuracy"] == 0.5  # the first reference
     assert set(metrics["pathvqa_accuracy"]["intervals"]) == {
         "accuracy", "free_form_accuracy", "free_form_recall", "free_form_f1"
     }  # fmt: skip
     assert judge([]) == {"metrics": {}, "definitions": {}, "predictions": []}
-    with pytest.raises(ValueError, match=r"no metric 'bleu'\. Valid values: cider, .*pathvqa_accuracy"):
-        judge(predictions_of("bleu", "a"))
+    with pytest.raises(ValueError, match=r"no metric 'meteor'\. Valid values: .*cider, .*pathvqa_accuracy"):
+        judge(predictions_of("meteor", "a"))

@@ -10,9 +10,12 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from alignvlm.data import scenes
+from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.record import BadRow
 from alignvlm.data.sources import read_source
-from alignvlm.evaluation.questions import blank, load_task, shuffled
+from alignvlm.evaluation.judge import load_metric
+from alignvlm.evaluation.questions import blank, load_task, shuffled, without_images
+from tests.data import test_sources as sources
 from tests.records import exchanges_of
 
 
@@ -238,8 +241,8 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     Dataset.from_list(
         [{"image": png((1, 0, 0)), "text": "x"}], Features({"image": Image(), "text": Value("string")})
     ).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match=r"'okvqa'\. No metric here judges it as the field does\. Valid tasks: "):
-        load_task("okvqa", "val")
+    with pytest.raises(ValueError, match=r"'cauldron'\. No metric here judges it as the field does\. Valid tasks: "):
+        load_task("cauldron", "val")
     with pytest.raises(ValueError, match="needs a column filename"):
         load_task("coco_captions", "test", str(tmp_path))
 
@@ -254,3 +257,51 @@ def test_controls_change_every_image(tmp_path):
         assert sorted(one.index for one in mixed) == list(range(7))
         assert all(new.index != old.index for new, old in zip(mixed, found.asked))
         assert [one.conversations for one in mixed] == [one.conversations for one in found.asked]
+
+
+# How a set is asked and judged: its fixture, a split that is taken if none is named, references and kinds of the first record.
+ASKED = {
+    "nocaps": (sources.nocaps, ["shade 0", "still 0"], ["short_caption"]),
+    "vqav2": (sources.vqav2, ["no"], ["other", "other"]),
+    "textvqa": (lambda f: sources.people(f, "textvqa"), ["no", "shade 0", "shade 0"], ["question", "question"]),
+    "scienceqa": (sources.scienceqa, ["A"], ["natural science"]),
+    "mmstar": (sources.mmstar, ["A"], ["math"]),
+    "pope": (sources.pope, ["no"], ["random", "popular"]),
+    "mme": (sources.mme, ["No"], ["count", "count"]),
+    "chartqa": (sources.chartqa, ["0"], ["augmented_test"]),
+    "docvqa": (sources.docvqa, ["shade 0", "Shade 0."], ["question"]),
+    "ocrbench": (sources.ocrbench, ["shade 0"], ["Regular Text Recognition"]),
+}
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_a_benchmark_is_asked_as_the_field_asks_it(task, tmp_path):
+    make, references, kinds = ASKED[task]
+    made = make(tmp_path)
+    usual = CATALOGUE[task].split == made["split"] or None  # the fixture of TextVQA is shared with VizWiz's
+    found = load_task(task, None if usual else made["split"], str(tmp_path / made["data"]))
+    conversations = found.asked[0].conversations
+    assert conversations[0].responses == references
+    assert [c.kind for c in conversations] == kinds
+    assert len(found.asked) == 3 and found.source.metric_of(conversations[0]) == CATALOGUE[task].metric
+    choices = {"scienceqa": ["one", "two", "three"], "mmstar": ["A", "B", "C", "D"]}.get(task)
+    assert conversations[0].choices == choices
+    metric = load_metric(CATALOGUE[task].metric)
+    assert isinstance(metric.features["references"], Value) == (len(references) == 1 and task not in ("vqav2", "chartqa", "ocrbench"))  # fmt: skip
+
+
+def test_an_answer_that_is_no_choice_is_named(tmp_path):
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "Which?", "options": ["one", "two"], "answer": "2"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadRow, match=r"`answer` is '2'; expected one of A, B, or an index from 0"):
+        load_task("ai2d", data=str(tmp_path / "test.jsonl"))
+
+
+def test_a_question_alone_has_no_image_part(tmp_path):
+    scenes.make_scenes(2, "test").to_parquet(tmp_path / "test.parquet")
+    for one in load_task("scenes", "test", str(tmp_path)).asked:
+        for conversation in one.conversations:
+            alone = without_images(conversation)
+            assert alone.image_count == 0 and conversation.image_count == 1
+            assert (alone.prompt, alone.responses) == (conversation.prompt, conversation.responses)

@@ -48,6 +48,7 @@ class Cider(evaluate.Metric):
     # For `alignvlm/evaluation/judge.py`.
     means = {"cider": ("cider", {})}
     per_prompt = ("cider",)
+    beside = ("bleu", "rouge_l", "wording")
 
     def _info(self):
         text = datasets.Value("string")

@@ -68,6 +68,8 @@ class PathVQAAccuracy(evaluate.Metric):
         "free_form_f1": ("f1", {"yes_no": False}),
     }
     per_prompt = ()
+    per_kind = ("accuracy",)
+    headlines = ("accuracy", "yes_no_accuracy", "free_form_accuracy")
 
     def _info(self):
         text = datasets.Value("string")

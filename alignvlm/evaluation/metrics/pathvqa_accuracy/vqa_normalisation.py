@@ -59,15 +59,19 @@ def normalise(answer: str, keep_articles: bool = False) -> str:
     3. A period goes unless a digit follows (the first 32 of them: the official code passes a flag where the count belongs).
     4. Lower case; "none" and "zero" ... "ten" become digits; articles go; contractions get a lost apostrophe back.
     """
-    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if keep_articles or word not in ARTICLES)
+
+
+def without_punctuation(answer: str) -> str:
+    """Returns the answer after steps 2 and 3 of `normalise`."""
     has_digit_comma = re.search(r"\d,\d", answer) is not None
     text = answer
     for mark in PUNCTUATION:
         beside_a_space = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if beside_a_space or has_digit_comma else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)
-    words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if keep_articles or word not in ARTICLES)
+    return re.sub(r"\.(?!\d)", "", text, count=32)
 
 
 def comparable(prediction: str, reference: str) -> tuple[str, str]:

@@ -1,0 +1,141 @@
+"""Several tasks and all controls in one go: one table, which says what of a score needs the image."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from alignvlm.data import scenes
+from alignvlm.evaluation.controls import needed, table
+from alignvlm.evaluation.evaluate_model import evaluate_several, main, parser
+from alignvlm.evaluation.judge import judge
+
+
+CONTROLS = ("blank_image", "shuffle_images", "question_only", "most_frequent_answer")
+
+
+def result_of(answers: list[str], task: str = "pathvqa") -> dict:
+    references = ["red", "blue", "red", "green", "red", "blue", "red", "green"] * 5
+    predictions = [
+        {"id": str(index), "prompt": "?", "prediction": answer, "references": [right], "metric": "pathvqa_accuracy"}
+        for index, (answer, right) in enumerate(zip(answers * 5, references))
+    ]
+    return {"task": task, "control": None, "bootstrap_samples": 200, "seed": 0, **judge(predictions, 200)}
+
+
+def test_what_needs_the_image_is_what_the_best_control_does_not_reach():
+    seeing = result_of(["red", "blue", "red", "green", "red", "blue", "blue", "green"])  # 7 of 8
+    controls = {"blank_image": result_of(["red"] * 8), "shuffle_images": result_of(["blue"] * 8)}  # 4, 2
+    found = needed(seeing, controls)["accuracy"]
+    assert found["control"] == "blank_image" and found["difference"] == pytest.approx(3 / 8)
+    assert found["interval"][0] > 0 and "yes_no_accuracy" not in needed(seeing, controls)
+    blind = result_of(["red"] * 8)
+    assert needed(blind, controls)["accuracy"]["difference"] == 0.0
+    lines = table([(seeing, controls)]).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    assert cells[1:4] == ["pathvqa", "accuracy", "0.8750"] and cells[5:9] == ["0.5000", "0.2500", "-", "-"]
+    assert cells[9] == "+0.3750" and len({len(line) for line in lines}) == 1
+    assert "grey image" not in table([(seeing, {})])
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """Scenes, a multiple-choice set and a text."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "scenes").mkdir()
+    scenes.make_scenes(4, "test", ("short_caption", "questions"), seed=3).to_parquet(folder / "scenes/test.parquet")
+    for index in range(3):
+        Image.new("RGB", (8, 8), (80 * index, 0, 0)).save(folder / f"{index}.png")
+    rows = [
+        {
+            "image": f"{index}.png",
+            "question": "How red?",
+            "options": ["not", "some", "very much"],
+            "answer": str(index),
+        }
+        for index in range(3)
+    ]
+    (folder / "ai2d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text_perplexity.txt").write_text("A red circle is left of a blue square.")
+    return folder
+
+
+def options(checkpoint: Path, data_dir: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *(str(checkpoint), "--tasks", "scenes,ai2d,text_perplexity", "--data_dir", str(data_dir), "--use_cpu"),
+        *("--output_dir", str(output), "--max_new_tokens", "3", "--bootstrap_samples", "20", *more),
+    ]
+
+
+def test_several_tasks_and_all_controls_make_one_table(checkpoint, data_dir, tmp_path, capsys):
+    text = evaluate_several(parser().parse_args(options(checkpoint, data_dir, tmp_path, "--controls")))
+    names = [f"{task}{control}" for task in ("scenes", "ai2d") for control in ("", *(f"-{c}" for c in CONTROLS))]
+    assert set(os.listdir(tmp_path)) == {f"{name}.json" for name in (*names, "text_perplexity")} | {"tasks.md"}
+    assert (tmp_path / "tasks.md").read_text() == text + "\n" and text in capsys.readouterr().out
+    firsts = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in text.splitlines()[2:]}
+    assert {
+        ("scenes", "cider"),
+        ("scenes", "bleu_4"),
+        ("ai2d", "choice_accuracy"),
+        ("text_perplexity", "perplexity"),
+    } < firsts
+    results = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
+    measured = [p["likelihoods"] for p in results["ai2d"]["predictions"]]
+    assert all(len(own) == 3 and all(one["sum"] < 0 < one["tokens"] for one in own) for own in measured)
+    alone = [p["likelihoods"] for p in results["ai2d-question_only"]["predictions"]]
+    assert alone[0] == alone[1] == alone[2] and measured[0] != measured[1]  # the questions are the same
+    accuracy = results["scenes-most_frequent_answer"]["metrics"]["pathvqa_accuracy"]
+    assert accuracy["accuracy"] == accuracy["majority_accuracy"]
+    assert {p["prediction"] for p in results["ai2d-most_frequent_answer"]["predictions"]} == {"A"}
+
+
+def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path, capsys):
+    arguments = options(checkpoint, data_dir, tmp_path)
+    text = evaluate_several(parser().parse_args(arguments))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "ai2d.json").unlink()
+    capsys.readouterr()
+    assert evaluate_several(parser().parse_args(arguments)) == text
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    printed = capsys.readouterr().out
+    assert "scenes.json is there already" in printed and "ai2d.json is there already" not in printed
+    evaluate_several(parser().parse_args([*arguments, "--seed", "1"]))
+    assert "there already" not in capsys.readouterr().out
+
+
+def test_any_metric_can_judge_ones_own_data(checkpoint, data_dir, tmp_path):
+    """CHAIR of captions whose references are captions of people and the names of annotated objects."""
+    row = {"image": "0.png", "captions": ["A dog sleeps.", "couch", "dining table"]}
+    (data_dir / "rows.jsonl").write_text(json.dumps(row))
+    arguments = [str(checkpoint), "--task", "local", "--data", str(data_dir / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--metric", "chair", "--output_dir", str(tmp_path), "--max_new_tokens", "3"]
+    main(arguments)
+    result = json.loads((tmp_path / "local.json").read_text())
+    assert list(result["metrics"]) == ["chair"] and result["metric"] == "chair"
+    assert result["predictions"][0]["scores"]["present"] == 3
+    with pytest.raises(SystemExit, match=r"There is no metric 'spice'\. Valid values: anls, bleu"):
+        main([*arguments[:-1], "3", "--metric", "spice"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "ai2d", "--task", "ai2d"], "either a --task or several --tasks"),
+        (["--tasks", "ai2d,ai3d"], "Unknown task 'ai3d'. Valid tasks: .*ai2d"),
+        (["--tasks", "ai2d,pope", "--data_dir", "DATA"], "holds 0 folders or files called 'pope'; expected one"),
+        (["--tasks", "ai2d,pope", "--data", "DATA"], "--data is the data of one task"),
+        (["--tasks", "ai2d,scenes"], "The task 'scenes' has no data by default: give --data_dir"),
+        (["--task", "ai2d", "--data_dir", "DATA"], "the data of one --task is --data"),
+        (["--task", "ai2d", "--controls", "--blank_image"], "--controls includes --blank_image"),
+        (["--task", "ai2d", "--question_only", "--blank_image"], "--blank_image and --question_only are two controls"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_asked(arguments, message, checkpoint, data_dir, tmp_path):
+    given = [str(data_dir) if argument == "DATA" else argument for argument in arguments]
+    if "--controls" not in given and "--task" in given:
+        given += ["--data", str(data_dir / "ai2d.jsonl")]
+    with pytest.raises(SystemExit, match=message):
+        main([str(checkpoint), *given, "--use_cpu", "--output_dir", str(tmp_path / "results")])
+    assert not (tmp_path / "results").exists()
