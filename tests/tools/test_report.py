@@ -454,3 +454,34 @@ def test_conversations_of_several_turns_are_looked_at_as_they_were_asked(trained
     for answer in answers[:5]:
         conversation = answer.pictures.conversation(answer.prediction)
         assert isinstance(conversation, Conversation) and conversation.prompt == answer.prompt
+
+
+def test_rates_of_each_module_are_drawn_where_the_log_has_them():
+    log = [
+        {"step": step, "loss": 1.0, "learning_rate/vision": rate, "learning_rate/projector": 10 * rate}
+        for step, rate in ((1, 1e-4), (2, 5e-5))
+    ]
+    stage = {"stage": 2, "steps": 2, "learning_rates": {"projector": 1e-3, "vision": 1e-4}, "log": log}
+    line = time_line([stage])
+    scale = Scale.of([1e-3, 1e-4, 1e-4, 5e-5, 5e-4], log=True, floor=1e-6)
+    for module, rates in (("vision", (1e-4, 5e-5)), ("projector", (1e-3, 5e-4))):
+        drawn = re.search(rf'class="line {module}" d="M([^"]+)"', line.panels[0].rates)[1]
+        expected = [(50.0 * step, 100 - scale.place(rate)) for step, rate in zip((1, 2), rates)]
+        np.testing.assert_allclose([list(map(float, p.split())) for p in drawn.split("L")], expected, atol=0.01)
+
+
+def test_no_field_is_needed(run):
+    """Fields of the last stage's record and of its result are left out, three at a time; the page is made all the same."""
+    shutil.rmtree(run / "stage1/results")
+    record, result = run / "stage2" / RUN_RECORD, run / "stage2/results/scenes.json"
+    parts = ((record, lambda c: c["stages"][-1]), (result, lambda c: c), (result, lambda c: c["predictions"][0]))
+    for path, part in parts:
+        whole = json.loads(path.read_text())
+        names = list(part(whole))
+        for start in range(0, len(names), 3):
+            less = json.loads(json.dumps(whole))
+            for name in names[start : start + 3]:
+                del part(less)[name]
+            path.write_text(json.dumps(less))
+            assert "What was trained" in report_of_run(run, attention=False), names[start : start + 3]
+        path.write_text(json.dumps(whole))
