@@ -20,21 +20,10 @@ if __name__ == "__main__":
 import hashlib
 import json
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hub_upload.card_text import (
     FOLDER,
@@ -49,6 +38,18 @@ from hub_upload.card_text import (
 )
 from hub_upload.checks import check, try_loading
 from hub_upload.command_line import ArgumentParser, run
+from hub_upload.commit import (
+    CARD,
+    THE_HUBS,
+    Change,
+    Pushed,
+    PushError,
+    check_name,
+    files_at,
+    publish,
+    read_at,
+    same_content,
+)
 from hub_upload.package import (
     MANIFEST,
     add_package_options,
@@ -58,61 +59,13 @@ from hub_upload.package import (
     package,
     read_manifest,
 )
-from hub_upload.repository import HTTPError
-from hub_upload.run_record import sha256_of
+from hub_upload.space import main as push_a_space
 from hub_upload.stock import is_stock, package_stock
 
 
-THE_HUBS = ".gitattributes"
-CARD = "README.md"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".tflite")
 # Files that transformers would load beside ours, unchecked.
 INTERFERING = ("adapter_config.json", "custom_generate/generate.py", "chat_template.json")
-TRIES, FIRST_WAIT, LONGEST_WAIT = 5, 1.0, 60.0  # seconds
-
-
-class PushError(RuntimeError):
-    """A push failed; the message says what to do."""
-
-
-@dataclass
-class Pushed:
-    """The result of a push, or in a dry run what it would be; `commit` is None then.
-
-    `removed` and `kept` are the other files of the repository; `card` says whose text its README.md has, if somebody edited it.
-    """
-
-    repository: str
-    commit: str | None
-    changed: bool
-    private: bool
-    pull_request: str | None = None
-    removed: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    card: str | None = None
-    has_code: bool = True
-
-    def how_to_load(self) -> str:
-        """The line that loads exactly this."""
-        trust = ", trust_remote_code=True" if self.has_code else ""
-        return f'AutoModelForImageTextToText.from_pretrained("{self.repository}", revision="{self.commit}"{trust})'
-
-    def notes(self) -> list[str]:
-        """Tells what becomes of existing files, one sentence each."""
-        dry = self.commit is None
-        notes = []
-        if self.removed:
-            notes.append(f"{'Would delete' if dry else 'Deleted'} on {self.repository}: {', '.join(self.removed)}")
-        if self.kept:
-            notes.append(
-                f"{'Would keep' if dry else 'Kept'} on {self.repository}, where it is no part of the checkpoint: {', '.join(self.kept)}. "
-                "--delete_others deletes it."
-            )
-        if self.card:
-            notes.append(
-                f"README.md keeps the text that {self.card}; its metadata are renewed. --overwrite_card writes it anew."
-            )
-        return notes
 
 
 def push(
@@ -188,16 +141,6 @@ def push(
         )
 
 
-def check_name(repository: str) -> None:
-    """Raises a `PushError` if the Hub would not take the name of a repository."""
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise PushError(f"{repository!r} names no repository: {error}") from error
-    if "/" not in repository:
-        raise PushError(f"{repository!r} names no repository. Expected user/name.")
-
-
 def send(
     staged: str | Path,
     repository: str,
@@ -228,93 +171,6 @@ def send(
     )
     pushed.has_code = not is_stock(staged)
     return pushed
-
-
-def publish(
-    api: HfApi,
-    repository: str,
-    compare: Callable[[str], "Change"],
-    *,
-    private: bool | None,
-    revision: str,
-    tag: str | None,
-    create_pr: bool,
-    dry_run: bool,
-    message: str,
-) -> Pushed:
-    """Makes one commit of what `compare` says of the branch's head, on exactly that head, and reads it back; see `push`."""
-    if not dry_run:
-        _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
-    try:
-        info = _patiently(lambda: api.model_info(repository), repository)
-    except PushError as error:
-        if dry_run and isinstance(error.__cause__, RepositoryNotFoundError):
-            return Pushed(repository, None, True, private is not False)
-        raise
-    if private is not None and bool(info.private) != private:
-        now, wanted = ("private", "public") if info.private else ("public", "private")
-        raise PushError(
-            f"{repository} is {now}, and you asked for {wanted}. Nothing was sent. Change it in its settings, or push with --{now}."
-        )
-    head = _head(api, repository, revision, make=not dry_run) or info.sha
-    first = change = compare(head)
-    pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
-    pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
-    for attempt in range(TRIES):
-        if dry_run:
-            return pushed
-        if not change.operations:
-            pushed.commit, pushed.changed = head, attempt > 0
-            break
-        try:
-            made = api.create_commit(
-                repository,
-                change.operations,
-                commit_message=message,
-                revision=revision,
-                parent_commit=head,
-                create_pr=create_pr,
-            )
-            pushed.commit, pushed.pull_request = made.oid, made.pr_url
-            break
-        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of hf_xet, and of the card's validation
-            wait = _seconds_to_wait(error, attempt)
-            if wait is None or attempt == TRIES - 1:
-                raise _explained(error, repository) from error
-            time.sleep(wait)
-            # The answer may have been lost on its way back: then the branch has moved, and holds what we sent.
-            now = _head(api, repository, revision)
-            if now != head:
-                change = compare(now)
-                if change.operations or set(change.kept) - set(first.kept):
-                    raise _explained(None, repository, status=412) from error
-            head = now
-    _verify(api, repository, pushed.commit, change)
-    if tag:
-        _tag(api, repository, tag, pushed.commit)
-    return pushed
-
-
-def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str | None:
-    """Finds the commit of the branch. Creates a missing branch if `make`, else returns None for it."""
-    try:
-        return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
-    except RevisionNotFoundError:
-        if not make:
-            return None
-        _patiently(lambda: api.create_branch(repository, branch=revision, exist_ok=True), repository)
-        return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
-
-
-@dataclass
-class Change:
-    """What a commit changes: the contents of the checkpoint's files, the operations, and what becomes of other files."""
-
-    contents: dict[str, Path | bytes]
-    operations: list
-    removed: list[str]
-    kept: list[str]
-    card: str | None
 
 
 def _compare(
@@ -423,121 +279,10 @@ def _with_hash(staged: Path, card: bytes) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
 
 
-def files_at(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
-    """Lists the files of a commit, by their paths."""
-    tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-
-def read_at(api: HfApi, repository: str, commit: str, name: str) -> str:
-    """Reads a text file of a commit."""
-    with tempfile.TemporaryDirectory() as temporary:
-        path = _patiently(
-            lambda: api.hf_hub_download(repository, name, revision=commit, local_dir=temporary), repository
-        )
-        return Path(path).read_bytes().decode(errors="replace")
-
-
-def same_content(content: Path | bytes, entry: RepoFile) -> bool:
-    """Whether the Hub holds this content: by SHA-256 for large files, else by git's hash of the content."""
-    if isinstance(content, Path):
-        if not content.is_file() or entry.size != content.stat().st_size:
-            return False
-        if entry.lfs is not None:
-            return entry.lfs.sha256 == sha256_of([content])
-        content = content.read_bytes()
-    if entry.lfs is not None:
-        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _verify(api: HfApi, repository: str, commit: str, change: Change) -> None:
-    """Raises a `PushError` if a commit does not hold what was sent."""
-    there = files_at(api, repository, commit)
-    lacking = sorted(set(change.contents) - set(there))
-    differing = [
-        name
-        for name, entry in there.items()
-        if name in change.contents and not same_content(change.contents[name], entry)
-    ]
-    too_many = sorted(set(change.removed) & set(there))
-    if differing or lacking or too_many:
-        raise PushError(
-            f"{repository} does not hold what was sent: differing {differing}, lacking {lacking}, too many {too_many}. Push again."
-        )
-
-
-def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
-    refs = _patiently(lambda: api.list_repo_refs(repository), repository)
-    existing = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-    if existing is None:
-        _patiently(lambda: api.create_tag(repository, tag=tag, revision=commit), repository)
-    elif existing != commit:
-        raise PushError(
-            f"The files are pushed as {commit}, but the tag {tag!r} already names {existing}, and tags do not move. Take another tag."
-        )
-
-
-def _patiently(call, repository: str):
-    """Returns the call's result; tries again after overload and lost connections, and explains other errors."""
-    for attempt in range(TRIES):
-        try:
-            return call()
-        except RevisionNotFoundError:
-            raise
-        except (HTTPError, OSError) as error:
-            wait = _seconds_to_wait(error, attempt)
-            if wait is None or attempt == TRIES - 1:
-                raise _explained(error, repository) from error
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
-def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
-    """How long to wait before another try; None if trying again cannot help."""
-    response = getattr(error, "response", None)
-    if isinstance(error, LocalTokenNotFoundError) or (response is None and isinstance(error, HfHubHTTPError)):
-        return None
-    if isinstance(error, ValueError) and not isinstance(
-        error, JSONDecodeError
-    ):  # the latter is an overloaded server's page
-        return None
-    if response is not None and response.status_code != 429 and response.status_code < 500:
-        return None
-    wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(max(wait, float(asked)), LONGEST_WAIT) if asked.isdigit() else wait
-
-
-def _explained(error: Exception | None, repository: str, status: int | None = None) -> PushError:
-    status = status or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        text = "The Hub does not know who you are. Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
-    elif status == 403:
-        text = f"Your token may not write to {repository}. Take one with write access, or another namespace."
-    elif status == 404 or isinstance(error, RepositoryNotFoundError):
-        text = f"{repository} does not exist, or your token may not see it."
-    elif status in (409, 412):
-        text = f"Someone pushed to {repository} meanwhile. Look at what they did, and push again."
-    elif status == 429:
-        text = "The Hub asks for fewer calls. Wait some minutes, and push again."
-    elif (status is not None and status < 500) or (
-        isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
-    ):
-        text = "The Hub does not take this."
-    else:
-        text = f"The Hub could not be reached, or failed, {TRIES} times ({type(error).__name__}). Push again; large files that arrived stay."
-    said = getattr(error, "server_message", None) or (str(error) if isinstance(error, ValueError) else "")
-    details = ", ".join(filter(None, [f"HTTP {status}" if status else "", f"it said: {said}" if said else ""]))
-    return PushError(f"{text} ({details})" if details else text)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if any(argument.split("=")[0] == "--space" for argument in arguments):
-        from hub_upload import space  # which pushes by `publish`
-
-        return space.main(arguments)
+        return push_a_space(arguments)
     parser = ArgumentParser(
         description="Pushes a checkpoint or its export to the Hub. `push.py --space --help` is about the demo as a Space."
     )

@@ -23,8 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from hub_upload.card_text import split_card
 from hub_upload.checks import LOCAL_PATH, SECRETS
 from hub_upload.command_line import ArgumentParser
-from hub_upload.package import MANIFEST, files_of, read_manifest, write_manifest
-from hub_upload.push import (
+from hub_upload.commit import (
     CARD,
     THE_HUBS,
     Change,
@@ -36,6 +35,7 @@ from hub_upload.push import (
     read_at,
     same_content,
 )
+from hub_upload.package import MANIFEST, files_of, read_manifest, write_manifest
 from hub_upload.shared_files import shared_folder
 
 

@@ -19,7 +19,7 @@ from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
 from alignvlm.stages.schedules import check_phases
 from alignvlm.stages.trainer import MODULES
-from hub_upload.push import check_name
+from hub_upload.commit import check_name
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
 
 
