@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = dirname(dirname(abspath(__file__)))
 
 import hashlib
+import importlib
 import json
 import tempfile
 import time
@@ -535,9 +536,7 @@ def _explained(error: Exception | None, repository: str, status: int | None = No
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if any(argument.split("=")[0] == "--space" for argument in arguments):
-        from hub_upload import space  # which pushes by `publish`
-
-        return space.main(arguments)
+        return importlib.import_module("hub_upload.space").main(arguments)  # which stands above this module
     parser = ArgumentParser(
         description="Pushes a checkpoint or its export to the Hub. `push.py --space --help` is about the demo as a Space."
     )
