@@ -60,7 +60,7 @@ clean:
 	touch $@
 
 .venv/test-ready: .venv/ready
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[browser,demo,docs,lora,test]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[browser,docs,lora,test]'
 	touch $@
 
 .venv-%/test-ready: pyproject.toml constraints.txt .ci/lowest.py

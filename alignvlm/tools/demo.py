@@ -41,11 +41,10 @@ INTRODUCTION = """# {title}
 the model looked.
 <div id="notice" role="alert"></div>"""
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
-@media (max-width: 500px) { .gradio-container .main { padding: 8px !important; } }
+.gradio-container { max-width: min(1240px, 100vw) !important; margin: auto; overflow-x: clip; }
+@media (max-width: 500px) { .gradio-container .app { padding: 8px !important; } }
 #notice { color: #b91c1c; font-weight: 600; }
-.dark @media (max-width: 500px) { .gradio-container .main { padding: 8px !important; } }
-#notice { color: #fca5a5; }
+.dark #notice { color: #fca5a5; }
 #examples .caption-label { display: none; }
 .words label { padding: 3px 10px !important; }
 .words input { position: absolute; opacity: 0; }
@@ -74,6 +73,7 @@ document.addEventListener("change", (event) => refuse(event, event.target.files)
 document.addEventListener("drop", (event) => refuse(event, event.dataTransfer?.files), true);
 const named = () => {
     document.documentElement.lang ||= "en";
+    for (const log of document.querySelectorAll("[role=log]:not([tabindex])")) log.tabIndex = 0;
     for (const image of document.querySelectorAll("#uploads img:not([alt]), #uploads img[alt='']")) image.alt = "Your image";
 };
 new MutationObserver(named).observe(document, { childList: true, subtree: true });

@@ -68,6 +68,7 @@ def test_the_app_takes_its_model_from_the_environment_or_the_card(staged):
     assert "set ALIGNVLM_MODEL" in found()
 
 
+@pytest.mark.slow
 def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub:
         client = Client({**BASE, **hub.environment(tmp_path / "home")}, tmp_path)
