@@ -16,21 +16,25 @@ COLUMNS = {
 
 
 def most_frequent(result: dict) -> dict:
-    """Returns the result of always giving the answer that is most often right in this very set: the best that one answer can do.
+    """Returns the result of always giving the answer that is most often right in this very set, to questions of the same kind.
 
-    Of several metrics each has its own answer; of answers that are right equally often it is the first.
+    Of answers that are right equally often it is the first.
     """
-    right: dict[str, Counter] = {}
+    right: dict[tuple, Counter] = {}
     for item in result["predictions"]:
-        right.setdefault(item["metric"], Counter()).update(dict.fromkeys(item["references"], 1))
-    answers = {metric: counts.most_common(1)[0][0] for metric, counts in right.items()}
+        right.setdefault(_kind(item), Counter()).update(dict.fromkeys(item["references"], 1))
+    answers = {kind: counts.most_common(1)[0][0] for kind, counts in right.items()}
     given = [
         {name: value for name, value in item.items() if name not in ("scores", "likelihoods")}
-        | {"prediction": answers[item["metric"]]}
+        | {"prediction": answers[_kind(item)]}
         for item in result["predictions"]
     ]
     judged = judge(given, result["bootstrap_samples"], result["seed"])
     return {**result, "control": MOST_FREQUENT, **judged}
+
+
+def _kind(item: dict) -> tuple:
+    return item["metric"], item.get("kind")
 
 
 def needed(result: dict, controls: dict[str, dict]) -> dict[str, dict]:
