@@ -189,7 +189,7 @@ def test_an_answer_is_read_word_by_word(make_model, processor):
         torch.testing.assert_close(looked.of_word(number), mean)
         torch.testing.assert_close(looked.of_word(number, 1), looked.layers[1, word.start : word.stop].mean(0))
         torch.testing.assert_close(looked.of_word(number, "rollout"), looked.rollout[word.start : word.stop].mean(0))
-    with pytest.raises(ValueError, match="layer=7. Valid values: 'mean', 'rollout', 0 to 1"):
+    with pytest.raises(ValueError, match=r"layer=7\. Valid values: 'mean', 'rollout', 0 to 1"):
         looked.of_word(0, 7)
 
 
@@ -211,7 +211,7 @@ def test_the_kernel_is_as_before(make_model, processor, kernel):
     model = make_model(attn_implementation=kernel)
     attention_to_images(model, processor, shown_images(1), "What?", ANSWER)
     assert model.model.language_model.config._attn_implementation == kernel
-    with pytest.raises(ValueError, match="Float arrays|Cannot take|nan|values"):
+    with pytest.raises(ValueError, match="values of dtype float64 from nan"):
         attention_to_images(model, processor, [np.full((4, 4, 3), np.nan)], "What?", ANSWER)
     assert model.model.language_model.config._attn_implementation == kernel
 
