@@ -236,6 +236,10 @@ def test_no_file_and_no_address_is_opened(app, tmp_path):
                     visitor.get(route + path)
                 assert 400 <= error.value.code < 500, route + path
         assert not asked
+        for route in ("/gradio_api/file=", "/gradio_api/proxy="):  # Gradio itself would fetch a public one
+            with pytest.raises(urllib.error.HTTPError) as error:
+                visitor.get(f"{route}https://example.com/a.png")
+            assert error.value.read() == b"This demo does not fetch addresses."
     finally:
         server.shutdown()
         server.server_close()
