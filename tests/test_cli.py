@@ -1,6 +1,7 @@
 """The command `alignvlm`: its help, and what it says to mistyped commands, options and fields."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -286,5 +287,5 @@ def test_several_processes_tell_a_mistake_once(tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     fields = arguments_for(tmp_path / "nowhere", tmp_path / "out", projector_learning_rate=1e-3)
     done = run(*launcher, str(ROOT / "training/stage3.py"), *fields)
-    assert done.returncode != 0 and done.stderr.count("\nerror: No such folder: ") == 1
+    assert done.returncode != 0 and len(re.findall("^error: No such folder: ", done.stderr, re.MULTILINE)) == 1
     assert "alignvlm/stages/stage.py" not in done.stderr  # no traceback of ours

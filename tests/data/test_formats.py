@@ -211,4 +211,4 @@ def test_every_schema_of_the_catalogue_has_a_name():
     named = {form.read for form in FORMATS.values()}
     for kind in CATALOGUE.values():
         read = getattr(kind.read, "func", kind.read)
-        assert read is None or read in named or read.__name__ in ("record_of", "text_only", "label")
+        assert read is None or read in named or read.__name__ in ("record_of", "text_only", "label", "multiple_choice")

@@ -513,7 +513,7 @@ def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkp
     output = run(lfs_hub, tmp_path, *again, "--delete_others", "--dry_run", PYTHONPATH=str(ROOT))
     assert "Would delete on user/cli: notes.txt" in output and "nothing was sent" in output
     assert lfs_hub.files("user/cli") == with_notes
-    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/my--model", code=1)
+    output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/my--model", code=2)
     assert "error: 'user/my--model' names no repository" in output and "Traceback" not in output
     run(lfs_hub, tmp_path, "-m", "hub_upload.inspect", "user/cli", PYTHONPATH=str(ROOT))
 

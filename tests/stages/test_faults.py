@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -101,9 +102,12 @@ def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, 
 
 
 @pytest.mark.slow
-def test_a_run_does_not_mix_with_an_earlier_one(whole, checkpoint):
-    with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run. Go on from it with --resume"):
+def test_a_run_does_not_mix_with_an_earlier_one(whole, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"is finished\. To train longer, go on with --resume_from_checkpoint"):
         main(arguments_for(checkpoint, whole, **SAVING))
+    unfinished = shutil.copytree(whole, tmp_path / "unfinished", ignore=shutil.ignore_patterns("alignvlm_run.json"))
+    with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run. Go on from it with --resume"):
+        main(arguments_for(checkpoint, unfinished, **SAVING))
 
 
 @pytest.mark.slow

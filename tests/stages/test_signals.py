@@ -91,7 +91,8 @@ def test_a_signal_to_the_group_writes_a_checkpoint_and_the_run_goes_on(
 
 def test_a_second_ctrl_c_ends_at_once(checkpoint, tmp_path):
     folder = tmp_path / "run"
-    slow = {**RATES, "max_steps": 2, "gradient_accumulation_steps": 5000, "num_train_epochs": 10_000}
+    sources = [{"name": "scene_texts", "count": 20_000}]  # a step takes all of them
+    slow = {**RATES, "max_steps": 2, "gradient_accumulation_steps": 5000, "sources": sources}
     process = start(arguments_for(checkpoint, folder, **slow), folder)
     log = folder.with_suffix(".log")
     wait_for(log, "Stage 3: ", process.is_alive)

@@ -47,7 +47,7 @@ def score_text(prediction: dict) -> str:
         return "not scored"
     if SCORES.get(str(prediction.get("metric"))) == "correct":
         return "right" if score else "wrong"
-    return f"{prediction['metric'].replace('cider', 'CIDEr')} {score:.2f}"
+    return f"{str(prediction.get('metric', 'score')).replace('cider', 'CIDEr')} {score:.2f}"
 
 
 def kind_of(prediction: dict, pictures: Pictures) -> str:
