@@ -27,6 +27,7 @@ from alignvlm.quickstart.nano import ATTENTION, train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.command_line import parse_fields, read_yaml
 from alignvlm.stages.flops import FlopCounter
+from alignvlm.stages.log_lines import bars_in_a_terminal_only
 from alignvlm.tools.report.report import report_if_possible
 from hub_upload import command_line
 from hub_upload.run_record import read_run_record
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs the quickstart and returns what it writes to `summary.json`."""
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, QuickstartArguments)
     logging.set_verbosity_error()
+    bars_in_a_terminal_only()
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     print(forecast(arguments), flush=True)

@@ -3,15 +3,21 @@
 The numbers are those that `AlignVLMTrainer.log` gives to every callback, so a tracker (`report_to`) has them too.
 """
 
-import resource
 import sys
 
+import psutil
 import torch
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import has_length
 
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 LIBRARY_CALLBACKS = (PrinterCallback, DEFAULT_PROGRESS_CALLBACK)  # what transformers prints instead
 RATE = "learning_rate/"  # before a module's name: its learning rate in the log
@@ -21,6 +27,12 @@ def say(text: str) -> None:
     """Prints to the output, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def bars_in_a_terminal_only() -> None:
+    """Hides the progress bars of `datasets` where errors do not go to a terminal: each state of a bar would be a line."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 class LogLines(TrainerCallback):
@@ -122,5 +134,7 @@ def peak_memory_gb(device: torch.device) -> float:
     module = torch.get_device_module(device) if device.type != "cpu" else None
     if hasattr(module, "max_memory_allocated"):
         return module.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -23,7 +23,7 @@ from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complet
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
-from alignvlm.stages.log_lines import say
+from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None, report: Callable[[str], None] | None = N
         report: called with the output folder of the finished stage, on the main process, unless the recipe says `report: false`.
     """
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
+    bars_in_a_terminal_only()
     try:
         entry = run_stage(arguments)
     except Interrupted:
