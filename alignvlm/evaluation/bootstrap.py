@@ -51,21 +51,24 @@ def counted(values: Sequence[float]) -> np.ndarray:
 
 def paired_difference_of(
     clusters: Sequence, first: np.ndarray, second: np.ndarray, function: Function, samples: int, seed: int
-) -> dict:
+) -> dict | None:
     """Returns how much higher a function of the sums of `second` `(items, columns)` is than that of `first`, on the same items.
 
     Returns:
         `difference`, its 95% `interval`, and `p`: twice the smaller share of resamples in which the difference is on one side of
-        zero, at least `1 / samples`.
+        zero, at least `1 / samples`. None if the function has no value for one of them, or in no resample for both.
     """
     both = np.concatenate([np.asarray(first, dtype=float), np.asarray(second, dtype=float)], axis=1)
     resampled, own = _resampled(clusters, both, samples, seed), both.sum(0)
     width = both.shape[1] // 2
     differences = function(resampled[:, width:]) - function(resampled[:, :width])
+    difference = float(function(own[width:]) - function(own[:width]))
     known = differences[~np.isnan(differences)]
+    if np.isnan(difference) or not len(known):
+        return None
     tail = min((known <= 0).mean(), (known >= 0).mean())
     return {
-        "difference": float(function(own[width:]) - function(own[:width])),
+        "difference": difference,
         "interval": _middle(differences),
         "p": float(min(1.0, max(2 * tail, 1 / samples))),
     }

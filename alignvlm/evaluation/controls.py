@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from alignvlm.evaluation.judge import compare, headlines_of, judge, load_metric
+from alignvlm.evaluation.judge import compare, direction_of, headlines_of, judge, load_metric
 
 
 MOST_FREQUENT = "most_frequent_answer"
@@ -38,7 +38,8 @@ def _kind(item: dict) -> tuple:
 
 
 def needed(result: dict, controls: dict[str, dict]) -> dict[str, dict]:
-    """Tells for each number how much of it needs the image: how much higher it is than under the control that does best without it.
+    """Tells for each number how much of it needs the image: how much higher it is than under the control that does best without it (lower,
+    so below zero, where lower is better).
 
     Args:
         result: with the images.
@@ -56,8 +57,10 @@ def needed(result: dict, controls: dict[str, dict]) -> dict[str, dict]:
         known = {control: value for control, value in values.items() if value is not None}
         if result["metrics"][metric].get(name) is None or not known:
             continue
-        best = max(known, key=lambda control: known[control])
-        found[name] = {"control": best, **differences[best][name]}
+        sign = direction_of(load_metric(metric), name) or 1
+        best = max(known, key=lambda control: sign * known[control])
+        if name in differences[best]:
+            found[name] = {"control": best, **differences[best][name]}
     return found
 
 

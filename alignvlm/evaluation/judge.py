@@ -8,6 +8,7 @@ A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells t
   scores to what is summed, and to the function of the sums (`bootstrap.Function`). They get an interval, too: each resample sums again.
 - `per_prompt`, `per_kind`: the numbers of these that are reported for each prompt, or for each kind of question, too.
 - `beside`: metrics that judge the same answers, too.
+- `lower_is_better`, `neutral`: the numbers of which a lower value is better, or none; of all others a higher one is.
 - `headlines`: the numbers that stand in a table of several tasks; by default the first.
 - its `features`: which columns it gets, of `COLUMNS` and `references`.
 
@@ -54,6 +55,13 @@ def headlines_of(metric: evaluate.Metric) -> tuple[str, ...]:
     """Returns the numbers of a metric that stand in a table of several tasks: its `headlines`, or the first."""
     given = getattr(metric, "headlines", None)
     return (numbers_of(metric)[0],) if given is None else given
+
+
+def direction_of(metric: evaluate.Metric, number: str) -> int:
+    """Returns 1 if a higher value of a metric's number is better, -1 if a lower one is, and 0 if neither."""
+    if number in getattr(metric, "neutral", ()):
+        return 0
+    return -1 if number in getattr(metric, "lower_is_better", ()) else 1
 
 
 def judges_of(name: str) -> list[str]:
@@ -175,8 +183,8 @@ def scores_of(items: list[dict], metric: evaluate.Metric, number: str) -> tuple[
 
 
 def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """Compares two results by the paired bootstrap: for each number with an interval, how much higher
-    `second` is (see `bootstrap.paired_difference_of`).
+    """Compares two results by the paired bootstrap: for each number with an interval that both have, how much higher `second` is (see
+    `bootstrap.paired_difference_of`), and `direction`, whether higher is better (see `direction_of`).
 
     Raises:
         ValueError: if the results do not answer the same questions.
@@ -196,8 +204,10 @@ def compare(first: dict, second: dict, samples: int = 1000, seed: int = 0) -> di
         judged = {own for own in {p["metric"] for p in first["predictions"]} if name in judges_of(own)}
         items = [[p for p in result["predictions"] if p["metric"] in judged] for result in (first, second)]
         for number in numbers_of(metric):
-            ids, before, function = _summands(items[0], metric, number)
-            _, after, _ = _summands(items[1], metric, number)
-            if len(ids):
-                differences[number] = bootstrap.paired_difference_of(ids, before, after, function, samples, seed)
+            (ids, before, function), (others, after, _) = (_summands(each, metric, number) for each in items)
+            if not ids or ids != others:  # such as likelihoods, which only one of them has
+                continue
+            found = bootstrap.paired_difference_of(ids, before, after, function, samples, seed)
+            if found is not None:
+                differences[number] = {**found, "direction": direction_of(metric, number)}
     return differences

@@ -8,6 +8,7 @@ Leaves `stage0` ... `stage4`, `summary.json` and `report.html` in the output fol
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,7 @@ def run_stage_script(number: int, arguments: QuickstartArguments, output: Path) 
         *("--seed", str(arguments.seed)),
         *("--save_on_signal", "false"),  # interrupted, the quickstart begins anew
     ]
+    shutil.rmtree(output / f"stage{number}", ignore_errors=True)  # of an earlier quickstart
     print(f"\n== accelerate launch {' '.join(command)}", flush=True)
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a fresh process
     with mock.patch.object(sys, "argv", command):

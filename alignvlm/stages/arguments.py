@@ -397,6 +397,11 @@ class RecordArguments(TrainerArguments):
             raise ValueError(
                 "enable_jit_checkpoint: leave it out. save_on_signal, which is on by default, writes the checkpoint, for Ctrl-C too."
             )
+        if self.save_only_model:
+            raise ValueError(
+                "save_only_model: leave it out. A checkpoint without its optimizer cannot be gone on from; the finished stage holds the model "
+                "alone."
+            )
         if self.show_every < 0:
             raise ValueError(f"show_every={self.show_every} must be a number of steps; 0 shows nothing.")
         for name in self.report_to:

@@ -26,10 +26,14 @@ def checkpoint_to_resume(arguments: StageArguments) -> str | None:
     """
     given, last = arguments.resume_from_checkpoint, last_complete_checkpoint(arguments.output_dir)
     if given in (None, False):
-        if last is not None and _is_finished(arguments):
+        if _is_finished(arguments):
+            longer = (
+                ""
+                if last is None
+                else "To train longer, go on with --resume_from_checkpoint and a larger max_steps or num_train_epochs. "
+            )
             raise ValueError(
-                f"The run in {arguments.output_dir!r} is finished. To train longer, go on with --resume_from_checkpoint and a larger "
-                "max_steps or num_train_epochs; to train anew, name another output_dir."
+                f"The run in {arguments.output_dir!r} is finished. {longer}To train anew, name another output_dir, or remove this one."
             )
         if last is not None:
             raise ValueError(

@@ -8,7 +8,6 @@ nothing but uploaded images is opened: no path and no address that a visitor nam
 """
 
 import argparse
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -409,14 +408,13 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "server_port": arguments.port,
         "share": arguments.share == "on",
         "allowed_paths": [],
-        "blocked_paths": [os.getcwd()],
         "max_file_size": f"{MAX_FILE_MB}mb",
         "show_error": False,
         "enable_monitoring": False,
         "run_history": False,
         "ssr_mode": False,
         "footer_links": [],
-        "state_session_capacity": 1000,
+        "state_session_capacity": 64,  # each may hold images of MAX_PIXELS
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
         # No fonts of other servers, and texts with enough contrast.
         "theme": gr.themes.Default(

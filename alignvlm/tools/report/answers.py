@@ -2,14 +2,15 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+from alignvlm.evaluation.judge import direction_of, load_metric
 from alignvlm.tools.report.pictures import Pictures, data_uri, pictures_of
 from alignvlm.tools.report.read import Result, Run
 
 
 EACH = 6  # answers of a kind in each group
-SCORES = {"cider": "cider", "pathvqa_accuracy": "correct"}  # the score of an answer that its group goes by
 KINDS = {"short_caption": "short caption", "detailed_caption": "detailed caption", "yes_no": "yes/no question"}
 
 
@@ -31,13 +32,25 @@ class Answer:
     tiny: bool = False  # drawn at a few pixels, to be shown without smoothing
 
 
+@cache
+def _scored_by(metric: str) -> tuple[str | None, int]:
+    """Returns the score of an answer that a metric's first mean is made of, and whether higher is better (1) or lower (-1)."""
+    try:
+        found = load_metric(metric)
+    except ValueError:  # of another release
+        return None, 1
+    number = next(iter(found.means), None)
+    return (None, 1) if number is None else (found.means[number][0], direction_of(found, number) or 1)
+
+
 def score_of(prediction: dict) -> float | None:
-    """Returns an answer's score by its metric; None if it has none."""
+    """Returns an answer's score by its metric, the higher the better; None if it has none."""
     scores = prediction.get("scores") or {}
-    value = scores.get(SCORES.get(str(prediction.get("metric")), ""))
-    if value is None:
+    name, direction = _scored_by(str(prediction.get("metric")))
+    value = scores.get(name)
+    if value is None and name is None:
         value = next((number for number in scores.values() if isinstance(number, (int, float))), None)
-    return None if value is None else float(value)
+    return None if value is None else float(value) if direction > 0 else 1 - float(value)
 
 
 def score_text(prediction: dict) -> str:
@@ -45,7 +58,8 @@ def score_text(prediction: dict) -> str:
     score = score_of(prediction)
     if score is None:
         return "not scored"
-    if SCORES.get(str(prediction.get("metric"))) == "correct":
+    name, _ = _scored_by(str(prediction.get("metric")))
+    if isinstance((prediction.get("scores") or {}).get(name), bool):
         return "right" if score else "wrong"
     return f"{str(prediction.get('metric', 'score')).replace('cider', 'CIDEr')} {score:.2f}"
 

@@ -104,10 +104,10 @@ def plot(series: Sequence[Series], scale: Scale, label: str) -> Markup:
         places = [(x, 100 - scale.place(y)) for x, y in each.points if y is not None and math.isfinite(y)]
         if len(places) > 1:
             line = "L".join(f"{x:.2f} {y:.2f}" for x, y in places)
-            parts.append(f'<path class="line {each.name}" d="M{line}"/>')
+            parts.append(f'<path class="line {escape(each.name)}" d="M{line}"/>')
         if each.marks or len(places) == 1:
             dots = "".join(f"M{x:.2f} {y:.2f}h0.01" for x, y in places)
-            parts.append(f'<path class="dot {each.name}" d="{dots}"/>')
+            parts.append(f'<path class="dot {escape(each.name)}" d="{dots}"/>')
     return Markup(
         f'<svg class="plot" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     )

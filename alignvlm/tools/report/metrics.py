@@ -1,9 +1,11 @@
 """Puts the numbers of a run in the order in which a page shows them: what each stage changed, and how well the answers are."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 from markupsafe import Markup
 
+from alignvlm.evaluation.judge import headlines_of, load_metric
 from alignvlm.stages.trainer import MODULES
 from alignvlm.tools.report.charts import Scale, Series, duration, number, plot, round_end
 from alignvlm.tools.report.read import Result
@@ -52,7 +54,12 @@ TITLES = {
     "perplexity": ("Perplexity of a text", "How many words the model wavers between at each. Lower is better."),
 }
 MAIN = ("accuracy", "yes_no_accuracy", "free_form_accuracy", "cider", "perplexity")
-CONTROLS = {"blank_image": "every image replaced by grey", "shuffle_images": "asked about another image"}
+CONTROLS = {
+    "blank_image": "every image replaced by grey",
+    "shuffle_images": "asked about another image",
+    "question_only": "asked without the image",
+    "most_frequent_answer": "always the most frequent answer",
+}
 DROPPED = {
     "bad_image": "records left out because an image could not be read",
     "bad_row": "rows left out because their texts could not be used",
@@ -265,6 +272,15 @@ class TaskView:
     definitions: dict[str, str] = field(default_factory=dict)
 
 
+@cache
+def _headlines(metric: str) -> tuple[str, ...]:
+    """Returns the numbers of a metric that stand for it; none for one of another release."""
+    try:
+        return headlines_of(load_metric(metric))
+    except ValueError:
+        return ()
+
+
 def task_views(results: list[Result]) -> list[TaskView]:
     """Puts the results of each task beside each other: stages in their order, then controls, then what guessing reaches."""
     views = []
@@ -278,7 +294,7 @@ def task_views(results: list[Result]) -> list[TaskView]:
                 continue
             for metric in numbers.get("intervals") or {}:
                 view = _metric_view(name, metric, own, numbers)
-                (metrics if metric in MAIN else further).append(view)
+                (metrics if metric in MAIN or metric in _headlines(name) else further).append(view)
             prompts = numbers.get("by_prompt") or {}
             for prompt in prompts if len(prompts) > 1 else ():
                 own_metrics = prompts[prompt].get("intervals") or {}

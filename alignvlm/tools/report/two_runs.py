@@ -115,15 +115,22 @@ def _compared(first: Result, second: Result, data: str | None, near: list[Path])
     return Comparison(first.title, _differences(found), shown, counts, len(pairs), note)
 
 
+# By the direction of a number: what a second value above the first means, and one below it.
+VERDICTS = {
+    1: ("the second is better", "the first is better"),
+    -1: ("the first is better", "the second is better"),
+    0: ("the second is higher", "the first is higher"),
+}
+
+
 def _differences(found: dict[str, dict]) -> list[Difference]:
     views = []
     for metric, difference in found.items():
         low, high = difference["interval"]
         most = max(abs(low), abs(high), abs(difference["difference"])) * 1.1 or 1.0
         title, explanation = TITLES.get(metric, (metric.replace("_", " "), ""))
-        verdict = (
-            "no clear difference" if low <= 0 <= high else "the second is better" if low > 0 else "the first is better"
-        )
+        above, below = VERDICTS[difference.get("direction", 1)]
+        verdict = "no clear difference" if low <= 0 <= high else above if low > 0 else below
         signed = [f"{'+' if value > 0 else ''}{number(value)}" for value in (difference["difference"], low, high)]
         places = [50 + 50 * value / most for value in (difference["difference"], low, high)]
         text = f"{signed[0]} ({signed[1]} to {signed[2]})"

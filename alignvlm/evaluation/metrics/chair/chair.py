@@ -36,6 +36,8 @@ Returns:
 """
     sources = ("https://arxiv.org/abs/1809.02156", "https://github.com/LisaAnne/Hallucination")
     headlines = ("chair_i", "chair_s")
+    lower_is_better = headlines
+    neutral = ("chair_objects",)
     means = {"chair_s": ("chair_s", {}), "chair_objects": ("chair_objects", {})}
 
     def _compute(self, predictions, references):

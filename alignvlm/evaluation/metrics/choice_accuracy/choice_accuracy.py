@@ -52,6 +52,7 @@ Returns:
         "choice_accuracy_by_sum": ("sum_correct", {"measured": True}),
         "no_letter": ("no_letter", {}),
     }
+    lower_is_better = ("no_letter",)
     per_kind = ("choice_accuracy", "choice_accuracy_by_likelihood")
 
     def _compute(self, predictions, references, choices, likelihoods):

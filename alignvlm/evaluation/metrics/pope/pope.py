@@ -33,6 +33,7 @@ Returns:
     sources = ("https://arxiv.org/abs/2305.10355", "https://github.com/RUCAIBox/POPE")
     columns = {"predictions": text_metric.TEXT, "references": text_metric.TEXT}
     headlines = ("pope_accuracy", "pope_f1")
+    neutral = ("pope_yes",)
     means = {
         "pope_accuracy": ("correct", {}),
         "pope_recall": ("said_yes", {"is_yes": True}),

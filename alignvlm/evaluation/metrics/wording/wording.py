@@ -36,6 +36,8 @@ Returns:
 """
     sources = ("https://arxiv.org/abs/1908.04319",)
     headlines = ()
+    lower_is_better = ("empty", "repetition", "loops")
+    neutral = ("words",)
     means = {name: (name, {}) for name in ("words", "empty", "repetition", "loops")}
 
     def _compute(self, predictions, references):
