@@ -10,7 +10,7 @@ from PIL import Image
 from alignvlm.data import scenes
 from alignvlm.evaluation.controls import needed, table
 from alignvlm.evaluation.evaluate_model import evaluate_several, main, parser
-from alignvlm.evaluation.judge import judge
+from alignvlm.evaluation.judge import compare, judge
 
 
 CONTROLS = ("blank_image", "shuffle_images", "question_only", "most_frequent_answer")
@@ -38,6 +38,45 @@ def test_what_needs_the_image_is_what_the_best_control_does_not_reach():
     assert cells[1:4] == ["pathvqa", "accuracy", "0.8750"] and cells[5:9] == ["0.5000", "0.2500", "-", "-"]
     assert cells[9] == "+0.3750" and len({len(line) for line in lines}) == 1
     assert "grey image" not in table([(seeing, {})])
+
+
+def judged_as(metric: str, answers: list[str], references: list[list[str]]) -> dict:
+    predictions = [
+        {"id": str(index), "prompt": "?", "prediction": answer, "references": right, "metric": metric}
+        for index, (answer, right) in enumerate(zip(answers, references))
+    ]
+    return {"task": "local", "control": None, "bootstrap_samples": 100, "seed": 0, **judge(predictions, 100)}
+
+
+def test_a_control_that_never_says_yes_has_no_precision_to_compare():
+    right = [["yes"], ["no"]] * 6
+    seeing, blind = judged_as("pope", ["Yes", "No"] * 6, right), judged_as("pope", ["No"] * 12, right)
+    found = needed(seeing, {"blank_image": blind})
+    assert found["pope_accuracy"]["difference"] == pytest.approx(0.5) and "pope_precision" not in found
+    assert "pope_precision" not in compare(blind, seeing) and compare(blind, seeing)["pope_yes"]["direction"] == 0
+    assert "pope" in table([(seeing, {"blank_image": blind})])
+
+
+def test_where_lower_is_better_the_lowest_control_counts():
+    objects = [["A dog.", "dog"]] * 8
+    seeing, wrong = (judged_as("chair", [answer] * 8, objects) for answer in ("A dog.", "A cat and a dog."))
+    half = judged_as("chair", ["A cat."] * 2 + ["A dog."] * 6, objects)
+    found = needed(seeing, {"blank_image": wrong, "shuffle_images": half})["chair_s"]
+    assert found["control"] == "shuffle_images" and found["difference"] == pytest.approx(-0.25)
+    assert found["direction"] == -1
+
+
+def test_likelihoods_that_one_result_lacks_are_not_compared():
+    choices = {"A": "red", "B": "blue"}
+    given = [
+        {"id": str(index), "prompt": "?", "prediction": "A", "references": ["A"], "choices": choices, "metric": "choice_accuracy"}
+        for index in range(4)
+    ]  # fmt: skip
+    likelihoods = [{"sum": -1.0, "tokens": 1}, {"sum": -2.0, "tokens": 1}]
+    measured = [{**item, "likelihoods": likelihoods} for item in given]
+    first, second = ({"task": "ai2d", **judge(items, 100)} for items in (given, measured))
+    found = compare(first, second, samples=100)
+    assert found["choice_accuracy"]["difference"] == 0 and "choice_accuracy_by_likelihood" not in found
 
 
 @pytest.fixture(scope="module")

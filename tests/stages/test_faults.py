@@ -105,6 +105,9 @@ def test_a_half_written_checkpoint_is_not_taken_for_complete(whole, checkpoint, 
 def test_a_run_does_not_mix_with_an_earlier_one(whole, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"is finished\. To train longer, go on with --resume_from_checkpoint"):
         main(arguments_for(checkpoint, whole, **SAVING))
+    alone = shutil.copytree(whole, tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"is finished\. To train anew, name another output_dir, or remove this one"):
+        main(arguments_for(checkpoint, alone, **SAVING))
     unfinished = shutil.copytree(whole, tmp_path / "unfinished", ignore=shutil.ignore_patterns("alignvlm_run.json"))
     with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run. Go on from it with --resume"):
         main(arguments_for(checkpoint, unfinished, **SAVING))

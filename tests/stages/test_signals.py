@@ -167,3 +167,8 @@ def test_two_processes_stop_after_the_same_step_and_answers_change_nothing(check
     process = launch([*given, "--resume_from_checkpoint"], log)
     assert process.wait(300) == 0, log.read_text()[-3000:]
     assert same_result(folder, other)
+
+
+def test_checkpoints_without_an_optimizer_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="save_only_model: leave it out"):
+        main(arguments_for(checkpoint, tmp_path, **RATES, save_only_model=True))

@@ -23,14 +23,15 @@ from alignvlm.evaluation.attention import attention_to_images
 from alignvlm.evaluation.judge import compare, judge
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.stages.stage import main as run_stage
-from alignvlm.tools.report.answers import choose_answers, score_of
-from alignvlm.tools.report.charts import Scale, duration, number, round_end
+from alignvlm.tools.report.answers import choose_answers, score_of, score_text
+from alignvlm.tools.report.charts import Scale, Series, duration, number, plot, round_end
 from alignvlm.tools.report.heat import data_folders, heat_maps
 from alignvlm.tools.report.masks import MOST_IMAGE_TOKENS, mask_example
 from alignvlm.tools.report.metrics import task_views, time_line
 from alignvlm.tools.report.one_run import report_of_run
 from alignvlm.tools.report.read import read_run
 from alignvlm.tools.report.report import main, report_of_stage, write_report
+from alignvlm.tools.report.two_runs import _differences
 from hub_upload.package import is_allowed
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMProcessor
@@ -485,3 +486,33 @@ def test_no_field_is_needed(run):
             path.write_text(json.dumps(less))
             assert "What was trained" in report_of_run(run, attention=False), names[start : start + 3]
         path.write_text(json.dumps(whole))
+
+
+def test_answers_are_ranked_by_being_right_not_by_saying_yes():
+    scores = {"said_yes": True, "is_yes": False, "correct": False}
+    wrong = {"metric": "pope", "prediction": "Yes", "scores": scores}
+    right = {"metric": "pope", "prediction": "No", "scores": {"said_yes": False, "is_yes": False, "correct": True}}
+    assert score_of(right) > score_of(wrong) and (score_text(right), score_text(wrong)) == ("right", "wrong")
+    names_what_is_not_there = {
+        "metric": "chair",
+        "prediction": "A cat.",
+        "scores": {"chair_s": True, "chair_objects": 1},
+    }
+    assert score_of(names_what_is_not_there) == 0.0
+    assert score_of({"metric": "of another release", "scores": {"points": 0.4}}) == 0.4
+
+
+def test_a_lower_value_is_called_better_where_it_is():
+    def verdict(direction: int, sign: int) -> str:
+        found = {"difference": 0.2 * sign, "interval": sorted((0.1 * sign, 0.3 * sign)), "direction": direction}
+        return _differences({"number": found})[0].verdict
+
+    assert verdict(1, 1) == verdict(-1, -1) == "the second is better"
+    assert verdict(-1, 1) == verdict(1, -1) == "the first is better"
+    assert verdict(0, 1) == "the second is higher"
+
+
+def test_a_name_in_a_record_becomes_no_markup():
+    name = 'x"/></svg><form action="https://example.org">'
+    drawn = plot([Series(name, [(0, 1.0), (100, 2.0)], marks=True)], Scale(0, 2), "rates")
+    assert "<form" not in drawn
