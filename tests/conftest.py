@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,19 @@ def checkpoint(tmp_path_factory, make_model, processor) -> Path:
     backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
     save_checkpoint(make_model(), processor, folder, {"backbones": backbones, "stages": []})
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, driven by Playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ Needs `gradio`, `playwright`, Debian's `chromium`, and for the accessibility tes
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,6 @@ WAIT = 120_000  # milliseconds
 NOT_OURS = ("nested-interactive",)
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("there is no chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
