@@ -29,10 +29,15 @@ class Interrupted(SystemExit):
         super().__init__(128 + number)
 
 
+class EvaluationStopped(Exception):
+    """Leaves an evaluation that a signal stopped; the trainer goes on with the checkpoint."""
+
+
 class StopOnSignal(TrainerCallback):
     """Stops all processes of a trainer after the same step, with a checkpoint, once one of them has got a signal.
 
-    A second Ctrl-C ends the process at once. `stopped` is the signal that stopped training, or None.
+    An evaluation on the way is left after its batch, unless training depends on what it finds (`metric_for_best_model`). A second Ctrl-C
+    ends the process at once. `stopped` is the signal that stopped training, or None.
     """
 
     def __init__(self, trainer):
@@ -58,6 +63,19 @@ class StopOnSignal(TrainerCallback):
             self.trainer.remove_callback(self)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._stop_if_received(args, state, control)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if args.metric_for_best_model is None:
+            self._stop_if_received(args, state, control)
+            if self.stopped is not None:
+                raise EvaluationStopped
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped is not None:  # in the middle of it, perhaps; the checkpoint is written
+            control.should_save = control.should_evaluate = False
+
+    def _stop_if_received(self, args, state, control) -> None:
         self.stopped = self._agreed()
         if self.stopped is None:
             return
@@ -65,10 +83,6 @@ class StopOnSignal(TrainerCallback):
         self.trainer.saves_aside = not (control.should_save or ends_an_epoch)
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped is not None:  # in the middle of it, perhaps; the checkpoint is written
-            control.should_save = control.should_evaluate = False
 
     def _receive(self, number: int, frame) -> None:
         if os.getpid() != self.process:  # a forked child

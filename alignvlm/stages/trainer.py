@@ -23,7 +23,7 @@ from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
 from alignvlm.stages.schedules import infinite_schedule
-from alignvlm.stages.signals import sheltered
+from alignvlm.stages.signals import EvaluationStopped, sheltered
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
@@ -331,6 +331,13 @@ class AlignVLMTrainer(SFTTrainer):
             f"checkpoint is {last_complete_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
             "in bf16 or fp32."
         )
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _get_output_dir(self, trial):
         """Returns where the next checkpoint goes: one that no `save_steps` asked for neither pushes another out nor is averaged."""

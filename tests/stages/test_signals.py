@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: real signals to real runs, which go on afterwards as if nothing had happened."""
 
+import json
 import os
 import re
 import shutil
@@ -87,6 +88,27 @@ def test_a_signal_to_the_group_writes_a_checkpoint_and_the_run_goes_on(
     assert entries[0]["resumed_at"] == [taken]
     assert not (folder / INTERRUPTED).exists()
     assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-30", "checkpoint-40"]
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_signal_leaves_an_evaluation_unless_training_depends_on_it(checkpoint, whole, tmp_path, decides):
+    folder = tmp_path / "run"
+    held_out = [{"name": "scene_texts", "count": 600}]  # some seconds, one at a time
+    evaluating = {"eval_sources": held_out, "eval_strategy": "steps", "eval_steps": 7, "per_device_eval_batch_size": 1}
+    best = {"metric_for_best_model": "loss"} if decides else {}
+    process = start(arguments_for(checkpoint, folder, **FIELDS, **evaluating, **best), folder)
+    log = folder.with_suffix(".log")
+    wait_for(log, r"stage 3 +7/40  loss ", process.is_alive)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 128 + signal.SIGTERM, log.read_text()[-3000:]
+    last = last_complete_checkpoint(folder)
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry["step"] for entry in history if "eval_loss" in entry]
+    assert (last.name, 7 in evaluated) == (("checkpoint-8", True) if decides else ("checkpoint-7", False))
+    process = start([*arguments_for(checkpoint, folder, **FIELDS), "--resume_from_checkpoint"], folder)
+    assert finish(process) == 0, log.read_text()[-3000:]
+    assert same_result(folder, whole)
 
 
 def test_a_second_ctrl_c_ends_at_once(checkpoint, tmp_path):
