@@ -15,6 +15,7 @@ may take here, by the counted FLOPs and the rate measured at the start. What is 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.tools.plan import plan_stages
 from benchmarks.stage_runs import ROOT, evaluate, machine, prepare_photos, stage_values, train, update_results
+from hub_upload.package import package
 from hub_upload.run_record import RUN_RECORD, write_json
 
 
@@ -200,6 +202,20 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def with_card(output: Path, number: int, license: str | None) -> Path:
+    """Packages a stage's checkpoint as a push would, its card with what was measured of it on all records; returns the folder.
+
+    Raises:
+        ValueError: if a backbone states no licence, and `license` is None.
+    """
+    folder, packed = output / f"stage{number}", output / "package"
+    (folder / "results").mkdir(exist_ok=True)
+    for task in ("text", *TASKS_OF_STAGE[number]):
+        for file in (output / f"results/stage{number}" / task).glob("*.json"):
+            shutil.copy(file, folder / "results" / f"{task}.json")
+    return package(folder, packed, license=license)
+
+
 def _interval(values: list[float] | None) -> str:
     return f"({values[0]:.3f} to {values[1]:.3f})" if values else ""
 
@@ -222,6 +238,7 @@ def main() -> None:
         "--limit", type=int, help="At most this number of images (and windows of text) an evaluation asks about."
     )
     parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
+    parser.add_argument("--license", help="Of the weights, for the card, where a backbone states none.")
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("--data names the folder of photos and questions (or ALIGNVLM_TEST_DATA does).")
@@ -244,6 +261,7 @@ def main() -> None:
         update_results(arguments.results or output / "results.json", "real_photos", found)
     print(table(results))
     print(f"\n{(time.perf_counter() - started) / 60:.0f} minutes in this start.")
+    print(f"The last checkpoint as a push would send it: {with_card(output, STAGES[-1], arguments.license)}")
 
 
 if __name__ == "__main__":
