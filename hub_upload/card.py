@@ -13,14 +13,26 @@ from hub_upload.shared_files import CARD_TEMPLATE, shared_folder
 
 MINIMUM_TRANSFORMERS = "5.23"
 PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, whose repository is not known yet
-# Each metric's number in the front matter, and the name it has there.
+CAPTIONING, ANSWERING = "image-to-text", "visual-question-answering"
+# Each metric's number in the front matter, the name it has there, and what kind of task it judges.
 HEADLINES = {
-    "cider": ("cider", "CIDEr"),
-    "pathvqa_accuracy": ("accuracy", "Accuracy"),
-    "text": ("perplexity", "Perplexity"),
+    "anls": ("anls", "ANLS", ANSWERING),
+    "bleu": ("bleu_4", "BLEU-4", CAPTIONING),
+    "chair": ("chair_i", "CHAIRi", CAPTIONING),
+    "choice_accuracy": ("choice_accuracy", "Accuracy of multiple choice", ANSWERING),
+    "cider": ("cider", "CIDEr", CAPTIONING),
+    "mme": ("mme_perception", "MME perception", ANSWERING),
+    "ocrbench": ("ocrbench", "OCRBench", ANSWERING),
+    "pathvqa_accuracy": ("accuracy", "Accuracy", ANSWERING),
+    "pope": ("pope_f1", "POPE F1", ANSWERING),
+    "relaxed_accuracy": ("relaxed_accuracy", "Relaxed accuracy", ANSWERING),
+    "rouge_l": ("rouge_l", "ROUGE-L", CAPTIONING),
+    "text": ("perplexity", "Perplexity", "text-generation"),
+    "vqa_accuracy": ("vqa_accuracy", "VQA accuracy", ANSWERING),
+    "wording": ("repetition", "Repeated sequences of four words", CAPTIONING),
 }
 PROJECTORS = {"mlp": "two-layer", "linear": "linear", "pool": "pooling"}
-TASK_TYPES = {"cider": "image-to-text", "pathvqa_accuracy": "visual-question-answering", "text": "text-generation"}
+OF_CAPTIONS = ("bleu", "chair", "cider", "rouge_l", "wording")
 
 
 def template_path() -> Path:
@@ -178,13 +190,13 @@ def _eval_results(results: list[dict]) -> list[EvalResult]:
     found = []
     for result in results:
         for metric, numbers in result["metrics"].items():
-            name, title = HEADLINES.get(metric, (metric, metric))
+            name, title, task_type = HEADLINES.get(metric, (metric, metric, "image-text-to-text"))
             if numbers.get(name) is None:
                 continue
             data = result.get("data", {})
             found.append(
                 EvalResult(
-                    task_type=TASK_TYPES.get(metric, "image-text-to-text"),
+                    task_type=task_type,
                     dataset_type=str(data.get("data") or result["task"]),
                     dataset_name=str(data.get("data") or result["task"]),
                     dataset_split=data.get("split"),

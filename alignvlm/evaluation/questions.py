@@ -41,37 +41,20 @@ class EvaluationSet:
 
 
 def load_task(
-    task: str,
-    split: str | None = None,
-    data: str | None = None,
-    revision: str | None = None,
-    image_dir: str | None = None,
-    prompt: str | None = None,
-    keep_duplicates: bool = False,
-    limit: int | None = None,
-    on_bad_row: str = "raise",
+    task: str, split: str | None = None, data: str | None = None, limit: int | None = None, **reading
 ) -> EvaluationSet:
     """Loads the questions of a task.
 
     Args:
-        task: a data set of `CATALOGUE` with a metric.
-        split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`); None: the one that `CATALOGUE` names, which
-            is `test` for most.
-        data: a Hub data set, or a local folder or file. Most tasks have a default; `local` and drawn data sets have none.
-        revision: of a Hub data set.
-        image_dir: where image paths in the data start; the data's own folder by default.
-        prompt: the prompt for captions; None: as in training.
-        keep_duplicates: ask exact duplicates (image, question and answer) again.
+        task, split, data, **reading: for `load_source`. All rows are tried here, before any answer is written; the notes list what
+            `on_bad_row="skip"` leaves out.
         limit: at most this number of records, from the first.
-        on_bad_row: what to do with a row whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it. All rows are tried
-            here, before any answer is written; the notes list what is skipped.
 
     Raises:
-        ValueError: for an unknown task, missing columns, or a split without rows. A row that cannot be used raises `BadRow`, which names
-            its file, its number and what is wrong.
+        ValueError: as `load_source`.
     """
-    source = load_source(task, split, data, revision, image_dir, prompt, keep_duplicates, on_bad_row)
-    keep_duplicates = _keeps_duplicates(task, keep_duplicates)
+    source = load_source(task, split, data, **reading)
+    on_bad_row, keep_duplicates = reading.get("on_bad_row", "raise"), source.to_record.keep_duplicates
     names = source.ids or map(str, range(len(source)))
     asked = [
         Asked(name, index, found)
@@ -111,7 +94,23 @@ def load_source(
     keep_duplicates: bool = False,
     on_bad_row: str = "raise",
 ) -> Source:
-    """Loads the data of a task, undecoded: arguments and errors as of `load_task`."""
+    """Loads the data of a task, undecoded.
+
+    Args:
+        task: a data set of `CATALOGUE` with a metric.
+        split: the data set's split, in Karpathy's naming for captions (`test`, `val`, `train`); None: the one that `CATALOGUE` names, which
+            is `test` for most.
+        data: a Hub data set, or a local folder or file. Most tasks have a default; `local` and drawn data sets have none.
+        revision: of a Hub data set.
+        image_dir: where image paths in the data start; the data's own folder by default.
+        prompt: the prompt for captions; None: as in training.
+        keep_duplicates: ask exact duplicates (image, question and answer) again.
+        on_bad_row: what to do with a row whose texts cannot be used or whose image cannot be read: `raise`, or `skip` it.
+
+    Raises:
+        ValueError: for an unknown task, missing columns, or a split without rows. A row that cannot be used raises `BadRow`, which names
+            its file, its number and what is wrong.
+    """
     if task not in TASKS:
         unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
         raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
@@ -121,7 +120,9 @@ def load_source(
     if (data or kind.data) is None:
         raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
     given = {**kind.asked, "data": data, "split": split or kind.split, "revision": revision}
-    given["keep_duplicates"] = _keeps_duplicates(task, keep_duplicates)
+    given["keep_duplicates"] = keep_duplicates or kind.asked.get(
+        "keep_duplicates", False
+    )  # or where the set counts them
     if image_dir is not None:
         given["image_dir"] = image_dir
     name = task if kind.generate is None else "local"
@@ -135,11 +136,6 @@ def load_source(
         raise BadRow(f"{error} {REMEDY}") from error
     source.metric_of = kind.metric_of
     return source
-
-
-def _keeps_duplicates(task: str, asked: bool) -> bool:
-    """Whether exact duplicates are asked again: where the user wants it, and where the data set counts them."""
-    return asked or CATALOGUE[task].asked.get("keep_duplicates", False)
 
 
 REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."

@@ -9,8 +9,9 @@ from PIL import Image
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.controls import needed, table
-from alignvlm.evaluation.evaluate_model import evaluate_several, main, parser
+from alignvlm.evaluation.evaluate_model import main, parser
 from alignvlm.evaluation.judge import compare, judge
+from alignvlm.evaluation.task_list import evaluate_several
 
 
 CONTROLS = ("blank_image", "shuffle_images", "question_only", "most_frequent_answer")

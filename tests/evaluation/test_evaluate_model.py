@@ -17,8 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from alignvlm.data import scenes
 from alignvlm.data.formats import CAPTION_PROMPT, DETAILED_PROMPT
-from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, main, parser, report
+from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, main, parser
 from alignvlm.evaluation.judge import compare
+from alignvlm.evaluation.one_task import report
 from alignvlm.evaluation.perplexity import text_perplexity
 from hub_upload.run_record import RUN_RECORD
 

@@ -12,9 +12,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from alignvlm.evaluation.judge import METRICS, headlines_of, load_metric, numbers_of
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.stage import main as run_stage
-from hub_upload.card import MINIMUM_TRANSFORMERS, make_card
+from hub_upload.card import HEADLINES, MINIMUM_TRANSFORMERS, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of
 from hub_upload.checks import check, try_loading
 from hub_upload.package import files_of, main, note_releases, package, sha256_of, weights_of, without_local_paths
@@ -136,6 +137,13 @@ def test_the_card_has_what_is_on_record_and_nothing_else(packaged):
     assert [result["task"] for result in record["results"]] == ["coco_captions"]
     assert "{{" not in text and "{%" not in text
     assert "| 4 | projector (0.001) | `image` | scenes, scene_texts |" in text
+
+
+def test_every_metric_has_a_title_on_cards():
+    names = {folder.name for folder in METRICS.iterdir() if (folder / f"{folder.name}.py").is_file()}
+    assert set(HEADLINES) == {*names, "text"}
+    for name in names:
+        assert HEADLINES[name][0] in {*numbers_of(load_metric(name)), *headlines_of(load_metric(name))}
 
 
 def test_a_card_of_hub_backbones_and_data(packaged):

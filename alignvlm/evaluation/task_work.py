@@ -1,0 +1,141 @@
+"""What a task asks of a model, as work in batches: questions about images, or the windows of a text."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from alignvlm.data.files import read_rows
+from alignvlm.data.formats import text
+from alignvlm.data.record import BadRow
+from alignvlm.evaluation.answer import answer
+from alignvlm.evaluation.batches import Work
+from alignvlm.evaluation.choices import likelihoods
+from alignvlm.evaluation.judge import judge, load_metric
+from alignvlm.evaluation.load import evaluation_tag
+from alignvlm.evaluation.perplexity import summarise as summarise_text
+from alignvlm.evaluation.perplexity import window_loss, windows_of
+from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
+
+
+ALL_TASKS = (*TASKS, "text_perplexity")
+CONTROLS = ("blank_image", "shuffle_images", "question_only")
+
+
+def control_of(arguments: argparse.Namespace) -> str | None:
+    """Returns the control that the command line asks for."""
+    chosen = [name for name in CONTROLS if getattr(arguments, name)]
+    if len(chosen) > 1:
+        flags, count = " and ".join(f"--{name}" for name in chosen), {2: "two", 3: "three"}[len(chosen)]
+        raise ValueError(f"{flags} are {count} controls: run them one after the other, or all of them by --controls.")
+    return chosen[0] if chosen else None
+
+
+def question_work(arguments: argparse.Namespace, model, processor) -> Work:
+    """Returns work that asks about images and judges the answers by each question's metric."""
+    if arguments.metric is not None:
+        load_metric(arguments.metric)  # an unknown one is refused now
+    evaluation_set = load_task(
+        arguments.task,
+        arguments.split,
+        arguments.data,
+        arguments.limit,
+        revision=arguments.data_revision,
+        image_dir=arguments.image_dir,
+        prompt=arguments.prompt,
+        keep_duplicates=arguments.keep_duplicates,
+        on_bad_row=arguments.on_bad_row,
+    )
+    control = control_of(arguments)
+    asked = evaluation_set.asked
+    seen = shuffled(asked, arguments.seed) if control == "shuffle_images" else asked
+    tag = evaluation_tag(arguments.checkpoint, arguments.revision) if arguments.tag is None else arguments.tag
+    decoding = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+
+    def run(units: range) -> list[list[dict]]:
+        images = evaluation_set.images([seen[unit] for unit in units])
+        groups = [[c.with_prefix(tag) for c in asked[unit].conversations] for unit in units]
+        if control == "blank_image":
+            images = blank(images)
+        elif control == "question_only":
+            images, groups = [[] for _ in images], [[without_images(c) for c in group] for group in groups]
+        prompts = [[c.messages for c in group] for group in groups]
+        written = answer(model, processor, images, prompts, batch_size=arguments.batch_size, **decoding)
+        outputs = [[{"prediction": text} for text in texts] for texts in written]
+        for own, group, found in zip(images, groups, outputs):
+            if any(c.choices for c in group):
+                for output, measured in zip(found, likelihoods(model, processor, own, group), strict=True):
+                    output |= {"likelihoods": measured}
+        return outputs
+
+    def summarise(outputs: list[list[dict]]) -> dict:
+        predictions = [
+            {
+                "id": one.id,
+                "prompt": conversation.prompt,
+                **({"messages": conversation.messages} if len(conversation.messages) > 1 else {}),
+                **({"choices": conversation.choices} if conversation.choices else {}),
+                **output,
+                "references": conversation.responses,
+                "kind": conversation.kind,
+                "metric": arguments.metric or evaluation_set.source.metric_of(conversation),
+            }
+            for one, group in zip(asked, outputs, strict=True)
+            for conversation, output in zip(one.conversations, group, strict=True)
+        ]
+        return judge(predictions, arguments.bootstrap_samples, arguments.seed)
+
+    data = {**evaluation_set.source.identity, **evaluation_set.notes}
+    settings = {"data": data, "tag": tag, "decoding": decoding}
+    if arguments.metric is not None:
+        settings["metric"] = arguments.metric
+    return Work(len(asked), settings, run, summarise)
+
+
+def text_work(arguments: argparse.Namespace, model, processor) -> Work:
+    """Returns work that measures the perplexity of a text in windows that do not overlap; a window's first token is context only."""
+    if arguments.data is None:
+        raise ValueError("text_perplexity needs --data: a text file, or a data set with a column `text`.")
+    if control_of(arguments):
+        raise ValueError(
+            "text_perplexity has no images: leave out --blank_image, --shuffle_images and --question_only."
+        )
+    content, source = _read_text(arguments)
+    tokens = processor.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+    windows = windows_of(len(ids), arguments.window, arguments.limit, name=arguments.data)
+
+    def run(units: range) -> list[dict]:
+        outputs = []
+        for window in windows[units.start : units.stop]:
+            first, last = offsets[window][1][0], offsets[window][-1][1]
+            size = len(content[first:last].encode())
+            loss = window_loss(model, ids[window])
+            outputs.append({"loss": loss, "tokens": len(ids[window]) - 1, "bytes": size})
+        return outputs
+
+    def summarise(outputs: list[dict]) -> dict:
+        return summarise_text(outputs, arguments.bootstrap_samples, arguments.seed)
+
+    return Work(len(windows), {"data": source, "window": arguments.window}, run, summarise)
+
+
+def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:
+    path = Path(arguments.data)
+    if path.suffix == ".txt":
+        content = path.read_bytes()
+        return content.decode(), {"data": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+    found = read_rows(arguments.data, arguments.split or "test", revision=arguments.data_revision)
+    if "text" not in found.columns:
+        raise ValueError(f"{arguments.data} has no column `text`; its columns: {found.columns}.")
+    texts, bad = [], []
+    for index, value in enumerate(found.rows["text"]):
+        try:
+            text(value, "text", may_be_empty=True)
+        except BadRow as error:
+            if arguments.on_bad_row == "raise":
+                raise BadRow(f"{error.at(found.place(index))} {REMEDY}") from error
+            bad.append(str(error.at(found.place(index))))
+        else:
+            texts.append(value)  # unchanged, with surrounding white space
+    notes = {"bad_rows": len(bad), "bad_row_list": bad[:1000]} if bad else {}
+    return "\n\n".join(texts), {**found.identity, **notes}
