@@ -122,7 +122,7 @@ def ask(number: int, output: Path, task: str, control: str | None, limit: int | 
         options = ["--task", "local", "--data", str(data), "--split", split, "--image_dir", str(data.parent)]
         options += [*more, *([f"--{control}"] if control else []), *(["--limit", str(limit)] if limit else [])]
     folder = output / f"results/stage{number}/{task}{'-' + control if control else ''}"
-    return evaluate(output / f"stage{number}", [*options, "--batch_size", "32"], folder)
+    return evaluate(output / f"stage{number}", [*options, "--name", task, "--batch_size", "32"], folder)
 
 
 def answers_without_image(number: int, output: Path) -> list[str]:

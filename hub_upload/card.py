@@ -167,6 +167,10 @@ def _where(result: dict) -> str:
     return " ".join(str(data[name]) for name in ("data", "split") if data.get(name)) or result["task"]
 
 
+def _name(result: dict) -> str:
+    return result.get("name") or result["task"]
+
+
 def _rows(result: dict) -> list[dict]:
     rows = []
     for metric, numbers in result["metrics"].items():
@@ -176,7 +180,7 @@ def _rows(result: dict) -> list[dict]:
             interval = numbers.get("intervals", {}).get(name)
             rows.append(
                 {
-                    "task": result["task"],
+                    "task": _name(result),
                     "data": _where(result),
                     "metric": f"`{metric}`: {name}",
                     "value": f"{value:,}" if isinstance(value, int) else f"{value:.4f}",
@@ -198,7 +202,7 @@ def _eval_results(results: list[dict]) -> list[EvalResult]:
                 EvalResult(
                     task_type=task_type,
                     dataset_type=str(data.get("data") or result["task"]),
-                    dataset_name=str(data.get("data") or result["task"]),
+                    dataset_name=result.get("name") or str(data.get("data") or result["task"]),
                     dataset_split=data.get("split"),
                     dataset_revision=data.get("revision"),
                     metric_type=metric,

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 from alignvlm.evaluation.judge import compare, direction_of, headlines_of, judge, load_metric
+from alignvlm.evaluation.one_task import name_of
 
 
 MOST_FREQUENT = "most_frequent_answer"
@@ -87,7 +88,7 @@ def table(results: list[tuple[dict, dict[str, dict]]]) -> str:
         of_image = needed(result, controls) if controls else {}
         for metric, name in _headlines(result):
             numbers = result["metrics"][metric]
-            row = [result["task"], name, _shown(numbers.get(name)), _range(numbers["intervals"].get(name))]
+            row = [name_of(result), name, _shown(numbers.get(name)), _range(numbers["intervals"].get(name))]
             if with_controls:
                 others = [
                     controls[control]["metrics"][metric].get(name) if control in controls else None

@@ -10,6 +10,7 @@ Any number of processes share the work. An interrupted evaluation continues wher
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from accelerate import PartialState
@@ -41,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data_dir",
         help="Where the data of --tasks lie: a folder, or one file, called like each task. Default: the Hub's.",
+    )
+    p.add_argument(
+        "--name",
+        type=_name,
+        help="What the result is called: its file, and in tables and on the card. Default: the task's name.",
     )
     p.add_argument("--split", help="Default: the split that the task is usually asked of, for most `test`.")
     p.add_argument(
@@ -83,6 +89,12 @@ def parser() -> argparse.ArgumentParser:
         "--output_dir", help="Default: `results` in the checkpoint's folder; results/<name> for a Hub repository."
     )
     return p
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a file: letters, digits, '_', '-' and '.' only.")
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:

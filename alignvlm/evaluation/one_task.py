@@ -12,7 +12,7 @@ from accelerate import PartialState
 from alignvlm.evaluation.batches import progress_folder, run_batches
 from alignvlm.evaluation.load import load_checkpoint, model_identity
 from alignvlm.evaluation.task_work import control_of, question_work, text_work
-from hub_upload.run_record import library_versions, write_json
+from hub_upload.run_record import library_versions, read_json, write_json
 
 
 def load_model(arguments: argparse.Namespace) -> tuple:
@@ -36,7 +36,7 @@ def load_model(arguments: argparse.Namespace) -> tuple:
 def evaluate_checkpoint(
     arguments: argparse.Namespace, loaded: tuple | None = None, keep_finished: bool = False
 ) -> dict | None:
-    """Evaluates as the command line asks and writes `<task>.json`.
+    """Evaluates as the command line asks and writes `<task>.json`, or `<name>.json`.
 
     Args:
         loaded: what `load_model` returned; None: load it.
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
         The content of the file, on the main process; None on the others.
 
     Raises:
-        ValueError: for settings that contradict each other, or data that does not fit the task.
+        ValueError: for settings that contradict each other, data that does not fit the task, or a file of that name with a result of other data.
     """
     if arguments.checkpoint is None or arguments.task is None:
         raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
@@ -60,6 +60,7 @@ def evaluate_checkpoint(
         work = bind(arguments, model, processor)
     settings = {
         "task": arguments.task,
+        **({"name": arguments.name} if arguments.name else {}),
         "model": model_identity(arguments.checkpoint, arguments.revision),
         **work.settings,
         "control": control_of(arguments),
@@ -71,12 +72,13 @@ def evaluate_checkpoint(
         "bootstrap_samples": arguments.bootstrap_samples,
         "versions": {"python": platform.python_version()} | library_versions(),
     }
-    name = file_name(arguments.task, settings["control"])
+    name = file_name(settings, settings["control"])
     output_dir = output_folder(arguments)
     target = output_dir / f"{name}.json"
     if keep_finished and (found := finished(target, settings)) is not None:
         print(f"{target} is there already.")
         return found if state.is_main_process else None
+    _check_other_data(target, settings)
     progress = progress_folder(output_dir, name, settings)
     outputs = run_batches(work, arguments.batch_size, progress, state, name)
     if outputs is None:
@@ -88,9 +90,28 @@ def evaluate_checkpoint(
     return result
 
 
-def file_name(task: str, control: str | None) -> str:
-    """Returns the name of a result file, without its ending."""
-    return task + (f"-{control}" if control else "")
+def file_name(result: dict, control: str | None) -> str:
+    """Returns the name of a result's file, without its ending."""
+    return name_of(result) + (f"-{control}" if control else "")
+
+
+def name_of(result: dict) -> str:
+    """Returns what a result is called: by its `--name`, else by its task."""
+    return result.get("name") or result["task"]
+
+
+def _check_other_data(file: Path, settings: dict) -> None:
+    """Refuses to write a result over one of another data set or split."""
+    if not file.is_file():
+        return
+    there, new = (
+        " ".join(str(data[name]) for name in ("data", "split") if data.get(name))
+        for data in (read_json(file).get("data", {}), settings["data"])
+    )
+    if there != new:
+        raise ValueError(
+            f"{file} holds the result of {there}, not of {new}. Give this one a --name, or remove the file."
+        )
 
 
 def finished(file: Path, settings: dict) -> dict | None:
@@ -104,7 +125,7 @@ def finished(file: Path, settings: dict) -> dict | None:
 
 def report(result: dict) -> str:
     """Returns the metrics of a result, one per line."""
-    lines = [f"{result['task']}" + (f" ({result['control']})" if result["control"] else "")]
+    lines = [name_of(result) + (f" ({result['control']})" if result["control"] else "")]
     if left_out := result["data"].get("bad_rows"):
         lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
     for numbers in result["metrics"].values():

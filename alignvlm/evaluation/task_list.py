@@ -25,6 +25,8 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
         raise ValueError("Give a checkpoint, and either a --task or several --tasks.")
     if arguments.controls and control_of(arguments):
         raise ValueError(f"--controls includes --{control_of(arguments)}: leave it out.")
+    if arguments.name and len(arguments.tasks or [arguments.task]) > 1:
+        raise ValueError(f"--name {arguments.name} is for the result of one task: leave it out.")
     given = [(task, _data_of(task, arguments)) for task in arguments.tasks or [arguments.task]]
     loaded = load_model(arguments)
     results, output_dir = [], output_folder(arguments)
@@ -41,7 +43,7 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
         result = found.pop(None)
         if has_controls:
             found[MOST_FREQUENT] = most_frequent(result)
-            write_json(output_dir / f"{file_name(task, MOST_FREQUENT)}.json", found[MOST_FREQUENT])
+            write_json(output_dir / f"{file_name(result, MOST_FREQUENT)}.json", found[MOST_FREQUENT])
         results.append((result, found))
     if not results:
         return None

@@ -90,6 +90,42 @@ def test_results_of_a_local_checkpoint_lie_in_its_folder(checkpoint, data):
     (checkpoint / "results").rmdir()
 
 
+def test_a_result_does_not_take_the_place_of_one_of_other_data(checkpoint, tmp_path):
+    given = []
+    for name, colour in (("walls", "white"), ("floors", "red")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+        row = {"image": f"{name}.png", "question": "Of which colour?", "answer": colour}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        given.append(["--task", "local", "--data", str(tmp_path / f"{name}.jsonl")])
+    walls, floors = (options(checkpoint, tmp_path, tmp_path / "results")[:1] + each for each in given)
+    rest = [
+        "--output_dir",
+        str(tmp_path / "results"),
+        "--use_cpu",
+        "--max_new_tokens",
+        "2",
+        "--bootstrap_samples",
+        "5",
+    ]
+    main([*walls, *rest])
+    kept = (tmp_path / "results/local.json").read_text()
+    with pytest.raises(
+        SystemExit, match=r"local\.json holds the result of .*walls.jsonl.*, not of .*floors.jsonl.* --name"
+    ):
+        main([*floors, *rest])
+    assert (tmp_path / "results/local.json").read_text() == kept
+    main([*walls, *rest])  # again is no other data
+    main([*floors, *rest, "--name", "floors"])
+    found = json.loads((tmp_path / "results/floors.json").read_text())
+    assert found["name"] == "floors" and report(found).startswith("floors\n")
+    main([*floors, *rest, "--name", "floors", "--blank_image"])
+    assert sorted(os.listdir(tmp_path / "results")) == ["floors-blank_image.json", "floors.json", "local.json"]
+    with pytest.raises(SystemExit, match="'a/b' is no name for a file"):
+        parser().parse_args([*walls, "--name", "a/b"])
+    with pytest.raises(SystemExit, match="--name floors is for the result of one task"):
+        main([str(checkpoint), "--tasks", "local,scenes", "--name", "floors", "--data_dir", str(tmp_path)])
+
+
 def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data, tmp_path):
     tagged = shutil.copytree(checkpoint, tmp_path / "tagged")
     (tagged / RUN_RECORD).write_text(json.dumps({"stages": [{"evaluation_tag": "[old]"}, {"evaluation_tag": "[a]"}]}))

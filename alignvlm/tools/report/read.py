@@ -26,7 +26,7 @@ class Result:
 
     @property
     def task(self) -> str:
-        return str(self.content.get("task"))
+        return str(self.content.get("name") or self.content.get("task"))
 
     @property
     def title(self) -> str:
