@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -39,18 +40,71 @@ class AlignVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
+def chosen_layers(outputs, layers: list[int], encoder: str) -> Tensor:
+    """Takes layers of a vision encoder's outputs, their channels side by side: a sequence `(images, tokens, layers * hidden)` or a map
+    `(images, layers * hidden, height, width)`.
+
+    Args:
+        outputs: with `last_hidden_state`, which -1 takes, and `hidden_states`, if another layer is asked for.
+        layers: as `AlignVLMConfig.feature_layers`.
+        encoder: what messages call it.
+
+    Raises:
+        ValueError: for a layer that the encoder does not have, and for layers of different shapes.
+    """
+    states = getattr(outputs, "hidden_states", None) or ()
+    for layer in layers:
+        if layer != -1 and not -len(states) <= layer < len(states):
+            valid = (
+                f"it has the layers {-len(states)} to {len(states) - 1}" if states else "it returns no hidden states"
+            )
+            raise ValueError(
+                f"vision_feature_layer={layer} cannot be had of the encoder {encoder!r}: {valid}; -1 is its final output."
+            )
+    found = [outputs.last_hidden_state if layer == -1 else states[layer] for layer in layers]
+    if any(features.shape != found[0].shape for features in found):
+        shapes = ", ".join(f"{layer}: {tuple(features.shape)}" for layer, features in zip(layers, found))
+        raise ValueError(
+            f"vision_feature_layer={layers} names layers of different shapes of the encoder {encoder!r} ({shapes}). Take layers of one."
+        )
+    return torch.cat(found, dim=1 if found[0].ndim == 4 else -1) if len(found) > 1 else found[0]
+
+
+class AlignVLMLayerFusion(nn.Module):
+    """Adds up features of several layers, each behind a layer norm of its own: one weight a layer, by softmax, all equal at first.
+
+    This is the static manager of ManagerTower (Xu et al., 2023, arXiv 2306.00103), one scalar a layer, without its noise in training.
+    """
+
+    def __init__(self, layers: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, eps=eps) for _ in range(layers))
+        self.layer_scores = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps `(images, positions, layers * hidden)` to `(images, positions, hidden)`."""
+        weights = self.layer_scores.softmax(0)
+        layers = features.chunk(len(self.norms), dim=-1)
+        return sum(weight * norm(layer) for weight, norm, layer in zip(weights, self.norms, layers))
+
+
 class AlignVLMProjector(nn.Module):
-    """Maps features `(images, positions, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
+    """Maps features `(images, positions, feature_size)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
         self.factor = config.pixel_shuffle_factor
         self.grid = config.feature_grid
         self.pools = config.projector_type == "pool"
-        in_features = config.feature_size * (1 if self.pools else self.factor**2)
+        norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
+        hidden_size, layers = config.feature_size, len(config.feature_layers)
+        self.fusion = None
+        if config.vision_layer_fusion == "weighted_sum":
+            hidden_size //= layers
+            self.fusion = AlignVLMLayerFusion(layers, hidden_size, norm_eps)
+        in_features = hidden_size * (1 if self.pools else self.factor**2)
         out_features = config.text_config.hidden_size
         if self.pools:
-            norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
             self.layers = nn.Sequential(
                 nn.RMSNorm(in_features, eps=norm_eps), nn.Linear(in_features, out_features, bias=False)
             )
@@ -79,6 +133,8 @@ class AlignVLMProjector(nn.Module):
         return self.squares(features).mean(2)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.fusion is not None:
+            features = self.fusion(features.to(self.fusion.layer_scores.dtype))
         if self.pools:
             features = features.to(self.layers[0].weight.dtype)  # a frozen encoder may compute in 16 bit
         if self.factor > 1:
@@ -101,6 +157,11 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
     def __init__(self, config: AlignVLMConfig, *args, **kwargs):
         self._refuse_flash_attention(config, config)
         super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AlignVLMLayerFusion):
+            init.zeros_(module.layer_scores)
 
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
@@ -148,18 +209,18 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Encodes images `(images, channels, height, width)` to features `(images, positions, vision_hidden)`: class and register
+        """Encodes images `(images, channels, height, width)` to features `(images, positions, feature_size)`: class and register
         tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels."""
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
             )
-        layer = self.config.vision_feature_layer
+        layers = self.config.feature_layers
         outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layer != -1, return_dict=True
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layers != [-1], return_dict=True
         )
-        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        if features.ndim == 4:  # a map (images, vision_hidden, height, width)
+        features = chosen_layers(outputs, layers, self.config.vision_config.model_type)
+        if features.ndim == 4:  # a map (images, feature_size, height, width)
             features = features.flatten(2).transpose(1, 2)
         height, width = self.config.feature_grid
         extra_tokens = features.shape[1] - height * width  # class and register tokens stand in front
@@ -178,7 +239,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
 
         Returns:
-            `last_hidden_state`: features `(images, positions, vision_hidden)`, as `encode_images` returns them;
+            `last_hidden_state`: features `(images, positions, feature_size)`, as `encode_images` returns them;
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
         """
         features = self.encode_images(pixel_values)
@@ -241,7 +302,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
                 head itself need not project positions without labels.
-            image_features (`torch.Tensor` of shape `(images, positions, vision_hidden)`, *optional*):
+            image_features (`torch.Tensor` of shape `(images, positions, feature_size)`, *optional*):
                 what `encode_images` made of the images, instead of `pixel_values`: a frozen encoder need not run again.
             cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
@@ -615,4 +676,10 @@ def _extended(name: str, value: Tensor, length: int) -> Tensor:
     return torch.cat([value, tail], dim=1)
 
 
-__all__ = ["CACHE_NAME", "AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]
+__all__ = [
+    "CACHE_NAME",
+    "AlignVLMForConditionalGeneration",
+    "AlignVLMModel",
+    "AlignVLMPreTrainedModel",
+    "chosen_layers",
+]

@@ -67,8 +67,17 @@ class BackboneArguments:
             "help": "Merge squares with this number of patches a side into one token: `pool` averages them, the others stack them."
         },
     )
-    vision_feature_layer: int = field(
-        default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
+    vision_feature_layer: list[int] = field(
+        default_factory=lambda: [-1],
+        metadata={
+            "help": "-1: the encoder's output; else an index of its hidden states. Several: all of these, from one pass."
+        },
+    )
+    vision_layer_fusion: str = field(
+        default="concatenate",
+        metadata={
+            "help": "Several layers: `concatenate` their channels (as LLaVA), or `weighted_sum` with learned weights."
+        },
     )
     attention_mask_type: str = field(
         default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
@@ -92,6 +101,8 @@ class BackboneArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
     def __post_init__(self):
+        if isinstance(self.vision_feature_layer, int):
+            self.vision_feature_layer = [self.vision_feature_layer]
         pools = self.projector_type == "pool"
         for name, usual in (("image_begin", IMAGE_BEGIN), ("image_end", IMAGE_END)):
             token = getattr(self, name)
@@ -226,7 +237,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     """Builds model and processor from pretrained backbones, and writes them to `output_dir`.
 
     Raises:
-        ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
+        ValueError: for an encoder whose images do not become equally many features or that lacks a layer, a tokenizer that already uses the image token
             for something else, a chat template that cannot be used, and a language model that does not answer text as before or
             cannot keep the mask type.
     """
@@ -264,6 +275,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         projector_type=arguments.projector_type,
         pixel_shuffle_factor=arguments.pixel_shuffle_factor,
         vision_feature_layer=arguments.vision_feature_layer,
+        vision_layer_fusion=arguments.vision_layer_fusion,
         attention_mask_type=arguments.attention_mask_type,
     )
     choose_mask_type(model, arguments.language)
