@@ -35,7 +35,7 @@ def check_for_vllm(folder: Path) -> None:
     if mask_type == "image" and window is not None and tokens > window:
         raise ValueError(
             f"vLLM cannot serve {folder}: it keeps the mask of an image whole only within the sliding window, and an image has {tokens} "
-            f"tokens, the window {window}. Use `transformers`, or fewer tokens an image (pixel_shuffle_factor)."
+            f"tokens, the window {window}. Use `transformers`, or fewer tokens an image (pixel_shuffle_factor, merge_image_tokens)."
         )
     for name, called in CALLED.items():
         if not (folder / name).is_file() or called not in (folder / name).read_text():

@@ -11,7 +11,7 @@ FORMAT_VERSION = 2  # raised whenever an older version of this file could no lon
 PROJECTOR_TYPES = ("linear", "mlp", "pool")
 LAYER_FUSIONS = ("concatenate", "weighted_sum")
 # Options that a config.json names only where they are on, and what they are where they are off.
-OFF = {"vision_layer_fusion": "concatenate"}
+OFF = {"vision_layer_fusion": "concatenate", "merge_image_tokens": None}
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
     "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
@@ -47,6 +47,8 @@ class AlignVLMConfig(PreTrainedConfig):
         vision_layer_fusion (`str`):
             how several layers become one feature: `"concatenate"` puts their channels side by side, as LLaVA's class in transformers does;
             `"weighted_sum"` adds them up with learned weights (see `AlignVLMLayerFusion`).
+        merge_image_tokens (`int`, *optional*):
+            Merges similar tokens of an image until this number is left (see `similar_groups`), before the projector's layers.
         attention_mask_type (`str`):
             Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
             `"image"` (those of the same image).
@@ -79,6 +81,7 @@ class AlignVLMConfig(PreTrainedConfig):
     pixel_shuffle_factor: int = 1
     vision_feature_layer: int | list[int] = -1
     vision_layer_fusion: str = "concatenate"
+    merge_image_tokens: int | None = None
     attention_mask_type: str = "image"
     image_token_id: int | None = None
     image_size: list[int] | None = None
@@ -127,6 +130,7 @@ class AlignVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"pixel_shuffle_factor={factor} must be at least 1 and divide the feature grid of {height} x {width}."
             )
+        self.check_merging()
 
     def check_mask_type(self) -> None:
         """Raises a `ValueError` if `attention_mask_type` is not among `supported_mask_types`."""
@@ -135,6 +139,14 @@ class AlignVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"The language model {self.text_config.model_type!r} cannot keep attention_mask_type="
                 f"{self.attention_mask_type!r}, or was assembled before that mask type existed. It was seen to keep: {', '.join(kept)}."
+            )
+
+    def check_merging(self) -> None:
+        """Raises a `ValueError` if `merge_image_tokens` is no number of tokens that can be left."""
+        kept, most = self.merge_image_tokens, self.unmerged_seq_length
+        if kept is not None and (type(kept) is not int or not 1 <= kept <= most):
+            raise ValueError(
+                f"merge_image_tokens={kept!r} must be from 1 to {most}, the tokens that an image has without it. Leave it out to merge none."
             )
 
     def _check_feature_layers(self) -> None:
@@ -225,6 +237,11 @@ class AlignVLMConfig(PreTrainedConfig):
     @property
     def image_seq_length(self) -> int:
         """Tokens that one image takes in the language model."""
+        return self.unmerged_seq_length if self.merge_image_tokens is None else self.merge_image_tokens
+
+    @property
+    def unmerged_seq_length(self) -> int:
+        """Tokens of one image before similar ones are merged: one for each square of the grid."""
         height, width = self.feature_grid
         return height * width // self.pixel_shuffle_factor**2
 

@@ -22,6 +22,7 @@ from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, g
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
 ROW_INPUTS = ("mm_token_type_ids", *LAYOUT_INPUTS)  # one value per token
+MOST_JOINING = 1 / 8  # of the groups of an image, in a round of `similar_groups`
 # What this release of transformers calls a cache: `cache` since 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -88,11 +89,50 @@ class AlignVLMLayerFusion(nn.Module):
         return sum(weight * norm(layer) for weight, norm, layer in zip(weights, self.norms, layers))
 
 
+def group_means(features: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Averages features `(images, positions, hidden)` over `count` groups, `(images, positions)`: `(images, count, hidden)`. By matrix
+    products, which add in the same order each time."""
+    members = (groups.unsqueeze(1) == torch.arange(count, device=groups.device)[:, None]).to(features.dtype)
+    return members @ features / members.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def similar_groups(features: Tensor, count: int) -> Tensor:
+    """Groups similar positions of each image, as the bipartite soft matching of ToMe does (Bolya et al., 2023, arXiv 2210.09461).
+
+    Each position is a group at first. In a round every other group, beginning with the first, finds the most similar one among those
+    between, by the cosine of their means; the groups most similar to theirs join these, at most an eighth of all groups in a round.
+
+    Args:
+        features: `(images, positions, hidden)`.
+        count: how many groups are left of each image.
+
+    Returns:
+        `(images, positions)`, the group of each position: 0 to `count - 1`, in the order of the positions that others have joined.
+    """
+    images, left, _ = features.shape
+    features = features if features.dtype == torch.float64 else features.float()
+    groups = torch.arange(left, device=features.device).expand(images, -1)
+    with torch.autocast(features.device.type, enabled=False):
+        while left > count:
+            means = nn.functional.normalize(group_means(features, groups, left), dim=-1)
+            similarity, nearest = (means[:, ::2] @ means[:, 1::2].mT).max(-1)
+            joining = min(left - count, max(1, int(left * MOST_JOINING)))
+            chosen = similarity.argsort(-1, descending=True, stable=True)[:, :joining]
+            own = torch.arange(left, device=features.device).expand(images, -1)
+            joined = own.scatter(1, 2 * chosen, 2 * nearest.gather(1, chosen) + 1)
+            numbers = (joined == own).cumsum(-1) - 1
+            groups = numbers.gather(1, joined).gather(1, groups)
+            left -= joining
+    return groups
+
+
 class AlignVLMProjector(nn.Module):
     """Maps features `(images, positions, feature_size)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
+        self.config = config
         self.factor = config.pixel_shuffle_factor
         self.grid = config.feature_grid
         self.pools = config.projector_type == "pool"
@@ -118,7 +158,7 @@ class AlignVLMProjector(nn.Module):
             )
 
     def squares(self, features: Tensor) -> Tensor:
-        """Sorts positions by squares of `factor x factor`, row by row: `(images, image_seq_length, factor**2, vision_hidden)`."""
+        """Sorts positions by squares of `factor x factor`, row by row: `(images, squares, factor**2, hidden)`."""
         images, _, hidden = features.shape
         rows, columns = (side // self.factor for side in self.grid)
         squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
@@ -132,13 +172,24 @@ class AlignVLMProjector(nn.Module):
         """Averages each square of positions into one token."""
         return self.squares(features).mean(2)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def prepare(self, features: Tensor) -> Tensor:
+        """Makes of features `(images, positions, feature_size)` what the layers take, `(images, squares, in_features)`."""
         if self.fusion is not None:
             features = self.fusion(features.to(self.fusion.layer_scores.dtype))
         if self.pools:
             features = features.to(self.layers[0].weight.dtype)  # a frozen encoder may compute in 16 bit
         if self.factor > 1:
             features = self.average(features) if self.pools else self.pixel_shuffle(features)
+        return features
+
+    def tokens_of_squares(self, features: Tensor) -> Tensor:
+        """Tells for each square of the grid which of its image's tokens it is in: `(images, squares)`."""
+        return similar_groups(self.prepare(features), self.config.image_seq_length)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, count = self.prepare(features), self.config.merge_image_tokens
+        if count is not None:
+            features = group_means(features, similar_groups(features, count), count)
         return self.layers(features)
 
 
@@ -682,4 +733,6 @@ __all__ = [
     "AlignVLMModel",
     "AlignVLMPreTrainedModel",
     "chosen_layers",
+    "group_means",
+    "similar_groups",
 ]

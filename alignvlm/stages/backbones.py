@@ -79,6 +79,12 @@ class BackboneArguments:
             "help": "Several layers: `concatenate` their channels (as LLaVA), or `weighted_sum` with learned weights."
         },
     )
+    merge_image_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Merge similar tokens of an image until this number is left (ToMe, arXiv 2210.09461). Left out: none."
+        },
+    )
     attention_mask_type: str = field(
         default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
     )
@@ -276,6 +282,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         pixel_shuffle_factor=arguments.pixel_shuffle_factor,
         vision_feature_layer=arguments.vision_feature_layer,
         vision_layer_fusion=arguments.vision_layer_fusion,
+        merge_image_tokens=arguments.merge_image_tokens,
         attention_mask_type=arguments.attention_mask_type,
     )
     choose_mask_type(model, arguments.language)

@@ -22,7 +22,14 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
-from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
+from alignvlm.stages.loading import (
+    as_the_stage_merges,
+    check_row_length,
+    load_model,
+    make_collator,
+    make_held_out,
+    make_mixture,
+)
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
@@ -55,6 +62,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     _check_push(arguments, record)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    _, processor = as_the_stage_merges(arguments, model.config, processor)
     check_row_length(arguments, model)
 
     # Prepare
@@ -141,12 +149,14 @@ def _entry(
 ) -> dict[str, Any]:
     """Collects what the run record says of the stage, but for its options and metrics."""
     progress = trainer.progress()
+    merged = trainer.accelerator.unwrap_model(trainer.model).config.merge_image_tokens
     return {
         "stage": arguments.stage,
         "model": arguments.model,
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
+        **({"merge_image_tokens": merged} if merged is not None else {}),
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),
