@@ -11,7 +11,7 @@ FORMAT_VERSION = 2  # raised whenever an older version of this file could no lon
 PROJECTOR_TYPES = ("linear", "mlp", "pool")
 LAYER_FUSIONS = ("concatenate", "weighted_sum")
 # Options that a config.json names only where they are on, and what they are where they are off.
-OFF = {"vision_layer_fusion": "concatenate", "merge_image_tokens": None}
+OFF = {"vision_layer_fusion": "concatenate", "merge_image_tokens": None, "modality_calibration": False}
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
     "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
@@ -49,6 +49,8 @@ class AlignVLMConfig(PreTrainedConfig):
             `"weighted_sum"` adds them up with learned weights (see `AlignVLMLayerFusion`).
         merge_image_tokens (`int`, *optional*):
             Merges similar tokens of an image until this number is left (see `similar_groups`), before the projector's layers.
+        modality_calibration (`bool`):
+            Scales and shifts the hidden states of image tokens behind every layer of the language model (see `AlignVLMCalibration`).
         attention_mask_type (`str`):
             Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
             `"image"` (those of the same image).
@@ -82,6 +84,7 @@ class AlignVLMConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -1
     vision_layer_fusion: str = "concatenate"
     merge_image_tokens: int | None = None
+    modality_calibration: bool = False
     attention_mask_type: str = "image"
     image_token_id: int | None = None
     image_size: list[int] | None = None

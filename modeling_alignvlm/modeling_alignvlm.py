@@ -127,6 +127,30 @@ def similar_groups(features: Tensor, count: int) -> Tensor:
     return groups
 
 
+class AlignVLMCalibration(nn.Module):
+    """Scales and shifts the hidden states of image tokens behind a layer of the language model: MoCa of "Deciphering Cross-Modal
+    Alignment in Large Vision-Language Models" (Huang et al., 2024, arXiv 2410.07167). At first it changes nothing."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(hidden_size))  # added to 1, so that weight decay draws it there
+        self.shift = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor, image_tokens: Tensor) -> Tensor:
+        """Maps `(batch, length, hidden)` at the True of `image_tokens`, `(batch, length)`."""
+        calibrated = (hidden_states * (1 + self.scale) + self.shift).to(hidden_states.dtype)
+        return torch.where(image_tokens.unsqueeze(-1), calibrated, hidden_states)
+
+    def behind(self, layer: nn.Module, args: tuple, kwargs: dict, output):
+        """Applies it to the output of a layer that was called with `image_tokens`, as a forward hook."""
+        image_tokens = kwargs.get("image_tokens")
+        if image_tokens is None:
+            return output
+        if isinstance(output, tuple):
+            return (self(output[0], image_tokens), *output[1:])
+        return self(output, image_tokens)
+
+
 class AlignVLMProjector(nn.Module):
     """Maps features `(images, positions, feature_size)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
@@ -156,6 +180,9 @@ class AlignVLMProjector(nn.Module):
                 ACT2FN[config.projector_hidden_act],
                 nn.Linear(out_features, out_features),
             )
+        if config.modality_calibration:  # here, because it trains whenever the projector does
+            count = config.text_config.num_hidden_layers
+            self.calibrations = nn.ModuleList(AlignVLMCalibration(out_features) for _ in range(count))
 
     def squares(self, features: Tensor) -> Tensor:
         """Sorts positions by squares of `factor x factor`, row by row: `(images, squares, factor**2, hidden)`."""
@@ -213,6 +240,9 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, AlignVLMLayerFusion):
             init.zeros_(module.layer_scores)
+        elif isinstance(module, AlignVLMCalibration):
+            init.zeros_(module.scale)
+            init.zeros_(module.shift)
 
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
@@ -237,7 +267,19 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.projector = AlignVLMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.modality_calibration:
+            self._calibrate_layers()
         self.post_init()
+
+    def _calibrate_layers(self) -> None:
+        calibrations, layers = self.projector.calibrations, getattr(self.language_model, "layers", ())
+        if len(layers) != len(calibrations):
+            raise ValueError(
+                f"modality_calibration=True needs a language model with `layers`, {len(calibrations)} of them, and "
+                f"{self.config.text_config.model_type!r} has none of that name. Leave it out."
+            )
+        for layer, calibration in zip(layers, calibrations):
+            layer.register_forward_hook(calibration.behind, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "AlignVLMModel":
         """As in PyTorch, but batch norms of the encoder keep their pretrained statistics: a stage that freezes it must not
@@ -410,6 +452,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 past_length = 0 if cache is None else cache.get_seq_length()
                 position_ids = past_length + torch.arange(tokens.shape[1], device=inputs_embeds.device)[None]
         # else: text behind text, where the language model's own causal mask is the rule
+
+        if self.config.modality_calibration:
+            image_tokens = image_ids >= 0 if is_image is None and image_ids is not None else is_image
+            kwargs["image_tokens"] = image_tokens  # which language models hand on to their layers
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,

@@ -297,6 +297,9 @@ def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor |
                 f"projector_type: {home.projector_type}",
             )
         )
+    if config.modality_calibration:
+        sentence = "it does not scale and shift image tokens behind each layer, as modality_calibration asks for"
+        found.append(Obstacle(sentence, "modality_calibration: false"))
     if config.merge_image_tokens is not None and home.form != "onnx":
         sentence = f"it merges no image tokens, as merge_image_tokens={config.merge_image_tokens} asks for"
         found.append(Obstacle(sentence, "merge_image_tokens: 0"))
