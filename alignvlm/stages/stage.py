@@ -43,6 +43,7 @@ from hub_upload.push import push
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions, read_run_record
 from modeling_alignvlm import AlignVLMProcessor
+from modeling_alignvlm.configuration_alignvlm import OFF
 
 
 logger = logging.get_logger(__name__)
@@ -149,14 +150,16 @@ def _entry(
 ) -> dict[str, Any]:
     """Collects what the run record says of the stage, but for its options and metrics."""
     progress = trainer.progress()
-    merged = trainer.accelerator.unwrap_model(trainer.model).config.merge_image_tokens
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    layers = {"vision_feature_layer": config.feature_layers} if len(config.feature_layers) > 1 else {}
     return {
         "stage": arguments.stage,
         "model": arguments.model,
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
-        **({"merge_image_tokens": merged} if merged is not None else {}),
+        **layers,
+        **{name: getattr(config, name) for name, off in OFF.items() if getattr(config, name) != off},
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),

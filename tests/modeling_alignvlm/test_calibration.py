@@ -112,14 +112,16 @@ def test_a_batch_without_images_leaves_no_weight_without_a_gradient(calibrated, 
 
 
 def test_a_stage_trains_and_keeps_it_with_lora_and_a_checkpoint_without_begins_as_nothing(checkpoint, tmp_path):
-    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, modality_calibration=True)
+    on = {"modality_calibration": True, "vision_feature_layer": [-2, -1], "vision_layer_fusion": "weighted_sum"}
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, **on)
     assert all(not parameter.any() for parameter in model.model.projector.calibrations.parameters())
     model.save_pretrained(tmp_path / "stage0")
     for file in checkpoint.iterdir():
         if not (tmp_path / "stage0" / file.name).exists() and file.is_file():
             (tmp_path / "stage0" / file.name).write_bytes(file.read_bytes())
     rates = {"projector_learning_rate": 1e-2, "language_learning_rate": 1e-3}
-    main(arguments_for(tmp_path / "stage0", tmp_path / "run", lora_r=2, max_steps=2, **rates))
+    entry = main(arguments_for(tmp_path / "stage0", tmp_path / "run", lora_r=2, max_steps=2, **rates))
+    assert {name: entry[name] for name in on} == on and "merge_image_tokens" not in entry
     weights = load_file(tmp_path / "run/model.safetensors")
     assert all(value.any() for name, value in weights.items() if ".calibrations." in name)
     again = AlignVLMForConditionalGeneration.from_pretrained(tmp_path / "run")
