@@ -118,7 +118,7 @@ def similar_groups(features: Tensor, count: int) -> Tensor:
             means = nn.functional.normalize(group_means(features, groups, left), dim=-1)
             similarity, nearest = (means[:, ::2] @ means[:, 1::2].mT).max(-1)
             joining = min(left - count, max(1, int(left * MOST_JOINING)))
-            chosen = similarity.argsort(-1, descending=True, stable=True)[:, :joining]
+            chosen = similarity.argsort(dim=-1, descending=True, stable=True)[:, :joining]
             own = torch.arange(left, device=features.device).expand(images, -1)
             joined = own.scatter(1, 2 * chosen, 2 * nearest.gather(1, chosen) + 1)
             numbers = (joined == own).cumsum(-1) - 1
@@ -260,6 +260,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
     def __init__(self, config: AlignVLMConfig):
         config.check_mask_type()
+        config.check_merging()
         super().__init__(config)
         try:
             self.vision_tower = AutoModel.from_config(config.vision_config)
