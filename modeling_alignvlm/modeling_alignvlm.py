@@ -96,7 +96,6 @@ def group_means(features: Tensor, groups: Tensor, count: int) -> Tensor:
     return members @ features / members.sum(-1, keepdim=True)
 
 
-@torch.no_grad()
 def similar_groups(features: Tensor, count: int) -> Tensor:
     """Groups similar positions of each image, as the bipartite soft matching of ToMe does (Bolya et al., 2023, arXiv 2210.09461).
 
@@ -110,20 +109,22 @@ def similar_groups(features: Tensor, count: int) -> Tensor:
     Returns:
         `(images, positions)`, the group of each position: 0 to `count - 1`, in the order of the positions that others have joined.
     """
-    images, left, _ = features.shape
-    features = features if features.dtype == torch.float64 else features.float()
+    kind, (images, left, _) = features.device.type, features.shape
+    if torch.is_autocast_enabled(kind):  # it would compare in 16 bit
+        with torch.autocast(kind, enabled=False):
+            return similar_groups(features, count)
+    features = features.detach() if features.dtype == torch.float64 else features.detach().float()
     groups = torch.arange(left, device=features.device).expand(images, -1)
-    with torch.autocast(features.device.type, enabled=False):
-        while left > count:
-            means = nn.functional.normalize(group_means(features, groups, left), dim=-1)
-            similarity, nearest = (means[:, ::2] @ means[:, 1::2].mT).max(-1)
-            joining = min(left - count, max(1, int(left * MOST_JOINING)))
-            chosen = similarity.argsort(dim=-1, descending=True, stable=True)[:, :joining]
-            own = torch.arange(left, device=features.device).expand(images, -1)
-            joined = own.scatter(1, 2 * chosen, 2 * nearest.gather(1, chosen) + 1)
-            numbers = (joined == own).cumsum(-1) - 1
-            groups = numbers.gather(1, joined).gather(1, groups)
-            left -= joining
+    while left > count:
+        means = nn.functional.normalize(group_means(features, groups, left), dim=-1)
+        similarity, nearest = (means[:, ::2] @ means[:, 1::2].mT).max(-1)
+        joining = min(left - count, max(1, int(left * MOST_JOINING)))
+        chosen = similarity.sort(dim=-1, descending=True).indices[:, :joining]
+        own = torch.arange(left, device=features.device).expand(images, -1)
+        joined = own.scatter(1, 2 * chosen, 2 * nearest.gather(1, chosen) + 1)
+        numbers = (joined == own).cumsum(-1) - 1
+        groups = numbers.gather(1, joined).gather(1, groups)
+        left -= joining
     return groups
 
 

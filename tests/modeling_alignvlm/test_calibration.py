@@ -55,6 +55,7 @@ def test_it_is_a_scale_and_a_shift_behind_every_layer(calibrated, processor, mas
     is_image = batch["input_ids"] == model.config.image_token_id
     hidden = model.get_input_embeddings()(batch["input_ids"])
     hidden[is_image] = model.get_image_features(batch["pixel_values"]).pooler_output.flatten(0, 1)
+    embeddings = hidden.clone()
     language, positions = model.model.language_model, torch.arange(hidden.shape[1])[None]
     mask = dense_mask(TokenLayout.from_image_mask(is_image, 4), mask_type)
     for layer, calibration in zip(language.layers, model.model.projector.calibrations, strict=True):
@@ -63,6 +64,11 @@ def test_it_is_a_scale_and_a_shift_behind_every_layer(calibrated, processor, mas
         hidden[is_image] = hidden[is_image] * (1 + calibration.scale) + calibration.shift
     logits = model(**batch).logits
     torch.testing.assert_close(logits, model.lm_head(language.norm(hidden)), atol=1e-10, rtol=1e-10)
+    for known in (
+        {"image_ids": is_image.long() - 1},
+        {"mm_token_type_ids": is_image.long()},
+    ):  # as evaluation and vLLM tell it
+        torch.testing.assert_close(model(inputs_embeds=embeddings, **known).logits, logits, atol=1e-10, rtol=1e-10)
 
     text = processor(text="No image", return_tensors="pt")
     expected = model.lm_head(language(**text).last_hidden_state)
