@@ -1,8 +1,8 @@
-"""Writes the tables of docs/results.md and draws its plots, from docs/results.json.
+"""Writes the tables of docs/results.md and of docs/performance.md and draws their plots, from docs/results.json.
 
     python docs/write_results_page.py
 
-The page's sentences are written by hand; between the comments `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands what this writes.
+The pages' sentences are written by hand; between the comments `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands what this writes.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 
 from matplotlib import pyplot
 
-from benchmarks import findings, real_photos
+from benchmarks import findings, real_photos, tokens
 
 
 DOCS = Path(__file__).parent
@@ -137,7 +137,7 @@ def fill(page: str, written: dict[str, str]) -> str:
     for name, block in written.items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         if begin not in page or end not in page:
-            raise ValueError(f"docs/results.md has no place for {name!r}: write {begin} and {end}.")
+            raise ValueError(f"The page has no place for {name!r}: write {begin} and {end}.")
         before, _, rest = page.partition(begin)
         page = f"{before}{begin}\n\n{block}\n\n{end}{rest.partition(end)[2]}"
     return page
@@ -152,6 +152,12 @@ def main() -> None:
         if worlds:
             print(draw_finding(name, worlds))
     print(page)
+    if found := results.get("tokens"):
+        page, picture = DOCS / "performance.md", DOCS / "tokens.png"
+        tokens.draw(found, picture)
+        block = f"![Accuracy against image tokens per image]({picture.name})\n\n{tokens.table(found)}"
+        page.write_text(fill(page.read_text(), {"tokens": block}))
+        print(f"{picture}\n{page}")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,16 @@ def check_for_vllm(folder: Path) -> None:
             f"vLLM cannot serve {folder}: it makes the masks of {' and '.join(MASK_TYPES)}, and this checkpoint was trained with "
             f"attention_mask_type {mask_type!r}. Use `transformers`, or train with another mask type."
         )
+    if config.get("modality_calibration"):
+        raise ValueError(
+            f"vLLM cannot serve {folder}: its language models have no place for modality_calibration. Use `transformers`, or train without."
+        )
     window = config.get("text_config", {}).get("sliding_window")
     tokens = json.loads((folder / "processor_config.json").read_text()).get("image_seq_length", 1)
     if mask_type == "image" and window is not None and tokens > window:
         raise ValueError(
             f"vLLM cannot serve {folder}: it keeps the mask of an image whole only within the sliding window, and an image has {tokens} "
-            f"tokens, the window {window}. Use `transformers`, or fewer tokens an image (pixel_shuffle_factor)."
+            f"tokens, the window {window}. Use `transformers`, or fewer tokens an image (pixel_shuffle_factor, merge_image_tokens)."
         )
     for name, called in CALLED.items():
         if not (folder / name).is_file() or called not in (folder / name).read_text():

@@ -9,6 +9,9 @@ from .masking_alignvlm import MASK_TYPES, same_image  # needs torch alone, which
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
 PROJECTOR_TYPES = ("linear", "mlp", "pool")
+LAYER_FUSIONS = ("concatenate", "weighted_sum")
+# Options that a config.json names only where they are on, and what they are where they are off.
+OFF = {"vision_layer_fusion": "concatenate", "merge_image_tokens": None, "modality_calibration": False}
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
     "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
@@ -38,8 +41,16 @@ class AlignVLMConfig(PreTrainedConfig):
         pixel_shuffle_factor (`int`):
             Merges squares of `factor x factor` neighbouring patches into one image token: `"pool"` averages them, the other projectors
             take them stacked.
-        vision_feature_layer (`int`):
-            -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings).
+        vision_feature_layer (`int` or `list[int]`):
+            -1 takes the encoder's final output; any other value indexes its `hidden_states` (0 are the embeddings). Of a list, every layer
+            is taken, all from one pass.
+        vision_layer_fusion (`str`):
+            how several layers become one feature: `"concatenate"` puts their channels side by side, as LLaVA's class in transformers does;
+            `"weighted_sum"` adds them up with learned weights (see `AlignVLMLayerFusion`).
+        merge_image_tokens (`int`, *optional*):
+            Merges similar tokens of an image until this number is left (see `similar_groups`), before the projector's layers.
+        modality_calibration (`bool`):
+            Scales and shifts the hidden states of image tokens behind every layer of the language model (see `AlignVLMCalibration`).
         attention_mask_type (`str`):
             Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
             `"image"` (those of the same image).
@@ -47,7 +58,7 @@ class AlignVLMConfig(PreTrainedConfig):
         image_size (`list[int]`, *optional*): height and width in pixels of the image processor's output.
         image_grid (`list[int]`, *optional*): rows and columns of the encoder's feature grid.
         vision_hidden_size (`int`, *optional*):
-            width of these features. Assembly measures these three; left out, they are the vision config's `image_size`,
+            width of the features of one layer. Assembly measures these three; left out, they are the vision config's `image_size`,
             `image_size // patch_size` and `hidden_size`, for a square input.
         supported_mask_types (`list[str]`, *optional*):
             the mask types that assembly saw the language model keep; left out: all.
@@ -70,7 +81,10 @@ class AlignVLMConfig(PreTrainedConfig):
     projector_type: str = "mlp"
     projector_hidden_act: str = "gelu"
     pixel_shuffle_factor: int = 1
-    vision_feature_layer: int = -1
+    vision_feature_layer: int | list[int] = -1
+    vision_layer_fusion: str = "concatenate"
+    merge_image_tokens: int | None = None
+    modality_calibration: bool = False
     attention_mask_type: str = "image"
     image_token_id: int | None = None
     image_size: list[int] | None = None
@@ -106,6 +120,7 @@ class AlignVLMConfig(PreTrainedConfig):
 
         self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
+        self._check_feature_layers()
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
@@ -118,6 +133,7 @@ class AlignVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"pixel_shuffle_factor={factor} must be at least 1 and divide the feature grid of {height} x {width}."
             )
+        self.check_merging()
 
     def check_mask_type(self) -> None:
         """Raises a `ValueError` if `attention_mask_type` is not among `supported_mask_types`."""
@@ -126,6 +142,30 @@ class AlignVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"The language model {self.text_config.model_type!r} cannot keep attention_mask_type="
                 f"{self.attention_mask_type!r}, or was assembled before that mask type existed. It was seen to keep: {', '.join(kept)}."
+            )
+
+    def check_merging(self) -> None:
+        """Raises a `ValueError` if `merge_image_tokens` is no number of tokens that can be left."""
+        kept, most = self.merge_image_tokens, self.unmerged_seq_length
+        if kept is not None and (type(kept) is not int or not 1 <= kept <= most):
+            raise ValueError(
+                f"merge_image_tokens={kept!r} must be from 1 to {most}, the tokens that an image has without it. Leave it out to merge none."
+            )
+
+    def _check_feature_layers(self) -> None:
+        layers = self.vision_feature_layer
+        if isinstance(layers, (list, tuple)):
+            if not layers or any(type(layer) is not int for layer in layers) or len(set(layers)) < len(layers):
+                raise ValueError(
+                    f"vision_feature_layer={layers!r} must be a number, or a list of different ones: -1 for the encoder's final output, else "
+                    "an index of its hidden states."
+                )
+            self.vision_feature_layer = layers[0] if len(layers) == 1 else list(layers)
+        self._check_value("vision_layer_fusion", LAYER_FUSIONS)
+        if self.vision_layer_fusion == "weighted_sum" and len(self.feature_layers) < 2:
+            raise ValueError(
+                f"vision_layer_fusion='weighted_sum' adds up several layers, and vision_feature_layer={layers!r} names one. Name at least "
+                "two, or leave out vision_layer_fusion."
             )
 
     @classmethod
@@ -177,9 +217,16 @@ class AlignVLMConfig(PreTrainedConfig):
         return (self._stated("image_size", getattr(self.vision_config, "image_size", None)) // patch_size,) * 2
 
     @property
+    def feature_layers(self) -> list[int]:
+        """The encoder's layers whose features are taken."""
+        layers = self.vision_feature_layer
+        return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+
+    @property
     def feature_size(self) -> int:
-        """Width of the encoder's features."""
-        return self.vision_hidden_size or self._stated("hidden_size", getattr(self.vision_config, "hidden_size", None))
+        """Width of the encoder's features, those of all `feature_layers` side by side."""
+        stated = getattr(self.vision_config, "hidden_size", None)
+        return len(self.feature_layers) * (self.vision_hidden_size or self._stated("hidden_size", stated))
 
     def _stated(self, key: str, value: int | list[int] | None) -> int:
         """Returns a value of the vision config; raises a `ValueError` if it is missing."""
@@ -193,12 +240,19 @@ class AlignVLMConfig(PreTrainedConfig):
     @property
     def image_seq_length(self) -> int:
         """Tokens that one image takes in the language model."""
+        return self.unmerged_seq_length if self.merge_image_tokens is None else self.merge_image_tokens
+
+    @property
+    def unmerged_seq_length(self) -> int:
+        """Tokens of one image before similar ones are merged: one for each square of the grid."""
         height, width = self.feature_grid
         return height * width // self.pixel_shuffle_factor**2
 
     def to_dict(self) -> dict:
-        """As in transformers, but the same before and after a round trip: `auto_map` in full, and one dtype for all parts."""
+        """As in transformers, but the same before and after a round trip: `auto_map` in full, one dtype for all parts, and no option
+        that is off."""
         values = {**super().to_dict(), "auto_map": self._complete_auto_map()}
+        values = {key: value for key, value in values.items() if key not in OFF or value != OFF[key]}
         for key in self.sub_configs:
             values[key] = {**values[key], "dtype": values.get("dtype"), "_name_or_path": ""}
         return values

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -21,6 +22,7 @@ from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, g
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
 ROW_INPUTS = ("mm_token_type_ids", *LAYOUT_INPUTS)  # one value per token
+MOST_JOINING = 1 / 8  # of the groups of an image, in a round of `similar_groups`
 # What this release of transformers calls a cache: `cache` since 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -39,18 +41,135 @@ class AlignVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
+def chosen_layers(outputs, layers: list[int], encoder: str) -> Tensor:
+    """Takes layers of a vision encoder's outputs, their channels side by side: a sequence `(images, tokens, layers * hidden)` or a map
+    `(images, layers * hidden, height, width)`.
+
+    Args:
+        outputs: with `last_hidden_state`, which -1 takes, and `hidden_states`, if another layer is asked for.
+        layers: as `AlignVLMConfig.feature_layers`.
+        encoder: what messages call it.
+
+    Raises:
+        ValueError: for a layer that the encoder does not have, and for layers of different shapes.
+    """
+    states = getattr(outputs, "hidden_states", None) or ()
+    for layer in layers:
+        if layer != -1 and not -len(states) <= layer < len(states):
+            valid = (
+                f"it has the layers {-len(states)} to {len(states) - 1}" if states else "it returns no hidden states"
+            )
+            raise ValueError(
+                f"vision_feature_layer={layer} cannot be had of the encoder {encoder!r}: {valid}; -1 is its final output."
+            )
+    found = [outputs.last_hidden_state if layer == -1 else states[layer] for layer in layers]
+    if any(features.shape != found[0].shape for features in found):
+        shapes = ", ".join(f"{layer}: {tuple(features.shape)}" for layer, features in zip(layers, found))
+        raise ValueError(
+            f"vision_feature_layer={layers} names layers of different shapes of the encoder {encoder!r} ({shapes}). Take layers of one."
+        )
+    return torch.cat(found, dim=1 if found[0].ndim == 4 else -1) if len(found) > 1 else found[0]
+
+
+class AlignVLMLayerFusion(nn.Module):
+    """Adds up features of several layers, each behind a layer norm of its own: one weight a layer, by softmax, all equal at first.
+
+    This is the static manager of ManagerTower (Xu et al., 2023, arXiv 2306.00103), one scalar a layer, without its noise in training.
+    """
+
+    def __init__(self, layers: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, eps=eps) for _ in range(layers))
+        self.layer_scores = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps `(images, positions, layers * hidden)` to `(images, positions, hidden)`."""
+        weights = self.layer_scores.softmax(0)
+        layers = features.chunk(len(self.norms), dim=-1)
+        return sum(weight * norm(layer) for weight, norm, layer in zip(weights, self.norms, layers))
+
+
+def group_means(features: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Averages features `(images, positions, hidden)` over `count` groups, `(images, positions)`: `(images, count, hidden)`. By matrix
+    products, which add in the same order each time."""
+    members = (groups.unsqueeze(1) == torch.arange(count, device=groups.device)[:, None]).to(features.dtype)
+    return members @ features / members.sum(-1, keepdim=True)
+
+
+def similar_groups(features: Tensor, count: int) -> Tensor:
+    """Groups similar positions of each image, as the bipartite soft matching of ToMe does (Bolya et al., 2023, arXiv 2210.09461).
+
+    Each position is a group at first. In a round every other group, beginning with the first, finds the most similar one among those
+    between, by the cosine of their means; the groups most similar to theirs join these, at most an eighth of all groups in a round.
+
+    Args:
+        features: `(images, positions, hidden)`.
+        count: how many groups are left of each image.
+
+    Returns:
+        `(images, positions)`, the group of each position: 0 to `count - 1`, in the order of the positions that others have joined.
+    """
+    kind, (images, left, _) = features.device.type, features.shape
+    if torch.is_autocast_enabled(kind):  # it would compare in 16 bit
+        with torch.autocast(kind, enabled=False):
+            return similar_groups(features, count)
+    features = features.detach() if features.dtype == torch.float64 else features.detach().float()
+    groups = torch.arange(left, device=features.device).expand(images, -1)
+    while left > count:
+        means = nn.functional.normalize(group_means(features, groups, left), dim=-1)
+        similarity, nearest = (means[:, ::2] @ means[:, 1::2].mT).max(-1)
+        joining = min(left - count, max(1, int(left * MOST_JOINING)))
+        chosen = similarity.sort(dim=-1, descending=True).indices[:, :joining]
+        own = torch.arange(left, device=features.device).expand(images, -1)
+        joined = own.scatter(1, 2 * chosen, 2 * nearest.gather(1, chosen) + 1)
+        numbers = (joined == own).cumsum(-1) - 1
+        groups = numbers.gather(1, joined).gather(1, groups)
+        left -= joining
+    return groups
+
+
+class AlignVLMCalibration(nn.Module):
+    """Scales and shifts the hidden states of image tokens behind a layer of the language model: MoCa of "Deciphering Cross-Modal
+    Alignment in Large Vision-Language Models" (Huang et al., 2024, arXiv 2410.07167). At first it changes nothing."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(hidden_size))  # added to 1, so that weight decay draws it there
+        self.shift = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor, image_tokens: Tensor) -> Tensor:
+        """Maps `(batch, length, hidden)` at the True of `image_tokens`, `(batch, length)`."""
+        calibrated = (hidden_states * (1 + self.scale) + self.shift).to(hidden_states.dtype)
+        return torch.where(image_tokens.unsqueeze(-1), calibrated, hidden_states)
+
+    def behind(self, layer: nn.Module, args: tuple, kwargs: dict, output):
+        """Applies it to the output of a layer that was called with `image_tokens`, as a forward hook."""
+        image_tokens = kwargs.get("image_tokens")
+        if image_tokens is None:
+            return output
+        if isinstance(output, tuple):
+            return (self(output[0], image_tokens), *output[1:])
+        return self(output, image_tokens)
+
+
 class AlignVLMProjector(nn.Module):
-    """Maps features `(images, positions, vision_hidden)` to image tokens `(images, image_seq_length, text_hidden)`."""
+    """Maps features `(images, positions, feature_size)` to image tokens `(images, image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
+        self.config = config
         self.factor = config.pixel_shuffle_factor
         self.grid = config.feature_grid
         self.pools = config.projector_type == "pool"
-        in_features = config.feature_size * (1 if self.pools else self.factor**2)
+        norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
+        hidden_size, layers = config.feature_size, len(config.feature_layers)
+        self.fusion = None
+        if config.vision_layer_fusion == "weighted_sum":
+            hidden_size //= layers
+            self.fusion = AlignVLMLayerFusion(layers, hidden_size, norm_eps)
+        in_features = hidden_size * (1 if self.pools else self.factor**2)
         out_features = config.text_config.hidden_size
         if self.pools:
-            norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
             self.layers = nn.Sequential(
                 nn.RMSNorm(in_features, eps=norm_eps), nn.Linear(in_features, out_features, bias=False)
             )
@@ -62,9 +181,12 @@ class AlignVLMProjector(nn.Module):
                 ACT2FN[config.projector_hidden_act],
                 nn.Linear(out_features, out_features),
             )
+        if config.modality_calibration:  # here, because it trains whenever the projector does
+            count = config.text_config.num_hidden_layers
+            self.calibrations = nn.ModuleList(AlignVLMCalibration(out_features) for _ in range(count))
 
     def squares(self, features: Tensor) -> Tensor:
-        """Sorts positions by squares of `factor x factor`, row by row: `(images, image_seq_length, factor**2, vision_hidden)`."""
+        """Sorts positions by squares of `factor x factor`, row by row: `(images, squares, factor**2, hidden)`."""
         images, _, hidden = features.shape
         rows, columns = (side // self.factor for side in self.grid)
         squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
@@ -78,11 +200,24 @@ class AlignVLMProjector(nn.Module):
         """Averages each square of positions into one token."""
         return self.squares(features).mean(2)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def prepare(self, features: Tensor) -> Tensor:
+        """Makes of features `(images, positions, feature_size)` what the layers take, `(images, squares, in_features)`."""
+        if self.fusion is not None:
+            features = self.fusion(features.to(self.fusion.layer_scores.dtype))
         if self.pools:
             features = features.to(self.layers[0].weight.dtype)  # a frozen encoder may compute in 16 bit
         if self.factor > 1:
             features = self.average(features) if self.pools else self.pixel_shuffle(features)
+        return features
+
+    def tokens_of_squares(self, features: Tensor) -> Tensor:
+        """Tells for each square of the grid which of its image's tokens it is in: `(images, squares)`."""
+        return similar_groups(self.prepare(features), self.config.image_seq_length)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, count = self.prepare(features), self.config.merge_image_tokens
+        if count is not None:
+            features = group_means(features, similar_groups(features, count), count)
         return self.layers(features)
 
 
@@ -102,6 +237,14 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
         self._refuse_flash_attention(config, config)
         super().__init__(config, *args, **kwargs)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AlignVLMLayerFusion):
+            init.zeros_(module.layer_scores)
+        elif isinstance(module, AlignVLMCalibration):
+            init.zeros_(module.scale)
+            init.zeros_(module.shift)
+
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
         """Refuses FlashAttention kernels, which ignore mask functions: they would silently train the causal baseline."""
@@ -118,6 +261,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
     def __init__(self, config: AlignVLMConfig):
         config.check_mask_type()
+        config.check_merging()
         super().__init__(config)
         try:
             self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -125,7 +269,19 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation="eager")
         self.projector = AlignVLMProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.modality_calibration:
+            self._calibrate_layers()
         self.post_init()
+
+    def _calibrate_layers(self) -> None:
+        calibrations, layers = self.projector.calibrations, getattr(self.language_model, "layers", ())
+        if len(layers) != len(calibrations):
+            raise ValueError(
+                f"modality_calibration=True needs a language model with `layers`, {len(calibrations)} of them, and "
+                f"{self.config.text_config.model_type!r} has none of that name. Leave it out."
+            )
+        for layer, calibration in zip(layers, calibrations):
+            layer.register_forward_hook(calibration.behind, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "AlignVLMModel":
         """As in PyTorch, but batch norms of the encoder keep their pretrained statistics: a stage that freezes it must not
@@ -148,18 +304,18 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Encodes images `(images, channels, height, width)` to features `(images, positions, vision_hidden)`: class and register
+        """Encodes images `(images, channels, height, width)` to features `(images, positions, feature_size)`: class and register
         tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels."""
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
             )
-        layer = self.config.vision_feature_layer
+        layers = self.config.feature_layers
         outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layer != -1, return_dict=True
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layers != [-1], return_dict=True
         )
-        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        if features.ndim == 4:  # a map (images, vision_hidden, height, width)
+        features = chosen_layers(outputs, layers, self.config.vision_config.model_type)
+        if features.ndim == 4:  # a map (images, feature_size, height, width)
             features = features.flatten(2).transpose(1, 2)
         height, width = self.config.feature_grid
         extra_tokens = features.shape[1] - height * width  # class and register tokens stand in front
@@ -178,7 +334,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
 
         Returns:
-            `last_hidden_state`: features `(images, positions, vision_hidden)`, as `encode_images` returns them;
+            `last_hidden_state`: features `(images, positions, feature_size)`, as `encode_images` returns them;
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
         """
         features = self.encode_images(pixel_values)
@@ -241,7 +397,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
                 head itself need not project positions without labels.
-            image_features (`torch.Tensor` of shape `(images, positions, vision_hidden)`, *optional*):
+            image_features (`torch.Tensor` of shape `(images, positions, feature_size)`, *optional*):
                 what `encode_images` made of the images, instead of `pixel_values`: a frozen encoder need not run again.
             cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
@@ -298,6 +454,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 past_length = 0 if cache is None else cache.get_seq_length()
                 position_ids = past_length + torch.arange(tokens.shape[1], device=inputs_embeds.device)[None]
         # else: text behind text, where the language model's own causal mask is the rule
+
+        if self.config.modality_calibration:
+            image_tokens = image_ids >= 0 if is_image is None and image_ids is not None else is_image
+            kwargs["image_tokens"] = image_tokens  # which language models hand on to their layers
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -615,4 +775,12 @@ def _extended(name: str, value: Tensor, length: int) -> Tensor:
     return torch.cat([value, tail], dim=1)
 
 
-__all__ = ["CACHE_NAME", "AlignVLMForConditionalGeneration", "AlignVLMModel", "AlignVLMPreTrainedModel"]
+__all__ = [
+    "CACHE_NAME",
+    "AlignVLMForConditionalGeneration",
+    "AlignVLMModel",
+    "AlignVLMPreTrainedModel",
+    "chosen_layers",
+    "group_means",
+    "similar_groups",
+]

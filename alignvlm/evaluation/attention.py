@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from alignvlm.data.record import Conversation
@@ -105,7 +105,8 @@ def attention_to_images(
     input_ids, prompt_length = _input_ids(processor, messages, answer)
     is_image = torch.tensor(input_ids) == model.config.image_token_id
     is_image[prompt_length:] = False  # whatever a model has written
-    count = int(is_image.sum()) // model.config.image_seq_length
+    length = model.config.image_seq_length
+    count = int(is_image.sum()) // length
     if count == 0 or count > len(images):
         raise ValueError(f"The prompt shows {count} image(s), and {len(images)} were given. Give one image per part.")
     pixel_values = processor.image_processor(list(map(to_rgb, images[:count])), return_tensors="pt")["pixel_values"]
@@ -113,10 +114,17 @@ def attention_to_images(
     attentions = _attentions(model, input_ids, is_image, prompt_length, pixel_values)
     predicting = slice(prompt_length - 1, len(input_ids) - 1)
     rows, columns = (side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
-    places = is_image.to(attentions[0].device)
+    places, shares = is_image.to(attentions[0].device), None
+    if length < rows * columns:  # similar squares were merged: each has an equal share of its token's attention
+        encoded = model.model.encode_images(pixel_values.to(model.device))
+        members = nn.functional.one_hot(model.model.projector.tokens_of_squares(encoded), length).mT
+        shares = (members / members.sum(-1, keepdim=True)).to(attentions[0])  # (images, tokens of an image, squares)
 
     def maps(values: Tensor) -> Tensor:  # (..., tokens, length) -> (..., tokens, images, rows, columns)
-        return values[..., places].unflatten(-1, (count, rows, columns)).cpu()
+        values = values[..., places].unflatten(-1, (count, length))
+        if shares is not None:
+            values = (values.unsqueeze(-2) @ shares).squeeze(-2)
+        return values.unflatten(-1, (rows, columns)).cpu()
 
     tokens = list(_pieces(processor.tokenizer, input_ids[prompt_length:]))
     return ImageAttention(

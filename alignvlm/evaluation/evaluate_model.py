@@ -83,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_new_tokens", type=int, default=40)
     p.add_argument("--window", type=int, default=512, help="Tokens per window of text, for text_perplexity.")
     add_loading_options(p)
+    p.add_argument(
+        "--merge_image_tokens",
+        type=int,
+        metavar="N",
+        help="Merge similar tokens of an image until N are left, also of a checkpoint trained without; 0: none.",
+    )
     p.add_argument("--seed", type=int, default=0, help="Seed of --shuffle_images and the bootstrap.")
     p.add_argument("--bootstrap_samples", type=int, default=1000)
     p.add_argument(

@@ -45,6 +45,7 @@ def load_checkpoint(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    merge_image_tokens: int | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin, Precision]:
     """Returns model, processor and what the model computes in. Loads LoRA weights that a stage saved apart (`lora/`), too.
 
@@ -55,10 +56,12 @@ def load_checkpoint(
         trust_remote_code: run the checkpoint's own code instead of this package's.
         dtype: see `choose_precision`.
         attn_implementation: as for `from_pretrained`.
+        merge_image_tokens: of an image, until this number is left, also of a checkpoint that was trained without; 0: none. None: as the
+            checkpoint has it.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an unknown `dtype`.
+        ValueError: for an unknown `dtype`, and a number of tokens that cannot be left.
     """
     check_model(checkpoint, revision)
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
@@ -68,7 +71,11 @@ def load_checkpoint(
     processor = AutoProcessor.from_pretrained(checkpoint, **options)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if merge_image_tokens is not None:
+        options["merge_image_tokens"] = merge_image_tokens or None
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", **options)
+    if merge_image_tokens is not None:
+        processor.image_seq_length = model.config.image_seq_length
     precision = choose_precision(dtype, device, model.dtype)
     warn_if_emulated(precision, device)
     model.to(precision.dtype)

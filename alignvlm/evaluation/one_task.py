@@ -30,6 +30,7 @@ def load_model(arguments: argparse.Namespace) -> tuple:
             arguments.trust_remote_code,
             arguments.dtype,
             arguments.attn_implementation,
+            arguments.merge_image_tokens,
         )
 
 
@@ -66,6 +67,7 @@ def evaluate_checkpoint(
         "control": control_of(arguments),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
+        **({} if arguments.merge_image_tokens is None else {"merge_image_tokens": arguments.merge_image_tokens}),
         "batch_size": arguments.batch_size,
         "limit": arguments.limit,
         "seed": arguments.seed,

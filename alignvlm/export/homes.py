@@ -111,14 +111,19 @@ def _last_layer(config: AlignVLMConfig) -> list[Obstacle]:
 
 def _llava(config: AlignVLMConfig) -> list[Obstacle]:
     found = _encoder(config) + _language_model(config)
-    vision = config.vision_config
-    if config.vision_feature_layer == -1 and vision.model_type not in OUTPUT_IS_A_STATE:
+    vision, layers = config.vision_config, config.feature_layers
+    if -1 in layers and vision.model_type not in OUTPUT_IS_A_STATE:
+        others = [layer for layer in layers if layer != -1] or -2
         found.append(
             Obstacle(
-                f"it reads hidden states, and the final output of {vision.model_type!r} is none of them (vision_feature_layer=-1)",
-                "vision_feature_layer: -2",
+                f"it reads hidden states, and the final output of {vision.model_type!r} is none of them "
+                f"(vision_feature_layer={config.vision_feature_layer})",
+                f"vision_feature_layer: {others}",
             )
         )
+    if config.vision_layer_fusion != "concatenate":
+        sentence = f"it concatenates layers, and knows no vision_layer_fusion={config.vision_layer_fusion!r}"
+        found.append(Obstacle(sentence, "vision_layer_fusion: concatenate"))
     found += _no_shuffle(config)
     return found + _uncapped(config)
 
@@ -222,6 +227,8 @@ def _llama_cpp_mlp(config: AlignVLMConfig) -> list[Obstacle]:
     if not found and kind != "siglip_vision_model":
         behind = ", since llama.cpp puts a class token behind the patches" if TOKENS_BEFORE_PATCHES[kind] else ""
         found.append(Obstacle(f"it takes the encoder siglip_vision_model, not {kind!r}{behind}"))
+    if len(config.feature_layers) > 1:
+        found.append(Obstacle(f"it is written for one layer, not vision_feature_layer={config.vision_feature_layer}"))
     found += _no_shuffle(config)
     if config.projector_hidden_act not in ("gelu", "gelu_pytorch_tanh"):
         found.append(Obstacle(f"its projector has the activation 'gelu', not {config.projector_hidden_act!r}"))
@@ -290,6 +297,12 @@ def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor |
                 f"projector_type: {home.projector_type}",
             )
         )
+    if config.modality_calibration:
+        sentence = "it does not scale and shift image tokens behind each layer, as modality_calibration asks for"
+        found.append(Obstacle(sentence, "modality_calibration: false"))
+    if config.merge_image_tokens is not None and home.form != "onnx":
+        sentence = f"it merges no image tokens, as merge_image_tokens={config.merge_image_tokens} asks for"
+        found.append(Obstacle(sentence, "merge_image_tokens: 0"))
     return found + home.more(config) + (home.of_processor(processor) if processor else [])
 
 

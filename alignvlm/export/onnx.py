@@ -304,9 +304,8 @@ def llava_processor(processor: AlignVLMProcessor, config: AlignVLMConfig) -> Lla
     """LLaVA's processor, which counts an image's tokens by the size of a patch: here that of what one token stands for."""
     image_processor, tokenizer = plain_parts(processor)
     height, width = config.input_size
-    rows, columns = (side // config.pixel_shuffle_factor for side in config.feature_grid)
-    patch, more = height // rows, 0
-    if (height // patch, width // patch) != (rows, columns):  # no patch is as large as this one
+    patch, more = height * config.pixel_shuffle_factor // config.feature_grid[0], 0
+    if (height // patch) * (width // patch) != config.image_seq_length:  # no patch is as large as this one
         patch, more = max(height, width) + 1, config.image_seq_length
     return LlavaProcessor(
         image_processor,

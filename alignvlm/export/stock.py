@@ -93,12 +93,11 @@ def _halves(config: AlignVLMConfig) -> dict:
 
 
 def _llava_config(config: AlignVLMConfig) -> LlavaConfig:
-    layer = config.vision_feature_layer
     return LlavaConfig(
         **_halves(config),
         image_seq_length=config.image_seq_length,
         projector_hidden_act=config.projector_hidden_act,
-        vision_feature_layer=layer,
+        vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=_strategy(config),
     )
 

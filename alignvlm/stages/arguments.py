@@ -72,6 +72,12 @@ class ModelArguments(TrainerArguments):
     attention_mask_type: str = field(
         default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
     )
+    merge_image_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Merge similar tokens of an image until this number is left; 0: none. Left out: as in the checkpoint it starts from."
+        },
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "`sdpa`, `flex_attention` or `eager`."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Left out: frozen."}

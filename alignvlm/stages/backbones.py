@@ -67,8 +67,29 @@ class BackboneArguments:
             "help": "Merge squares with this number of patches a side into one token: `pool` averages them, the others stack them."
         },
     )
-    vision_feature_layer: int = field(
-        default=-1, metadata={"help": "-1: the encoder's output; else an index of its hidden states."}
+    vision_feature_layer: list[int] = field(
+        default_factory=lambda: [-1],
+        metadata={
+            "help": "-1: the encoder's output; else an index of its hidden states. Several: all of these, from one pass."
+        },
+    )
+    vision_layer_fusion: str = field(
+        default="concatenate",
+        metadata={
+            "help": "Several layers: `concatenate` their channels (as LLaVA), or `weighted_sum` with learned weights."
+        },
+    )
+    merge_image_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Merge similar tokens of an image until this number is left (ToMe, arXiv 2210.09461). Left out: none."
+        },
+    )
+    modality_calibration: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale and shift image tokens behind each layer of the language model (MoCa, arXiv 2410.07167)."
+        },
     )
     attention_mask_type: str = field(
         default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
@@ -92,6 +113,8 @@ class BackboneArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
     def __post_init__(self):
+        if isinstance(self.vision_feature_layer, int):
+            self.vision_feature_layer = [self.vision_feature_layer]
         pools = self.projector_type == "pool"
         for name, usual in (("image_begin", IMAGE_BEGIN), ("image_end", IMAGE_END)):
             token = getattr(self, name)
@@ -161,6 +184,7 @@ def join(
     model.config.attention_mask_type = "causal"  # as the language model alone
     try:
         actual = model(input_ids=probe).logits
+        calibrates = not config.modality_calibration or _calibrates(model, probe)
     except Exception as error:  # whatever a language model of others raises
         raise ValueError(f"{kind} does not run inside AlignVLM: {type(error).__name__}: {error}") from error
     finally:
@@ -171,7 +195,26 @@ def join(
             f"{(actual - expected).abs().max():.2e}): its head does more than a matrix product, or its base model needs more than "
             "embeddings."
         )
+    if not calibrates:
+        raise ValueError(
+            f"{kind} does not tell its layers where images are: it cannot have modality_calibration=True. Leave it out."
+        )
     return model
+
+
+def _calibrates(model: AlignVLMForConditionalGeneration, input_ids: torch.Tensor) -> bool:
+    """Whether a shift of image tokens behind the layers reaches the tokens after them."""
+    tokens = {
+        "inputs_embeds": model.get_input_embeddings()(input_ids),
+        "mm_token_type_ids": torch.zeros_like(input_ids),
+    }
+    tokens["mm_token_type_ids"][:, 0] = 1
+    found = []
+    for value in (1.0, 0.0):
+        for calibration in model.model.projector.calibrations:
+            calibration.shift.copy_(torch.linspace(-value, value, len(calibration.shift)))
+        found.append(model.model(**tokens).last_hidden_state[:, -1])
+    return not torch.allclose(*found)
 
 
 @torch.no_grad()
@@ -226,7 +269,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     """Builds model and processor from pretrained backbones, and writes them to `output_dir`.
 
     Raises:
-        ValueError: for an encoder whose images do not become equally many features, a tokenizer that already uses the image token
+        ValueError: for an encoder whose images do not become equally many features or that lacks a layer, a tokenizer that already uses the image token
             for something else, a chat template that cannot be used, and a language model that does not answer text as before or
             cannot keep the mask type.
     """
@@ -264,6 +307,9 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         projector_type=arguments.projector_type,
         pixel_shuffle_factor=arguments.pixel_shuffle_factor,
         vision_feature_layer=arguments.vision_feature_layer,
+        vision_layer_fusion=arguments.vision_layer_fusion,
+        merge_image_tokens=arguments.merge_image_tokens,
+        modality_calibration=arguments.modality_calibration,
         attention_mask_type=arguments.attention_mask_type,
     )
     choose_mask_type(model, arguments.language)

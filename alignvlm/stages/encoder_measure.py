@@ -5,6 +5,7 @@ windows merged several times over, or a map.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from modeling_alignvlm.modeling_alignvlm import chosen_layers
+
 
 SHAPES = ((240, 320), (320, 240), (300, 300))  # height and width of the pictures sent through
 EXTRA_TOKENS = 16  # class and register tokens that may stand before the features; encoders have 0, 1, 2, 5 or 9
@@ -20,7 +23,7 @@ EXTRA_TOKENS = 16  # class and register tokens that may stand before the feature
 
 @dataclass
 class EncoderMeasure:
-    """Of one image: `input_size` is height and width in pixels, `grid` rows and columns of features of `hidden_size` values."""
+    """Of one image: `input_size` is height and width in pixels, `grid` rows and columns of features of `hidden_size` values a layer."""
 
     input_size: tuple[int, int]
     grid: tuple[int, int]
@@ -73,23 +76,23 @@ def without_timm(name: str, image_processor):
 
 
 @torch.no_grad()
-def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int = -1) -> EncoderMeasure:
+def measure_encoder(name: str, encoder: nn.Module, image_processor, layers: Sequence[int] = (-1,)) -> EncoderMeasure:
     """Measures an encoder.
 
     Args:
         name: what messages call it.
-        layer: which `hidden_states` are taken; -1 for the final output.
+        layers: which `hidden_states` are taken; -1 for the final output.
 
     Raises:
-        ValueError: if pictures of different forms do not become equally many features, if the encoder does not take what the
+        ValueError: if the encoder does not have these layers, or not all of one shape, if pictures of different forms do not become equally many features, if the encoder does not take what the
             image processor makes, or if its features are no positions of the image or not the same twice.
     """
     training = encoder.training
     encoder.eval()
     try:
         pixel_values = _pixel_values(name, image_processor)
-        features = _features(name, encoder, pixel_values, layer)
-        again = _features(name, encoder, pixel_values.flip(0), layer).flip(0)
+        features = _features(name, encoder, pixel_values, layers)
+        again = _features(name, encoder, pixel_values.flip(0), layers).flip(0)
         if not features.isfinite().all():
             raise ValueError(
                 f"The features of the vision encoder {name!r} ({encoder.config.model_type}) are not finite."
@@ -104,8 +107,8 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int =
         encoder.train(training)
     size = tuple(pixel_values.shape[-2:])
     if features.ndim == 4:
-        _check_channels_first(name, encoder, pixel_values, features, layer)
-        return EncoderMeasure(size, tuple(features.shape[2:]), features.shape[1])
+        _check_channels_first(name, encoder, pixel_values, features, layers)
+        return EncoderMeasure(size, tuple(features.shape[2:]), features.shape[1] // len(layers))
     grid = _grid(encoder.config, size, features.shape[1])
     if grid is None:
         raise ValueError(
@@ -113,7 +116,7 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layer: int =
             f"{size[1]} pixels: no grid of positions with at most {EXTRA_TOKENS} class and register tokens before it. Use an encoder "
             "with one feature per place."
         )
-    return EncoderMeasure(size, grid, features.shape[2])
+    return EncoderMeasure(size, grid, features.shape[2] // len(layers))
 
 
 def _pixel_values(name: str, image_processor) -> Tensor:
@@ -143,19 +146,20 @@ def _pixel_values(name: str, image_processor) -> Tensor:
     return torch.from_numpy(np.concatenate(made))
 
 
-def _features(name: str, encoder: nn.Module, pixel_values: Tensor, layer: int) -> Tensor:
-    """The encoder's features, a sequence `(images, tokens, hidden)` or a map `(images, hidden, height, width)`."""
+def _features(name: str, encoder: nn.Module, pixel_values: Tensor, layers: Sequence[int]) -> Tensor:
+    """The encoder's features, a sequence `(images, tokens, layers * hidden)` or a map `(images, layers * hidden, height, width)`."""
     kind = encoder.config.model_type
     try:
-        outputs = encoder(pixel_values.to(encoder.dtype), output_hidden_states=layer != -1, return_dict=True)
-        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        outputs = encoder(pixel_values.to(encoder.dtype), output_hidden_states=list(layers) != [-1], return_dict=True)
     except Exception as error:  # whatever an encoder of others raises
         own = getattr(encoder.config, "image_size", None)
+        asked = "" if list(layers) == [-1] else f", with vision_feature_layer={list(layers)}"
         remedy = f" Its config says image_size={own}: try --image_size {own}." if own is not None else ""
         raise ValueError(
             f"The vision encoder {name!r} ({kind}) does not take what its image processor makes, pixel values of "
-            f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: {type(error).__name__}: {error}.{remedy}"
+            f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}{asked}: {type(error).__name__}: {error}.{remedy}"
         ) from error
+    features = chosen_layers(outputs, list(layers), f"{name} ({kind})")
     if features.ndim not in (3, 4) or features.shape[0] != pixel_values.shape[0]:
         raise ValueError(
             f"The vision encoder {name!r} ({kind}) makes features of shape {tuple(features.shape)} of {pixel_values.shape[0]} "
@@ -164,11 +168,13 @@ def _features(name: str, encoder: nn.Module, pixel_values: Tensor, layer: int) -
     return features
 
 
-def _check_channels_first(name: str, encoder: nn.Module, pixel_values: Tensor, features: Tensor, layer: int) -> None:
+def _check_channels_first(
+    name: str, encoder: nn.Module, pixel_values: Tensor, features: Tensor, layers: Sequence[int]
+) -> None:
     """A map's positions grow with the image, its channels do not. An encoder of one size only is taken at its word."""
     taller = nn.functional.pad(pixel_values, (0, 0, 0, pixel_values.shape[-2]), mode="replicate")
     try:
-        other = _features(name, encoder, taller, layer)
+        other = _features(name, encoder, taller, layers)
     except ValueError:
         return
     if other.ndim == 4 and other.shape[1] != features.shape[1] and other.shape[-1] == features.shape[-1]:

@@ -1,5 +1,7 @@
 """Loads what a stage starts from: its model, the collator of its rows, and its data."""
 
+import copy
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -8,20 +10,38 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.lora import merge_saved_lora
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
 def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
     """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage."""
+    given = arguments.merge_image_tokens
     model = AlignVLMForConditionalGeneration.from_pretrained(
         arguments.model,
         revision=arguments.model_revision,
         attention_mask_type=arguments.attention_mask_type,
         attn_implementation=arguments.attn_implementation,
         dtype=torch.float32,  # master weights; fp16 and bf16 run under autocast
+        **({} if given is None else {"merge_image_tokens": given or None}),
     )
     merge_saved_lora(model, arguments.model, arguments.model_revision)
     return model
+
+
+def as_the_stage_merges(
+    arguments: StageArguments, config: AlignVLMConfig, processor: AlignVLMProcessor
+) -> tuple[AlignVLMConfig, AlignVLMProcessor]:
+    """Copies configuration and processor of the checkpoint a stage starts from, with as many image tokens as the stage has.
+
+    Raises:
+        ValueError: if `merge_image_tokens` is no number of tokens that can be left.
+    """
+    config, processor = copy.deepcopy(config), copy.copy(processor)
+    if arguments.merge_image_tokens is not None:
+        config.merge_image_tokens = arguments.merge_image_tokens or None
+        config.check_merging()
+        processor.image_seq_length = config.image_seq_length
+    return config, processor
 
 
 def check_row_length(arguments: StageArguments, model: AlignVLMForConditionalGeneration) -> None:

@@ -22,7 +22,14 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
-from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
+from alignvlm.stages.loading import (
+    as_the_stage_merges,
+    check_row_length,
+    load_model,
+    make_collator,
+    make_held_out,
+    make_mixture,
+)
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
@@ -36,6 +43,7 @@ from hub_upload.push import push
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions, read_run_record
 from modeling_alignvlm import AlignVLMProcessor
+from modeling_alignvlm.configuration_alignvlm import OFF
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +63,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     _check_push(arguments, record)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    _, processor = as_the_stage_merges(arguments, model.config, processor)
     check_row_length(arguments, model)
 
     # Prepare
@@ -141,12 +150,16 @@ def _entry(
 ) -> dict[str, Any]:
     """Collects what the run record says of the stage, but for its options and metrics."""
     progress = trainer.progress()
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    layers = {"vision_feature_layer": config.feature_layers} if len(config.feature_layers) > 1 else {}
     return {
         "stage": arguments.stage,
         "model": arguments.model,
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
+        **layers,
+        **{name: getattr(config, name) for name, off in OFF.items() if getattr(config, name) != off},
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),

@@ -26,7 +26,7 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
 from alignvlm.stages.features import check_room, features_folder
-from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
+from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -358,6 +358,7 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
                     read_run_record(arguments.model, arguments.model_revision)["stages"],
                 )
             config, processor, done = known[folder]
+            config, processor = as_the_stage_merges(arguments, config, processor)
             plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error

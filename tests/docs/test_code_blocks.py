@@ -43,6 +43,7 @@ NOT_RUN = {
     "evaluation.md": 2,
     "export.md": 8,
     "hub.md": 3,
+    "image_tokens.md": 1,
     "performance.md": 1,
     "recaption.md": 2,
     "recipe.md": 4,

@@ -282,6 +282,10 @@ def test_pre_tokenizers_cut_numbers_and_words_apart_from_each_other():
 
 # What `make_model` takes, and what is said of the home
 NO_HOME = {
+    "mlp: layers": (
+        {"mask_type": "causal", "vision_feature_layer": [-3, -2]},
+        "it is written for one layer, not vision_feature_layer=.-3, -2.$",
+    ),
     "gemma3: mask": ({"mask_type": "causal", "projector_type": "pool"}, "One change .*: attention_mask_type: image"),
     "gemma3: projector": ({}, "its projector is 'pool', not 'mlp'. One change .*: projector_type: pool"),
     "gemma3: encoder": ({"projector_type": "pool", "vision": CLIP}, "no encoder with tokens before the patches"),

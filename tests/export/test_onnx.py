@@ -30,6 +30,15 @@ GEMMA = {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 4}
 # What `make_model` takes, and options of the export
 CASES = {
     "causal": ({"mask_type": "causal"}, {}),
+    "two layers added up, merged tokens": (
+        {
+            "mask_type": "causal",
+            "vision_feature_layer": [-1, -2],
+            "vision_layer_fusion": "weighted_sum",
+            "merge_image_tokens": 2,
+        },
+        {},
+    ),
     "image": ({"mask_type": "image"}, {"int8": True}),
     "prefix": ({"mask_type": "prefix", "projector_type": "linear"}, {}),
     "mutual, windows": (

@@ -28,6 +28,8 @@ CLIP = {**VISION, "model_type": "clip_vision_model"}
 CASES = {
     "LLaVA": {
         "siglip": {"mask_type": "causal", "vision_feature_layer": -2},
+        "two layers of siglip": {"mask_type": "causal", "vision_feature_layer": [1, -3]},
+        "three layers of clip": {"mask_type": "causal", "vision": CLIP, "vision_feature_layer": [-1, 0, -2]},
         "clip, untied llama": {
             "mask_type": "causal",
             "vision": CLIP,
@@ -324,6 +326,14 @@ NO_HOME = {
         {"mask_type": "causal"},
         "'siglip_vision_model' is none of them .*One change .*: vision_feature_layer: -2",
     ),
+    "one of several layers": (
+        {"mask_type": "causal", "vision_feature_layer": [-3, -1]},
+        "'siglip_vision_model' is none of them .*One change .*: vision_feature_layer: .-3.$",
+    ),
+    "weighted sum": (
+        {"mask_type": "causal", "vision_feature_layer": [-3, -2], "vision_layer_fusion": "weighted_sum"},
+        "knows no vision_layer_fusion='weighted_sum'. One change .*: vision_layer_fusion: concatenate$",
+    ),
     "projector": (
         {"mask_type": "causal", "vision_feature_layer": -2, "projector_type": "linear"},
         "its projector is 'mlp', not 'linear'. One change .*: projector_type: mlp",
@@ -390,6 +400,10 @@ NO_HOME |= {
     "DeepSeek-VL: layer": (
         {"mask_type": "causal", "vision_feature_layer": -2},
         "not vision_feature_layer=-2. One change .*: vision_feature_layer: -1",
+    ),
+    "DeepSeek-VL: layers": (
+        {"mask_type": "causal", "vision_feature_layer": [-2, -1]},
+        "not vision_feature_layer=.-2, -1.. One change .*: vision_feature_layer: -1",
     ),
     "DeepSeek-VL: activation": (
         {"mask_type": "causal", "projector_hidden_act": "relu"},

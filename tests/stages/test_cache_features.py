@@ -81,8 +81,13 @@ CASES = {
         "activation_checkpointing": True,
     },
     "16-bit encoder, contrast": {"bf16": True, "frozen_16_bit": True, "token_weighting": "contrast"},
+    "two layers, added up, of a 16-bit encoder": {
+        "model": {"vision_feature_layer": [-1, -2], "vision_layer_fusion": "weighted_sum"},
+        "bf16": True,
+        "frozen_16_bit": True,
+    },
     "a class token, workers, a row per branch": {
-        "model": {**VISION, "model_type": "vit", "hidden_act": "gelu"},
+        "model": {"vision": {**VISION, "model_type": "vit", "hidden_act": "gelu"}, "vision_feature_layer": [1, -1]},
         "dataloader_num_workers": 1,
         "attention_mask_type": "prefix",
         "sources": [SOURCES[0], TEXTS],
@@ -97,14 +102,9 @@ def test_losses_and_weights_are_those_without_it(
     checkpoint, make_model, processor, data, tmp_path, fields, monkeypatch
 ):
     encoded, fields = [], dict(fields)
-    if vision := fields.pop("model", None):
+    if values := fields.pop("model", None):
         checkpoint = tmp_path / "model"
-        save_checkpoint(
-            make_model(vision=vision),
-            processor,
-            checkpoint,
-            {"stages": []},
-        )
+        save_checkpoint(make_model(**values), processor, checkpoint, {"stages": []})
     encode_images = AlignVLMModel.encode_images
 
     def counted(self, pixel_values):

@@ -27,12 +27,14 @@ from transformers import (
     ViTMAEConfig,
     set_seed,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.encoder_measure import without_timm
+from alignvlm.stages.backbones import main as assemble_main
+from alignvlm.stages.encoder_measure import measure_encoder, without_timm
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -225,6 +227,57 @@ def test_what_gives_no_fixed_places_is_refused(language, tmp_path, config, proce
     encoder = save_encoder(tmp_path / "encoder", config, processor)
     with pytest.raises(ValueError, match=message):
         assemble(BackboneArguments(encoder, language, str(tmp_path / "stage0")))
+
+
+@pytest.mark.parametrize("kind, layers", [("siglip", [-3, -1]), ("dinov2 of another size", [1, 2])])
+def test_several_layers_are_assembled_from_one_option(language, tmp_path, kind, layers):
+    encoder = save_encoder(tmp_path / "encoder", ENCODERS[kind][0], square(ENCODERS[kind][1]))
+    given = ["--vision", encoder, "--language", language, "--output_dir", str(tmp_path / "stage0")]
+    given += ["--vision_feature_layer", *map(str, layers), "--vision_layer_fusion", "weighted_sum"]
+    assemble_main(given)
+    config = AlignVLMConfig.from_pretrained(tmp_path / "stage0")
+    assert (config.vision_feature_layer, config.vision_hidden_size, config.feature_size) == (layers, 32, 64)
+    assert config.vision_layer_fusion == "weighted_sum" and config.feature_grid == (4, 4)
+
+
+class WithoutStates(torch.nn.Module):
+    """An encoder of others that gives its final output alone, as many of timm do."""
+
+    config = SiglipVisionConfig(**SIZES, image_size=32, patch_size=8)
+    dtype = torch.float32
+
+    def forward(self, pixel_values, output_hidden_states=False, return_dict=True):
+        return BaseModelOutput(last_hidden_state=pixel_values.flatten(2)[..., :16].transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    "kind, layers, message",
+    [
+        (
+            "siglip",
+            [-2, 3],
+            r"vision_feature_layer=3 cannot be had of .*siglip_vision_model.*: it has the layers -3 to 2",
+        ),
+        (
+            "clip",
+            [-4],
+            "vision_feature_layer=-4 cannot be had of .*: it has the layers -3 to 2; -1 is its final output",
+        ),
+        ("swin", [0, 1], r"vision_feature_layer=\[0, 1\] names layers of different shapes of .*0: \(3, 256, 8\), 1: "),
+        ("mobilenet_v2", [-1, 0], r"=\[-1, 0\] names layers of different shapes of the encoder .*mobilenet_v2"),
+        (
+            None,
+            [-2, -1],
+            "vision_feature_layer=-2 cannot be had of .*: it returns no hidden states; -1 is its final output",
+        ),
+    ],
+)
+def test_layers_that_an_encoder_does_not_have_are_refused(kind, layers, message):
+    config, side = ENCODERS[kind][:2] if kind else (None, 32)
+    set_seed(2)
+    encoder = AutoModel.from_config(config) if kind else WithoutStates()
+    with pytest.raises(ValueError, match=message):
+        measure_encoder("it", encoder, square(side), layers)
 
 
 @pytest.mark.parametrize("crop", [False, True])

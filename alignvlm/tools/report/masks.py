@@ -105,6 +105,8 @@ def _drawn(image_ids: list[int], image_seq_length: int) -> list[int]:
 def _token(processor, branch, layout: TokenLayout, config: AlignVLMConfig, position: int) -> Token:
     if layout.image_ids[0, position] >= 0:
         first = layout.image_ids[0].tolist().index(int(layout.image_ids[0, position]))
+        if config.merge_image_tokens is not None:
+            return Token(f"token {position - first + 1} of the image", "image")
         columns = config.feature_grid[1] // config.pixel_shuffle_factor
         row, column = divmod(position - first, columns)
         return Token(f"row {row + 1}, column {column + 1}", "image")
