@@ -59,6 +59,18 @@ class Checkpoint:
         return measure(self.model, self.processor, images, conversations, in_all_orders)
 
 
+# What a --server does not take, and its default.
+OF_CHECKPOINTS = {
+    "checkpoint": None,
+    "revision": None,
+    "trust_remote_code": False,
+    "dtype": "auto",
+    "attn_implementation": None,
+    "num_beams": 1,
+    "batch_size": 32,
+}
+
+
 def load_model(arguments: argparse.Namespace) -> Checkpoint | Server:
     """Loads the checkpoint that the command line names, in all processes, or finds the server.
 
@@ -81,17 +93,6 @@ def load_model(arguments: argparse.Namespace) -> Checkpoint | Server:
             "text_perplexity needs the likelihood of a given text, which a server does not tell. Evaluate the checkpoint itself."
         )
     return Server(arguments.server, arguments.server_model, arguments.server_requests)
-
-
-OF_CHECKPOINTS = {
-    "checkpoint": None,
-    "revision": None,
-    "trust_remote_code": False,
-    "dtype": "auto",
-    "attn_implementation": None,
-    "num_beams": 1,
-    "batch_size": 32,
-}
 
 
 def evaluate_checkpoint(

@@ -30,7 +30,7 @@ class Server:
 
     Args:
         url: where the protocol begins, such as `http://localhost:8000/v1`; `/v1` may be left out.
-        name: the model's name there; None: the only one that the server lists.
+        name: the model's name there; None: the only one that the server lists. A server that lists several may load others on demand.
         requests: asked at once.
 
     Raises:
@@ -38,6 +38,7 @@ class Server:
     """
 
     batch_size = 1  # images: the answers about each are on disk as soon as they are there
+    listed: tuple[str, ...] = ()  # models that it says it has
     tag = ""  # the run record, which names a checkpoint's tag, is not served
     measure_choices = None  # the protocol does not tell how likely a given answer is
 
@@ -60,9 +61,9 @@ class Server:
         if name is None and len(self.listed) != 1:
             what = f"lists {', '.join(self.listed)}" if self.listed else "lists no model"
             raise ValueError(f"{self.url} {what}. Name one with --server_model.")
-        if name is not None and self.listed and name not in self.listed:
+        if name is not None and len(self.listed) == 1 and name != self.listed[0]:  # it may answer by any name
             raise ValueError(
-                f"{self.url} has no model {name!r}. Name one of those it lists with --server_model: {', '.join(self.listed)}."
+                f"{self.url} has no model {name!r}, but {self.listed[0]!r}: name that, or leave --server_model out."
             )
         self.name = name or self.listed[0]
         self.identity = {"name": self.name, "server": self.url}
@@ -107,13 +108,13 @@ class Server:
             )
         return text.strip()
 
-    def _models(self) -> list[str]:
+    def _models(self) -> tuple[str, ...]:
         """Returns the names of the models that the server lists; none if it has no list."""
         try:
             client = self._client.with_options(max_retries=FIRST_RETRIES)
-            return [str(model.id) for model in client.models.list().data]
+            return tuple(str(model.id) for model in client.models.list().data)
         except self._openai.NotFoundError:
-            return []
+            return ()
         except self._openai.APIError as error:
             raise ValueError(self._explained(error, has_images=False, tries=FIRST_RETRIES + 1)) from error
         except (JSONDecodeError, AttributeError, TypeError) as error:
@@ -133,7 +134,8 @@ class Server:
         if status in (401, 403):
             remedy = "Put the server's key into the environment variable OPENAI_API_KEY."
         elif status == 404:
-            remedy = "Does the address end as the server's does, mostly in /v1, and does it have the model?"
+            has = f" It lists {', '.join(self.listed)}." if self.listed else ""
+            remedy = f"Does the address end as the server's does, mostly in /v1, and does it have the model?{has}"
         elif status in (408, 409, 429) or status >= 500:
             remedy = f"It was asked {tries} times. Ask fewer at once with --server_requests, or later."
         else:
