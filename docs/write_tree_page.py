@@ -15,6 +15,7 @@ FOLDERS = (
     "alignvlm/data",
     "alignvlm/rows",
     "alignvlm/evaluation",
+    "alignvlm/evaluation/lmms_tasks",
     "alignvlm/stages",
     "alignvlm/export",
     "alignvlm/tools",

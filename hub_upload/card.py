@@ -21,6 +21,7 @@ HEADLINES = {
     "chair": ("chair_i", "CHAIRi", CAPTIONING),
     "choice_accuracy": ("choice_accuracy", "Accuracy of multiple choice", ANSWERING),
     "cider": ("cider", "CIDEr", CAPTIONING),
+    "clip_score": ("clip_score", "CLIPScore", CAPTIONING),
     "mme": ("mme_perception", "MME perception", ANSWERING),
     "ocrbench": ("ocrbench", "OCRBench", ANSWERING),
     "pathvqa_accuracy": ("accuracy", "Accuracy", ANSWERING),

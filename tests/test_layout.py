@@ -133,6 +133,8 @@ def test_the_distribution_is_complete(target):
         assert contents(target / name, "**/*.py") == contents(ROOT / name, "**/*.py")
     page = ("*.html", "*.css", "*.js")
     assert contents(target / "alignvlm/tools/report", *page) == contents(ROOT / "alignvlm/tools/report", *page)
+    tasks = "alignvlm/evaluation/lmms_tasks"
+    assert contents(target / tasks, "*") == contents(ROOT / tasks, "*") and (target / tasks / "pathvqa.yaml").is_file()
     shared = ("model_card.md", "training/*.py", "training/*/*.yaml", "training/*/*/*.yaml")
     shared += ("demo/README.md", "demo/app.py", "demo/requirements.txt")
     expected = contents(ROOT, *shared)

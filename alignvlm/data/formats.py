@@ -410,8 +410,8 @@ def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str
         choices, listed = list("ABCD"), asked
     else:
         choices = [text(choice, f"{column}[{index}]") for index, choice in enumerate(items(row[column], column))]
-        listed = "\n".join([asked, *(f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(choices))])
-    letters = [chr(ord("A") + index) for index in range(len(choices))]
+        listed = f"{asked}\n{lettered(choices)}"
+    letters = letters_of(len(choices))
     answer = str(row.get("answer")).strip()
     answer = letters[int(answer)] if answer.isdecimal() and int(answer) < len(letters) else answer
     if answer not in letters:
@@ -423,6 +423,16 @@ def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str
     kind = row.get(kind_column) if kind_column is not None else None
     turn = one_turn(f"{prompt}\n{instruction}".strip(), [answer], len(images), kind or "multiple_choice")
     return Record(images, [replace(turn, choices=choices)])
+
+
+def letters_of(count: int) -> list[str]:
+    """Returns the letters of that number of choices."""
+    return [chr(ord("A") + index) for index in range(count)]
+
+
+def lettered(choices: list[str]) -> str:
+    """Returns the lines of a prompt that list choices."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters_of(len(choices)), choices))
 
 
 def questions(row: dict, *, instruction: str = "") -> Record:

@@ -6,7 +6,8 @@ continues where it stopped, with the same result.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Work:
         run: returns one output per unit of a range, each JSON-serialisable.
         summarise: returns the result of all outputs, which are in order.
         prepare: called by every process before the first batch, if any is missing: to load what finished work does not need.
+        at_once: how many batches a process runs at once, in threads, for work that waits for others.
     """
 
     length: int
@@ -31,6 +33,7 @@ class Work:
     run: Callable[[range], list]
     summarise: Callable[[list], dict] | None = None
     prepare: Callable[[], None] | None = None
+    at_once: int = 1
 
 
 def progress_folder(output_dir: Path, name: str, settings: dict) -> Path:
@@ -66,14 +69,38 @@ def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, 
     if missing and work.prepare is not None:
         work.prepare()
     with (folder / f"{state.process_index}.jsonl").open("a") as file:
-        for start in tqdm(mine, desc=title, disable=not state.is_main_process):
-            file.write(json.dumps({"start": start, "outputs": work.run(batches[start])}) + "\n")
+        outputs = _run(work, [batches[start] for start in mine])
+        for start, found in tqdm(outputs, desc=title, total=len(mine), disable=not state.is_main_process):
+            file.write(json.dumps({"start": start, "outputs": found}) + "\n")
             file.flush()
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
     done = _finished_batches(folder)
     return [output for start in batches for output in done[start]]
+
+
+def _run(work: Work, batches: Iterable[range]) -> Iterator[tuple[int, list]]:
+    """Yields the first unit and the outputs of each batch when it is finished. After a failure those under way are still yielded."""
+    if work.at_once == 1:
+        for batch in batches:
+            yield batch.start, work.run(batch)
+        return
+    pool, failure = ThreadPoolExecutor(work.at_once), None
+    try:
+        starts = {pool.submit(work.run, batch): batch.start for batch in batches}
+        for future in as_completed(starts):
+            if future.cancelled():
+                continue
+            if (error := future.exception()) is None:
+                yield starts[future], future.result()
+            elif failure is None:
+                failure = error
+                pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failure is not None:
+        raise failure
 
 
 def _drop_unfinished_lines(folder: Path) -> None:

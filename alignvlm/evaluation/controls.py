@@ -26,7 +26,7 @@ def most_frequent(result: dict) -> dict:
         right.setdefault(_kind(item), Counter()).update(dict.fromkeys(item["references"], 1))
     answers = {kind: counts.most_common(1)[0][0] for kind, counts in right.items()}
     given = [
-        {name: value for name, value in item.items() if name not in ("scores", "likelihoods")}
+        {name: value for name, value in item.items() if name not in ("scores", "likelihoods", "letters")}
         | {"prediction": answers[_kind(item)]}
         for item in result["predictions"]
     ]

@@ -3,6 +3,7 @@
     alignvlm evaluate out/stage4 --task pathvqa --split test
     accelerate launch -m alignvlm.evaluation.evaluate_model out/stage4 --task pathvqa    # several processes
     alignvlm evaluate out/stage4 --tasks pathvqa,pope,chartqa --data_dir sets --controls    # several tasks, one table
+    alignvlm evaluate --server http://localhost:8000/v1 --tasks pathvqa,pope --data_dir sets    # what somebody serves
     alignvlm evaluate --compare a.json b.json
 
 Any number of processes share the work. An interrupted evaluation continues where it stopped, with the same result (`batches.py`).
@@ -29,6 +30,9 @@ from hub_upload.run_record import read_json
 def parser() -> argparse.ArgumentParser:
     p = ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("checkpoint", nargs="?", help="A checkpoint's folder or Hub repository.")
+    p.add_argument("--server", metavar="URL", help="Ask a server that speaks the OpenAI protocol, not a checkpoint.")
+    p.add_argument("--server_model", metavar="NAME", help="Its model. Default: the only one that it lists.")
+    p.add_argument("--server_requests", type=int, default=8, help="Requests to it at once. Default: 8.")
     p.add_argument(
         "--compare", nargs=2, metavar=("A.json", "B.json"), help="Compare two results of one task: B against A."
     )

@@ -48,7 +48,22 @@ COLUMNS = {
     "kinds": "kind",
     "choices": "choices",
     "likelihoods": "likelihoods",
+    "letters": "letters",
 }
+
+
+def check_answers_suffice(name: str) -> None:
+    """Refuses a metric that there is none of, and one that asks for more than answers have.
+
+    Raises:
+        ValueError: naming what it asks for.
+    """
+    asked = set(load_metric(name).features) - {*COLUMNS, "references"}
+    if asked:
+        raise ValueError(
+            f"The metric {name!r} asks for {' and '.join(sorted(asked))}, which answers do not have: call it in Python, with a result's "
+            "predictions (docs/evaluation.md)."
+        )
 
 
 def headlines_of(metric: evaluate.Metric) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """AlignVLM checkpoints for lmms-eval (`pip install lmms-eval`), which finds this model by its plug-in entry point.
 
-python -m lmms_eval --model alignvlm --model_args pretrained=out/stage4 --tasks ... --batch_size 16
+    python -m lmms_eval --model alignvlm --model_args pretrained=out/stage4 --tasks ... --batch_size 16
+
+Tasks that lmms-eval lacks stand in `lmms_tasks/`, for `--include_path`.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ def manifest() -> ModelManifest:
 
 
 class AlignVLM(lmms):
-    """Answers lmms-eval's `generate_until` and `loglikelihood` requests with a checkpoint.
+    """Answers lmms-eval's `generate_until`, `generate_until_multi_round` and `loglikelihood` requests with a checkpoint.
 
     Args:
         pretrained: a checkpoint's folder or Hub repository.
@@ -71,28 +73,61 @@ class AlignVLM(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generates answers, greedily unless a task asks otherwise; an answer ends before the first of the task's `until` strings."""
+        asked = [(context, options, self._images(*place)) for context, options, *place in (r.args for r in requests)]
+        return self._answers(asked, "lmms-eval")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answers rounds of questions, until the task has no more; returns what the task keeps of the answers to each request.
+
+        After each round the task's `doc_to_text` gets all answers and returns the next question with its images. As with lmms-eval's own models,
+        a round's prompt holds what the task puts into it and no more.
+        """
+        asked = {}
+        for index, request in enumerate(requests):
+            context, options, doc_to_visual, _, *place = request.args
+            asked[index] = (context, options, self._images(doc_to_visual, *place))
+        answers: list[list[str]] = [[] for _ in requests]
+        notes = [None] * len(requests)  # a task's own, of the last round
+        number = 0
+        while asked:
+            number += 1
+            for index, text in zip(asked, self._answers(list(asked.values()), f"lmms-eval, round {number}")):
+                answers[index].append(text)
+            following = {}
+            for index, (_, options, _) in asked.items():
+                _, _, _, doc_to_text, doc_id, task, split = requests[index].args
+                document = self.task_dict[task][split][doc_id]
+                images, context, is_done, kept, notes[index] = doc_to_text(
+                    document, previous_output=answers[index], round_idx=number, previous_round_info=notes[index]
+                )
+                answers[index] = list(kept)
+                if not is_done:
+                    following[index] = (context, options, list(images or []))
+            asked = following
+        return answers
+
+    def _answers(self, asked: list[tuple[str, dict, list]], title: str) -> list[str]:
+        """Answers prompts, each with its options of generation and its images. A prompt's marks of where images stood are taken out: they go first."""
         answers: dict[int, str] = {}
         by_options: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):  # one call of `generate` has one set of options
-            by_options.setdefault(repr(request.args[1]), []).append(index)
+        for index, (_, options, _) in enumerate(asked):  # one call of `generate` has one set of options
+            by_options.setdefault(repr(options), []).append(index)
         for indices in by_options.values():
-            options = dict(requests[indices[0]].args[1])
+            options = dict(asked[indices[0]][1])
             until = options.pop("until", None) or []
             until = [until] if isinstance(until, str) else until
             options = {"max_new_tokens": 64, **{k: v for k, v in options.items() if v is not None}}
             if not options.get("do_sample"):
                 for name in ("temperature", "top_p", "top_k"):
                     options.pop(name, None)
-            images = [self._images(*requests[index].args[2:6]) for index in indices]
-            prompts = [[requests[index].args[0]] for index in indices]
-            found = answer(
-                self.model, self.processor, images, prompts, self.batch_size, progress="lmms-eval", **options
-            )
+            images = [asked[index][2] for index in indices]
+            prompts = [[asked[index][0].replace(self.processor.image_token, "")] for index in indices]
+            found = answer(self.model, self.processor, images, prompts, self.batch_size, progress=title, **options)
             for index, (text,) in zip(indices, found):
                 for stop in until:
                     text = text.split(stop)[0] if stop else text
                 answers[index] = text.strip()
-        return [answers[index] for index in range(len(requests))]
+        return [answers[index] for index in range(len(asked))]
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -119,11 +154,6 @@ class AlignVLM(lmms):
             log_probability = logits.log_softmax(-1).gather(1, response[:, None]).sum().item()
             results.append((log_probability, bool((logits.argmax(-1) == response).all())))
         return results
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError(
-            "This adapter answers single questions, not several rounds; choose a task without rounds."
-        )
 
     def _images(self, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> list:
         return list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])

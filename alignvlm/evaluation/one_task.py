@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on one task: from its data to the result file."""
+"""Evaluates a checkpoint, or what a server serves, on one task: from its data to the result file."""
 
 import argparse
 import json
@@ -9,33 +9,97 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import progress_folder, run_batches
-from alignvlm.evaluation.load import load_checkpoint, model_identity
+from alignvlm.evaluation.choices import measure
+from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, model_identity
+from alignvlm.evaluation.server import Server
 from alignvlm.evaluation.task_work import control_of, question_work, text_work
 from hub_upload.run_record import library_versions, read_json, write_json
 
 
-def load_model(arguments: argparse.Namespace) -> tuple:
-    """Loads the checkpoint that the command line names, in all processes.
+class Checkpoint:
+    """A checkpoint in this process, as an evaluation asks it. `server.Server` is the same for a model behind an address.
 
-    Returns:
-        The model, its processor, and what it computes in.
+    Args:
+        arguments: the command line, which names the checkpoint and how to load it.
     """
-    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
-    with state.main_process_first():  # fetches and converts remote code once
-        return load_checkpoint(
-            arguments.checkpoint,
-            state.device,
-            arguments.revision,
-            arguments.trust_remote_code,
-            arguments.dtype,
-            arguments.attn_implementation,
-            arguments.merge_image_tokens,
+
+    at_once = 1
+
+    def __init__(self, arguments: argparse.Namespace):
+        state = _state(arguments)
+        self.name, self.batch_size = arguments.checkpoint, arguments.batch_size
+        with state.main_process_first():  # fetches and converts remote code once
+            self.model, self.processor, precision = load_checkpoint(
+                arguments.checkpoint,
+                state.device,
+                arguments.revision,
+                arguments.trust_remote_code,
+                arguments.dtype,
+                arguments.attn_implementation,
+                arguments.merge_image_tokens,
+            )
+            print(f"Computes in {precision}")
+            self.identity = model_identity(arguments.checkpoint, arguments.revision)
+            self.tag = evaluation_tag(arguments.checkpoint, arguments.revision)
+        self.computing = {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attn_implementation": self.model.config._attn_implementation,
+            **({} if arguments.merge_image_tokens is None else {"merge_image_tokens": arguments.merge_image_tokens}),
+            "batch_size": self.batch_size,
+        }
+        folder = Path(arguments.checkpoint)
+        self.results = folder / "results" if folder.is_dir() else Path("results") / self.name.split("/")[-1]
+
+    def answer(self, images: list, prompts: list, **decoding) -> list[list[str]]:
+        """Answers prompts about images: see `alignvlm.evaluation.answer.answer`."""
+        return answer(self.model, self.processor, images, prompts, batch_size=self.batch_size, **decoding)
+
+    def measure_choices(self, images: list, conversations: list, in_all_orders: set[int]) -> list[dict]:
+        """Measures how likely choices and letters are: see `alignvlm.evaluation.choices.measure`."""
+        return measure(self.model, self.processor, images, conversations, in_all_orders)
+
+
+# What a --server does not take, and its default.
+OF_CHECKPOINTS = {
+    "checkpoint": None,
+    "revision": None,
+    "trust_remote_code": False,
+    "dtype": "auto",
+    "attn_implementation": None,
+    "merge_image_tokens": None,
+    "num_beams": 1,
+    "batch_size": 32,
+}
+
+
+def load_model(arguments: argparse.Namespace) -> Checkpoint | Server:
+    """Loads the checkpoint that the command line names, in all processes, or finds the server.
+
+    Raises:
+        ValueError: for options that do not belong together.
+    """
+    if arguments.server is None:
+        if arguments.server_model is not None:
+            raise ValueError("--server_model is the model of a --server: give its address.")
+        return Checkpoint(arguments)
+    given = [name for name, default in OF_CHECKPOINTS.items() if getattr(arguments, name) != default]
+    if given:
+        names = " and ".join("the checkpoint" if name == "checkpoint" else f"--{name}" for name in given)
+        raise ValueError(
+            f"A --server has loaded its model, and answers requests greedily: leave out {names}. (--server_model names the model, "
+            "--server_requests says how many questions are asked at once.)"
         )
+    if "text_perplexity" in (arguments.task, *(arguments.tasks or ())):
+        raise ValueError(
+            "text_perplexity needs the likelihood of a given text, which a server does not tell. Evaluate the checkpoint itself."
+        )
+    return Server(arguments.server, arguments.server_model, arguments.server_requests)
 
 
 def evaluate_checkpoint(
-    arguments: argparse.Namespace, loaded: tuple | None = None, keep_finished: bool = False
+    arguments: argparse.Namespace, loaded: Checkpoint | Server | None = None, keep_finished: bool = False
 ) -> dict | None:
     """Evaluates as the command line asks and writes `<task>.json`, or `<name>.json`.
 
@@ -47,42 +111,39 @@ def evaluate_checkpoint(
         The content of the file, on the main process; None on the others.
 
     Raises:
-        ValueError: for settings that contradict each other, data that does not fit the task, or a file of that name with a result of other data.
+        ValueError: for settings that contradict each other, data that does not fit the task, a server that does not answer, or a file of that name with a result
+            of other data.
     """
-    if arguments.checkpoint is None or arguments.task is None:
-        raise ValueError("Give a checkpoint and a --task, or two results to --compare.")
+    if (arguments.checkpoint is None and arguments.server is None) or arguments.task is None:
+        raise ValueError("Give a checkpoint or a --server, and a --task; or two results to --compare.")
     if arguments.data_dir is not None and not (arguments.tasks or arguments.controls):
         raise ValueError("--data_dir holds the data of several --tasks; the data of one --task is --data.")
-    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
-    model, processor, precision = loaded or load_model(arguments)
+    state = _state(arguments)
+    asked = loaded or load_model(arguments)
     with state.main_process_first():  # fetches data once
-        print(f"Computes in {precision}")
         bind = text_work if arguments.task == "text_perplexity" else question_work
-        work = bind(arguments, model, processor)
+        work = bind(arguments, asked)
     settings = {
         "task": arguments.task,
         **({"name": arguments.name} if arguments.name else {}),
-        "model": model_identity(arguments.checkpoint, arguments.revision),
+        "model": asked.identity,
         **work.settings,
         "control": control_of(arguments),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
-        **({} if arguments.merge_image_tokens is None else {"merge_image_tokens": arguments.merge_image_tokens}),
-        "batch_size": arguments.batch_size,
+        **asked.computing,
         "limit": arguments.limit,
         "seed": arguments.seed,
         "bootstrap_samples": arguments.bootstrap_samples,
         "versions": {"python": platform.python_version()} | library_versions(),
     }
     name = file_name(settings, settings["control"])
-    output_dir = output_folder(arguments)
+    output_dir = output_folder(arguments, asked)
     target = output_dir / f"{name}.json"
     if keep_finished and (found := finished(target, settings)) is not None:
         print(f"{target} is there already.")
         return found if state.is_main_process else None
     _check_other_data(target, settings)
     progress = progress_folder(output_dir, name, settings)
-    outputs = run_batches(work, arguments.batch_size, progress, state, name)
+    outputs = run_batches(work, asked.batch_size, progress, state, name)
     if outputs is None:
         return None
     result = {**settings, **work.summarise(outputs)}
@@ -90,6 +151,10 @@ def evaluate_checkpoint(
     shutil.rmtree(progress)
     print(f"{report(result)}\n{target}")
     return result
+
+
+def _state(arguments: argparse.Namespace) -> PartialState:
+    return PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
 
 
 def file_name(result: dict, control: str | None) -> str:
@@ -132,7 +197,7 @@ def report(result: dict) -> str:
         lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
     for numbers in result["metrics"].values():
         for name, value in numbers.items():
-            if name in ("intervals", "by_prompt", "by_kind"):
+            if isinstance(value, dict):  # such as `intervals`
                 continue
             interval = numbers["intervals"].get(name)
             text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
@@ -143,10 +208,6 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def output_folder(arguments: argparse.Namespace) -> Path:
+def output_folder(arguments: argparse.Namespace, asked: Checkpoint | Server) -> Path:
     """Returns where results are written."""
-    return Path(arguments.output_dir or _default_output(arguments.checkpoint))
-
-
-def _default_output(checkpoint: str) -> Path:
-    return Path(checkpoint) / "results" if Path(checkpoint).is_dir() else Path("results") / checkpoint.split("/")[-1]
+    return Path(arguments.output_dir or asked.results)

@@ -21,15 +21,15 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
     Raises:
         ValueError: for settings that contradict each other, or data that does not fit a task. All tasks' data are found before any is asked.
     """
-    if arguments.checkpoint is None or bool(arguments.tasks) == bool(arguments.task):
-        raise ValueError("Give a checkpoint, and either a --task or several --tasks.")
+    if (arguments.checkpoint is None and arguments.server is None) or bool(arguments.tasks) == bool(arguments.task):
+        raise ValueError("Give a checkpoint or a --server, and either a --task or several --tasks.")
     if arguments.controls and control_of(arguments):
         raise ValueError(f"--controls includes --{control_of(arguments)}: leave it out.")
     if arguments.name and len(arguments.tasks or [arguments.task]) > 1:
         raise ValueError(f"--name {arguments.name} is for the result of one task: leave it out.")
     given = [(task, _data_of(task, arguments)) for task in arguments.tasks or [arguments.task]]
     loaded = load_model(arguments)
-    results, output_dir = [], output_folder(arguments)
+    results, output_dir = [], output_folder(arguments, loaded)
     for task, data in given:
         found = {}
         has_controls = arguments.controls and task != "text_perplexity"

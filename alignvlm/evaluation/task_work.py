@@ -7,11 +7,9 @@ from pathlib import Path
 from alignvlm.data.files import read_rows
 from alignvlm.data.formats import text
 from alignvlm.data.record import BadRow
-from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import Work
-from alignvlm.evaluation.choices import likelihoods
-from alignvlm.evaluation.judge import judge, load_metric
-from alignvlm.evaluation.load import evaluation_tag
+from alignvlm.evaluation.choices import in_all_orders_of
+from alignvlm.evaluation.judge import check_answers_suffice, judge
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
@@ -30,10 +28,10 @@ def control_of(arguments: argparse.Namespace) -> str | None:
     return chosen[0] if chosen else None
 
 
-def question_work(arguments: argparse.Namespace, model, processor) -> Work:
-    """Returns work that asks about images and judges the answers by each question's metric."""
+def question_work(arguments: argparse.Namespace, model) -> Work:
+    """Returns work that asks a model (`one_task.Checkpoint` or `server.Server`) about images and judges its answers by each question's metric."""
     if arguments.metric is not None:
-        load_metric(arguments.metric)  # an unknown one is refused now
+        check_answers_suffice(arguments.metric)  # now, not after all have been asked for
     evaluation_set = load_task(
         arguments.task,
         arguments.split,
@@ -48,7 +46,8 @@ def question_work(arguments: argparse.Namespace, model, processor) -> Work:
     control = control_of(arguments)
     asked = evaluation_set.asked
     seen = shuffled(asked, arguments.seed) if control == "shuffle_images" else asked
-    tag = evaluation_tag(arguments.checkpoint, arguments.revision) if arguments.tag is None else arguments.tag
+    in_all_orders = in_all_orders_of([one.conversations for one in asked])
+    tag = model.tag if arguments.tag is None else arguments.tag
     decoding = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
 
     def run(units: range) -> list[list[dict]]:
@@ -59,12 +58,14 @@ def question_work(arguments: argparse.Namespace, model, processor) -> Work:
         elif control == "question_only":
             images, groups = [[] for _ in images], [[without_images(c) for c in group] for group in groups]
         prompts = [[c.messages for c in group] for group in groups]
-        written = answer(model, processor, images, prompts, batch_size=arguments.batch_size, **decoding)
+        written = model.answer(images, prompts, **decoding)
         outputs = [[{"prediction": text} for text in texts] for texts in written]
-        for own, group, found in zip(images, groups, outputs):
-            if any(c.choices for c in group):
-                for output, measured in zip(found, likelihoods(model, processor, own, group), strict=True):
-                    output |= {"likelihoods": measured}
+        for unit, own, group, found in zip(units, images, groups, outputs):
+            if model.measure_choices is not None and any(c.choices for c in group):
+                for output, measured in zip(
+                    found, model.measure_choices(own, group, in_all_orders[unit]), strict=True
+                ):
+                    output |= measured
         return outputs
 
     def summarise(outputs: list[list[dict]]) -> dict:
@@ -88,11 +89,11 @@ def question_work(arguments: argparse.Namespace, model, processor) -> Work:
     settings = {"data": data, "tag": tag, "decoding": decoding}
     if arguments.metric is not None:
         settings["metric"] = arguments.metric
-    return Work(len(asked), settings, run, summarise)
+    return Work(len(asked), settings, run, summarise, at_once=model.at_once)
 
 
-def text_work(arguments: argparse.Namespace, model, processor) -> Work:
-    """Returns work that measures the perplexity of a text in windows that do not overlap; a window's first token is context only."""
+def text_work(arguments: argparse.Namespace, model) -> Work:
+    """Returns work that measures the perplexity of a text for a `one_task.Checkpoint`, in windows that do not overlap; a window's first token is context only."""
     if arguments.data is None:
         raise ValueError("text_perplexity needs --data: a text file, or a data set with a column `text`.")
     if control_of(arguments):
@@ -100,7 +101,7 @@ def text_work(arguments: argparse.Namespace, model, processor) -> Work:
             "text_perplexity has no images: leave out --blank_image, --shuffle_images and --question_only."
         )
     content, source = _read_text(arguments)
-    tokens = processor.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens = model.processor.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
     windows = windows_of(len(ids), arguments.window, arguments.limit, name=arguments.data)
 
@@ -109,7 +110,7 @@ def text_work(arguments: argparse.Namespace, model, processor) -> Work:
         for window in windows[units.start : units.stop]:
             first, last = offsets[window][1][0], offsets[window][-1][1]
             size = len(content[first:last].encode())
-            loss = window_loss(model, ids[window])
+            loss = window_loss(model.model, ids[window])
             outputs.append({"loss": loss, "tokens": len(ids[window]) - 1, "bytes": size})
         return outputs
 

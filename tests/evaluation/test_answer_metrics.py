@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from alignvlm.evaluation.judge import judge, load_metric
@@ -53,19 +54,56 @@ def test_ocrbench_equals_the_official_code():
 def test_letters_are_read_as_by_llava():
     predictions, references, choices, right = map(list, zip(*OFFICIAL["choices"]))
     given = {"predictions": predictions, "references": references, "choices": choices}
-    found = computed("choice_accuracy", **given, likelihoods=[[]] * len(choices))
+    found = computed("choice_accuracy", **given, likelihoods=[[]] * len(choices), letters=[[]] * len(choices))
     assert [item["correct"] for item in found["per_item"]] == [score == 1 for score in right] and 10 < sum(right) < 150
     assert found["choice_accuracy_by_likelihood"] is None
     assert found["chance"] == pytest.approx(sum(1 / len(each) for each in choices) / len(choices))
 
 
 def test_the_likeliest_choice_is_counted_by_tokens_and_as_a_whole():
-    likelihoods = [[{"sum": -3.0, "tokens": 1}, {"sum": -4.0, "tokens": 4}], [{"sum": -1.0, "tokens": 1}, {"sum": -9.0, "tokens": 2}]]  # fmt: skip
+    none = {"without_image": None, "without_question": None}
+    sums = [[(-3.0, 1), (-4.0, 4)], [(-1.0, 1), (-9.0, 2)]]
+    likelihoods = [[{"sum": total, "tokens": tokens, **none} for total, tokens in group] for group in sums]
     given = {"predictions": ["B", "C"], "references": ["B", "A"], "choices": [["x", "y"]] * 2}
-    found = computed("choice_accuracy", **given, likelihoods=likelihoods)
+    found = computed("choice_accuracy", **given, likelihoods=likelihoods, letters=[[], []])
     assert (found["choice_accuracy_by_likelihood"], found["choice_accuracy_by_sum"]) == (1.0, 0.5)
     assert (found["choice_accuracy"], found["no_letter"], found["chance"]) == (0.5, 0.5, 0.5)
     assert [item["likeliest"] for item in found["per_item"]] == ["B", "A"]
+    unmeasured = ("letter", "letter_calibrated", "pmi", "image")
+    assert all(found[f"choice_accuracy_by_{way}"] is None for way in unmeasured) and found["letter_prior"] == {}
+
+
+def test_what_is_likely_anyway_is_divided_out():
+    """The second choice is likely whatever is asked; what the question and the image add favours the first."""
+    first = {"sum": -9.0, "tokens": 3, "without_question": -30.0, "without_image": -10.0}
+    second = {"sum": -4.0, "tokens": 2, "without_question": -5.0, "without_image": -4.5}
+    given = {"predictions": ["?"] * 2, "references": ["A", "A"], "choices": [["x", "y"]] * 2, "letters": [[], []]}
+    unseen = [{**each, "without_image": None} for each in (first, second)]
+    found = computed("choice_accuracy", **given, likelihoods=[[first, second], unseen])
+    assert (found["choice_accuracy_by_likelihood"], found["choice_accuracy_by_sum"]) == (0.0, 0.0)
+    assert (found["choice_accuracy_by_pmi"], found["choice_accuracy_by_image"]) == (1.0, 1.0)
+    assert [item["has_by_image"] for item in found["per_item"]] == [True, False]
+
+
+def test_a_taste_for_a_letter_is_divided_out():
+    """A model knows the answers but likes C: where each choice has stood at each letter once, that taste is all that is left, exactly."""
+    generator = np.random.default_rng(0)
+    taste = np.log([0.1, 0.2, 0.6, 0.1])
+    known = generator.normal(size=(40, 4))
+    observed = [[taste + np.roll(own, -shift) for shift in range(4)] for own in known]
+    # One question in four is asked in every rotation; a constant added to all letters, as the end token's likelihood is, changes nothing.
+    letters = [
+        [list(row - 3) for row in (rows if index % 4 == 0 else rows[:1])] for index, rows in enumerate(observed)
+    ]
+    letters.append([[-1.0, -2.0]])  # no question with two choices was rotated
+    references = ["ABCD"[own.argmax()] for own in known] + ["A"]
+    choices = [list("wxyz")] * 40 + [["x", "y"]]
+    given = {"predictions": ["?"] * 41, "references": references, "choices": choices, "likelihoods": [[]] * 41}
+    found = computed("choice_accuracy", **given, letters=letters)
+    assert found["letter_prior"] == {"4": pytest.approx([0.1, 0.2, 0.6, 0.1])}
+    assert found["choice_accuracy_by_letter_calibrated"] == 1.0 and found["choice_accuracy_by_letter"] < 0.9
+    last = found["per_item"][-1]
+    assert last["by_letter"] and not last["has_by_letter_calibrated"] and not last["has_by_likelihood"]
 
 
 def test_mme_equals_the_official_code():

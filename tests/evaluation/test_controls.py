@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,7 +77,7 @@ def test_likelihoods_that_one_result_lacks_are_not_compared():
         {"id": str(index), "prompt": "?", "prediction": "A", "references": ["A"], "choices": choices, "metric": "choice_accuracy"}
         for index in range(4)
     ]  # fmt: skip
-    likelihoods = [{"sum": -1.0, "tokens": 1}, {"sum": -2.0, "tokens": 1}]
+    likelihoods = [{"sum": s, "tokens": 1, "without_image": s, "without_question": s} for s in (-1.0, -2.0)]
     measured = [{**item, "likelihoods": likelihoods} for item in given]
     first, second = ({"task": "ai2d", **judge(items, 100)} for items in (given, measured))
     found = compare(first, second, samples=100)
@@ -146,6 +150,37 @@ def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path
     assert "scenes.json is there already" in printed and "ai2d.json is there already" not in printed
     evaluate_several(parser().parse_args([*arguments, "--seed", "1"]))
     assert "there already" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_list_that_was_killed_goes_on_to_the_same_files(checkpoint, data_dir, tmp_path):
+    """By one process, and by two: in the middle of a control, with a task before it finished and a task after it not begun."""
+    arguments = options(checkpoint, data_dir, tmp_path / "killed", "--controls", "--batch_size", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "alignvlm.evaluation.evaluate_model", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        done = (tmp_path / "killed/scenes.json").exists()
+        if done and any(file.read_text() for file in (tmp_path / "killed").glob(".scenes-*/0.jsonl")):
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    left = set(os.listdir(tmp_path / "killed"))
+    assert "scenes.json" in left and not left & {"ai2d.json", "tasks.md"}
+    shutil.copytree(tmp_path / "killed", tmp_path / "one")
+
+    config = str(Path(__file__).parents[2] / "training/accelerate/cpu_2_processes.yaml")
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command[1:]]
+    done = subprocess.run(two, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("one", "whole"):
+        main(options(checkpoint, data_dir, tmp_path / name, "--controls", "--batch_size", "1"))
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert len(expected) == 2 * 5 + 2
+    for name in ("killed", "one"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == expected, name
 
 
 def test_any_metric_can_judge_ones_own_data(checkpoint, data_dir, tmp_path):

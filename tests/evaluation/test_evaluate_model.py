@@ -289,7 +289,7 @@ def test_rows_of_text_are_checked_too(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give a checkpoint and a --task"),
+        ([], "Give a checkpoint or a --server, and a --task"),
         (["out/nano/stage4", "--task", "scenes"], "No such folder: 'out/nano/stage4'"),
         (["CHECKPOINT", "--task", "scenes", "--data", "out/my/scenes"], "No such file or folder: out/my/scenes"),
         (["CHECKPOINT", "--task", "scenes"], "needs data"),
