@@ -21,7 +21,7 @@ from alignvlm.stages.arguments import (
     OptimizationArguments,
     RecordArguments,
     WeightsArguments,
-    _read_json,
+    read_json,
     parse_anywhere,
 )
 from alignvlm.stages.command_line import parse_fields, read_yaml
@@ -69,7 +69,7 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is an option of stages 1 to 4, which stage 5 does not have. Leave it out.")
         super().__post_init__()
-        _read_json(self, "rewards")
+        read_json(self, "rewards")
         self.rewards = self.rewards or []
         for name in self.rewards:
             if name not in REWARDS:

@@ -47,6 +47,7 @@ NOT_RUN = {
     "recaption.md": 2,
     "recipe.md": 4,
     "results.md": 2,
+    "reward.md": 1,
     "see.md": 1,
     "train.md": 4,
 }
