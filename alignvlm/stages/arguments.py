@@ -145,7 +145,7 @@ class OptimizationArguments:
         self.chosen_precision = self._choose_precision()
         self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        read_json(self, "infinite_schedule")
+        _read_json(self, "infinite_schedule")
         _check_choice(self, "token_weighting", TOKEN_WEIGHTINGS)
         if self.label_smoothing_factor > 0:
             raise ValueError(
@@ -238,7 +238,7 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        read_json(self, "lora_target_modules")
+        _read_json(self, "lora_target_modules")
         if self.cache_features and self.vision_learning_rate is not None:
             raise ValueError(
                 f"cache_features keeps features of a frozen encoder, and vision_learning_rate={self.vision_learning_rate} trains it: leave "
@@ -318,7 +318,7 @@ class DataArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        read_json(self, "sources", "eval_sources", "text_sources")
+        _read_json(self, "sources", "eval_sources", "text_sources")
         if not self.sources:
             raise ValueError(NEEDED)
         _check_choice(self, "on_bad_image", ("raise", "skip"))
@@ -450,7 +450,7 @@ def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tu
     return parse_fields(["--use_cpu", "true", *argv], ArgumentsForAGPU, *more, also=also)
 
 
-def read_json(arguments: Any, *names: str) -> None:
+def _read_json(arguments: Any, *names: str) -> None:
     """Decodes fields that came from the command line as JSON."""
     for name in names:
         value = getattr(arguments, name)

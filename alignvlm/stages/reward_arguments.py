@@ -21,7 +21,6 @@ from alignvlm.stages.arguments import (
     OptimizationArguments,
     RecordArguments,
     WeightsArguments,
-    read_json,
     parse_anywhere,
 )
 from alignvlm.stages.command_line import parse_fields, read_yaml
@@ -56,10 +55,10 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
             "likelier than rejected ones."
         },
     )
-    rewards: list[str] | str | None = field(
+    rewards: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"What is a good answer: any of {', '.join(REWARDS)}; on the command line as JSON. GRPO needs one; their means over greedy "
+            "help": f"What is a good answer: any of {', '.join(REWARDS)}. GRPO needs one; their means over greedy "
             "answers to eval_sources are recorded before and after the stage."
         },
     )
@@ -69,7 +68,6 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is an option of stages 1 to 4, which stage 5 does not have. Leave it out.")
         super().__post_init__()
-        read_json(self, "rewards")
         self.rewards = self.rewards or []
         for name in self.rewards:
             if name not in REWARDS:

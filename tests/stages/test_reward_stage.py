@@ -44,9 +44,9 @@ def given(checkpoint: Path, folder: Path, method: str, **fields) -> list[str]:
         },
         "dpo": {"sources": [{"data": "pairs.jsonl"}], "data_dir": folder.parent, "per_device_train_batch_size": 2},
     }[method]
-    return arguments_for(
-        checkpoint, folder, **{"stage": 5, "method": method, "max_steps": 2, **RATES, **own, **fields}
-    )
+    values = {"stage": 5, "method": method, "max_steps": 2, **RATES, **own, **fields}
+    rewards = values.pop("rewards", None)
+    return [*arguments_for(checkpoint, folder, **values), *(["--rewards", *rewards] if rewards else [])]
 
 
 @pytest.fixture(scope="module")
