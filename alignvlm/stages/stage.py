@@ -43,7 +43,7 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcesso
 logger = logging.get_logger(__name__)
 
 LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
-LOGGED += ("reward", "reward_std", "rewards", "entropy", "kl", "completions")  # of stage 5
+LOGGED += ("reward", "reward_std", "frac_reward_zero_std", "rewards", "entropy", "kl", "completions")  # of stage 5
 
 
 def make_trainer(
