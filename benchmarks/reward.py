@@ -4,8 +4,9 @@
     python benchmarks/reward.py --seeds 1 --scenes 40 --output out/reward_smoke     # 10 steps, to see that it runs
 
 A seed sets the backbones, the projector's first weights, the order of the data and the held-out scenes. It goes through stages 1 to 4 of
-`training/recipes/nano`, and from there through each arm: stage 5 as its recipe has it, and, to compare, as many images with the same captions as
-supervised training at the learning rates of stage 4 (a stage more of what stage 3 does). Evaluated are 250 held-out scenes with greedy answers.
+`training/recipes/nano` with fewer scenes (as in `benchmarks/findings.py`; after all of them captions leave little to gain), the last with questions only, and from
+there through each arm: stage 5 as its recipe has it, and, to compare, supervised training on the same images and captions at the learning
+rates of stage 4. Evaluated are 250 held-out scenes with greedy answers.
 Reported are the values of all seeds, and the paired differences to stage 4: mean and 95% interval by Student's t over the seeds. What is there
 is not done again: start the same command to go on.
 """
@@ -53,11 +54,9 @@ def values_of(world: Scenes, seed: int, checkpoint: Path, folder: Path, perplexi
 def run_seed(world: Scenes, seed: int, scenes: int, changes: dict) -> dict[str, dict]:
     """Runs the stages and arms of a seed; returns the values and the cost of each arm, stage 4 first."""
     folder, start = world.output / f"seed{seed}", world.assembled(seed)
-    for number in (1, 2, 3, 4):
-        measured = UNMEASURED if number == 4 else {**UNMEASURED, "text_sources": None}
-        train(
-            stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, report=False, **measured)
-        )
+    questions = {"sources": [world.source(1024, 5, "questions")], "eval_sources": None, "alignment_records": None}
+    for number, own in [*world.stages(1536, 1536, 4000, eval_sources=None), (4, questions)]:
+        train(stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, report=False, **own))
         start = folder / f"stage{number}"
     last = read_run_record(start)["stages"][-1]
     values = values_of(world, seed, start, folder / "results" / "stage4", last["text_perplexity_after"])

@@ -52,6 +52,11 @@ def make_trainer(
     }
     if isinstance(arguments, GRPOArguments):
         _check_room(arguments, model, collator, [conversation.messages for _, conversation in said])
+        needed = arguments.generation_batch_size // arguments.num_generations
+        if len(said) < needed:
+            raise ValueError(
+                f"The sources hold {len(said)} prompts, and a step takes {needed}. Name more, or lower per_device_train_batch_size."
+            )
         reference = _reference(model) if arguments.beta else None
         trainer = GRPOStageTrainer(
             model, reference=reference, reward_funcs=list(rewards), train_dataset=prompts(mixture.parts), **common

@@ -257,6 +257,7 @@ def test_a_run_changes_what_it_declares_is_recorded_and_goes_on_where_it_stopped
         "eval_sources": held_out,
         "beta": 0.1,
         "max_completion_length": 12,
+        "activation_checkpointing": method == "grpo",
     }
     if method == "dpo":
         fields |= {"rewards": ["accuracy"], "lora_r": 2}
@@ -359,6 +360,7 @@ def test_the_recipe_is_valid_and_can_be_looked_at_where_there_is_no_gpu():
             "use_vllm: stage 5 does not have it, because answers are sampled by the model itself",
         ),
         ("grpo", {"num_generations": 3}, "divisible"),
+        ("grpo", {"per_device_train_batch_size": 400}, "hold 29 prompts, and a step takes 100. Name more"),
         (
             "dpo",
             {"sources": SOURCES},
