@@ -54,6 +54,7 @@ def absolute(make_model, processor, tmp_path_factory) -> Path:
     """A checkpoint whose language model adds a learned vector for each position, and has 64 of them."""
     folder = tmp_path_factory.mktemp("gpt2") / "stage0"
     text = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    text |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     free = {"license": "apache-2.0"}
     backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
     save_checkpoint(make_model(text=text), processor, folder, {"backbones": backbones, "stages": []})
