@@ -245,6 +245,9 @@ print(type(model).__name__, sum(float(p.double().sum()) for p in model.parameter
 """
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing_(en|dis)able.* deprecated:FutureWarning"
+)  # TRL's own calls
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
 def test_a_run_changes_what_it_declares_is_recorded_and_goes_on_where_it_stopped(
     speaking, pairs, tmp_path, method, capfd
