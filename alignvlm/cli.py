@@ -20,6 +20,7 @@ COMMANDS = {
     "data": ("alignvlm.tools.show_data", "Show what a stage's sources hold and what the model will see."),
     "plan": ("alignvlm.tools.plan", "Say what stages will cost, and what is wrong with their recipes."),
     "recaption": ("alignvlm.tools.recaption", "Caption images with any image-text model, and filter what it writes."),
+    "prefer": ("alignvlm.tools.prefer", "Sample answers and pair the best with the worst by a reward, for DPO."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
     "report": ("alignvlm.tools.report.report", "Show a run, or two beside each other, as one HTML file."),
     "export": (

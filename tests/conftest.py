@@ -132,6 +132,22 @@ def checkpoint(tmp_path_factory, make_model, processor) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def speaking(checkpoint, tmp_path_factory) -> Path:
+    """The tiny model after a short stage 3: what it says of scenes resembles captions and answers, and is mostly wrong."""
+    from alignvlm.stages.stage import main
+    from tests.running import arguments_for
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("speaking") / "stage3"
+    rates = {f"{module}_learning_rate": 1e-2 for module in ("projector", "vision", "language")}
+    sources = [{"name": "scenes", "annotations": ["short_caption", "questions"], "count": 64}]
+    fields = {"sources": sources, "max_steps": 60, "per_device_train_batch_size": 16, "num_train_epochs": 20}
+    main(arguments_for(checkpoint, folder, **rates, **fields))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Debian's Chromium, driven by Playwright."""

@@ -305,6 +305,14 @@ CATALOGUE: dict[str, DataSet] = {
         licence="unknown: see its page",
         note="1,000 questions, its test split only.",
     ),
+    "rlaif_v": DataSet(
+        formats.preference,
+        ("images", "prompt", "chosen", "rejected"),
+        data="HuggingFaceH4/rlaif-v_formatted",
+        metric=None,
+        licence="CC BY-NC 4.0",
+        note="83k pairs of answers, the better one with fewer hallucinations, for DPO in stage 5.",
+    ),
     "text": DataSet(
         formats.text_only,
         data="HuggingFaceTB/smol-smoltalk",

@@ -296,6 +296,39 @@ def llava(row: dict, *, prompt: str | None = None) -> Record:
     return conversation(turns, images, "conversations")
 
 
+def preference(row: dict) -> Record:
+    """Reads TRL's preferences: `prompt` (or `question`), the better answer `chosen` and the worse one `rejected`, as texts or as lists of
+    messages; without a prompt `chosen` and `rejected` are whole conversations that differ in the last answer.
+
+    Stages other than 5 train the chosen answer.
+    """
+    asked = next((name for name in (*PROMPTS, "question") if row.get(name) is not None), None)
+    found = {}
+    for name in ("chosen", "rejected"):
+        images = images_of(row)
+        turns: list[Turn] = []
+        for column, speaker in ((asked, "user"), (name, "assistant")):
+            if column is None:
+                continue
+            if isinstance(row.get(column), list):
+                turns += turns_of(row[column], column, "role", "content", images)
+            else:
+                turns.append((speaker, parts_of(row.get(column), column, speaker, images)))
+        _check_one_place(row, images)
+        found[name] = conversation(turns, images, f"{asked}` and `{name}" if asked else name, "preference")
+    better, worse = (found[name].conversations[0] for name in ("chosen", "rejected"))
+    if better.messages != worse.messages:
+        raise BadRow(
+            "`chosen` and `rejected` answer different prompts. Give both the same messages before the last answer."
+        )
+    if better.responses == worse.responses:
+        raise BadRow(
+            f"`chosen` and `rejected` are both {shown(better.responses[0])}. Remove the row: it prefers nothing."
+        )
+    said = replace(better, train_on="last", rejected=worse.responses)
+    return Record(found["chosen"].images, [said])
+
+
 RATINGS = ("relevance", "image_correspondence", "visual_dependency", "formatting")
 
 
@@ -541,6 +574,7 @@ FORMATS: dict[str, Format] = {
     "questions": Format(questions, (("questions",),)),
     "texts": Format(texts, (("texts",),)),
     "record": Format(record, (("conversations",),)),
+    "preference": Format(preference, (("chosen",), ("rejected",))),
     "llava": Format(llava, (("conversations",),)),
     "question": Format(question, (("question",), ANSWERS)),
     "prompt_completion": Format(prompt_completion, (PROMPTS, COMPLETIONS)),

@@ -97,8 +97,8 @@ class Reader:
 
 
 def _said(conversation: Conversation) -> tuple:
-    """Returns a key that conversations of the same messages and responses share."""
-    return (json.dumps(conversation.messages), *conversation.responses)
+    """Returns a key that conversations of the same messages, responses and rejected answers share."""
+    return (json.dumps(conversation.messages), *conversation.responses, tuple(conversation.rejected or ()))
 
 
 @dataclass(frozen=True)

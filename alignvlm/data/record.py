@@ -35,6 +35,7 @@ class Conversation:
         train_on: `last` trains the response alone; `all` trains the assistant's earlier turns too.
         kind: what is asked for, such as `short_caption` or `question`; it chooses the metric.
         choices: of a multiple-choice question, in the order of their letters; None: no such question.
+        rejected: answers that are worse than every response, for training from preferences; other training does not read them.
 
     Raises:
         ValueError: for another role, part or `train_on`; without a response; and if the last message is not the user's.
@@ -45,6 +46,7 @@ class Conversation:
     train_on: str = "last"
     kind: str = ""
     choices: list[str] | None = None
+    rejected: list[str] | None = None
 
     def __post_init__(self):
         if self.train_on not in TRAIN_ON:
@@ -114,7 +116,8 @@ class Conversation:
                 content = [*images, *self.parts(message)]
                 images += [part for part in self.parts(message) if part["type"] == "image"]
                 messages = [*system, {"role": "user", "content": content}]
-                found.append(replace(self, messages=messages, responses=responses, train_on="last"))
+                rejected = self.rejected if is_last else None
+                found.append(replace(self, messages=messages, responses=responses, train_on="last", rejected=rejected))
         return found or [self]
 
 

@@ -181,6 +181,7 @@ RECORD_FEATURES = Features(
                 "train_on": Value("string"),
                 "kind": Value("string"),
                 "choices": List(Value("string")),
+                "rejected": List(Value("string")),
             }
         ),
         "id": Value("string"),

@@ -109,9 +109,9 @@ def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
     for name, items in judged.items():
         metric = load_metric(name)
         definitions[name] = " ".join(metric.info.description.split("\nArgs:")[0].split())
-        numbers = metric.compute(**_columns(items, metric))
-        for item, scores in zip(items, _taken_scores(numbers, len(items)), strict=True):
-            item["scores"] |= scores
+        numbers, scores = computed(metric, items)
+        for item, found in zip(items, scores, strict=True):
+            item["scores"] |= found
         metrics[name] = {**numbers, "intervals": _intervals(items, metric, numbers_of(metric), samples, seed)}
         if metric.per_prompt:
             metrics[name]["by_prompt"] = numbers_by("prompt", items, metric, metric.per_prompt, samples, seed)
@@ -119,6 +119,12 @@ def judge(predictions: list[dict], samples: int = 1000, seed: int = 0) -> dict:
         if per_kind and len({item.get("kind") for item in items}) > 1:
             metrics[name]["by_kind"] = numbers_by("kind", items, metric, per_kind, samples, seed)
     return {"metrics": metrics, "definitions": definitions, "predictions": predictions}
+
+
+def computed(metric: evaluate.Metric, items: list[dict], **options) -> tuple[dict, list[dict]]:
+    """Returns a metric's numbers for predictions as `judge` takes them, and the scores of each; `options` are the metric's own."""
+    numbers = metric.compute(**_columns(items, metric), **options)
+    return numbers, _taken_scores(numbers, len(items))
 
 
 def _columns(items: list[dict], metric: evaluate.Metric) -> dict[str, list]:

@@ -1,7 +1,8 @@
 """The arguments of a stage: the fields of TRL's `SFTConfig` and those of AlignVLM, in parts that each check their own fields.
 
-A recipe is one flat YAML file: `StageArguments` joins the parts, and TRL's parser reads them as one dataclass. A part inherits from those
-whose fields it reads, and checks its own in `__post_init__` after them.
+A recipe is one flat YAML file: `StageArguments` joins the parts and the config of TRL's trainer, and TRL's parser reads them as one
+dataclass. A part inherits from those whose fields it reads, and checks its own in `__post_init__` after them; the trainer's config stands last.
+Stage 5 joins the same parts to the configs of other trainers (`alignvlm/stages/reward_arguments.py`).
 """
 
 import json
@@ -27,8 +28,8 @@ NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what
 
 
 @dataclass
-class TrainerArguments(SFTConfig):
-    """TRL's `SFTConfig` with `activation_checkpointing`, its name since transformers 5.24, under every release."""
+class ActivationCheckpointing:
+    """Gives a config of TRL, the next of a class's bases, `activation_checkpointing`, its name since transformers 5.24, under every release."""
 
     activation_checkpointing: bool | None = field(
         default=None,
@@ -62,7 +63,12 @@ class TrainerArguments(SFTConfig):
 
 
 @dataclass
-class ModelArguments(TrainerArguments):
+class TrainerArguments(ActivationCheckpointing, SFTConfig):
+    """TRL's `SFTConfig` with `activation_checkpointing`."""
+
+
+@dataclass
+class ModelArguments:
     """The checkpoint a stage starts from, which of its modules train, and who may attend to whom."""
 
     model: str = field(
@@ -114,7 +120,7 @@ class ModelArguments(TrainerArguments):
 
 
 @dataclass
-class OptimizationArguments(TrainerArguments):
+class OptimizationArguments:
     """What a stage computes in, its optimizer, its schedule and its loss."""
 
     precision: str = field(
@@ -261,7 +267,7 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
 
 
 @dataclass
-class DataArguments(TrainerArguments):
+class DataArguments:
     """What a stage trains on, how it is mixed and packed, what may be dropped, and what the stage is measured on."""
 
     sources: list[dict[str, Any]] | str | None = field(
@@ -347,7 +353,7 @@ class DataArguments(TrainerArguments):
 
 
 @dataclass
-class RecordArguments(TrainerArguments):
+class RecordArguments:
     """Which stage it is, what it goes on from, and what becomes of its checkpoint."""
 
     stage: int = field(default=0, metadata={"help": "Number of the stage, 1 to 4; names it in logs and records."})
@@ -419,7 +425,7 @@ class RecordArguments(TrainerArguments):
 
 
 @dataclass
-class StageArguments(RecordArguments, DataArguments, WeightsArguments):
+class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerArguments):
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
 
     def __post_init__(self):
@@ -432,11 +438,15 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments):
             )
 
 
-class ArgumentsForAGPU(StageArguments):
-    """Arguments of a recipe that is only looked at where there is no GPU."""
+class ForAGPU:
+    """Makes arguments those of a recipe that is only looked at where there is no GPU; the first of a class's bases."""
 
     def _device_type(self) -> str:
         return "cuda"
+
+
+class ArgumentsForAGPU(ForAGPU, StageArguments):
+    """Arguments of stages 1 to 4, only looked at."""
 
 
 def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tuple:

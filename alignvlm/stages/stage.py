@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
+from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
@@ -32,7 +34,7 @@ from alignvlm.stages.loading import (
 )
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
-from alignvlm.stages.options import Nested
+from alignvlm.stages.options import Nested, StageOption
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
@@ -42,17 +44,50 @@ from hub_upload.licences import licence_of
 from hub_upload.push import push
 from hub_upload.repository import check_model, commit_of
 from hub_upload.run_record import library_versions, read_run_record
-from modeling_alignvlm import AlignVLMProcessor
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import OFF
 
 
 logger = logging.get_logger(__name__)
 
 LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
+LOGGED += ("reward", "reward_std", "frac_reward_zero_std", "rewards", "entropy", "kl", "completions")  # of stage 5
 
 
-def run_stage(arguments: StageArguments) -> dict[str, Any]:
-    """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record."""
+def make_trainer(
+    arguments: StageArguments,
+    model: AlignVLMForConditionalGeneration,
+    collator: AlignVLMCollator,
+    mixture: Mixture,
+    held_out: Mixture | None,
+    **progress: Any,
+) -> tuple[AlignVLMTrainer, list[StageOption]]:
+    """Makes the trainer of stages 1 to 4 and the options that only they have; `progress` as for `StageTrainer`."""
+    check_row_length(arguments, model)
+    trainer = AlignVLMTrainer(
+        model,
+        learning_rates=arguments.learning_rates,
+        sampler=mixture.sampler,
+        max_bad_images=arguments.max_bad_images,
+        max_bad_rows=arguments.max_bad_rows,
+        token_weighting=arguments.token_weighting,
+        infinite_schedule=arguments.infinite_schedule,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=mixture.dataset,
+        eval_dataset=None if held_out is None else held_out.dataset,
+        processing_class=collator.processor,
+        **progress,
+    )
+    return trainer, KeptFeatures.of(arguments, trainer, collator)
+
+
+def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) -> dict[str, Any]:
+    """Runs one stage and writes its checkpoint to `output_dir`; returns the stage's entry in the run record.
+
+    Args:
+        make_trainer: makes the stage's trainer and options, as the function of this name does.
+    """
     # Load
     set_seed(arguments.seed)
     check_model(arguments.model, arguments.model_revision)
@@ -64,7 +99,6 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
-    check_row_length(arguments, model)
 
     # Prepare
     held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
@@ -75,32 +109,17 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         mixture = make_mixture(arguments, collator, record["stages"])
         held_out = make_held_out(arguments, collator)
     order = order_of_records(arguments, mixture)
-    trainer = AlignVLMTrainer(
-        model,
-        learning_rates=arguments.learning_rates,
-        sampler=mixture.sampler,
-        max_bad_images=arguments.max_bad_images,
-        max_bad_rows=arguments.max_bad_rows,
-        order=order,
-        earlier=earlier_progress(arguments, resume_from, order),
-        token_weighting=arguments.token_weighting,
-        infinite_schedule=arguments.infinite_schedule,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=mixture.dataset,
-        eval_dataset=None if held_out is None else held_out.dataset,
-        processing_class=processor,
-    )
-    features = KeptFeatures.of(arguments, trainer, collator)
+    earlier = earlier_progress(arguments, resume_from, order)
+    trainer, own = make_trainer(arguments, model, collator, mixture, held_out, order=order, earlier=earlier)
     samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
-    for option in (*held, *features, *samples, *written):
+    for option in (*held, *own, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
 
     # Train
-    nested.enter(*features, StageMetrics(arguments, trainer, collator), *samples, *written)
+    nested.enter(*own, StageMetrics(arguments, trainer, collator), *samples, *written)
     _train(arguments, trainer, resume_from)
 
     # Finish
@@ -235,9 +254,16 @@ def main(argv: list[str] | None = None, report: Callable[[str], None] | None = N
         report: called with the output folder of the finished stage, on the main process, unless the recipe says `report: false`.
     """
     (arguments,) = parse_fields(sys.argv[1:] if argv is None else argv, StageArguments)
+    return launch(partial(run_stage, arguments), arguments, report)
+
+
+def launch(
+    run: Callable[[], dict[str, Any]], arguments: StageArguments, report: Callable[[str], None] | None
+) -> dict[str, Any]:
+    """Runs a stage as a script does, with the report after it and the processes' group closed; returns what `run` returns."""
     bars_in_a_terminal_only()
     try:
-        entry = run_stage(arguments)
+        entry = run()
     except Interrupted:
         PartialState().destroy_process_group()
         raise

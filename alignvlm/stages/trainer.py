@@ -1,4 +1,4 @@
-"""The trainer of all stages: TRL's `SFTTrainer` with learning rates per module, our collator, and throughput in the log."""
+"""The trainers of stages: what every one adds to TRL's (learning rates per module, throughput in the log), and that of stages 1 to 4."""
 
 import json
 import shutil
@@ -75,19 +75,15 @@ def refuse_split_sequences(parallelism_config: ParallelismConfig | None) -> None
         )
 
 
-class AlignVLMTrainer(SFTTrainer):
-    """Trains a stage.
+class StageTrainer:
+    """What a stage adds to a trainer of TRL, the next of a class's bases.
 
     Args:
         learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
-        sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
-        max_bad_images (`float`): stop when more than this share of the records read had an unreadable image.
-        token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
         infinite_schedule (`dict`, *optional*): phases of `alignvlm.stages.schedules.infinite_factor`, instead of `lr_scheduler_type`.
-        max_bad_rows (`float`): the same for rows of a stream that cannot be used.
         order (`dict`, *optional*): what decides which record is read when; goes into every checkpoint.
         earlier (`dict`, *optional*): the `progress` at the checkpoint the run will go on from.
-        **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+        **kwargs: as for the trainer of TRL.
 
     A step whose gradients are not finite changes nothing: without a loss scaler it stops the run, with one it does after
     `MAX_SKIPPED_STEPS` in a row. A checkpoint that cannot be written is removed and stops the run.
@@ -102,24 +98,14 @@ class AlignVLMTrainer(SFTTrainer):
         self,
         model,
         learning_rates: dict[str, float],
-        sampler: torch.utils.data.Sampler | None = None,
-        max_bad_images: float = 0.0,
-        token_weighting: str = "none",
         infinite_schedule: dict[str, float] | None = None,
-        max_bad_rows: float = 0.0,
         order: dict | None = None,
         earlier: dict | None = None,
         **kwargs,
     ):
-        if token_weighting not in TOKEN_WEIGHTINGS:
-            raise ValueError(
-                f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
-            )
         refuse_split_sequences(kwargs["args"].parallelism_config)
-        self.sampler = sampler
-        self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
         self.order, self.earlier = order, earlier or {}
-        self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
+        self.infinite_schedule = infinite_schedule
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
@@ -136,9 +122,8 @@ class AlignVLMTrainer(SFTTrainer):
         self.add_callback(LogLines(getattr(self.args, "stage", 0)))
         self._keep_trackers_in_one_run()
 
-        self._records_read = 0
         self._losses_of_data = Counter()
-        self._bad: dict[str, list[str]] = {kind: [] for kind in self.max_bad}
+        self._bad: dict[str, list[str]] = {"bad_image": [], "bad_row": []}
         self._loss_sum, self._steps = 0.0, 0
         self._train_started = time.perf_counter()
         self._train_seconds: float | None = None  # None: still training
@@ -155,42 +140,11 @@ class AlignVLMTrainer(SFTTrainer):
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(folder / default_logdir())
 
-    def _get_train_sampler(self, train_dataset=None):
-        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
-
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         workers = getattr(loader, "base_dataloader", loader)  # accelerate's holds torch's
         workers.worker_init_fn = sheltered(workers.worker_init_fn)
         return loader
-
-    def _prepare_inputs(self, inputs):
-        """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
-        losses = inputs.pop("losses_of_data", [])
-        self._record_names = inputs.pop("record_names", [])
-        if self.model.training:
-            for loss in losses:
-                self._losses_of_data[loss["kind"]] += 1
-                if loss["kind"] in self._bad:
-                    self._bad[loss["kind"]].append(f"{loss['source']}: {loss['what']}")
-                elif self._losses_of_data[loss["kind"]] == 1:
-                    logger.warning(
-                        f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
-                    )
-            self._records_read += self.args.per_device_train_batch_size
-            for kind, bad in self._bad.items():
-                # Below a thousand records the share says little: a few bad ones may come early.
-                if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
-                    what = (
-                        "had an image that cannot be read"
-                        if kind == "bad_image"
-                        else "came of rows that cannot be used"
-                    )
-                    raise RuntimeError(
-                        f"{len(bad)} of {self._records_read} records {what}, more than max_{kind}s={self.max_bad[kind]:g}. "
-                        f"The last: {bad[-1]}"
-                    )
-        return super()._prepare_inputs(inputs)
 
     def progress(self) -> dict:
         """Reports what training has taken and dropped so far, in all processes and in all pieces of a run that was resumed.
@@ -293,11 +247,11 @@ class AlignVLMTrainer(SFTTrainer):
         self._train_seconds = time.perf_counter() - self._train_started
         return result
 
+    def count(self, images: int, annotations: int, attention_mask: torch.Tensor) -> None:
+        """Counts a batch for the log: its images, its annotations, and the tokens and positions of its rows `(rows, length)`."""
+        self._counts += torch.tensor([images, annotations, int(attention_mask.sum()), attention_mask.numel()])
+
     def training_step(self, model, inputs, *args, **kwargs):
-        labels = inputs["labels"]
-        starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
-        images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
-        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))
         return loss
@@ -368,6 +322,114 @@ class AlignVLMTrainer(SFTTrainer):
             (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
+    def evaluate(self, *args, **kwargs):
+        with self.uncounted():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leaves the time of the block out of what the log says of a second."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._counted_since += time.perf_counter() - began
+
+    def _get_learning_rate(self) -> float:
+        self._rates = dict(zip(self._group_modules, (float(group["lr"]) for group in self.optimizer.param_groups)))
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            device = self.accelerator.device
+            seconds = time.perf_counter() - self._counted_since
+            counts = self.accelerator.reduce(self._counts.float().to(device), "sum").tolist()
+            for name, count in zip(("images", "annotations", "tokens"), counts):
+                logs[f"{name}_per_second"] = round(count / seconds, 2)
+            logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
+            logs |= {f"{RATE}{module}": rate for module, rate in self._rates.items()}
+            memory = self.accelerator.gather(torch.tensor([peak_memory_gb(device)], device=device))
+            logs["memory_gb"] = round(memory.max().item(), 3)
+            done = self.state.global_step - self._initial_global_step
+            elapsed = time.perf_counter() - self._train_started
+            logs["seconds_left"] = round(elapsed / done * (self.state.max_steps - self.state.global_step))
+            self._counts.zero_()
+            self._counted_since = time.perf_counter()
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Leaves the card to the stage, which writes it from its run record."""
+
+
+class AlignVLMTrainer(StageTrainer, SFTTrainer):
+    """Trains stages 1 to 4.
+
+    Args:
+        sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
+        max_bad_images (`float`): stop when more than this share of the records read had an unreadable image.
+        token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
+        max_bad_rows (`float`): the same for rows of a stream that cannot be used.
+        **kwargs: as for `StageTrainer` and `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+    """
+
+    def __init__(
+        self,
+        model,
+        learning_rates: dict[str, float],
+        sampler: torch.utils.data.Sampler | None = None,
+        max_bad_images: float = 0.0,
+        token_weighting: str = "none",
+        max_bad_rows: float = 0.0,
+        **kwargs,
+    ):
+        if token_weighting not in TOKEN_WEIGHTINGS:
+            raise ValueError(
+                f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
+            )
+        self.sampler = sampler
+        self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
+        self.token_weighting = token_weighting
+        super().__init__(model, learning_rates, **kwargs)
+        self._records_read = 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def _prepare_inputs(self, inputs):
+        """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
+        losses = inputs.pop("losses_of_data", [])
+        self._record_names = inputs.pop("record_names", [])
+        if self.model.training:
+            for loss in losses:
+                self._losses_of_data[loss["kind"]] += 1
+                if loss["kind"] in self._bad:
+                    self._bad[loss["kind"]].append(f"{loss['source']}: {loss['what']}")
+                elif self._losses_of_data[loss["kind"]] == 1:
+                    logger.warning(
+                        f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
+                    )
+            self._records_read += self.args.per_device_train_batch_size
+            for kind, bad in self._bad.items():
+                # Below a thousand records the share says little: a few bad ones may come early.
+                if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
+                    what = (
+                        "had an image that cannot be read"
+                        if kind == "bad_image"
+                        else "came of rows that cannot be used"
+                    )
+                    raise RuntimeError(
+                        f"{len(bad)} of {self._records_read} records {what}, more than max_{kind}s={self.max_bad[kind]:g}. "
+                        f"The last: {bad[-1]}"
+                    )
+        return super()._prepare_inputs(inputs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        labels = inputs["labels"]
+        starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
+        images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
+        self.count(images, int(starts.sum()), inputs["attention_mask"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
 
@@ -410,41 +472,3 @@ class AlignVLMTrainer(SFTTrainer):
         """Hides the image tokens of the rows from all others."""
         is_image = inputs["input_ids"] == self.model.config.image_token_id
         return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
-
-    def evaluate(self, *args, **kwargs):
-        with self.uncounted():
-            return super().evaluate(*args, **kwargs)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Leaves the time of the block out of what the log says of a second."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._counted_since += time.perf_counter() - began
-
-    def _get_learning_rate(self) -> float:
-        self._rates = dict(zip(self._group_modules, (float(group["lr"]) for group in self.optimizer.param_groups)))
-        return super()._get_learning_rate()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:
-            device = self.accelerator.device
-            seconds = time.perf_counter() - self._counted_since
-            counts = self.accelerator.reduce(self._counts.float().to(device), "sum").tolist()
-            for name, count in zip(("images", "annotations", "tokens"), counts):
-                logs[f"{name}_per_second"] = round(count / seconds, 2)
-            logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
-            logs |= {f"{RATE}{module}": rate for module, rate in self._rates.items()}
-            memory = self.accelerator.gather(torch.tensor([peak_memory_gb(device)], device=device))
-            logs["memory_gb"] = round(memory.max().item(), 3)
-            done = self.state.global_step - self._initial_global_step
-            elapsed = time.perf_counter() - self._train_started
-            logs["seconds_left"] = round(elapsed / done * (self.state.max_steps - self.state.global_step))
-            self._counts.zero_()
-            self._counted_since = time.perf_counter()
-        super().log(logs, start_time)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Leaves the card to the stage, which writes it from its run record."""

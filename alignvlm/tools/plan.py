@@ -24,9 +24,11 @@ from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, 
 from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
-from alignvlm.stages.arguments import StageArguments, parse_anywhere
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
+from alignvlm.stages.prompts import preferences, prompts
+from alignvlm.stages.reward_arguments import GRPOArguments, RewardArguments, parse_any_stage
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -338,7 +340,56 @@ def plan_stage(
     )
 
 
-def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) -> list[Plan]:
+@dataclass
+class RewardPlan:
+    """The plan of stage 5: how many prompts or pairs it reads. What it costs depends on the answers that the model will sample."""
+
+    arguments: RewardArguments
+    examples: int
+    per_step: int
+    steps: int
+    homes: list[str]
+    flops = 0.0
+
+    def describe(self) -> str:
+        """Returns the plan as text."""
+        arguments = self.arguments
+        what, answers = "pairs", ""
+        if isinstance(arguments, GRPOArguments):
+            what = "prompts"
+            answers = f" with {arguments.num_generations} answers each, rewarded by {', '.join(arguments.rewards)}"
+        return (
+            f"Stage {arguments.stage}: {arguments.model} -> {arguments.output_dir}\n"
+            f"  {arguments.method}: {self.examples:,} {what}, {self.steps:,} steps of {self.per_step} {what}{answers}\n"
+            "  what it costs is not estimated: that depends on how long the answers are"
+        )
+
+
+def plan_rewards(
+    arguments: RewardArguments,
+    config: PreTrainedConfig,
+    processor: AlignVLMProcessor,
+    earlier_stages: list[dict],
+    processes: int,
+) -> RewardPlan:
+    """Plans stage 5: opens every source."""
+    config = copy.deepcopy(config)
+    config.attention_mask_type = arguments.attention_mask_type
+    collator = make_collator(arguments, processor, config)
+    mixture = make_mixture(arguments, collator, earlier_stages, processes)
+    for sources in (arguments.eval_sources, arguments.text_sources):
+        if sources:
+            load_mixture(sources, collator.token_counts, arguments.data_dir)
+    samples = isinstance(arguments, GRPOArguments)
+    examples = len(prompts(mixture.parts) if samples else preferences(mixture.parts))
+    per_step = arguments.records_per_step(processes) // (arguments.num_generations if samples else 1)
+    steps = arguments.max_steps if arguments.max_steps > 0 else int(arguments.num_train_epochs * examples / per_step)
+    return RewardPlan(arguments, examples, per_step, steps, describe_homes(config, processor=processor))
+
+
+def plan_stages(
+    stages: list[StageArguments | RewardArguments], processes: int, sample: int = 30
+) -> list[Plan | RewardPlan]:
     """Plans stages, each of which may start from the output of an earlier one.
 
     Raises:
@@ -359,7 +410,10 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
                 )
             config, processor, done = known[folder]
             config, processor = as_the_stage_merges(arguments, config, processor)
-            plans.append(plan_stage(arguments, config, processor, done, processes, sample))
+            if isinstance(arguments, RewardArguments):
+                plans.append(plan_rewards(arguments, config, processor, done, processes))
+            else:
+                plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
         entry = {"stage": arguments.stage, "sources": arguments.sources}
@@ -442,10 +496,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=30, help="Measure the shapes of this number of random batches.")
     options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
-    stages = [parse_anywhere(["--config", path, *fields], also=vars(options))[0] for path in paths]
+    stages = [parse_any_stage(["--config", path, *fields], also=vars(options))[0] for path in paths]
     plans = plan_stages(stages, options.processes, options.sample)
     for plan in plans:
-        print(describe(plan, options.gpu, options.utilisation) + "\n")
+        text = plan.describe() if isinstance(plan, RewardPlan) else describe(plan, options.gpu, options.utilisation)
+        print(text + "\n")
     hours = sum(plan.flops for plan in plans) / (GPUS[options.gpu][0] * options.utilisation * options.processes) / 3600
     print(
         f"In all {sum(plan.flops for plan in plans) / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}."

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.loading import make_collator, make_mixture
+from alignvlm.stages.reward_arguments import parse_any_stage
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
 from hub_upload.command_line import run
 from hub_upload.repository import check_model
@@ -31,7 +31,7 @@ class ShowArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet if `--show` asks for it."""
-    arguments, show = parse_anywhere(sys.argv[1:] if argv is None else argv, ShowArguments)
+    arguments, show = parse_any_stage(sys.argv[1:] if argv is None else argv, ShowArguments)
     check_model(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)

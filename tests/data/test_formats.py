@@ -212,3 +212,54 @@ def test_every_schema_of_the_catalogue_has_a_name():
     for kind in CATALOGUE.values():
         read = getattr(kind.read, "func", kind.read)
         assert read is None or read in named or read.__name__ in ("record_of", "text_only", "label", "multiple_choice")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Which?", "chosen": "the red", "rejected": "the blue"},
+        {"question": "Which?", "chosen": "the red", "rejected": "the blue"},
+        {
+            "prompt": said("Which?"),
+            "chosen": said("the red", first="assistant"),
+            "rejected": said("the blue", first="assistant"),
+        },
+        {"chosen": said("Which?", "the red"), "rejected": said("Which?", "the blue")},
+    ],
+    ids=["texts", "a question", "messages", "whole conversations"],
+)
+def test_a_preference_has_a_better_and_a_worse_answer(row):
+    record = record_of({"images": IMAGES[:1], **row})
+    (conversation,) = record.conversations
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "text"]
+    assert (conversation.prompt, conversation.responses, conversation.rejected) == (
+        "Which?",
+        ["the red"],
+        ["the blue"],
+    )
+    assert conversation.train_on == "last" and record.images == IMAGES[:1]
+    assert Record.from_row(record.to_row()).conversations == [
+        Conversation(**{**vars(conversation), "messages": record.to_row()["conversations"][0]["messages"]})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Which?", "chosen": "red", "rejected": "red"}, "are both 'red'. Remove the row"),
+        ({"chosen": said("Which?", "red"), "rejected": said("What?", "blue")}, "answer different prompts"),
+        ({"prompt": "Which?", "chosen": "red", "rejected": None}, "`rejected` is None"),
+    ],
+)
+def test_a_bad_preference_is_named(row, message):
+    with pytest.raises(BadRow, match=message):
+        FORMATS["preference"].read(row)
+
+
+def test_an_earlier_exchange_of_a_preference_has_nothing_rejected():
+    row = {"chosen": said("Which?", "red", "Why?", "so"), "rejected": said("Which?", "red", "Why?", "not")}
+    first, last = record_of(row).conversations[0].exchanges()
+    assert (first.responses, first.rejected) == (["red"], None) and (last.responses, last.rejected) == (
+        ["so"],
+        ["not"],
+    )

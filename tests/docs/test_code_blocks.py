@@ -26,8 +26,8 @@ from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.formats import options_of
 from alignvlm.data.scenes import make_scenes
 from alignvlm.data.sources import COMMON
-from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.reward_arguments import parse_any_stage
 from tests.docs.code_blocks import COMMANDS, Block, blocks_of
 from tests.docs.command_server import CLIENT
 from tests.running import arguments_for
@@ -48,6 +48,7 @@ NOT_RUN = {
     "recaption.md": 2,
     "recipe.md": 4,
     "results.md": 2,
+    "reward.md": 1,
     "see.md": 1,
     "train.md": 4,
 }
@@ -172,7 +173,7 @@ def parse_recipe(code: str, folder: Path) -> None:
     sources = [{"name": "scenes"}]
     recipe = folder / "block.yaml"
     recipe.write_text(yaml.safe_dump({**needed, "sources": sources, "report_to": "none", **given}))
-    (arguments,) = parse_anywhere(["--config", str(recipe)])
+    (arguments,) = parse_any_stage(["--config", str(recipe)])
     for source in arguments.sources:
         options = dict(source)
         kind = CATALOGUE.get(options.pop("name", "local"))

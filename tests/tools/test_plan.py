@@ -163,3 +163,20 @@ def test_the_command_line(checkpoint, tmp_path, capsys):
     assert "  Gemma 3 (Gemma3ForConditionalGeneration): its projector is 'pool', not 'mlp'" in output
     with pytest.raises(SystemExit, match="projektor"):
         plan_main(["--config", str(recipe), "--projektor", "3"])
+
+
+def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
+    recipe = tmp_path / "stage5.yaml"
+    recipe.write_text(
+        "stage: 5\nmethod: grpo\nrewards: [cider, accuracy]\nprojector_learning_rate: 1.0e-3\nprecision: fp32\n"
+        "num_generations: 4\nper_device_train_batch_size: 8\nattention_mask_type: prefix\n"
+        f"model: {checkpoint}\noutput_dir: {tmp_path}/stage5\nsources:\n  - {{name: scenes, count: 10}}\n"
+    )
+    plan_main(["--config", str(recipe)])
+    output = capsys.readouterr().out
+    assert "grpo: 100 prompts, 150 steps of 2 prompts with 4 answers each, rewarded by cider, accuracy" in output
+    with pytest.raises(SystemExit, match="num_generation"):
+        plan_main(["--config", str(recipe), "--num_generation", "3"])
+    with pytest.raises(ValueError, match="a response without a rejected answer"):
+        recipe.write_text(re.sub("method: grpo.*\n|rewards.*\n|num_gen.*\n", "", recipe.read_text()) + "method: dpo\n")
+        plan_main(["--config", str(recipe)])

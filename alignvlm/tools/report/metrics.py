@@ -34,6 +34,22 @@ MEASURED = (
         "The mean length of the vectors that the projector makes of an image.",
     ),
     ("text_embedding_norm", "Length of text tokens", "The same of words. Far apart, one drowns out the other."),
+    # of stage 5: the rewards of answers to held-out prompts
+    (
+        "eval_cider",
+        "Held-out captions (CIDEr)",
+        "The mean reward of captions that the stage has not been trained on. Higher is better.",
+    ),
+    (
+        "eval_accuracy",
+        "Held-out answers that are right",
+        "The mean reward of other answers, by their own metric. Higher is better.",
+    ),
+    (
+        "eval_chair",
+        "Objects named that are not there",
+        "Minus their share in held-out captions. Higher, that is nearer to 0, is better.",
+    ),
 )
 TITLES = {
     "accuracy": ("Right answers", "The share of all questions answered exactly as the reference."),

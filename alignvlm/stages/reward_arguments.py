@@ -1,0 +1,160 @@
+"""The arguments of stage 5: those of the other stages that it has, and the fields of TRL's `GRPOConfig` or `DPOConfig`.
+
+The recipe's `method` chooses which; a field of the other method is unknown.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import DPOConfig, GRPOConfig
+
+from alignvlm.evaluation.rewards import REWARDS
+from alignvlm.stages.arguments import (
+    ActivationCheckpointing,
+    DataArguments,
+    ForAGPU,
+    ModelArguments,
+    OptimizationArguments,
+    RecordArguments,
+    WeightsArguments,
+    parse_anywhere,
+)
+from alignvlm.stages.command_line import parse_fields, read_yaml
+
+
+# Of the options of the other stages, those that stage 5 has too; those of a model's start and of the run record it has all.
+KEPT = {
+    *("precision", "muon", "infinite_schedule"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge", "frozen_16_bit", "average_last"),
+    *("sources", "eval_sources", "text_sources", "data_dir", "on_bad_row", "max_bad_rows"),
+}
+KEPT |= {given.name for part in (ModelArguments, RecordArguments) for given in fields(part)}
+# Fields of TRL that would read the model from elsewhere, or answer with another program.
+REFUSED = {
+    "use_vllm": "answers are sampled by the model itself, under its own masks",
+    "use_transformers_continuous_batching": "TRL has it for language models alone",
+    "sync_ref_model": "the reference is the model that the stage starts from",
+    "precompute_ref_log_probs": "images are read as they are needed",
+    "padding_free": "rows are padded",
+}
+
+
+@dataclass
+class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
+    """What both methods of stage 5 have; a subclass adds the config of a trainer of TRL."""
+
+    stage: int = field(default=5, metadata={"help": "Number of the stage; names it in logs and records."})
+    method: str = field(
+        default="grpo",
+        metadata={
+            "help": "`grpo`: sample answers, and make those likelier that a reward finds better than the others; `dpo`: make chosen answers "
+            "likelier than rejected ones."
+        },
+    )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"What is a good answer: any of {', '.join(REWARDS)}. GRPO needs one; their means over greedy "
+            "answers to eval_sources are recorded before and after the stage."
+        },
+    )
+
+    def __post_init__(self):
+        for name, default in _other_options():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is an option of stages 1 to 4, which stage 5 does not have. Leave it out.")
+        super().__post_init__()
+        self.rewards = self.rewards or []
+        for name in self.rewards:
+            if name not in REWARDS:
+                raise ValueError(f"Unknown reward {name!r}. Valid values: {', '.join(REWARDS)}.")
+        for name, reason in REFUSED.items():
+            if getattr(self, name, False):
+                raise ValueError(f"{name}: stage 5 does not have it, because {reason}. Leave it out.")
+        for source in self.sources:
+            if "share" in source:
+                raise ValueError(
+                    f"share={source['share']} of a source: stage 5 reads every prompt once an epoch. Set its `limit` (of scenes: `count`)."
+                )
+
+    def optimization_record(self) -> dict[str, Any]:
+        names = (
+            *("method", "rewards", "reward_weights", "beta", "loss_type", "num_generations", "temperature"),
+            "max_completion_length",
+        )
+        own = {name: getattr(self, name, None) for name in names}
+        return super().optimization_record() | {name: value for name, value in own.items() if value not in (None, [])}
+
+
+def _other_options() -> Iterable[tuple[str, Any]]:
+    """Yields the options of the other stages that stage 5 does not have, with their defaults."""
+    for part in (OptimizationArguments, WeightsArguments, DataArguments):
+        for given in fields(part):
+            if given.name not in KEPT:
+                yield given.name, given.default_factory() if given.default is MISSING else given.default
+
+
+@dataclass
+class GRPOArguments(RewardArguments, ActivationCheckpointing, GRPOConfig):
+    """Stage 5 by GRPO (arXiv 2402.03300)."""
+
+    max_length = None  # of rows: a prompt and `max_completion_length` tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rewards:
+            raise ValueError(f"GRPO needs `rewards`, which say what a good answer is: any of {', '.join(REWARDS)}.")
+
+
+@dataclass
+class DPOArguments(RewardArguments, ActivationCheckpointing, DPOConfig):
+    """Stage 5 by DPO (arXiv 2305.18290)."""
+
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Longest answer to eval_sources, in tokens; training reads whole answers."}
+    )
+
+
+METHODS: dict[str, type[RewardArguments]] = {"grpo": GRPOArguments, "dpo": DPOArguments}
+
+
+def parse_rewards(argv: list[str]) -> RewardArguments:
+    """Parses the arguments of stage 5 from a command line and the YAML file that it names, by the method that they name.
+
+    Raises:
+        ValueError: for another method.
+    """
+    (arguments,) = parse_fields(argv, METHODS[_method_of(argv) or RewardArguments.method])
+    return arguments
+
+
+def parse_any_stage(argv: list[str], *more: type, also: Iterable[str] = ()) -> tuple:
+    """Parses the arguments of any stage for looking only, of stage 5 if they name a method: see `parse_anywhere`."""
+    method = _method_of(argv)
+    if method is None:
+        return parse_anywhere(argv, *more, also=also)
+    if torch.accelerator.is_available():
+        return parse_fields(argv, METHODS[method], *more, also=also)
+    kind = type("RewardArgumentsForAGPU", (ForAGPU, METHODS[method]), {})
+    return parse_fields(["--use_cpu", "true", *argv], kind, *more, also=also)
+
+
+def _method_of(argv: list[str]) -> str | None:
+    """Returns the method that a command line or its YAML file names; None for neither.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--method")
+    known, _ = parser.parse_known_args(argv)
+    given = read_yaml(Path(known.config)) if known.config and Path(known.config).is_file() else {}
+    method = known.method or given.get("method")
+    if method not in (None, *METHODS):
+        raise ValueError(f"Unknown method {method!r}. Valid values: {', '.join(METHODS)}.")
+    return method

@@ -1,0 +1,414 @@
+"""Stage 5 through TRL's real trainers, on tiny models: what the log-probabilities are of, and that it is a stage like others."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+
+from alignvlm.data.record import Conversation
+from alignvlm.evaluation.answer import answer
+from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.loading import load_model, make_collator, make_mixture
+from alignvlm.stages.reward_arguments import GRPOArguments, parse_any_stage, parse_rewards
+from alignvlm.stages.reward_stage import main, make_trainer
+from alignvlm.stages.trainer import module_of
+from hub_upload.run_record import RUN_RECORD, read_run_record
+from modeling_alignvlm import MASK_TYPES, AlignVLMProcessor, TokenLayout, dense_mask
+from tests.running import arguments_for
+
+
+ROOT = Path(__file__).parents[2]
+RATES = {"projector_learning_rate": 1e-2, "language_learning_rate": 1e-2}
+SOURCES = [
+    {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 3},
+    {"name": "scene_texts", "count": 2},
+]
+
+
+def given(checkpoint: Path, folder: Path, method: str, **fields) -> list[str]:
+    """The command line of a short stage 5: two prompts with four answers each, or pairs of the file `pairs.jsonl` beside the folder."""
+    own = {
+        "grpo": {
+            "rewards": ["cider", "accuracy"],
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 8,
+            "sources": SOURCES,
+        },
+        "dpo": {"sources": [{"data": "pairs.jsonl"}], "data_dir": folder.parent, "per_device_train_batch_size": 2},
+    }[method]
+    values = {"stage": 5, "method": method, "max_steps": 2, **RATES, **own, **fields}
+    rewards = values.pop("rewards", None)
+    return [*arguments_for(checkpoint, folder, **values), *(["--rewards", *rewards] if rewards else [])]
+
+
+@pytest.fixture(scope="module")
+def absolute(make_model, processor, tmp_path_factory) -> Path:
+    """A checkpoint whose language model adds a learned vector for each position, and has 64 of them."""
+    folder = tmp_path_factory.mktemp("gpt2") / "stage0"
+    text = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    text |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    free = {"license": "apache-2.0"}
+    backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
+    save_checkpoint(make_model(text=text), processor, folder, {"backbones": backbones, "stages": []})
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Prompts of different lengths, with an image, with two and with none, and answers of different lengths."""
+    rows = []
+    for index in range(2):
+        Image.new("RGB", (16, 16), (250 * index, 60, 60)).save(tmp_path / f"{index}.png")
+    for number, images in enumerate((["0.png"], ["1.png", "0.png"], [], ["1.png"])):
+        rows.append(
+            {
+                "images": images,
+                "prompt": "Is there a red circle?" if number % 2 else "What colour is the shape at the top left?",
+                "chosen": "yes" if number % 2 else "a red circle and a blue cross",
+                "rejected": "no, there is a green square" if number % 2 else "a",
+            }
+        )
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def trainer_for(arguments: list[str]):
+    """The trainer of a command line, its model in float64."""
+    arguments = parse_rewards(arguments)
+    processor = AlignVLMProcessor.from_pretrained(arguments.model)
+    model = load_model(arguments).double()
+    collator = make_collator(arguments, processor, model.config)
+    mixture = make_mixture(arguments, collator, [])
+    trainer, _ = make_trainer(arguments, model, collator, mixture, None)
+    return trainer, collator
+
+
+def states_and_log_probs(
+    model, input_ids: list[int], prompt_length: int, pixel_values
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model's own forward says of one sequence without padding, under a ready mask: the states that predict the answer's tokens
+    `(answer, hidden)`, and the tokens' log-probabilities."""
+    config = model.config
+    ids = torch.tensor([input_ids])
+    before = torch.arange(len(input_ids))[None] < prompt_length
+    layout = TokenLayout.from_input_ids(ids, config.image_token_id, config.image_seq_length, prompt_mask=before)
+    seen = []
+    hook = model.model.register_forward_hook(lambda module, given, output: seen.append(output.last_hidden_state))
+    logits = model(
+        input_ids=ids,
+        pixel_values=pixel_values,
+        attention_mask=dense_mask(layout, config.attention_mask_type),
+        prompt_mask=before,
+    ).logits[0, prompt_length - 1 : -1]
+    hook.remove()
+    log_probs = logits.log_softmax(-1).gather(-1, ids[0, prompt_length:, None])[:, 0]
+    return seen[0][0, prompt_length - 1 : -1], log_probs
+
+
+def check(model, rows: list[tuple[list[int], int]], images_of_rows: list, states: list, log_probs: list) -> None:
+    """Compares the rows of a trainer with `states_and_log_probs`: states in float64; TRL's head computes in float32."""
+    assert states[0].dtype == torch.float64
+    for index, (ids, prompt_length) in enumerate(rows):
+        with torch.no_grad():
+            expected, expected_log_probs = states_and_log_probs(model, ids, prompt_length, images_of_rows[index])
+        torch.testing.assert_close(states[index], expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(log_probs[index].double(), expected_log_probs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "attention", "language"),
+    [*((name, "sdpa", "qwen2") for name in MASK_TYPES), ("image", "eager", "qwen2"), ("image", "sdpa", "gpt2")],
+)
+def test_grpo_sees_each_answer_as_the_models_own_forward_does(
+    checkpoint, absolute, tmp_path, mask_type, attention, language
+):
+    """Sampled in a padded batch of prompts with images and without, and scored in another one: both under the model's mask."""
+    fields = {"attention_mask_type": mask_type, "attn_implementation": attention, "top_k": 1}  # the likeliest token
+    start = absolute if language == "gpt2" else checkpoint
+    trainer, _ = trainer_for(given(start, tmp_path / "run", "grpo", **fields))
+    model = trainer.model
+    examples = [trainer.train_dataset[index] for index in (0, 1, len(trainer.train_dataset) - 1, 2)]
+    assert [len(example["images"]) for example in examples] == [1, 1, 0, 1]
+    model.train()
+    batch = trainer._generate_and_score_completions([example for example in examples for _ in range(4)])
+    real = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    rows = [(ids[k][real[k]].tolist(), int(batch["prompt_mask"][k].sum())) for k in range(0, 16, 4)]
+    assert len({length for _, length in rows}) > 2  # so that there is padding
+
+    # Generation: greedy texts equal those of the evaluation, which prefills trunks on its own.
+    texts = [trainer.processing_class.decode(ids[length:], skip_special_tokens=True).strip() for ids, length in rows]
+    model.eval()
+    groups = answer(
+        model,
+        trainer.processing_class,
+        [example["images"] for example in examples],
+        [[example["prompt"]] for example in examples],
+        max_new_tokens=6,
+        suppress_tokens=[model.config.image_token_id],
+    )
+    assert texts == [text for (text,) in groups]
+
+    # The log-probabilities of the loss: of all answers at once, as `_compute_loss` asks for them.
+    seen = []
+    hook = model.model.register_forward_hook(lambda module, given, output: seen.append(output.last_hidden_state))
+    keep = batch["completion_ids"].shape[1]
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            real.long(),
+            keep,
+            compute_entropy=True,
+            pixel_values=batch["pixel_values"],
+            num_images=batch["num_images"],
+            mm_token_type_ids=batch["mm_token_type_ids"],
+        )
+    hook.remove()
+    (states,) = seen
+    answers = batch["completion_mask"].bool()
+    pixel_values = iter(batch["pixel_values"].split([count for count in batch["num_images"] if count]))
+    images = [next(pixel_values) if count else None for count in batch["num_images"]]
+    chosen = range(0, 16, 4)
+    predicting = [states[k, -keep - 1 : -1][answers[k]] for k in chosen]
+    check(model, rows, [images[k] for k in chosen], predicting, [found[k][answers[k]] for k in chosen])
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+def test_dpo_sees_both_answers_as_the_models_own_forward_does(checkpoint, pairs, mask_type):
+    trainer, collator = trainer_for(given(checkpoint, pairs / "run", "dpo", attention_mask_type=mask_type))
+    model, examples = trainer.model, [trainer.train_dataset[index] for index in range(4)]
+    model.train()
+    batch = trainer.data_collator(examples)
+    assert (batch["attention_mask"] == 0).any() and batch["pixel_values"].shape[0] == 8  # of four, for both answers
+    rows = []
+    for name in ("chosen", "rejected"):
+        for example in examples:  # as an evaluation asks, and as other stages train the answer
+            said = Conversation(**example["conversation"])
+            prompt = collator.encoder.prompt(said.messages).input_ids
+            (branch,) = collator.encoder.encode(replace(said, responses=[example[name]]))
+            assert branch.input_ids[: len(prompt)] == prompt
+            rows.append((list(branch.input_ids), len(prompt)))
+    counts = [len(example["images"]) for example in examples] * 2
+    assert counts[:4] == [1, 2, 0, 1]
+    images = [part if len(part) else None for part in batch["pixel_values"].split(counts)]
+    seen = []
+    hook = model.model.register_forward_hook(lambda module, given, output: seen.append(output.last_hidden_state))
+    with torch.no_grad():
+        trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+    hook.remove()
+    predicting = [seen[0][k, length - 1 : len(ids) - 1] for k, (ids, length) in enumerate(rows)]
+    log_probs = [states_and_log_probs(model, *rows[k], images[k])[1] for k in range(8)]
+    check(model, rows, images, predicting, log_probs)
+    for name, half in (("chosen", slice(0, 4)), ("rejected", slice(4, 8))):
+        (logged,) = trainer._metrics["train"][f"logps/{name}"]
+        assert logged == pytest.approx(sum(own.sum().item() for own in log_probs[half]) / 4, rel=1e-4)
+    # The reference is the model that the stage starts from, under the same mask: nothing is preferred yet.
+    assert trainer._metrics["train"]["rewards/margins"][0] == pytest.approx(0, abs=1e-4)
+
+
+def test_an_answer_is_cut_where_max_length_is_reached_and_a_prompt_never(checkpoint, pairs):
+    trainer, _ = trainer_for(given(checkpoint, pairs / "run", "dpo"))
+    examples = [trainer.train_dataset[index] for index in range(2)]
+    whole = trainer.data_collator(examples)
+    longest = whole["input_ids"].shape[1]
+    collate = trainer.data_collator
+    collate.max_length = longest - 2
+    cut = collate(examples)
+    assert cut["input_ids"].shape[1] == longest - 2 and torch.equal(cut["input_ids"], whole["input_ids"][:, :-2])
+    collate.max_length = 10
+    with pytest.raises(
+        ValueError, match=r"pairs.jsonl\[0\] .*: its prompt has \d+ tokens, and max_length=10 leaves no room"
+    ):
+        collate(examples)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "alignvlm" not in sys.modules and "modeling_alignvlm" not in sys.modules
+print(type(model).__name__, sum(float(p.double().sum()) for p in model.parameters()))
+"""
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing_(en|dis)able.* deprecated:FutureWarning"
+)  # TRL's own calls
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_a_run_changes_what_it_declares_is_recorded_and_goes_on_where_it_stopped(
+    speaking, pairs, tmp_path, method, capfd
+):
+    held_out = [{"name": "scenes", "annotations": ["short_caption", "questions"], "count": 2, "split": "test"}]
+    fields = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "text_sources": [{"name": "scene_texts", "count": 2, "split": "test"}],
+        "eval_sources": held_out,
+        "beta": 0.1,
+        "max_completion_length": 12,
+        "activation_checkpointing": method == "grpo",
+    }
+    if method == "dpo":
+        fields |= {"rewards": ["accuracy"], "lora_r": 2}
+    folder = tmp_path / "whole"
+    entry = main(given(speaking, folder, method, **fields))
+    before, after = weights(speaking), weights(folder)
+    for name, value in before.items():
+        with_lora = module_of(name) == "projector" or ("language_model." in name and name.endswith("_proj.weight"))
+        changes = module_of(name) != "vision" if method == "grpo" else with_lora
+        assert torch.equal(value, after[name]) != changes, name
+    assert read_run_record(folder)["stages"][-1] == json.loads(json.dumps(entry))
+    assert (entry["stage"], entry["method"], entry["steps"], len(entry["logged_losses"])) == (5, method, 4, 4)
+    assert entry["text_perplexity_before"] > 1 and entry["text_perplexity_after"] != entry["text_perplexity_before"]
+    assert 0 <= entry["eval_accuracy_before"] <= 1 and 0 <= entry["eval_accuracy_after"] <= 1
+    log = capfd.readouterr().out
+    assert "Stage 5: " in log and "stage 5  4/4  loss" in log
+    if method == "grpo":
+        assert (
+            entry["eval_cider_before"] is not None
+            and entry["beta"] == 0.1
+            and entry["rewards"] == ["cider", "accuracy"]
+        )
+        assert all({"reward", "rewards/cider/mean", "entropy", "kl"} <= line.keys() for line in entry["log"])
+        assert entry["log"][0]["kl"] == pytest.approx(0, abs=1e-5) and entry["log"][-1]["kl"] > 1e-5
+        assert "  reward " in log
+    else:
+        assert entry["log"][-1]["rewards/margins"] > entry["log"][0]["rewards/margins"] and "  margin " in log
+        assert entry["logged_losses"][0] == pytest.approx(0.6931, abs=1e-3) and entry["lora"]["r"] == 2
+
+    run = subprocess.run([sys.executable, "-c", LOAD, folder], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    name, total = run.stdout.split()
+    assert name == "AlignVLMForConditionalGeneration"
+    # (what is tied is counted once, there and here)
+    assert float(total) == pytest.approx(sum(float(value.double().sum()) for value in after.values()), rel=1e-6)
+
+    other = tmp_path / "other"
+    (other / "checkpoint-2").mkdir(parents=True)
+    for file in (folder / "checkpoint-2").iterdir():
+        (other / "checkpoint-2" / file.name).write_bytes(file.read_bytes())
+    again = main([*given(speaking, other, method, **fields), "--resume_from_checkpoint"])
+    assert again["resumed_at"] == [2] and again["logged_losses"] == entry["logged_losses"]
+    assert all(torch.equal(value, weights(other)[name]) for name, value in after.items())
+
+
+def test_answers_with_a_reward_above_the_others_become_likelier(checkpoint, tmp_path):
+    """One prompt, answers of one token, and a reward for those with one of eight letters."""
+    fields = {"max_completion_length": 1, "max_steps": 8, "temperature": 2.0}
+    trainer, _ = trainer_for(given(checkpoint, tmp_path / "run", "grpo", **fields))
+    model, processor, example = trainer.model.float(), trainer.processing_class, trainer.train_dataset[0]
+
+    def has_a_letter(text: str) -> bool:
+        return bool(set(text) & set("aeiostnr"))
+
+    def earned(prompts, completions, **columns) -> list[float]:
+        return [float(has_a_letter(completion[0]["content"])) for completion in completions]
+
+    def share() -> float:
+        asked = [[example["prompt"]] * 200]
+        options = {"max_new_tokens": 1, "do_sample": True, "temperature": 2.0, "batch_size": 200}
+        (answers,) = answer(model.eval(), processor, [example["images"]], asked, **options)
+        return sum(map(has_a_letter, answers)) / 200
+
+    before = share()
+    trainer.reward_funcs = [earned]
+    trainer.reward_weights, trainer.reward_func_names = torch.ones(1), ["earned"]
+    trainer.reward_processing_classes = [None]
+    trainer.train_dataset = Dataset.from_list([{"k": 0}] * 64).with_transform(
+        lambda rows: {name: [value] * len(rows["k"]) for name, value in example.items()}
+    )
+    trainer.train()
+    assert 0.1 < before < 0.8 and share() > before + 0.15
+
+
+def test_the_recipe_is_valid_and_can_be_looked_at_where_there_is_no_gpu():
+    path = str(ROOT / "training/recipes/nano/stage5.yaml")
+    arguments = parse_rewards(["--config", path])
+    assert (arguments.stage, arguments.method, arguments.rewards) == (5, "grpo", ["cider"])
+    assert arguments.per_device_train_batch_size % arguments.num_generations == 0 and arguments.use_cpu
+    (looked_at,) = parse_any_stage(["--config", path])
+    assert isinstance(looked_at, GRPOArguments) and looked_at.sources == arguments.sources
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("grpo", {"rewards": None}, "GRPO needs `rewards`"),
+        ("grpo", {"rewards": ["cidre"]}, "Unknown reward 'cidre'. Valid values: cider, accuracy, chair"),
+        ("grpo", {"rewards": ["cider"], "sources": [{"name": "scene_texts", "count": 4}]}, "`cider` needs captions"),
+        (
+            "grpo",
+            {"sources": [{"name": "scenes", "count": 4, "share": 0.5}]},
+            "share=0.5 of a source: stage 5 reads every prompt once",
+        ),
+        ("grpo", {"row_length": 64}, "row_length is an option of stages 1 to 4"),
+        ("grpo", {"token_weighting": "length"}, "token_weighting is an option of stages 1 to 4"),
+        (
+            "grpo",
+            {"use_vllm": True},
+            "use_vllm: stage 5 does not have it, because answers are sampled by the model itself",
+        ),
+        ("grpo", {"num_generations": 3}, "divisible"),
+        ("grpo", {"per_device_train_batch_size": 400}, "hold 29 prompts, and a step takes 100. Name more"),
+        (
+            "dpo",
+            {"sources": SOURCES},
+            "Source 'scenes' has a response without a rejected answer .*`alignvlm prefer` makes one",
+        ),
+        ("dpo", {"streaming": True}, "streaming is an option of stages 1 to 4"),
+    ],
+)
+def test_what_stage_5_cannot_do_is_refused_with_a_sentence(checkpoint, pairs, method, fields, message):
+    with pytest.raises(ValueError, match=message):
+        main(given(checkpoint, pairs / "run", method, **fields))
+    assert not (pairs / "run" / RUN_RECORD).exists()
+
+
+def test_another_method_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown method 'ppo'\. Valid values: grpo, dpo"):
+        main([*given(checkpoint, tmp_path / "run", "grpo"), "--method", "ppo"])
+
+
+def test_a_field_of_the_other_method_is_unknown_and_the_nearest_is_named(checkpoint, pairs):
+    with pytest.raises(SystemExit, match="there is no option --num_generations"):
+        main([*given(checkpoint, pairs / "run", "dpo"), "--num_generations", "4"])
+    recipe = pairs / "stage5.yaml"
+    recipe.write_text("stage: 5\nmethod: grpo\nnum_generation: 4\n")
+    with pytest.raises(SystemExit, match=r"there is no field .num_generation.\. Did you mean num_generations\?"):
+        main(["--config", str(recipe), *given(checkpoint, pairs / "run", "grpo")])
+
+
+def test_a_prompt_and_its_answer_must_have_positions(absolute, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"longest prompt has .* more than the language model 'gpt2' has positions, 64"
+    ):
+        main(given(absolute, tmp_path / "run", "grpo", max_completion_length=60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_two_processes_share_prompts_and_rewards(checkpoint, pairs, method):
+    from tests.stages.test_stages import launch
+
+    held_out = [{"name": "scenes", "annotations": ["questions"], "count": 3, "split": "test"}]
+    fields = {"rewards": ["accuracy"], "eval_sources": held_out, "max_completion_length": 6}
+    fields |= {"per_device_train_batch_size": {"grpo": 4, "dpo": 1}[method]}
+    launch("stage5.py", *given(checkpoint, pairs / "two", method, **fields), "--report", "false", processes=2)
+    entry = read_run_record(pairs / "two")["stages"][-1]
+    assert entry["processes"] == 2 and entry["steps"] == 2 and len(entry["logged_losses"]) == 2
+    assert entry["eval_accuracy_before"] is not None

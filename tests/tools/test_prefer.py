@@ -1,0 +1,79 @@
+"""`alignvlm prefer`: sampled answers, ranked, and what DPO then trains on."""
+
+import json
+
+import pytest
+from datasets import load_dataset
+
+from alignvlm.data.sources import read_source
+from alignvlm.evaluation.rewards import make_rewards
+from alignvlm.stages.reward_stage import main as train
+from alignvlm.tools.prefer import main, parser, prefer
+from tests.running import arguments_for
+
+
+SOURCES = json.dumps([{"name": "scenes", "annotations": ["short_caption"], "count": 4}])
+OPTIONS = ["--sources", SOURCES, "--samples", "6", "--max_new_tokens", "12", "--temperature", "1", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def pairs(speaking, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    summary = prefer(parser().parse_args([str(speaking), *OPTIONS, "--reward", "cider", "--output_dir", str(folder)]))
+    return folder, summary
+
+
+def test_the_best_sample_is_preferred_to_the_worst(pairs):
+    folder, summary = pairs
+    rows = load_dataset("parquet", data_files=str(folder / "pairs.parquet"), split="train")  # as TRL takes it
+    assert len(rows) == summary["pairs"] and 0 < summary["pairs"] <= summary["prompts"] == 4
+    (progress,) = folder.glob(".pairs-*/*.jsonl")
+    outputs = [output for line in progress.read_text().splitlines() for output in json.loads(line)["outputs"]]
+    captions = [c.responses for found in read_source(json.loads(SOURCES)[0]).conversations() for c in found]
+    (reward,) = make_rewards(["cider"], captions)
+    expected = []
+    for output, references in zip(outputs, captions, strict=True):
+        scored = reward([None] * 6, output["answers"], references=[references] * 6, metric=["cider"] * 6)
+        assert scored == output["rewards"]
+        best, worst = (output["answers"][scored.index(choose(scored))] for choose in (max, min))
+        if max(scored) > min(scored) and best and worst:
+            expected.append((best, worst))
+    assert [
+        (row["chosen"][0]["content"][0]["text"], row["rejected"][0]["content"][0]["text"]) for row in rows
+    ] == expected
+    assert rows[0]["images"][0].size == (64, 64)
+
+
+def test_stage_5_trains_on_the_pairs(pairs, checkpoint, tmp_path):
+    folder, summary = pairs
+    fields = {
+        "stage": 5,
+        "method": "dpo",
+        "language_learning_rate": 1e-3,
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+    }
+    entry = train(arguments_for(checkpoint, tmp_path, **fields, sources=[{"data": str(folder / "pairs.parquet")}]))
+    assert entry["steps"] == 1 and entry["data"][0]["records"] == summary["pairs"]
+
+
+def test_finished_work_is_not_done_again(pairs, speaking, capsys):
+    folder, summary = pairs
+    before = (folder / "pairs.parquet").read_bytes()
+    main([str(speaking), *OPTIONS, "--reward", "cider", "--output_dir", str(folder)])
+    assert f"{summary['pairs']} pairs of 4 prompts" in capsys.readouterr().out
+    assert (folder / "pairs.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "1"], "samples=1, temperature=1: a pair needs two samples"),
+        (["--reward", "accuracy"], "The reward 'accuracy' judges no answer of these sources"),
+        (["--sources", "[{]"], "--sources is not valid JSON"),
+    ],
+)
+def test_what_makes_no_pairs_is_refused(checkpoint, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        prefer(parser().parse_args([str(checkpoint), *OPTIONS, *options, "--output_dir", str(tmp_path)]))
+    assert not (tmp_path / "pairs.parquet").exists()
