@@ -18,11 +18,12 @@ from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
+from alignvlm.rows.filling import TrainingRows
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
-from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
+from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture, make_rows
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
@@ -65,11 +66,12 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     with PartialState().main_process_first():  # datasets writes its cache once
         mixture = make_mixture(arguments, collator, record["stages"])
         held_out = make_held_out(arguments, collator)
-    order = order_of_records(arguments, mixture)
+    rows = make_rows(arguments, mixture, collator)
+    order = order_of_records(arguments, mixture, rows)
     trainer = AlignVLMTrainer(
         model,
         learning_rates=arguments.learning_rates,
-        sampler=mixture.sampler,
+        sampler=rows.sampler,
         max_bad_images=arguments.max_bad_images,
         max_bad_rows=arguments.max_bad_rows,
         order=order,
@@ -78,7 +80,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         infinite_schedule=arguments.infinite_schedule,
         args=arguments,
         data_collator=collator,
-        train_dataset=mixture.dataset,
+        train_dataset=rows.dataset,
         eval_dataset=None if held_out is None else held_out.dataset,
         processing_class=processor,
     )
@@ -88,7 +90,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
-        print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
+        print(_describe(arguments, trainer.parameter_counts, mixture, rows), flush=True)
 
     # Train
     nested.enter(*features, StageMetrics(arguments, trainer, collator), *samples, *written)
@@ -96,7 +98,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
 
     # Finish
     options = nested.leave()
-    entry = _entry(arguments, trainer, mixture, held_out) | options
+    entry = _entry(arguments, trainer, mixture, rows, held_out) | options
     record["stages"].append(entry)
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
@@ -137,7 +139,11 @@ def _how_to_go_on(number: int, trainer: AlignVLMTrainer, given: str | None) -> s
 
 
 def _entry(
-    arguments: StageArguments, trainer: AlignVLMTrainer, mixture: Mixture, held_out: Mixture | None
+    arguments: StageArguments,
+    trainer: AlignVLMTrainer,
+    mixture: Mixture,
+    rows: TrainingRows,
+    held_out: Mixture | None,
 ) -> dict[str, Any]:
     """Collects what the run record says of the stage, but for its options and metrics."""
     progress = trainer.progress()
@@ -158,6 +164,7 @@ def _entry(
         "precision": arguments.chosen_precision.name,
         "precision_reason": arguments.chosen_precision.reason,
         **arguments.optimization_record(),
+        **_filled(rows, progress["computed"]),
         "processes": arguments.world_size,
         "seconds": round(progress["seconds"], 1),
         "resumed_at": progress["resumed_at"],
@@ -166,6 +173,17 @@ def _entry(
         "log": [_logged(entry) for entry in trainer.state.log_history if "loss" in entry],
         "versions": library_versions(),
     }
+
+
+def _filled(rows: TrainingRows, computed: dict[str, int]) -> dict[str, Any]:
+    """Says of rows that hold several records how full those were that have been trained."""
+    if not rows.description:
+        return {}
+    full, padded = (computed["rows"] * rows.description["row_length"], computed["positions"])
+    shares = {
+        name: round(computed["tokens"] / max(count, 1), 4) for name, count in (("fill", full), ("padded", padded))
+    }
+    return {"rows": {**rows.description, "fill": shares["fill"], "padding_share": round(1 - shares["padded"], 4)}}
 
 
 def _logged(entry: dict[str, Any]) -> dict[str, Any]:
@@ -180,10 +198,13 @@ def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture 
     return {**dropped, **counts, "bad_row_list": [*bad, *dropped["bad_row_list"]][:1000]}
 
 
-def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:
+def _describe(
+    arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture, rows: TrainingRows
+) -> str:
     """Says for the log what is frozen and what trains."""
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
     lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
+    lines += [f"  {rows}"] if rows.description else []
     lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
         rate = arguments.learning_rates.get(module)

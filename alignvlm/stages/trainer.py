@@ -140,6 +140,7 @@ class AlignVLMTrainer(SFTTrainer):
         self._losses_of_data = Counter()
         self._bad: dict[str, list[str]] = {kind: [] for kind in self.max_bad}
         self._loss_sum, self._steps = 0.0, 0
+        self._computed = Counter()
         self._train_started = time.perf_counter()
         self._train_seconds: float | None = None  # None: still training
         self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
@@ -168,6 +169,7 @@ class AlignVLMTrainer(SFTTrainer):
         """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
         losses = inputs.pop("losses_of_data", [])
         self._record_names = inputs.pop("record_names", [])
+        records = inputs.pop("records_read", self.args.per_device_train_batch_size)
         if self.model.training:
             for loss in losses:
                 self._losses_of_data[loss["kind"]] += 1
@@ -177,7 +179,7 @@ class AlignVLMTrainer(SFTTrainer):
                     logger.warning(
                         f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
                     )
-            self._records_read += self.args.per_device_train_batch_size
+            self._records_read += records
             for kind, bad in self._bad.items():
                 # Below a thousand records the share says little: a few bad ones may come early.
                 if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
@@ -197,25 +199,30 @@ class AlignVLMTrainer(SFTTrainer):
 
         Returns:
             `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
-            `losses_of_data`, the dropped data: how many of each kind, and at most a thousand bad images and bad rows by name; and `order`.
+            `computed`: the `rows`, their `positions` and the `tokens` among these; `losses_of_data`, the dropped data: how many of each
+            kind, and at most a thousand bad images and bad rows by name; and `order`.
         """
-        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
+        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad, self._computed)])
         earlier = self.earlier.get("losses_of_data", {})
         lists = {
-            f"{kind}_list": [*earlier.get(f"{kind}_list", []), *(name for _, _, bad in found for name in bad[kind])][
-                :1000
-            ]
+            f"{kind}_list": [
+                *earlier.get(f"{kind}_list", []),
+                *(name for _, _, bad, _ in found for name in bad[kind]),
+            ][:1000]
             for kind in self._bad
         }
         counts = Counter({kind: count for kind, count in earlier.items() if kind not in lists})
-        for _, more, _ in found:
+        computed = Counter(self.earlier.get("computed", {}))
+        for _, more, _, own in found:
             counts.update(more)
+            computed.update(own)
         seconds = time.perf_counter() - self._train_started if self._train_seconds is None else self._train_seconds
         return {
             "seconds": self.earlier.get("seconds", 0.0) + seconds,
             "steps": self.earlier.get("steps", 0) + self._steps,
-            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, _, _ in found) / len(found),
+            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, *_ in found) / len(found),
             "resumed_at": self.earlier.get("resumed_at", []),
+            "computed": dict(computed),
             "losses_of_data": {**counts, **lists},
             "order": self.order,
         }
@@ -297,7 +304,9 @@ class AlignVLMTrainer(SFTTrainer):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
-        self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
+        tokens = int(inputs["attention_mask"].sum())
+        self._counts += torch.tensor([images, int(starts.sum()), tokens, labels.numel()])
+        self._computed += {"tokens": tokens, "positions": labels.numel(), "rows": len(labels)}
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))
         return loss
