@@ -25,8 +25,8 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import best_fit
 
 
-# Records among which rows are chosen. Four times as many fill rows by less than 1% better (benchmarks/rows.py), and a stream holds so many
-# images, undecoded, in memory.
+# Records among which rows are chosen. Four times as many fill rows by about 1% more (benchmarks/rows.py), and of a stream so many images
+# are held undecoded in memory.
 WINDOW = 1024
 
 

@@ -435,6 +435,8 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments):
                 f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
                 f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
             )
+        if self.packing or self.padding_free:
+            raise ValueError("packing and padding_free are TRL's, for texts: leave them out. row_length packs rows.")
         if self.streaming and self.image_start_fraction:
             raise ValueError(
                 "image_start_fraction counts records, and how many of them the rows of a stream hold is not known: leave out streaming, "
