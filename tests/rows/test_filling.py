@@ -95,7 +95,8 @@ def test_rows_do_not_depend_on_workers_or_how_a_step_is_cut_but_on_the_seed(proc
         for found in (one, other, cut):
             found.sampler.set_epoch(epoch)
             orders.append(list(found.sampler))
-        assert orders[0] == orders[1] and sorted(orders[0]) == sorted(orders[2])
+        rows_of_epoch = range(epoch * len(one.sampler), (epoch + 1) * len(one.sampler))
+        assert orders[0] == orders[1] and sorted(orders[0]) == sorted(orders[2]) == list(rows_of_epoch)
         for start in range(0, len(orders[0]), 4):
             assert set(orders[0][start : start + 4]) == set(orders[2][start : start + 4])
     assert one.dataset[0] == other.dataset[0]
