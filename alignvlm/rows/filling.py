@@ -191,7 +191,7 @@ class RowSampler(Sampler):
     """The order of an epoch's rows. The rows of an optimizer step are fixed; their micro-batches are levelled by images.
 
     Args:
-        images: of each row, `(epochs, rows)`.
+        images: of each row, `(epochs, rows)`; as many rows as fill steps.
         batch_size: rows of a micro-batch of one process.
         rows_per_step: of all processes and micro-batches.
     """
@@ -209,8 +209,7 @@ class RowSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         images = self.images[self.epoch]
         for start in range(0, len(self), self.rows_per_step):
-            own = images[start : start + self.rows_per_step].tolist()
-            levelled = level(own, self.batch_size) if len(own) == self.rows_per_step else range(len(own))
+            levelled = level(images[start : start + self.rows_per_step].tolist(), self.batch_size)
             yield from (self.epoch * len(self) + start + row for row in levelled)
 
 
@@ -242,8 +241,10 @@ def fill_rows(
     pieces = measure(mixture, collator, read.tolist(), workers)
     needed = None if steps is None else steps * rows_per_step
     of_epochs = rows_of_epochs(sampler, pieces, row_length, int(np.ceil(epochs)), needed)
-    rows = [row for epoch in of_epochs for row in epoch]
     count = len(of_epochs[0])
+    # Empty rows complete an epoch's last step: data loaders of several processes would read others twice.
+    empty = [[] for _ in range(-count % rows_per_step)]
+    rows = [row for epoch in of_epochs for row in (*epoch, *empty)]
 
     ends = np.cumsum(sampler.sizes)
     places = [_place(ends, record) for record in pieces.record]
@@ -254,7 +255,7 @@ def fill_rows(
             "piece": [[int(pieces.number[piece]) for piece in row] for row in rows],
         }
     )
-    images = np.array([pieces.images[row].sum() for row in rows]).reshape(len(of_epochs), count)
+    images = np.array([pieces.images[row].sum() for row in rows]).reshape(len(of_epochs), -1)
     described = {
         "row_length": row_length,
         "window": WINDOW,

@@ -199,7 +199,7 @@ class AlignVLMTrainer(SFTTrainer):
 
         Returns:
             `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
-            `computed`: the `rows`, their `positions` and the `tokens` among these; `losses_of_data`, the dropped data: how many of each
+            `computed`: the `rows` with a label, their `tokens`, and the `positions` computed for them; `losses_of_data`, the dropped data: how many of each
             kind, and at most a thousand bad images and bad rows by name; and `order`.
         """
         found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad, self._computed)])
@@ -304,9 +304,13 @@ class AlignVLMTrainer(SFTTrainer):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
-        tokens = int(inputs["attention_mask"].sum())
-        self._counts += torch.tensor([images, int(starts.sum()), tokens, labels.numel()])
-        self._computed += {"tokens": tokens, "positions": labels.numel(), "rows": len(labels)}
+        tokens, trained = inputs["attention_mask"].sum(-1), (labels != IGNORED).any(-1)
+        self._counts += torch.tensor([images, int(starts.sum()), int(tokens.sum()), labels.numel()])
+        self._computed += {
+            "tokens": int(tokens[trained].sum()),
+            "positions": labels.numel(),
+            "rows": int(trained.sum()),
+        }
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))
         return loss
