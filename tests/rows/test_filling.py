@@ -199,7 +199,8 @@ def test_processes_have_about_as_many_images():
 @settings(max_examples=examples(6), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(list(MASK_TYPES)), st.sampled_from(("sdpa", "eager")))
 def test_filled_rows_train_what_records_train_in_rows_of_their_own(processor, make_model, seed, mask_type, kernel):
-    """In float64; every annotation has a row of its own on the other side. Flex attention: see test_packing.py."""
+    """In float64 but for the loss and the rotary angles; on the other side every annotation has a row of its own. Flex attention: see
+    test_packing.py."""
     rng = random.Random(seed)
     records = [random_record(rng) for _ in range(rng.randint(2, 6))]
     collator = AlignVLMCollator(processor, mask_type)
@@ -215,7 +216,7 @@ def test_filled_rows_train_what_records_train_in_rows_of_their_own(processor, ma
     loss, gradients = loss_and_gradients(model, filled)
     expected_loss, expected = loss_and_gradients(model, separate)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
-    assert_same(gradients, expected)
+    assert_same(gradients, expected, tolerance=2e-5)
 
 
 def test_a_record_in_several_rows_is_counted_once(processor):
