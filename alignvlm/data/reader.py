@@ -124,19 +124,37 @@ class ImageTable:
         return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else {}}
 
 
-def rows_without_images(rows: Dataset) -> Iterator[dict]:
-    """Yields the rows with an empty mapping in place of each image that lies in them."""
-    embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
-    texts = rows.select_columns([name for name in rows.column_names if name not in embedded])
-    images = rows.select_columns(embedded).with_format("arrow")
-    for start in range(0, len(rows), 1000):
-        chosen = slice(start, start + 1000)
-        columns = texts[chosen] if texts.column_names else {}
-        if embedded:
-            batch = images[chosen]
-            columns |= {name: _stand_ins(batch.column(name)) for name in embedded}
+class RowsWithoutImages:
+    """Rows by index, with an empty mapping in place of each image that lies in them, and none of them read."""
+
+    def __init__(self, rows: Dataset):
+        self.embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
+        self.texts = rows.select_columns([name for name in rows.column_names if name not in self.embedded])
+        self.images = rows.select_columns(self.embedded).with_format("arrow")
+        self.count = len(rows)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        (row,) = self.between(index, index + 1)
+        return row
+
+    def between(self, start: int, end: int) -> Iterator[dict]:
+        """Yields the rows from `start` to `end`."""
+        columns = self.texts[start:end] if self.texts.column_names else {}
+        if self.embedded:
+            batch = self.images[start:end]
+            columns |= {name: _stand_ins(batch.column(name)) for name in self.embedded}
         for values in zip(*columns.values()):
             yield dict(zip(columns, values))
+
+
+def rows_without_images(rows: Dataset) -> Iterator[dict]:
+    """Yields all rows of `RowsWithoutImages`."""
+    without = RowsWithoutImages(rows)
+    for start in range(0, len(rows), 1000):
+        yield from without.between(start, start + 1000)
 
 
 def _stand_ins(column: pa.ChunkedArray) -> list[Any]:

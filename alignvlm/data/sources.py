@@ -15,7 +15,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 from alignvlm.data.catalogue import CATALOGUE, DataSet
 from alignvlm.data.files import Rows, read_rows
 from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of
-from alignvlm.data.reader import TURNS, ImageTable, Reader, image_key, rows_without_images
+from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, image_key, rows_without_images
 from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
 
@@ -62,6 +62,13 @@ class Source:
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
+
+    def without_images(self) -> "Source":
+        """Returns the source with an empty mapping in place of each image; its rows are read without them."""
+        reader = self.to_record
+        if isinstance(reader, Reader):
+            reader = reader.without_images()
+        return replace(self, rows=RowsWithoutImages(self.rows), to_record=reader)
 
     def with_other_turns(self) -> tuple[str, "Source"] | None:
         """Returns the other way to take turns (`whole` or `independent`), and this source with it; None for a source without that choice."""

@@ -1,7 +1,7 @@
 """Makes a batch of records: encodes conversations, packs them into rows and pads them; decodes and prepares images.
 
-Mask types whose trunk sees the prompt cannot share the trunk: their records become one row per branch. With a `row_length`, several
-records fill a row up to it, for attention kernels that skip masked positions.
+Mask types whose trunk sees the prompt cannot share the trunk: their records become one row per branch. Several records may share a row:
+those that `alignvlm/rows/filling.py` has put together, or, with a `row_length`, those of a batch that fit.
 """
 
 from collections.abc import Set
@@ -16,7 +16,7 @@ from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.data.record import Record
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.features import FeatureStore
-from alignvlm.rows.packing import IGNORED, Packer, Row
+from alignvlm.rows.packing import IGNORED, Packer, Row, joined
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
 
 
@@ -43,14 +43,14 @@ class AlignVLMCollator:
             is kept with its response cut, never an image. A record without such a branch is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
-            fill rows with several records up to this number of tokens, first fit. The default of one record per row suits kernels
-            that compute masked positions too (`sdpa`, `eager`). `flex_attention` skips them and gains from less padding.
+            join the rows of a batch to rows of at most this number of tokens, best fit. A stage's `row_length` does better: it chooses
+            from many records, and its batches hold filled rows.
         shared_image (`bool`): False makes one row per branch under every mask type, as other trainers do.
         on_bad_image (`str`):
             what to do with an image that cannot be read: `raise`, or `skip` its record.
         name_records (`bool`):
-            put the records' names into the batch as `record_names`, a list of strings. The trainer takes them out and reports them
-            if a loss is not finite.
+            put the records' names into the batch as `record_names`, a list of strings, and how many records begin in it as
+            `records_read`. The trainer takes them out, reports the names if a loss is not finite, and counts.
 
     The batch's `losses_of_data` lists dropped data, if there is any: mappings of `"kind"` (`bad_row`, `bad_image`,
     `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes the list out, counts and records it.
@@ -88,14 +88,16 @@ class AlignVLMCollator:
         self.features, self.sizes = features, sizes
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
-        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared. Adds dropped data to `dropped`."""
+        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared; of a record with a `piece`, that one
+        of them. Adds dropped data to `dropped`, with the first."""
         conversations = Record.from_row(record).conversations
         branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation)]
         own: list[dict] = []
         rows = self.packer.rows(record["images"], branches, own)
-        if dropped is not None:
+        piece = record.get("piece")
+        if dropped is not None and not piece:
             dropped += ({**loss, "source": record.get("source", "")} for loss in own)
-        return rows
+        return rows if piece is None else rows[piece : piece + 1]
 
     def token_counts(self, record: dict) -> tuple[int, int]:
         """Counts the image and the text tokens of a record's rows; its images need not be readable."""
@@ -103,13 +105,27 @@ class AlignVLMCollator:
         image = sum(len(row.images) for row in rows) * self.processor.image_seq_length
         return image, sum(map(len, rows)) - image
 
-    def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
-        """Returns the model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
-        `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are images (or
-        `image_features` `(images, positions, vision_hidden)`).
-        If every record is skipped, there is one row of one token without a label."""
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """Makes a batch.
+
+        Args:
+            examples: records, or filled rows of records (see `alignvlm/rows/filling.py`).
+
+        Returns:
+            the model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
+            `(rows, length)` and padded on the right, and `pixel_values` `(images, channels, height, width)` if there are images (or
+            `image_features` `(images, positions, vision_hidden)`). If every record is skipped, there is one row of one token without
+            a label.
+        """
         dropped: list[dict] = []
-        rows = [row for record in self._readable(records, dropped) for row in self.rows(record, dropped)]
+        rows: list[Row] = []
+        for example in examples:
+            found = [
+                row for record in self._readable(records_of(example), dropped) for row in self.rows(record, dropped)
+            ]
+            for row in found:
+                self._check_no_leak(row)
+            rows += [joined(found)] if "records" in example and found else found
         rows = self.packer.arranged(rows)
         length = max(map(len, rows))
         length += -length % self.pad_to_multiple_of
@@ -127,26 +143,29 @@ class AlignVLMCollator:
             "branch_ids": padded("branch_ids", 0),
             "prompt_mask": padded("prompt_mask", False),
         }
-        check_no_leak(
-            TokenLayout.from_input_ids(
-                batch["input_ids"],
-                self.processor.image_token_id,
-                self.processor.image_seq_length,
-                record_ids=batch["record_ids"],
-                branch_ids=batch["branch_ids"],
-                prompt_mask=batch["prompt_mask"],
-            ),
-            self.mask_type,
-            response_mask=batch["labels"] != IGNORED,
-        )
         images = [image for row in rows for image in row.images]
         if images:
             batch |= self._image_inputs(images)
         if dropped:
             batch["losses_of_data"] = dropped
         if self.name_records:
+            records = [record for example in examples for record in records_of(example)]
             batch["record_names"] = [_name(record) for record in records]
+            batch["records_read"] = sum(not record.get("piece") for record in records)
         return batch
+
+    def _check_no_leak(self, row: Row) -> None:
+        """Raises a `ValueError` if an answer of the row of a record could reach its own prediction. Joined rows do not see each other, so
+        that none need be checked again; the check takes the square of a row's length."""
+        layout = TokenLayout.from_input_ids(
+            torch.tensor([row.input_ids]),
+            self.processor.image_token_id,
+            self.processor.image_seq_length,
+            record_ids=torch.tensor([row.record_ids]),
+            branch_ids=torch.tensor([row.branch_ids]),
+            prompt_mask=torch.tensor([row.prompt_mask]),
+        )
+        check_no_leak(layout, self.mask_type, response_mask=torch.tensor([row.labels]) != IGNORED)
 
     def pixel_values(self, images: list) -> Tensor:
         """Prepares decoded images as the vision encoder wants them: `(images, channels, height, width)`."""
@@ -179,8 +198,14 @@ class AlignVLMCollator:
             except BadImage as error:
                 if self.on_bad_image == "raise":
                     raise BadImage(f"{error} Replace it, or set `on_bad_image: skip`.") from error
-                dropped.append({"kind": "bad_image", "source": record.get("source", ""), "what": str(error)})
+                if not record.get("piece"):
+                    dropped.append({"kind": "bad_image", "source": record.get("source", ""), "what": str(error)})
         return readable
+
+
+def records_of(example: dict) -> list[dict]:
+    """Returns the records of a filled row, or the one record that an example is."""
+    return example.get("records", [example])
 
 
 def _name(record: dict) -> str:

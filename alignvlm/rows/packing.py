@@ -4,6 +4,8 @@ A branch sees the trunk and itself, and its positions continue from the trunk's 
 would.
 """
 
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from alignvlm.rows.encode import Branch, Encoder, shared_length
@@ -47,16 +49,34 @@ class Row:
         return len(self.input_ids)
 
 
-def first_fit(rows: list[Row], row_length: int) -> list[Row]:
-    """Joins every row to the first earlier row with room for it. Returns rows of at most `row_length` tokens, or of one record."""
-    filled: list[Row] = []
-    for row in rows:
-        place = next((other for other in filled if len(other) + len(row) <= row_length), None)
-        if place is None:
-            filled.append(row)
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Divides items of these lengths among rows of at most `row_length` tokens: the longest first, each into the fullest row that has
+    room for it (best fit decreasing, as TRL packs texts). An item of more tokens has a row to itself.
+
+    Returns:
+        for each row the indices of its items in their order; rows in the order of their first items.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # of each row: the tokens it has room for, and its index; ascending
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        fullest = bisect_left(rooms, (lengths[item], -1))
+        if fullest == len(rooms):
+            room, row = row_length, len(rows)
+            rows.append([])
         else:
-            place.extend(row)
-    return filled
+            room, row = rooms.pop(fullest)
+        rows[row].append(item)
+        if room >= lengths[item]:
+            insort(rooms, (room - lengths[item], row))
+    return sorted(sorted(row) for row in rows)
+
+
+def joined(rows: list[Row]) -> Row:
+    """Joins rows to one. Their records keep their positions and do not see each other."""
+    first, *others = rows
+    for row in others:
+        first.extend(row)
+    return first
 
 
 def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
@@ -90,7 +110,7 @@ class Packer:
     Args:
         encoder: the encoder that made the branches.
         max_length: the longest row of a record; None: no limit.
-        row_length: fill rows with several records up to this number of tokens; None: one record per row.
+        row_length: join the rows of a batch to rows of at most this number of tokens; None: one record per row.
         shares_trunk: False makes a row of each branch.
     """
 
@@ -125,7 +145,9 @@ class Packer:
         if not rows:
             rows = [Row([])]
             rows[0].append(Branch((self.pad_token_id,), (False,), prompt_length=1), 0)
-        return rows if self.row_length is None else first_fit(rows, self.row_length)
+        if self.row_length is None:
+            return rows
+        return [joined([rows[i] for i in row]) for row in best_fit(list(map(len, rows)), self.row_length)]
 
     def trunk_length(self, branches: list[Branch]) -> int:
         """Returns how many first tokens the branches share."""

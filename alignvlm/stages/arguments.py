@@ -290,7 +290,9 @@ class DataArguments:
     data_dir: str = field(default=".", metadata={"help": "Folder at which relative paths of sources start."})
     row_length: int | None = field(
         default=None,
-        metadata={"help": "Fill rows of several records up to N tokens (first fit); meant for flex_attention."},
+        metadata={
+            "help": "Fill rows of up to N tokens with records of different images. Batch sizes then count rows, not records."
+        },
     )
     image_token_share: float | None = field(
         default=None,
@@ -432,9 +434,25 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
         super().__post_init__()
         if self.cache_features and self.streaming:
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
+        if self.row_length is not None:
+            self._check_rows()
         if self.cache_features and self.torch_compile:
             raise ValueError(
                 "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."
+            )
+
+    def _check_rows(self) -> None:
+        if self.max_length is None or self.max_length > self.row_length:
+            raise ValueError(
+                f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
+                f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
+            )
+        if self.packing or self.padding_free:
+            raise ValueError("packing and padding_free are TRL's, for texts: leave them out. row_length packs rows.")
+        if self.streaming and self.image_start_fraction:
+            raise ValueError(
+                "image_start_fraction counts records, and how many of them the rows of a stream hold is not known: leave out streaming, "
+                "row_length or image_start_fraction."
             )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from alignvlm.data.images import BadImage, image_hash, read_image
-from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.collator import AlignVLMCollator, records_of
 from alignvlm.rows.features import FeatureStore
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
@@ -179,7 +179,7 @@ class KeptFeatures(StageOption):
         """Finds the images that training and evaluation will show, and how many come in a batch.
 
         Returns:
-            of each key its first place, `(data set, record, image)`; and how many batches show each number of images, above 0.
+            of each key its first place, `(data set, example, image)`; and how many batches show each number of images, above 0.
         """
         args, process, processes = self.arguments, self.arguments.process_index, self.arguments.world_size
         reads = [(self.trainer.train_dataset, list(self._epochs()), self.trainer._train_batch_size)]
@@ -195,14 +195,15 @@ class KeptFeatures(StageOption):
             merged = {index: entry for part in gather_object([found]) for index, entry in part.items()}
             for index in indices:
                 for image, key in enumerate(merged[index][0]):
-                    places.setdefault(key, (number, index, image))
+                    if key is not None:
+                        places.setdefault(key, (number, index, image))
             for epoch in epochs:
                 shown = (sum(merged[index][1] for index in batch) for batch in _batches(epoch, batch_size))
                 sizes.update(count for count in shown if count)
         return places, sizes
 
     def _epochs(self) -> Iterator[list[int]]:
-        """Yields the records of each epoch of the complete run, in their order."""
+        """Yields the examples (records, or filled rows) of each epoch of the complete run, in their order."""
         sampler = self.trainer.sampler
         left = self.trainer.total_steps() * self.arguments.records_per_step()
         for epoch in range(math.ceil(left / len(sampler))):
@@ -292,24 +293,28 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 
 class _Survey:
-    """Collates records to the keys of their images, and the number of images that their rows show."""
+    """Collates examples to the keys of their records' images (None for one that cannot be read), and the number of images shown."""
 
     def __init__(self, collator: AlignVLMCollator):
         self.collator = collator
 
-    def __call__(self, records: list[dict]) -> list[tuple[list[str], int]]:
-        return [self._of(record) for record in records]
+    def __call__(self, examples: list[dict]) -> list[tuple[list[str | None], int]]:
+        return [self._of(example) for example in examples]
 
-    def _of(self, record: dict) -> tuple[list[str], int]:
-        try:
-            keys = [image_hash(image) for image in record["images"]]
-        except BadImage:  # the collator will say so, in its turn
-            return [], 0
-        return keys, sum(len(row.images) for row in self.collator.rows(record)) if keys else 0
+    def _of(self, example: dict) -> tuple[list[str | None], int]:
+        keys, shown = [], 0
+        for record in records_of(example):
+            try:
+                keys += [image_hash(image) for image in record["images"]]
+            except BadImage:  # the collator will say so, in its turn
+                keys += [None] * len(record["images"])
+                continue
+            shown += sum(len(row.images) for row in self.collator.rows(record)) if record["images"] else 0
+        return keys, shown
 
 
 class _Images:
-    """The images of `(key, (data set, record, image))`, undecoded, each with its key."""
+    """The images of `(key, (data set, example, image))`, undecoded, each with its key."""
 
     def __init__(self, datasets: tuple, places: list[tuple[str, tuple[int, int, int]]]):
         self.datasets, self.places = datasets, places
@@ -318,8 +323,9 @@ class _Images:
         return len(self.places)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
-        key, (number, record, image) = self.places[index]
-        return key, self.datasets[number][record]["images"][image]
+        key, (number, example, image) = self.places[index]
+        images = [image for record in records_of(self.datasets[number][example]) for image in record["images"]]
+        return key, images[image]
 
 
 class _Pixels:

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from alignvlm.data.mixture import Mixture, load_mixture
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.filling import TrainingRows, fill_rows, fill_stream
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.lora import merge_saved_lora
@@ -72,7 +73,6 @@ def make_collator(
         mask_type=arguments.attention_mask_type,
         max_length=arguments.max_length,
         shared_image=config.packing,
-        row_length=arguments.row_length,
         pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,
         on_bad_image=arguments.on_bad_image,
         name_records=True,
@@ -95,6 +95,24 @@ def make_mixture(
         stream_records=arguments.max_steps * arguments.records_per_step(processes),
         earlier_stages=earlier_stages,
         max_bad_rows=arguments.bad_rows_allowed,
+    )
+
+
+def make_rows(arguments: StageArguments, mixture: Mixture, collator: AlignVLMCollator) -> TrainingRows:
+    """Makes what the trainer reads of a mixture: its records, or with `row_length` rows that hold several. All processes must call this."""
+    if arguments.row_length is None:
+        return TrainingRows(mixture.dataset, mixture.sampler)
+    if mixture.sampler is None:
+        return fill_stream(mixture, collator, arguments.row_length, arguments.order_seed)
+    return fill_rows(
+        mixture,
+        collator,
+        arguments.row_length,
+        arguments.per_device_train_batch_size,
+        arguments.records_per_step(),
+        epochs=arguments.num_train_epochs,
+        steps=arguments.max_steps if arguments.max_steps > 0 else None,
+        workers=arguments.dataloader_num_workers,
     )
 
 

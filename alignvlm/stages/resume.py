@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
 from alignvlm.data.record import shown
+from alignvlm.rows.filling import TrainingRows
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import is_complete, last_complete_checkpoint, read_progress
 from hub_upload.package import RUN_RECORD
@@ -78,7 +79,7 @@ def _is_finished(arguments: StageArguments) -> bool:
     return (Path(arguments.output_dir) / RUN_RECORD).is_file()
 
 
-def order_of_records(arguments: StageArguments, mixture: Mixture) -> dict[str, Any]:
+def order_of_records(arguments: StageArguments, mixture: Mixture, rows: TrainingRows) -> dict[str, Any]:
     """Collects what decides which record is read when, as JSON decodes it: the contents of files count, not their paths."""
     order = {
         "global_batch_size": arguments.records_per_step(),
@@ -89,6 +90,7 @@ def order_of_records(arguments: StageArguments, mixture: Mixture) -> dict[str, A
         "image_token_share": arguments.image_token_share,
         "texts_first": None if mixture.sampler is None else mixture.sampler.texts_first,
     }
+    order |= {"rows": rows.description} if rows.description else {}
     return json.loads(json.dumps(order))
 
 

@@ -14,6 +14,7 @@ from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.rewards import CIDER, Reward, make_rewards
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.filling import TrainingRows
 from alignvlm.rows.preferences import PreferenceCollator
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.loading import check_row_length
@@ -32,10 +33,13 @@ def make_trainer(
     model: AlignVLMForConditionalGeneration,
     collator: AlignVLMCollator,
     mixture: Mixture,
+    rows: TrainingRows,
     held_out: Mixture | None,
     **progress: Any,
 ) -> tuple[StageTrainer, list[StageOption]]:
     """Makes the trainer of the stage's method, and the option that measures rewards; `progress` as for `StageTrainer`.
+
+    Both methods read prompts of their own from the mixture, not the `rows` of the other stages.
 
     Raises:
         ValueError: for data that the method cannot learn from.

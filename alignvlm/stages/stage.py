@@ -20,6 +20,7 @@ from transformers.utils import logging
 from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.filling import TrainingRows
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
@@ -31,6 +32,7 @@ from alignvlm.stages.loading import (
     make_collator,
     make_held_out,
     make_mixture,
+    make_rows,
 )
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
 from alignvlm.stages.metrics import StageMetrics
@@ -59,6 +61,7 @@ def make_trainer(
     model: AlignVLMForConditionalGeneration,
     collator: AlignVLMCollator,
     mixture: Mixture,
+    rows: TrainingRows,
     held_out: Mixture | None,
     **progress: Any,
 ) -> tuple[AlignVLMTrainer, list[StageOption]]:
@@ -67,14 +70,14 @@ def make_trainer(
     trainer = AlignVLMTrainer(
         model,
         learning_rates=arguments.learning_rates,
-        sampler=mixture.sampler,
+        sampler=rows.sampler,
         max_bad_images=arguments.max_bad_images,
         max_bad_rows=arguments.max_bad_rows,
         token_weighting=arguments.token_weighting,
         infinite_schedule=arguments.infinite_schedule,
         args=arguments,
         data_collator=collator,
-        train_dataset=mixture.dataset,
+        train_dataset=rows.dataset,
         eval_dataset=None if held_out is None else held_out.dataset,
         processing_class=collator.processor,
         **progress,
@@ -108,15 +111,16 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     with PartialState().main_process_first():  # datasets writes its cache once
         mixture = make_mixture(arguments, collator, record["stages"])
         held_out = make_held_out(arguments, collator)
-    order = order_of_records(arguments, mixture)
+    rows = make_rows(arguments, mixture, collator)
+    order = order_of_records(arguments, mixture, rows)
     earlier = earlier_progress(arguments, resume_from, order)
-    trainer, own = make_trainer(arguments, model, collator, mixture, held_out, order=order, earlier=earlier)
+    trainer, own = make_trainer(arguments, model, collator, mixture, rows, held_out, order=order, earlier=earlier)
     samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
     for option in (*held, *own, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
-        print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
+        print(_describe(arguments, trainer.parameter_counts, mixture, rows), flush=True)
 
     # Train
     nested.enter(*own, StageMetrics(arguments, trainer, collator), *samples, *written)
@@ -124,7 +128,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
 
     # Finish
     options = nested.leave()
-    entry = _entry(arguments, trainer, mixture, held_out) | options
+    entry = _entry(arguments, trainer, mixture, rows, held_out) | options
     record["stages"].append(entry)
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
@@ -165,7 +169,11 @@ def _how_to_go_on(number: int, trainer: AlignVLMTrainer, given: str | None) -> s
 
 
 def _entry(
-    arguments: StageArguments, trainer: AlignVLMTrainer, mixture: Mixture, held_out: Mixture | None
+    arguments: StageArguments,
+    trainer: AlignVLMTrainer,
+    mixture: Mixture,
+    rows: TrainingRows,
+    held_out: Mixture | None,
 ) -> dict[str, Any]:
     """Collects what the run record says of the stage, but for its options and metrics."""
     progress = trainer.progress()
@@ -190,6 +198,7 @@ def _entry(
         "precision": arguments.chosen_precision.name,
         "precision_reason": arguments.chosen_precision.reason,
         **arguments.optimization_record(),
+        **_filled(rows, progress["computed"]),
         "processes": arguments.world_size,
         "seconds": round(progress["seconds"], 1),
         "resumed_at": progress["resumed_at"],
@@ -198,6 +207,17 @@ def _entry(
         "log": [_logged(entry) for entry in trainer.state.log_history if "loss" in entry],
         "versions": library_versions(),
     }
+
+
+def _filled(rows: TrainingRows, computed: dict[str, int]) -> dict[str, Any]:
+    """Says of rows that hold several records how full those were that have been trained."""
+    if not rows.description:
+        return {}
+    full, padded = (computed["rows"] * rows.description["row_length"], computed["positions"])
+    shares = {
+        name: round(computed["tokens"] / max(count, 1), 4) for name, count in (("fill", full), ("padded", padded))
+    }
+    return {"rows": {**rows.description, "fill": shares["fill"], "padding_share": round(1 - shares["padded"], 4)}}
 
 
 def _logged(entry: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +232,13 @@ def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture 
     return {**dropped, **counts, "bad_row_list": [*bad, *dropped["bad_row_list"]][:1000]}
 
 
-def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:
+def _describe(
+    arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture, rows: TrainingRows
+) -> str:
     """Says for the log what is frozen and what trains."""
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
     lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
+    lines += [f"  {rows}"] if rows.description else []
     lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
         rate = arguments.learning_rates.get(module)

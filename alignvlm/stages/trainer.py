@@ -125,6 +125,7 @@ class StageTrainer:
         self._losses_of_data = Counter()
         self._bad: dict[str, list[str]] = {"bad_image": [], "bad_row": []}
         self._loss_sum, self._steps = 0.0, 0
+        self._computed = Counter()
         self._train_started = time.perf_counter()
         self._train_seconds: float | None = None  # None: still training
         self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
@@ -151,25 +152,30 @@ class StageTrainer:
 
         Returns:
             `seconds`; `steps` and the sum of their losses, `loss_sum`; `resumed_at`, the steps at which the run was resumed;
-            `losses_of_data`, the dropped data: how many of each kind, and at most a thousand bad images and bad rows by name; and `order`.
+            `computed`: the `rows` with a label, their `tokens`, and the `positions` computed for them; `losses_of_data`, the dropped data: how many of each
+            kind, and at most a thousand bad images and bad rows by name; and `order`.
         """
-        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad)])
+        found = gather_object([(self._loss_sum, dict(self._losses_of_data), self._bad, self._computed)])
         earlier = self.earlier.get("losses_of_data", {})
         lists = {
-            f"{kind}_list": [*earlier.get(f"{kind}_list", []), *(name for _, _, bad in found for name in bad[kind])][
-                :1000
-            ]
+            f"{kind}_list": [
+                *earlier.get(f"{kind}_list", []),
+                *(name for _, _, bad, _ in found for name in bad[kind]),
+            ][:1000]
             for kind in self._bad
         }
         counts = Counter({kind: count for kind, count in earlier.items() if kind not in lists})
-        for _, more, _ in found:
+        computed = Counter(self.earlier.get("computed", {}))
+        for _, more, _, own in found:
             counts.update(more)
+            computed.update(own)
         seconds = time.perf_counter() - self._train_started if self._train_seconds is None else self._train_seconds
         return {
             "seconds": self.earlier.get("seconds", 0.0) + seconds,
             "steps": self.earlier.get("steps", 0) + self._steps,
-            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, _, _ in found) / len(found),
+            "loss_sum": self.earlier.get("loss_sum", 0.0) + sum(loss for loss, *_ in found) / len(found),
             "resumed_at": self.earlier.get("resumed_at", []),
+            "computed": dict(computed),
             "losses_of_data": {**counts, **lists},
             "order": self.order,
         }
@@ -399,6 +405,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         """Takes the dropped data out of the batch, and stops the run when too many images or rows are bad."""
         losses = inputs.pop("losses_of_data", [])
         self._record_names = inputs.pop("record_names", [])
+        records = inputs.pop("records_read", self.args.per_device_train_batch_size)
         if self.model.training:
             for loss in losses:
                 self._losses_of_data[loss["kind"]] += 1
@@ -408,7 +415,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
                     logger.warning(
                         f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
                     )
-            self._records_read += self.args.per_device_train_batch_size
+            self._records_read += records
             for kind, bad in self._bad.items():
                 # Below a thousand records the share says little: a few bad ones may come early.
                 if len(bad) > self.max_bad[kind] * max(self._records_read, 1000):
@@ -428,6 +435,12 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
         self.count(images, int(starts.sum()), inputs["attention_mask"])
+        tokens, trained = inputs["attention_mask"].sum(-1), (labels != IGNORED).any(-1)
+        self._computed += {
+            "tokens": int(tokens[trained].sum()),
+            "positions": labels.numel(),
+            "rows": int(trained.sum()),
+        }
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

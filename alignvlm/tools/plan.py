@@ -10,6 +10,7 @@ import argparse
 import copy
 import glob
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, load_mixture
 from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.rows.packing import IGNORED
+from alignvlm.rows.filling import WINDOW
+from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
@@ -86,13 +88,14 @@ def step_flops(
     head_tokens: int,
     recompute: bool = False,
     image: "ImageCost | None" = None,
+    pairs: float | None = None,
 ) -> float:
     """Returns the FLOPs of a training step, two per multiply-add.
 
     The encoder costs what PyTorch counts, and twice that backward. Elsewhere a matrix of P weights costs 2 P per token forward, 2 P for the
-    gradient of its weights if they train, and 2 P for the gradient of its input if anything before it trains. Attention costs 4 H T^2 per
-    row and layer forward (H hidden size, T row length: masked positions are computed too), and twice that backward if anything at or
-    before it trains. The head costs only at the tokens that it is applied to.
+    gradient of its weights if they train, and 2 P for the gradient of its input if anything before it trains. Attention costs 4 H per pair
+    of tokens and layer forward (H hidden size; T^2 pairs in a row of length T, where masked positions are computed too), and twice that
+    backward if anything at or before it trains. The head costs only at the tokens that it is applied to.
 
     Args:
         modules: vision encoder, projector, language model; on any device.
@@ -100,6 +103,7 @@ def step_flops(
         images, rows, length, head_tokens: of a step; `length` is that of the padded rows.
         recompute: with gradient checkpointing, layers with a backward pass go forward twice.
         image: the cost of one image; by default that of the square in the vision config.
+        pairs: of tokens, for which attention is computed; by default those of complete rows.
     """
     projector_weights, language_weights = (
         sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, Conv1D)))
@@ -112,20 +116,40 @@ def step_flops(
     total += images * image.tokens * 2 * projector_weights * (3 if "projector" in trains else 1 + trained)
     trained = "language" in trains
     total += rows * length * 2 * language_weights * (2 + trained + recompute)
-    total += rows * text.num_hidden_layers * 4 * text.hidden_size * length**2 * (3 + recompute)
+    pairs = rows * length**2 if pairs is None else pairs
+    total += pairs * text.num_hidden_layers * 4 * text.hidden_size * (3 + recompute)
     total += head_tokens * 2 * text.hidden_size * text.vocab_size * (2 + trained)
     return float(total)
 
 
 @dataclass
 class Batch:
-    """The shape of one batch of a process, and its tokens without padding."""
+    """The shape of one batch of a process, and its tokens without padding.
+
+    `pairs` counts the pairs of tokens for which attention computes something: all of the padded rows, or with `flex_attention` those of
+    one record.
+    """
 
     images: int
     rows: int
     length: int
     labels: int
     tokens: int
+    pairs: float
+
+    @classmethod
+    def of(cls, rows: list[Row], skips_masked: bool = False) -> "Batch":
+        """Describes a batch of rows; `skips_masked` for a kernel that skips blocks of masked pairs."""
+        length = max(map(len, rows))
+        records = (count for row in rows for count in Counter(row.record_ids).values())
+        return cls(
+            images=sum(len(row.images) for row in rows),
+            rows=len(rows),
+            length=length,
+            labels=sum(label != IGNORED for row in rows for label in row.labels),
+            tokens=sum(map(len, rows)),
+            pairs=float(sum(count**2 for count in records) if skips_masked else len(rows) * length**2),
+        )
 
 
 @dataclass
@@ -184,6 +208,7 @@ class Plan:
     parameters: dict[str, tuple[int, int]]  # of each module: trainable, total
     batches: list[Batch]
     records: int
+    rows: int | None  # with `row_length`: filled ones
     steps: int
     processes: int
     memory: dict[str, float]
@@ -199,26 +224,40 @@ class Plan:
 
 
 def batches_of(
-    mixture: Mixture, collator: AlignVLMCollator, batch_size: int, count: int, seed: int = 0
-) -> list[Batch]:
-    """Returns the shapes of `count` random batches of the mixture's records, without decoding images."""
+    mixture: Mixture,
+    collator: AlignVLMCollator,
+    batch_size: int,
+    count: int,
+    seed: int = 0,
+    row_length: int | None = None,
+    skips_masked: bool = False,
+) -> tuple[list[Batch], float]:
+    """Makes random batches of the mixture's records, without decoding images.
+
+    Returns:
+        the shapes of `count` batches (of filled rows: at most), and the records of a batch's example: 1, or those of a filled row.
+    """
     rng = np.random.default_rng(seed)
-    per_part = max(1, min(2 * batch_size * count, 1000))
+    per_part = 1000 if row_length else max(1, min(2 * batch_size * count, 1000))
     samples = [list(part.sample(per_part)) for part in mixture.parts]
     if mixture.draws is None:
         weights = np.array([(part.share or 1.0) / part.tokens for part in mixture.parts])
     else:
         weights = np.array(mixture.draws, dtype=float)
-    batches = []
-    for _ in range(count):
-        parts = rng.choice(len(samples), batch_size, p=weights / weights.sum())
-        rows = [r for p in parts for r in collator.rows(samples[p][rng.integers(len(samples[p]))])]
-        rows = collator.packer.arranged(rows)
-        labels = sum(label != IGNORED for row in rows for label in row.labels)
-        batches.append(
-            Batch(sum(len(row.images) for row in rows), len(rows), max(map(len, rows)), labels, sum(map(len, rows)))
-        )
-    return batches
+
+    def rows_of(records: int) -> list[Row]:
+        parts = rng.choice(len(samples), records, p=weights / weights.sum())
+        return [r for p in parts for r in collator.rows(samples[p][rng.integers(len(samples[p]))])]
+
+    if row_length is None:
+        drawn = (collator.packer.arranged(rows_of(batch_size)) for _ in range(count))
+        return [Batch.of(rows, skips_masked) for rows in drawn], 1.0
+    own = rows_of(WINDOW)
+    filled = best_fit(list(map(len, own)), row_length)
+    rows = [joined([own[i] for i in filled[row]]) for row in rng.permutation(len(filled))]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    complete = [rows for rows in batches[:count] if len(rows) == batch_size] or batches[:1]
+    return [Batch.of(rows, skips_masked) for rows in complete], WINDOW / len(filled)
 
 
 def memory_of(
@@ -305,11 +344,15 @@ def plan_stage(
     for part in mixture.parts:
         if part.image_tokens is None:
             part.measure(collator.token_counts)
-    batches = batches_of(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed)
+    skips_masked = arguments.attn_implementation == "flex_attention"
+    batches, records_per_example = batches_of(
+        *(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed),
+        *(arguments.row_length, skips_masked),
+    )
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
-    records = arguments.max_steps * per_step
+    examples = arguments.max_steps * per_step
     if arguments.max_steps <= 0:
-        records = sum(mixture.draws) * arguments.num_train_epochs
+        examples = sum(mixture.draws) * arguments.num_train_epochs / records_per_example
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
     features = KeptSize.of(arguments, config, mixture, image)
@@ -320,6 +363,7 @@ def plan_stage(
             *(modules, set(arguments.learning_rates), batch.images, batch.rows, batch.length, batch.labels),
             recompute=bool(arguments.activation_checkpointing),
             image=image,
+            pairs=batch.pairs,
         )
         for batch in batches
     ]
@@ -329,8 +373,9 @@ def plan_stage(
         mixture,
         parameters,
         batches,
-        round(records),
-        max(1, round(records / per_step)),
+        round(examples * records_per_example),
+        None if arguments.row_length is None else round(examples),
+        max(1, round(examples / per_step)),
         processes,
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
@@ -466,8 +511,13 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     padding = 1 - np.mean([batch.tokens for batch in plan.batches]) / positions
     longest = max(batch.length for batch in plan.batches)
     hours = plan.flops / (rate * utilisation * plan.processes) / 3600
+    read, unit = f"{plan.records:,} records", "records"
+    if plan.rows is not None:
+        tokens, rows = (sum(getattr(batch, name) for batch in plan.batches) for name in ("tokens", "rows"))
+        fill, unit = tokens / rows / arguments.row_length, "rows"
+        read += f" in about {plan.rows:,} rows of {arguments.row_length:,} tokens, {fill:.0%} filled"
     lines += [
-        f"  {plan.records:,} records, {plan.steps:,} steps of {per_step} records; rows up to {longest} tokens, {padding:.0%} padding",
+        f"  {read}, {plan.steps:,} steps of {per_step} {unit}; rows up to {longest} tokens, {padding:.0%} padding",
         f"  {plan.step_flops / 1e12:,.4g} TFLOP a step, {plan.flops / 1e18:,.3g} EFLOP in all: {hours:,.2g} hours on {plan.processes} x {gpu} "
         f"at {utilisation:.0%} of {rate / 1e12:,.0f} TFLOP/s",
     ]

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from itertools import pairwise
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignvlm.data.scenes import RECORD_FEATURES
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Branch
-from alignvlm.rows.packing import IGNORED, Row, first_fit
+from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
 from alignvlm.stages.arguments import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
@@ -147,24 +147,38 @@ def test_packed_and_accumulated_equals_separate_in_one_batch(mask_type, processo
 
 
 @settings(max_examples=examples(60), deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(5, 60))
-def test_first_fit_fills_rows_and_keeps_every_record_in_order(lengths, row_length):
+@given(st.lists(st.integers(0, 30), max_size=14), st.integers(5, 60))
+def test_best_fit_puts_every_item_into_one_row_and_leaves_no_row_that_another_has_room_for(lengths, row_length):
+    rows = best_fit(lengths, row_length)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    assert all(row == sorted(row) for row in rows) and rows == sorted(rows)
+    filled = [sum(lengths[item] for item in row) for row in rows]
+    for row, tokens in zip(rows, filled):
+        assert tokens <= row_length or len(row) == 1
+    for one, other in combinations(filled, 2):
+        assert one + other > row_length
+    assert best_fit(lengths, row_length) == rows
+
+
+def test_best_fit_takes_the_fullest_row_that_has_room():
+    assert best_fit([5, 8, 2], 10) == [[0], [1, 2]]
+    assert best_fit([8, 7, 3, 2], 10) == [[0, 3], [1, 2]]
+    assert best_fit([30, 10, 10, 1, 0], 20) == [[0], [1, 2, 4], [3]]
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12))
+def test_joined_rows_hold_the_records_one_after_the_other(lengths):
     rows = []
     for index, length in enumerate(lengths):
         row = Row([index])
         row.append(Branch((index,) * length, (False,) * length, length), 0)
         rows.append(row)
-    filled = first_fit(copy.deepcopy(rows), row_length)
-    assert sorted(image for row in filled for image in row.images) == list(range(len(lengths)))
-    for row in filled:
-        assert len(row) <= row_length or len(row.images) == 1
-        assert row.images == sorted(row.images)
-        expected = [index for index in row.images for _ in range(lengths[index])]
-        assert row.input_ids == expected
-        assert row.record_ids == [row.images.index(index) for index in expected]
-        assert row.position_ids == [p for index in row.images for p in range(lengths[index])]
-    for earlier, later in pairwise(filled):  # the first record of a row had no room before it
-        assert len(earlier) + lengths[later.images[0]] > row_length or earlier.images[-1] > later.images[0]
+    row = joined(rows)
+    expected = [index for index, length in enumerate(lengths) for _ in range(length)]
+    assert row.images == list(range(len(lengths)))
+    assert row.input_ids == row.record_ids == expected
+    assert row.position_ids == [position for length in lengths for position in range(length)]
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)

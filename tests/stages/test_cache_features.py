@@ -94,6 +94,7 @@ CASES = {
         "eval_sources": None,
         "max_steps": 5,
     },
+    "filled rows": {"row_length": 120, "max_length": 120, "attention_mask_type": "mutual"},
 }
 
 
