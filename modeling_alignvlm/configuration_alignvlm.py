@@ -4,7 +4,11 @@ from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .masking_alignvlm import MASK_TYPES, same_image  # needs torch alone, which transformers has imported by now
+from .masking_alignvlm import (
+    IMAGE_BLOCKS,
+    MASK_TYPES,
+    same_image,
+)  # needs torch alone, which transformers has imported by now
 
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
@@ -43,6 +47,9 @@ class AlignVLMConfig(PreTrainedConfig):
         attention_mask_type (`str`):
             Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
             `"image"` (those of the same image).
+        image_block (`str`, *optional*):
+            For images that the processor cuts into tiles: whether the mask types take a `"tile"` for an image, or the `"image"` with the
+            marks between its tiles. None: images are not cut.
         image_token_id (`int`): the id of the placeholder that image features replace.
         image_size (`list[int]`, *optional*): height and width in pixels of the image processor's output.
         image_grid (`list[int]`, *optional*): rows and columns of the encoder's feature grid.
@@ -72,6 +79,7 @@ class AlignVLMConfig(PreTrainedConfig):
     pixel_shuffle_factor: int = 1
     vision_feature_layer: int = -1
     attention_mask_type: str = "image"
+    image_block: str | None = None
     image_token_id: int | None = None
     image_size: list[int] | None = None
     image_grid: list[int] | None = None
@@ -106,6 +114,7 @@ class AlignVLMConfig(PreTrainedConfig):
 
         self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
+        self._check_value("image_block", (None, *IMAGE_BLOCKS))
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
@@ -132,9 +141,9 @@ class AlignVLMConfig(PreTrainedConfig):
     def _own_fields(cls) -> list[str]:
         return [name for name in AlignVLMConfig.__annotations__ if name != "sub_configs"]
 
-    def _check_value(self, key: str, valid: tuple[str, ...]) -> None:
+    def _check_value(self, key: str, valid: tuple[str | None, ...]) -> None:
         if getattr(self, key) not in valid:
-            raise ValueError(f"Unknown {key} {getattr(self, key)!r}. Valid values: {', '.join(valid)}.")
+            raise ValueError(f"Unknown {key} {getattr(self, key)!r}. Valid values: {', '.join(map(str, valid))}.")
 
     def _sub_config(self, key: str, default_model_type: str) -> PreTrainedConfig:
         value = getattr(self, key)
@@ -192,13 +201,15 @@ class AlignVLMConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Tokens that one image takes in the language model."""
+        """Tokens that one image, or one tile of it, takes in the language model."""
         height, width = self.feature_grid
         return height * width // self.pixel_shuffle_factor**2
 
     def to_dict(self) -> dict:
         """As in transformers, but the same before and after a round trip: `auto_map` in full, and one dtype for all parts."""
         values = {**super().to_dict(), "auto_map": self._complete_auto_map()}
+        if self.image_block is None:
+            del values["image_block"]  # as in checkpoints from before there were tiles
         for key in self.sub_configs:
             values[key] = {**values[key], "dtype": values.get("dtype"), "_name_or_path": ""}
         return values

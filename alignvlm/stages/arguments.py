@@ -18,6 +18,7 @@ from alignvlm.evaluation.precision import Precision, choose_precision
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
 from alignvlm.stages.schedules import check_phases
+from alignvlm.stages.tiles import TileArguments
 from alignvlm.stages.trainer import MODULES
 from hub_upload.commit import check_name
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
@@ -62,7 +63,7 @@ class TrainerArguments(SFTConfig):
 
 
 @dataclass
-class ModelArguments(TrainerArguments):
+class ModelArguments(TileArguments, TrainerArguments):
     """The checkpoint a stage starts from, which of its modules train, and who may attend to whom."""
 
     model: str = field(
@@ -97,6 +98,7 @@ class ModelArguments(TrainerArguments):
             )
         if not self.model:
             raise ValueError(NEEDED)
+        self.check_tiles()
         _check_choice(self, "attention_mask_type", MASK_TYPES)
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
 

@@ -27,10 +27,12 @@ from torch.utils.data import DataLoader, Subset
 from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.features import FeatureStore
+from alignvlm.rows.tiles import cuts_images
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer
 from hub_upload.run_record import write_json
+from modeling_alignvlm import AlignVLMProcessor
 
 
 DESCRIPTION = "features.json"  # in a folder of features: what they were made by and with
@@ -53,6 +55,15 @@ def check_room(folder: Path, needed: float) -> None:
         )
 
 
+def check_not_cut(processor: AlignVLMProcessor) -> None:
+    """Raises a `ValueError` if images are cut into tiles, of which an image would have several features."""
+    if cuts_images(processor):
+        raise ValueError(
+            f"cache_features keeps one feature map an image, and images are cut into up to {processor.max_tiles} tiles (max_tiles). Leave "
+            "out one of the two."
+        )
+
+
 class KeptFeatures(StageOption):
     """Encodes what is missing before training; the collator then takes all features from the disk."""
 
@@ -68,6 +79,7 @@ class KeptFeatures(StageOption):
         return [cls(arguments, trainer, collator)] if arguments.cache_features else []
 
     def check(self, trainer: AlignVLMTrainer) -> None:
+        check_not_cut(self.collator.processor)
         trainer.check_complete_weights("cache_features")
 
     def before(self, model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from alignvlm.stages.options import Nested
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
+from alignvlm.stages.tiles import cut_images, describe_tiles
 from alignvlm.stages.trainer import AlignVLMTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of
@@ -55,6 +56,7 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     _check_push(arguments, record)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    cut_images(arguments, model.config, processor)
     check_row_length(arguments, model)
 
     # Prepare
@@ -147,6 +149,7 @@ def _entry(
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
+        **describe_tiles(trainer.accelerator.unwrap_model(trainer.model).config, trainer.processing_class),
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),

@@ -297,6 +297,8 @@ class AlignVLMTrainer(SFTTrainer):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
+        if "image_ids" in inputs:  # of an image that is cut into tiles, `pixel_values` have several
+            images = int((inputs["image_ids"].amax(-1) + 1).sum())
         self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))

@@ -25,8 +25,9 @@ from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
-from alignvlm.stages.features import check_room, features_folder
+from alignvlm.stages.features import check_not_cut, check_room, features_folder
 from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
+from alignvlm.stages.tiles import cut_images
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -119,11 +120,12 @@ def step_flops(
 class Batch:
     """The shape of one batch of a process, and its tokens without padding."""
 
-    images: int
+    images: int  # that the encoder encodes: of images that are cut, the tiles
     rows: int
     length: int
     labels: int
     tokens: int
+    whole_images: int
 
 
 @dataclass
@@ -187,6 +189,7 @@ class Plan:
     memory: dict[str, float]
     step_flops: float  # of all processes
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
+    max_tiles: int  # 1: images are not cut
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
     features: "KeptSize | None" = None  # with `cache_features`
 
@@ -214,7 +217,14 @@ def batches_of(
         rows = collator.packer.arranged(rows)
         labels = sum(label != IGNORED for row in rows for label in row.labels)
         batches.append(
-            Batch(sum(len(row.images) for row in rows), len(rows), max(map(len, rows)), labels, sum(map(len, rows)))
+            Batch(
+                sum(map(collator.tile_count, rows)),
+                len(rows),
+                max(map(len, rows)),
+                labels,
+                sum(map(len, rows)),
+                sum(len(row.images) for row in rows),
+            )
         )
     return batches
 
@@ -286,9 +296,11 @@ def plan_stage(
     processes: int,
     sample: int = 30,
 ) -> Plan:
-    """Plans one stage: opens every source and measures `sample` random batches."""
-    config = copy.deepcopy(config)
+    """Plans one stage: opens every source and measures `sample` random batches. Makes `config` and `processor` those of its checkpoint."""
     config.attention_mask_type = arguments.attention_mask_type
+    cut_images(arguments, config, processor)
+    if arguments.cache_features:
+        check_not_cut(processor)
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
@@ -333,6 +345,7 @@ def plan_stage(
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
         [other_turns(part, collator.token_counts) for part in mixture.parts],
+        processor.max_tiles,
         describe_homes(config, processor=processor),
         features,
     )
@@ -357,7 +370,7 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
                     AlignVLMProcessor.from_pretrained(arguments.model, **options),
                     read_run_record(arguments.model, arguments.model_revision)["stages"],
                 )
-            config, processor, done = known[folder]
+            config, processor, done = copy.deepcopy(known[folder][:2]) + known[folder][2:]
             plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
@@ -404,6 +417,11 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
+    if plan.max_tiles > 1:
+        encoded, images = (sum(getattr(batch, name) for batch in plan.batches) for name in ("images", "whole_images"))
+        lines.append(
+            f"  max_tiles {plan.max_tiles}: {encoded / max(images, 1):.2f} encoded for each image, its overview and its tiles"
+        )
     if plan.features:
         lines.append(f"  cache_features: {plan.features} below {features_folder(arguments)}")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes

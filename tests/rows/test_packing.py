@@ -152,7 +152,7 @@ def test_first_fit_fills_rows_and_keeps_every_record_in_order(lengths, row_lengt
     rows = []
     for index, length in enumerate(lengths):
         row = Row([index])
-        row.append(Branch((index,) * length, (False,) * length, length), 0)
+        row.append(Branch((index,) * length, (False,) * length, length, (-1,) * length), 0)
         rows.append(row)
     filled = first_fit(copy.deepcopy(rows), row_length)
     assert sorted(image for row in filled for image in row.images) == list(range(len(lengths)))

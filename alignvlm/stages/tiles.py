@@ -1,0 +1,63 @@
+"""Cuts images into tiles, as a recipe or an assembly asks for: `max_tiles`, `tile_marks` and `image_block` (docs/tiles.md)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from modeling_alignvlm import IMAGE_BLOCKS, AlignVLMProcessor
+
+
+@dataclass(kw_only=True)
+class TileArguments:
+    """How images become tiles. What is left out stays as the checkpoint has it."""
+
+    max_tiles: int | None = field(
+        default=None,
+        metadata={"help": "The most tiles that an image is cut into, beside its overview; 1: images are not cut."},
+    )
+    tile_marks: bool | None = field(
+        default=None,
+        metadata={"help": "Write `<row_1_col_1>` before each tile, as text.", "nargs": "?", "const": True},
+    )
+    image_block: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the mask types take for an image: `image`, all its tiles with their marks, or each `tile`."
+        },
+    )
+
+    def check_tiles(self) -> None:
+        """Raises a `ValueError` for values that there are not."""
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise ValueError(f"max_tiles={self.max_tiles} must be at least 1, which cuts no image.")
+        if self.image_block not in (None, *IMAGE_BLOCKS):
+            raise ValueError(f"image_block={self.image_block!r}. Valid values: {', '.join(IMAGE_BLOCKS)}.")
+
+
+def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: AlignVLMProcessor) -> None:
+    """Sets what `arguments` ask for in a checkpoint's configuration and processor.
+
+    Raises:
+        ValueError: for an option that does nothing, because images are not cut.
+    """
+    if arguments.max_tiles is not None:
+        processor.max_tiles = arguments.max_tiles
+    if processor.max_tiles == 1:
+        for name in ("tile_marks", "image_block"):
+            if value := getattr(arguments, name):
+                raise ValueError(
+                    f"{name}={value!r} is for images that are cut into tiles. Set max_tiles to 2 or more."
+                )
+        processor.tile_marks, config.image_block = False, None
+        return
+    if arguments.tile_marks is not None:
+        processor.tile_marks = arguments.tile_marks
+    config.image_block = arguments.image_block or config.image_block or "image"
+
+
+def describe_tiles(config: PreTrainedConfig, processor: AlignVLMProcessor) -> dict[str, Any]:
+    """Returns what the run record says of tiles; nothing where images are not cut."""
+    if processor.max_tiles == 1:
+        return {}
+    return {"max_tiles": processor.max_tiles, "tile_marks": processor.tile_marks, "image_block": config.image_block}
