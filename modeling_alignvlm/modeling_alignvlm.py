@@ -236,8 +236,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
-                their tokens; where images are cut into tiles (`config.image_block`), the processor gives `image_ids`. Some mask types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens:
-                new tokens come after the first response.
+                their tokens; where they are cut into tiles (`config.image_block`), the processor gives `image_ids`. Some mask
+                types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens: new tokens come after the
+                first response.
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
                 head itself need not project positions without labels.

@@ -451,7 +451,7 @@ def number_images(input_ids: list[int], image_token_id: int, lengths: Iterator[i
     image_ids, places, index, length = [-1] * len(input_ids), [], 0, 0
     for place, token in enumerate(input_ids):
         if token == image_token_id:
-            length = length if places else next(lengths)
+            length = length if places else next(lengths, 0)
             places.append(place)
             if len(places) == length:
                 image_ids[places[0] : place + 1] = [index] * (place + 1 - places[0])

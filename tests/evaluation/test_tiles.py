@@ -1,5 +1,7 @@
 """Answers, likelihoods and heat maps of images cut into tiles equal those of plain `generate` and `forward`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,8 +47,7 @@ def test_an_answer_about_two_images_that_prompts_begin_with_apart(processor, mak
 
 def test_choices_about_tiles_have_the_likelihood_of_a_plain_forward(processor, make_model):
     own, model = tiled(processor), make_model(image_block="image").double()
-    conversation = one_turn("What is it?", ["a red circle"], 1)
-    conversation.choices = ["a red circle", "a square"]
+    conversation = replace(one_turn("What is it?", ["a square"], 1), choices=["a red circle", "a square"])
     (found,) = likelihoods(model, own, IMAGES[:1], [conversation])
     for choice, one in zip(conversation.choices, found):
         asked = type(conversation)(conversation.messages, [choice])

@@ -129,9 +129,11 @@ def test_max_length_makes_room_for_the_largest_image(processor):
     needed = Encoder(own).up_to_an_image
     with pytest.raises(ValueError, match=rf"behind {needed} tokens up to the end of an image of up to 4 tiles"):
         AlignVLMCollator(own, max_length=needed + 1)([record])
-    length = int(AlignVLMCollator(own)([record])["attention_mask"].sum())
-    batch = AlignVLMCollator(own, max_length=length)([record])
+    batch = AlignVLMCollator(own, max_length=needed + 2)([record])
     assert "losses_of_data" not in batch and int((batch["labels"] != IGNORED).sum()) > 0
+    longer = of_exchanges([picture((33, 50))], [("a " * needed, "b")])
+    batch = AlignVLMCollator(own, max_length=needed + 2)([longer])
+    assert [loss["kind"] for loss in batch["losses_of_data"]] == ["dropped_record"]
 
 
 def test_a_size_is_read_from_the_header_as_the_image_is_decoded(tmp_path):
