@@ -32,6 +32,7 @@ from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_c
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
+from alignvlm.rows.tiles import describe_tiles, set_max_tiles
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.run_record import library_versions, read_json, write_json
 
@@ -83,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         "--controls",
         action="store_true",
         help="All controls and the most frequent answer in one go, and what of each score needs the image.",
+    )
+    p.add_argument(
+        "--max_tiles", type=int, help="Cut images into at most this number of tiles; default: as the checkpoint says."
     )
     p.add_argument("--batch_size", type=int, default=32, help="Images (or windows of text) at once.")
     p.add_argument("--num_beams", type=int, default=1, help="1 is greedy decoding.")
@@ -136,6 +140,8 @@ def evaluate_checkpoint(
         raise ValueError("--data_dir holds the data of several --tasks; the data of one --task is --data.")
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     model, processor, precision = loaded or load_model(arguments)
+    if arguments.max_tiles is not None:
+        set_max_tiles(model.config, processor, arguments.max_tiles)
     with state.main_process_first():  # fetches data once
         print(f"Computes in {precision}")
         bind = _text_work if arguments.task == "text_perplexity" else _question_work
@@ -239,7 +245,7 @@ def _question_work(arguments: argparse.Namespace, model, processor) -> Work:
         return judge(predictions, arguments.bootstrap_samples, arguments.seed)
 
     data = {**evaluation_set.source.identity, **evaluation_set.notes}
-    settings = {"data": data, "tag": tag, "decoding": decoding}
+    settings = {"data": data, "tag": tag, "decoding": decoding, **describe_tiles(model.config, processor)}
     if arguments.metric is not None:
         settings["metric"] = arguments.metric
     return Work(len(asked), settings, run, summarise)

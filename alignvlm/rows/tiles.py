@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from alignvlm.data.images import BadImage, image_size
 from modeling_alignvlm import WHOLE
@@ -22,6 +22,29 @@ Grid = tuple[int, int]
 def cuts_images(processor: ProcessorMixin) -> bool:
     """Whether the processor cuts images into tiles."""
     return getattr(processor, "max_tiles", 1) > 1
+
+
+def set_max_tiles(config: PreTrainedConfig, processor: ProcessorMixin, max_tiles: int) -> None:
+    """Lets a checkpoint cut images into at most this number of tiles, beside their overview; 1: not at all.
+
+    Raises:
+        ValueError: for fewer than 1, and for a checkpoint whose own code knows no tiles.
+    """
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles={max_tiles} must be at least 1, which cuts no image.")
+    if not hasattr(processor, "max_tiles"):
+        raise ValueError(
+            f"max_tiles={max_tiles}: the checkpoint's own code cuts no images. Load it without trust_remote_code."
+        )
+    processor.max_tiles = max_tiles
+    config.image_block = None if max_tiles == 1 else config.image_block or "image"
+
+
+def describe_tiles(config: PreTrainedConfig, processor: ProcessorMixin) -> dict[str, Any]:
+    """Returns what a record of a run says of tiles; nothing where images are not cut."""
+    if not cuts_images(processor):
+        return {}
+    return {"max_tiles": processor.max_tiles, "tile_marks": processor.tile_marks, "image_block": config.image_block}
 
 
 def grids_of(processor: ProcessorMixin, images: Sequence[Any]) -> list[Grid]:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
+from alignvlm.rows.tiles import describe_tiles
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
@@ -29,7 +30,7 @@ from alignvlm.stages.options import Nested
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
-from alignvlm.stages.tiles import cut_images, describe_tiles
+from alignvlm.stages.tiles import cut_images
 from alignvlm.stages.trainer import AlignVLMTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of

@@ -1,10 +1,10 @@
 """Cuts images into tiles, as a recipe or an assembly asks for: `max_tiles`, `tile_marks` and `image_block` (docs/tiles.md)."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedConfig
 
+from alignvlm.rows.tiles import cuts_images, set_max_tiles
 from modeling_alignvlm import IMAGE_BLOCKS, AlignVLMProcessor
 
 
@@ -41,23 +41,15 @@ def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: Al
     Raises:
         ValueError: for an option that does nothing, because images are not cut.
     """
-    if arguments.max_tiles is not None:
-        processor.max_tiles = arguments.max_tiles
-    if processor.max_tiles == 1:
+    set_max_tiles(config, processor, arguments.max_tiles or processor.max_tiles)
+    if not cuts_images(processor):
         for name in ("tile_marks", "image_block"):
             if value := getattr(arguments, name):
                 raise ValueError(
                     f"{name}={value!r} is for images that are cut into tiles. Set max_tiles to 2 or more."
                 )
-        processor.tile_marks, config.image_block = False, None
+        processor.tile_marks = False
         return
     if arguments.tile_marks is not None:
         processor.tile_marks = arguments.tile_marks
-    config.image_block = arguments.image_block or config.image_block or "image"
-
-
-def describe_tiles(config: PreTrainedConfig, processor: AlignVLMProcessor) -> dict[str, Any]:
-    """Returns what the run record says of tiles; nothing where images are not cut."""
-    if processor.max_tiles == 1:
-        return {}
-    return {"max_tiles": processor.max_tiles, "tile_marks": processor.tile_marks, "image_block": config.image_block}
+    config.image_block = arguments.image_block or config.image_block

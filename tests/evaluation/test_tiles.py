@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alignvlm.data import signs
 from alignvlm.data.record import one_turn
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.attention import attention_to_images
 from alignvlm.evaluation.choices import likelihoods
+from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.tiles import grids_of
 from modeling_alignvlm import IMAGE_BLOCKS
@@ -85,3 +87,39 @@ def test_heat_maps_show_the_overview(processor, make_model):
             first = image_ids.index(image)
             expected = weights[0, :, -1, first : first + 4].mean(0).view(2, 2)
             torch.testing.assert_close(looked.layers[layer, 0, image], expected)
+
+
+def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_path):
+    own, model = tiled(processor), make_model(image_block="tile")
+    model.save_pretrained(tmp_path / "checkpoint")
+    own.save_pretrained(tmp_path / "checkpoint")
+    signs.make_signs(2, "test", image_size=40).to_parquet(tmp_path / "test.parquet")
+    given = [
+        str(tmp_path / "checkpoint"),
+        "--task",
+        "scene_signs",
+        "--data",
+        str(tmp_path / "test.parquet"),
+        "--use_cpu",
+    ]
+    given += [
+        "--output_dir",
+        str(tmp_path / "results"),
+        "--max_new_tokens",
+        "2",
+        "--bootstrap_samples",
+        "5",
+        "--tag",
+        "",
+    ]
+    found = {}
+    for most in (None, 2, 1):
+        more = [] if most is None else ["--max_tiles", str(most)]
+        result = evaluate_checkpoint(parser().parse_args([*given, *more]))
+        found[most] = [result.get(name) for name in ("max_tiles", "tile_marks", "image_block")]
+        kinds = {prediction["kind"] for prediction in result["predictions"]}
+        assert {"find", "count"} <= kinds <= {"find", "count", "read_number", "read_word"}
+        assert "pathvqa_accuracy" in result["metrics"]
+    assert found == {None: [4, True, "tile"], 2: [2, True, "tile"], 1: [None] * 3}
+    with pytest.raises(ValueError, match="max_tiles=0 must be at least 1"):
+        evaluate_checkpoint(parser().parse_args([*given, "--max_tiles", "0"]))
