@@ -347,8 +347,8 @@ class AlignVLMProcessor(ProcessorMixin):
         tiles = [tile for image, grid in zip(images, grids) for tile in self._cut(image, grid)]
         if tiles:
             # A tile has its size: an image processor that cuts off the margins of images would cut off those of tiles.
-            sizing = ("do_resize", "do_center_crop", "do_pad")
-            as_they_are = {name: False for name in sizing if getattr(self.image_processor, name, None)}
+            options = self.image_processor.to_dict()
+            as_they_are = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if options.get(name)}
             rest = iter(self.image_processor(tiles, **{**kwargs, **as_they_are})["pixel_values"])
             values = [
                 value
