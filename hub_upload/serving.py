@@ -35,7 +35,16 @@ def check_for_vllm(folder: Path) -> None:
             f"vLLM cannot serve {folder}: its language models have no place for modality_calibration. Use `transformers`, or train without."
         )
     window = config.get("text_config", {}).get("sliding_window")
-    tokens = json.loads((folder / "processor_config.json").read_text()).get("image_seq_length", 1)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    tokens, block = processor.get("image_seq_length", 1), config.get("image_block")
+    if mask_type == "image" and block is not None:
+        made = "tile" if processor.get("tile_marks") else "image"  # image tokens without text between them are a block
+        if block != made:
+            raise ValueError(
+                f"vLLM cannot serve {folder}: with tile_marks {'on' if made == 'tile' else 'off'} it makes the masks of image_block "
+                f"{made!r}, and this checkpoint was trained with {block!r}. Use `transformers`, or train with the other."
+            )
+        tokens *= processor.get("max_tiles", 1) + 1 if block == "image" else 1
     if mask_type == "image" and window is not None and tokens > window:
         raise ValueError(
             f"vLLM cannot serve {folder}: it keeps the mask of an image whole only within the sliding window, and an image has {tokens} "

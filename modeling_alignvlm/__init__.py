@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_alignvlm import AlignVLMConfig
 from .masking_alignvlm import (
+    IMAGE_BLOCKS,
     MASK_TYPES,
     MaskType,
     TokenLayout,
@@ -15,7 +16,7 @@ from .masking_alignvlm import (
     same_image,
 )
 from .modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, AlignVLMModel
-from .processing_alignvlm import AlignVLMProcessor, to_rgb
+from .processing_alignvlm import WHOLE, AlignVLMProcessor, number_images, tiles_of, to_rgb
 
 
 AutoConfig.register("alignvlm", AlignVLMConfig)
@@ -30,7 +31,9 @@ AlignVLMProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "CACHE_NAME",
+    "IMAGE_BLOCKS",
     "MASK_TYPES",
+    "WHOLE",
     "AlignVLMConfig",
     "AlignVLMForConditionalGeneration",
     "AlignVLMModel",
@@ -42,6 +45,8 @@ __all__ = [
     "dense_mask",
     "get_mask_type",
     "leaking_edges",
+    "number_images",
     "same_image",
+    "tiles_of",
     "to_rgb",
 ]

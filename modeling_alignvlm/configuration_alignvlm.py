@@ -4,14 +4,23 @@ from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .masking_alignvlm import MASK_TYPES, same_image  # needs torch alone, which transformers has imported by now
+from .masking_alignvlm import (
+    IMAGE_BLOCKS,
+    MASK_TYPES,
+    same_image,
+)  # needs torch alone, which transformers has imported by now
 
 
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
 PROJECTOR_TYPES = ("linear", "mlp", "pool")
 LAYER_FUSIONS = ("concatenate", "weighted_sum")
 # Options that a config.json names only where they are on, and what they are where they are off.
-OFF = {"vision_layer_fusion": "concatenate", "merge_image_tokens": None, "modality_calibration": False}
+OFF = {
+    "vision_layer_fusion": "concatenate",
+    "merge_image_tokens": None,
+    "modality_calibration": False,
+    "image_block": None,
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
     "AutoModel": "modeling_alignvlm.AlignVLMForConditionalGeneration",
@@ -54,6 +63,9 @@ class AlignVLMConfig(PreTrainedConfig):
         attention_mask_type (`str`):
             Which later tokens a token may see too: a name of `masking_alignvlm.MASK_TYPES`, such as `"causal"` (none) or
             `"image"` (those of the same image).
+        image_block (`str`, *optional*):
+            For images that the processor cuts into tiles: whether the mask types take a `"tile"` for an image, or the `"image"` with the
+            marks between its tiles. None: images are not cut.
         image_token_id (`int`): the id of the placeholder that image features replace.
         image_size (`list[int]`, *optional*): height and width in pixels of the image processor's output.
         image_grid (`list[int]`, *optional*): rows and columns of the encoder's feature grid.
@@ -86,6 +98,7 @@ class AlignVLMConfig(PreTrainedConfig):
     merge_image_tokens: int | None = None
     modality_calibration: bool = False
     attention_mask_type: str = "image"
+    image_block: str | None = None
     image_token_id: int | None = None
     image_size: list[int] | None = None
     image_grid: list[int] | None = None
@@ -121,6 +134,7 @@ class AlignVLMConfig(PreTrainedConfig):
         self._check_value("attention_mask_type", tuple(MASK_TYPES))
         self._check_value("projector_type", PROJECTOR_TYPES)
         self._check_feature_layers()
+        self._check_value("image_block", (None, *IMAGE_BLOCKS))
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id={self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size} "
@@ -172,9 +186,9 @@ class AlignVLMConfig(PreTrainedConfig):
     def _own_fields(cls) -> list[str]:
         return [name for name in AlignVLMConfig.__annotations__ if name != "sub_configs"]
 
-    def _check_value(self, key: str, valid: tuple[str, ...]) -> None:
+    def _check_value(self, key: str, valid: tuple[str | None, ...]) -> None:
         if getattr(self, key) not in valid:
-            raise ValueError(f"Unknown {key} {getattr(self, key)!r}. Valid values: {', '.join(valid)}.")
+            raise ValueError(f"Unknown {key} {getattr(self, key)!r}. Valid values: {', '.join(map(str, valid))}.")
 
     def _sub_config(self, key: str, default_model_type: str) -> PreTrainedConfig:
         value = getattr(self, key)
@@ -239,12 +253,12 @@ class AlignVLMConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Tokens that one image takes in the language model."""
+        """Tokens that one image, or one tile of it, takes in the language model."""
         return self.unmerged_seq_length if self.merge_image_tokens is None else self.merge_image_tokens
 
     @property
     def unmerged_seq_length(self) -> int:
-        """Tokens of one image before similar ones are merged: one for each square of the grid."""
+        """Tokens of one image or tile before similar ones are merged: one for each square of the grid."""
         height, width = self.feature_grid
         return height * width // self.pixel_shuffle_factor**2
 

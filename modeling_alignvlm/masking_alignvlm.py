@@ -14,6 +14,8 @@ from torch import Tensor
 
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Of an image that is cut into tiles, what the mask types take for an image: each tile, or all tiles with the marks between them.
+IMAGE_BLOCKS = ("tile", "image")
 
 
 @dataclass
@@ -21,7 +23,7 @@ class TokenLayout:
     """Describes each token of a batch of rows; every field has shape `(batch, length)`.
 
     Args:
-        image_ids (`torch.LongTensor`): -1, or the index of the token's image within its row.
+        image_ids (`torch.LongTensor`): -1, or the index of the token's image (of its tile, if tiles are blocks) within its row.
         record_ids (`torch.LongTensor`): -1 for padding, else the index of the token's record within its row.
         branch_ids (`torch.LongTensor`): 0 for the trunk of a record, `k > 0` for the tokens of its k-th annotation.
         prompt_mask (`torch.BoolTensor`): True for the tokens before the first response of their branch.
@@ -53,18 +55,24 @@ class TokenLayout:
         prompt_mask: Tensor | None = None,
         record_ids: Tensor | None = None,
         branch_ids: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        image_block: str | None = None,
     ) -> "TokenLayout":
         """Builds the layout of rows whose image tokens are known, with defaults for the rest.
 
         Args:
             is_image (`torch.BoolTensor` of shape `(batch, length)`): True at image tokens, for instance
                 `input_ids == config.image_token_id`.
-            image_seq_length (`int`): tokens per image. Counting them tells two adjacent images apart.
+            image_seq_length (`int`): tokens per image or tile. Counting them tells two adjacent ones apart.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 or False at padding.
+            image_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                instead of counting, the image of each token, with the marks between its tiles; -1 at text.
+            image_block (`str`, *optional*): `"tile"` counts tiles, whatever `image_ids` says: see `IMAGE_BLOCKS`.
 
         Without `record_ids` a row is one record, without `branch_ids` one trunk, without `prompt_mask` all response.
         """
-        image_ids = torch.where(is_image, (is_image.long().cumsum(-1) - 1) // image_seq_length, -1)
+        if image_ids is None or image_block == "tile":
+            image_ids = torch.where(is_image, (is_image.long().cumsum(-1) - 1) // image_seq_length, -1)
         if record_ids is None:
             record_ids = torch.zeros_like(image_ids)
         if attention_mask is not None:
@@ -278,6 +286,7 @@ def check_no_leak(layout: TokenLayout, mask_type: str, response_mask: Tensor) ->
 
 
 __all__ = [
+    "IMAGE_BLOCKS",
     "MASK_TYPES",
     "MaskType",
     "TokenLayout",

@@ -380,9 +380,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     ) -> AlignVLMModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): with `image_seq_length` image tokens per image.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): with `image_seq_length` image tokens per image or tile.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
-                all images of the batch, in the order of their tokens.
+                all images of the batch, or the tiles of all images, in the order of their tokens.
             attention_mask (`torch.Tensor`):
                 `(batch, cached + length)`, 0 at padding; or a ready bool mask of shape `(batch, 1, length, keys)`, True
                 where attention is allowed, which then replaces every rule below.
@@ -392,8 +392,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
-                their tokens. Some mask types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens:
-                new tokens come after the first response.
+                their tokens; where they are cut into tiles (`config.image_block`), the processor gives `image_ids`. Some mask
+                types (`MaskType.needs_prompt`) need `prompt_mask`, except behind cached tokens: new tokens come after the
+                first response.
             positions_to_keep (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
                 return only these positions as `last_hidden_state`, in one row `(1, kept, hidden)`: a trainer that applies the
                 head itself need not project positions without labels.
@@ -420,7 +421,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             is_image = mm_token_type_ids == 1
         elif input_ids is not None and (gives_images or begins_rows):
             is_image = input_ids == self.config.image_token_id  # behind a cache: text, whatever a model has written
-        has_images = image_ids is not None or (is_image is not None and bool(is_image.any()))
+        has_images = image_ids is not None if is_image is None else bool(is_image.any())
         features = None
         if gives_images:
             if is_image is None:
@@ -515,17 +516,32 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 )
             attention_mask = attention_mask[:, past_length : past_length + shape[1]]
         if is_image is None:
+            if image_ids is not None and self.config.image_block == "tile":
+                raise ValueError(
+                    "image_block='tile' needs `mm_token_type_ids` (1 at image tokens) with `inputs_embeds`."
+                )
             is_image = torch.zeros(shape, dtype=torch.bool, device=inputs_embeds.device)
         counts = is_image.sum(-1)
-        if image_ids is None and bool((counts % self.config.image_seq_length).any()):
+        if image_ids is None and self.config.image_block == "image" and bool(counts.any()):
+            raise ValueError(
+                "image_block='image' needs `image_ids`, of shape (batch, length): the image of each token, as the processor gives it "
+                "beside `input_ids`. Pass it on; or set `config.image_block = None` if no image is cut into tiles."
+            )
+        if (image_ids is None or self.config.image_block == "tile") and bool(
+            (counts % self.config.image_seq_length).any()
+        ):
             raise ValueError(
                 f"Rows hold {', '.join(map(str, counts.tolist()))} image tokens, and an image takes "
                 f"{self.config.image_seq_length}: part of an image is missing. Truncate before or behind images."
             )
-        layout = TokenLayout.from_image_mask(is_image, self.config.image_seq_length, attention_mask, **layout_inputs)
-        if image_ids is not None:
-            layout.image_ids = image_ids
-        return layout
+        return TokenLayout.from_image_mask(
+            is_image,
+            self.config.image_seq_length,
+            attention_mask,
+            image_ids=image_ids,
+            image_block=self.config.image_block,
+            **layout_inputs,
+        )
 
     def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, cache: Cache | None):
         """Converts a dense mask given by the caller to the form that the attention kernel reads."""

@@ -3,10 +3,16 @@
 Every image placeholder in a text becomes `image_seq_length` image tokens; every image, whatever its type, mode or orientation,
 becomes an 8-bit RGB image and then pixel values. Texts of unequal lengths are padded on the left, as generation needs it. On request
 the processor also returns the model's dense attention mask.
+
+With `max_tiles`, an image larger than the encoder's input becomes several: an overview of it all, then the tiles of a grid, row by row.
+Each is encoded like an image and has `image_seq_length` tokens; `image_ids` say which of them are of one image.
 """
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,6 +25,8 @@ from .masking_alignvlm import TokenLayout, dense_mask
 
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "image", "image_url")
+TILE_MARK = "<row_{row}_col_{column}>"  # SmolVLM's, as text: a tokenizer that has it as a token takes that one
+WHOLE = (1, 1)  # the grid of an image that is not cut
 
 
 def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
@@ -104,6 +112,32 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
+def best_grid(size: tuple[int, int], tile_size: tuple[int, int], max_tiles: int) -> tuple[int, int]:
+    """Returns rows and columns of the grid of at most `max_tiles` tiles whose shape is nearest to that of an image.
+
+    A grid has no more rows and columns than the image fills with its own pixels, so that an image no larger than a tile is not cut. Of
+    grids of one shape the largest is taken of whose pixels the image has at least half (as in InternVL 1.5, arXiv 2404.16821).
+
+    Args:
+        size, tile_size: heights and widths in pixels.
+    """
+    (height, width), (tile_height, tile_width) = size, tile_size
+    most_rows, most_columns = math.ceil(height / tile_height), math.ceil(width / tile_width)
+
+    def badness(grid: tuple[int, int]) -> tuple[float, bool, int]:
+        rows, columns = grid
+        grid_height, grid_width = rows * tile_height, columns * tile_width
+        stretch = abs(math.log(grid_width * height / (grid_height * width)))
+        return round(stretch, 9), grid_height * grid_width > 2 * height * width, -rows * columns
+
+    grids = [
+        (rows, columns)
+        for rows in range(1, min(most_rows, max_tiles) + 1)
+        for columns in range(1, min(most_columns, max_tiles // rows) + 1)
+    ]
+    return min(grids, key=badness)
+
+
 class AlignVLMProcessor(ProcessorMixin):
     """Wraps an image processor and a tokenizer into one. The tokenizer pads on the left from then on, whatever its files say:
     behind padding on the right a decoder would generate from the wrong token.
@@ -116,6 +150,8 @@ class AlignVLMProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         template_writes_special_tokens (`bool`):
             whether `chat_template` writes all special tokens, as the language model's own does: then the tokenizer adds none.
+        max_tiles (`int`): the most tiles that an image is cut into, beside its overview; 1: images are not cut.
+        tile_marks (`bool`): whether a text before each tile says its row and column: `TILE_MARK`.
     """
 
     _auto_class = "AutoProcessor"
@@ -129,7 +165,13 @@ class AlignVLMProcessor(ProcessorMixin):
         image_token: str = "<image>",
         chat_template=None,
         template_writes_special_tokens: bool = False,
+        max_tiles: int = 1,
+        tile_marks: bool = False,
     ):
+        if not isinstance(max_tiles, int) or max_tiles < 1:
+            raise ValueError(f"max_tiles={max_tiles!r}: expected a whole number of at least 1, which cuts no image.")
+        self.max_tiles = max_tiles
+        self.tile_marks = tile_marks
         self.template_writes_special_tokens = template_writes_special_tokens
         self.image_seq_length = image_seq_length
         self.image_token = image_token
@@ -141,7 +183,9 @@ class AlignVLMProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, dense_mask_type: str | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images=None, text=None, dense_mask_type: str | None = None, image_block: str = "image", **kwargs
+    ) -> BatchFeature:
         """Prepares a batch.
 
         Args:
@@ -152,12 +196,15 @@ class AlignVLMProcessor(ProcessorMixin):
             dense_mask_type (`str`, *optional*):
                 return `attention_mask` as the dense bool mask `(batch, 1, length, length)` of this mask type, with the
                 complete text counted as prompt. Needs `return_tensors="pt"`, and padding in batches of unequal lengths.
+            image_block (`str`): what that mask type takes for an image that is cut: see `AlignVLMConfig`.
             **kwargs: for tokenizer and image processor, such as `padding`, `padding_side` (left by default),
                 `return_tensors`, `input_data_format`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) of shape `(batch, length)`, and
-            `pixel_values` `(images, channels, height, width)` with the images of all texts in order.
+            `pixel_values` `(images, channels, height, width)` with the images of all texts in order. With `max_tiles`, `pixel_values`
+            hold the tiles of all images in order, and there are `image_ids` `(batch, length)`: the index of each token's image in its
+            row, of the marks between its tiles too; -1 at text.
 
         Raises:
             ValueError: for an empty batch, an unreadable image, or other than one image per placeholder.
@@ -167,6 +214,9 @@ class AlignVLMProcessor(ProcessorMixin):
         if texts and "add_special_tokens" not in options and all(map(self._begins_with_bos, texts)):
             kwargs["add_special_tokens"] = False  # a chat template wrote it
         batch = super().__call__(images=images, text=text, **kwargs)
+        grids = batch.pop("tile_grids", [])
+        if self.max_tiles > 1 and "input_ids" in batch:
+            batch["image_ids"] = self._image_ids(batch["input_ids"], grids)
         if dense_mask_type is not None:
             if not isinstance(batch.get("input_ids"), torch.Tensor):
                 raise ValueError(f"dense_mask_type={dense_mask_type!r} needs `text` and return_tensors='pt'.")
@@ -176,6 +226,8 @@ class AlignVLMProcessor(ProcessorMixin):
                 self.image_seq_length,
                 attention_mask=batch["attention_mask"],
                 prompt_mask=batch["attention_mask"].bool(),
+                image_ids=batch.get("image_ids"),
+                image_block=image_block,
             )
             batch["attention_mask"] = dense_mask(layout, dense_mask_type)
         return batch
@@ -280,18 +332,96 @@ class AlignVLMProcessor(ProcessorMixin):
         return to_rgb(image, options.get("input_data_format"))
 
     def _process_images(self, images, input_data_format=None, **kwargs):
-        """As in transformers; `input_data_format` was for arrays, which are RGB images by now."""
-        return super()._process_images(images, **kwargs)
+        """As `process_images`, and the text of each image; `input_data_format` was for arrays, which are RGB images by now."""
+        image_inputs = self.process_images(images, **kwargs)
+        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(len(images))]
+
+    def process_images(self, images: list[Image.Image], **kwargs) -> BatchFeature:
+        """Prepares RGB images: `pixel_values` `(tiles of all images, channels, height, width)`, of each image its overview and then its
+        tiles, row by row; and, with `max_tiles`, `tile_grids` `(images, 2)`, the rows and columns of each. `kwargs` are the image
+        processor's."""
+        batch = self.image_processor(images, **kwargs)
+        if self.max_tiles == 1:
+            return batch
+        grids = [self.tile_grid((image.height, image.width)) for image in images]
+        tiles = [tile for image, grid in zip(images, grids) for tile in self._cut(image, grid)]
+        if tiles:
+            # A tile has its size: an image processor that cuts off the margins of images would cut off those of tiles.
+            options = self.image_processor.to_dict()
+            as_they_are = {name: False for name in ("do_resize", "do_center_crop", "do_pad") if options.get(name)}
+            rest = iter(self.image_processor(tiles, **{**kwargs, **as_they_are})["pixel_values"])
+            values = [
+                value
+                for overview, grid in zip(batch["pixel_values"], grids)
+                for value in (overview, *(next(rest) for _ in range(tiles_of(grid) - 1)))
+            ]
+            batch["pixel_values"] = torch.stack(values) if isinstance(values[0], torch.Tensor) else np.stack(values)
+        batch["tile_grids"] = grids
+        return batch
+
+    @cached_property
+    def tile_size(self) -> tuple[int, int]:
+        """Height and width of a tile, which is what the image processor makes of an image."""
+        values = self.image_processor(Image.new("RGB", (64, 64)), return_tensors="np")["pixel_values"]
+        height, width = np.asarray(values).shape[-2:]
+        return height, width
+
+    def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the rows and columns that an image of this height and width is cut into; `WHOLE` if it is not cut."""
+        return best_grid(size, self.tile_size, self.max_tiles) if self.max_tiles > 1 else WHOLE
+
+    def _cut(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
+        """Resizes an image to the size of its grid and cuts it into tiles, row by row; none of an image that is not cut."""
+        if grid == WHOLE:
+            return []
+        (rows, columns), (height, width) = grid, self.tile_size
+        resample = getattr(self.image_processor, "resample", None)
+        resample = Image.Resampling.BICUBIC if resample is None else int(resample)
+        image = image.resize((columns * width, rows * height), resample)
+        corners = [(row * height, column * width) for row in range(rows) for column in range(columns)]
+        return [image.crop((left, top, left + width, top + height)) for top, left in corners]
+
+    def image_text(self, grid: tuple[int, int]) -> str:
+        """Returns what stands for an image of this grid in a text: image tokens of its overview, then of each tile behind its mark."""
+        tile = self.image_token * self.image_seq_length
+        if grid == WHOLE:
+            return tile
+        marks = [
+            TILE_MARK.format(row=row, column=column) if self.tile_marks else ""
+            for row in range(1, grid[0] + 1)
+            for column in range(1, grid[1] + 1)
+        ]
+        return tile + "".join(mark + tile for mark in marks)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.image_seq_length
+        return self.image_text(tuple(image_inputs["tile_grids"][image_idx]) if "tile_grids" in image_inputs else WHOLE)
+
+    def _image_ids(self, input_ids, grids):
+        """Returns the index of each token's image in its row, -1 at text, in the form of `input_ids` `(batch, length)`."""
+        rows, grids = (given.tolist() if hasattr(given, "tolist") else given for given in (input_ids, grids))
+        lengths = iter([tiles_of(grid) * self.image_seq_length for grid in grids])
+        image_ids = [number_images(row, self.image_token_id, lengths) for row in rows]
+        if isinstance(input_ids, torch.Tensor):
+            return torch.tensor(image_ids)
+        return np.array(image_ids) if isinstance(input_ids, np.ndarray) else image_ids
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Counts the tokens and the rows of `pixel_values` of images of any `(height, width)`, under the name that vLLM asks for."""
         if image_sizes is None:
             return MultiModalData()
-        images = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.image_seq_length] * images, num_image_patches=[1] * images)
+        grids = [self.tile_grid(tuple(size)) for size in image_sizes]
+        texts = [self.image_text(grid) for grid in grids]
+        return MultiModalData(
+            num_image_tokens=[len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts],
+            num_image_patches=[tiles_of(grid) for grid in grids],
+        )
+
+    def to_dict(self) -> dict:
+        """As in transformers; without the two options of tiles where images are not cut, as in checkpoints from before there were any."""
+        values = super().to_dict()
+        if self.max_tiles == 1:
+            values = {name: value for name, value in values.items() if name not in ("max_tiles", "tile_marks")}
+        return values
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, but does not write down how the tokenizer was found on this machine."""
@@ -301,7 +431,32 @@ class AlignVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mm_token_type_ids"]
+        tiles = ["image_ids"] if self.max_tiles > 1 else []
+        return [*super().model_input_names, "mm_token_type_ids", *tiles]
+
+
+def tiles_of(grid: tuple[int, int]) -> int:
+    """Returns how many rows of `pixel_values` an image of this grid has: its overview and its tiles."""
+    rows, columns = grid
+    return 1 if rows * columns == 1 else 1 + rows * columns
+
+
+def number_images(input_ids: list[int], image_token_id: int, lengths: Iterator[int]) -> list[int]:
+    """Returns the index of each token's image in a row, -1 at text.
+
+    Args:
+        lengths: yields the number of image tokens of each image. An image reaches from its first image token to its last: what stands
+            between them, the marks of tiles, belongs to it.
+    """
+    image_ids, places, index, length = [-1] * len(input_ids), [], 0, 0
+    for place, token in enumerate(input_ids):
+        if token == image_token_id:
+            length = length if places else next(lengths, 0)
+            places.append(place)
+            if len(places) == length:
+                image_ids[places[0] : place + 1] = [index] * (place + 1 - places[0])
+                places, index = [], index + 1
+    return image_ids
 
 
 def _flatten(images) -> list:
@@ -350,4 +505,4 @@ def _check_message(message: dict, index: int, template: str) -> None:
             )
 
 
-__all__ = ["AlignVLMProcessor", "to_rgb"]
+__all__ = ["WHOLE", "AlignVLMProcessor", "best_grid", "number_images", "tiles_of", "to_rgb"]

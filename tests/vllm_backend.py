@@ -33,7 +33,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 
 class Request:
-    """A prompt with its images: token ids, the ranges `(first, last)` of images, their pixel values, and keys and values of each layer."""
+    """A prompt with its images: token ids, the ranges `(first, last)` of image tokens without text between them, the pixel values, and keys
+    and values of each layer."""
 
     def __init__(self, text: str, images: list, processor, tokenizer):
         self.input_ids, self.ranges, self.pixel_values, self.cache = tokenizer.encode(text), [], None, {}
@@ -55,13 +56,19 @@ class Request:
         counts = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
         assert counts["num_image_tokens"] == [len(replacement) for replacement in replacements]
         assert sum(counts["num_image_patches"]) == len(inputs["pixel_values"])
+        assert len({max(set(ids), key=ids.count) for ids in replacements}) == 1  # the token that holds embeddings
+        embeds = max(set(replacements[0]), key=replacements[0].count)
         (target,) = tokenizer.encode(processor.image_token, add_special_tokens=False)
         expanded: list[int] = []
+        left = iter(replacements)
         for token in self.input_ids:
-            if token == target:
-                replacement = replacements[len(self.ranges)]
-                self.ranges.append((len(expanded), len(expanded) + len(replacement) - 1))
-            expanded += replacement if token == target else [token]
+            replacement = next(left) if token == target else [token]
+            for place, one in enumerate(replacement, len(expanded)) if token == target else ():
+                if one == embeds and place > len(expanded) and replacement[place - len(expanded) - 1] == embeds:
+                    self.ranges[-1] = (self.ranges[-1][0], place)
+                elif one == embeds:
+                    self.ranges.append((place, place))
+            expanded += replacement
         self.input_ids, self.pixel_values = expanded, inputs["pixel_values"]
 
 
@@ -134,8 +141,8 @@ class Server:
             embedded = self.model.get_input_embeddings()(torch.tensor(request.input_ids[past:]))
             if request.pixel_values is not None and past == 0:
                 features = self.model.get_image_features(request.pixel_values, return_dict=True).pooler_output
-                features = features.reshape(-1, features.shape[-1])
-                for (first, last), image in zip(request.ranges, features.split(len(features) // len(request.ranges))):
+                lengths = [last + 1 - first for first, last in request.ranges]
+                for (first, last), image in zip(request.ranges, features.flatten(0, 1).split(lengths)):
                     embedded[first : last + 1] = image
             embeds.append(embedded)
             positions.append(torch.arange(past, len(request.input_ids)))

@@ -6,7 +6,7 @@ from functools import partial
 
 from datasets import Dataset
 
-from alignvlm.data import formats, scenes
+from alignvlm.data import formats, scenes, signs
 from alignvlm.data.formats import CAPTION_COLUMNS, DETAILED_PROMPT, IMAGE_COLUMNS
 from alignvlm.data.record import Conversation, Record
 
@@ -336,5 +336,6 @@ CATALOGUE: dict[str, DataSet] = {
         note="Tar files of images with a .txt or .json beside each.",
     ),
     "scenes": DataSet(generate=scenes.make_scenes, licence="Apache-2.0", note="Drawn when they are read."),
+    "scene_signs": DataSet(generate=signs.make_signs, licence="Apache-2.0", note="Small signs to read, for tiles."),
     "scene_texts": DataSet(generate=scenes.make_texts, metric=None, licence="Apache-2.0", note="Text about scenes."),
 }

@@ -13,6 +13,8 @@ from modeling_alignvlm import to_rgb
 MAX_PIXELS = 89_478_485  # beyond it Pillow warns of a decompression bomb; a phone's 50 megapixels pass
 DRAFT_SIDE = 2048  # a JPEG more than twice as large is decoded at reduced scale, which is all an encoder will see
 
+EXIF_ORIENTATION = 0x0112  # a tag whose values from 5 on turn an image by a quarter
+
 SENT_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # none for which Pillow starts a program
 
 
@@ -61,6 +63,23 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
     # Pillow's decoders raise what their format's parser happens to raise on damaged data.
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(f"Cannot read {name}: {error}") from error
+
+
+def image_size(value: Image.Image | dict | str | os.PathLike) -> tuple[int, int]:
+    """Returns height and width of what `read_image` makes of an image, from its header alone (of a JPEG that is decoded at reduced scale
+    those of the file).
+
+    Raises:
+        BadImage: if there is no such file, it leads out of its folder, or it is no image.
+    """
+    if not isinstance(value, Image.Image | dict):
+        value = {"bytes": None, "path": None if value is None else os.fspath(value)}
+    try:
+        image = _open(value) if isinstance(value, dict) else value
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImage(f"Cannot read {describe_image(value)}: {error}") from error
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_sent_image(content: bytes) -> Image.Image:

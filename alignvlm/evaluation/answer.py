@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from alignvlm.rows.encode import Branch, Encoder, check_prompt
 from alignvlm.rows.packing import trunk_length
-from modeling_alignvlm import CACHE_NAME, MASK_TYPES, TokenLayout, to_rgb
+from alignvlm.rows.tiles import grids_of, pixel_values_of
+from modeling_alignvlm import CACHE_NAME, MASK_TYPES, to_rgb
 
 
 Messages = list[dict[str, Any]]
@@ -87,8 +88,13 @@ def answer(
     total = sum(map(len, prompts))
     with tqdm(total=total, desc=progress, disable=progress is None) as bar:
         for entries in _batches([len(group) for group in conversations], batch_size):
-            groups = [[encoder.prompt(messages) for messages in conversations[entry]] for entry in entries]
-            features = _image_features(model, processor, [shown[entry] for entry in entries], groups)
+            counts = [max(map(check_prompt, conversations[entry])) for entry in entries]
+            upright = [list(map(to_rgb, shown[entry][:count])) for entry, count in zip(entries, counts)]
+            groups = [
+                [encoder.prompt(messages, grids) for messages in conversations[entry]]
+                for entry, grids in zip(entries, (grids_of(processor, entry_images) for entry_images in upright))
+            ]
+            features = _image_features(model, processor, upright, groups)
             generated = iter(_generated(model, processor, groups, features, batch_size, options))
             for entry, group in zip(entries, groups):
                 tokens = [next(generated) for _ in group]
@@ -135,11 +141,10 @@ def _image_features(
 ) -> list[Tensor | None]:
     """Returns per entry the tokens `(tokens, hidden)` of the images that its prompts show, each encoded once; None without any."""
     counts = [max(_image_tokens(model, prompt.input_ids) for prompt in group) for group in groups]
-    length = model.config.image_seq_length
-    flat = [to_rgb(image) for entry, count in zip(images, counts) for image in entry[: count // length]]
+    flat = [image for entry in images for image in entry]
     if not flat:
         return [None] * len(groups)
-    pixel_values = processor.image_processor(flat, return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = pixel_values_of(processor, flat).to(model.device)
     return list(model.get_image_features(pixel_values).pooler_output.flatten(0, 1).split(counts))
 
 
@@ -159,78 +164,84 @@ def _generated(
     trunks = _trunks(model, groups, options)
     past, cache = None, None
     if any(trunks):
-        past = _left_padded(trunks, processor, model.device)
+        past = _left_padded([(group[0], 0, trunk) for group, trunk in zip(groups, trunks)], processor, model.device)
         cache = _prefilled(model, *past, features)
-    rows = [(entry, prompt.input_ids) for entry, group in enumerate(groups) for prompt in group]
+    rows = [(entry, prompt) for entry, group in enumerate(groups) for prompt in group]
     generated = []
     for start in range(0, len(rows), batch_size):
-        entry_of = [entry for entry, _ in rows[start : start + batch_size]]
-        rests = [tokens[len(trunks[entry]) :] for entry, tokens in rows[start : start + batch_size]]
-        input_ids, attention_mask = _left_padded(rests, processor, model.device)
+        chunk = rows[start : start + batch_size]
+        entry_of = [entry for entry, _ in chunk]
+        rests = _left_padded(
+            [(prompt, trunks[entry], len(prompt)) for entry, prompt in chunk], processor, model.device
+        )
         inputs = {}
         if past is not None:
             chosen = torch.tensor(entry_of, device=model.device)
-            input_ids, attention_mask = (
-                torch.cat([before[chosen], new], dim=1) for before, new in zip(past, (input_ids, attention_mask))
-            )
+            rests = tuple(torch.cat([before[chosen], new], dim=1) for before, new in zip(past, rests))
             inputs[CACHE_NAME] = copy.deepcopy(cache)  # generating writes into it
             inputs[CACHE_NAME].batch_select_indices(chosen.repeat_interleave(options["num_beams"]))
-        if any(_image_tokens(model, rest) for rest in rests):
-            counts = [_image_tokens(model, tokens) for _, tokens in rows[start : start + batch_size]]
+        input_ids, attention_mask, image_ids = rests
+        if any(_image_tokens(model, prompt.input_ids[trunks[entry] :]) for entry, prompt in chunk):
+            counts = [_image_tokens(model, prompt.input_ids) for _, prompt in chunk]
             shown = [features[entry][:count] for entry, count in zip(entry_of, counts) if count]
-            inputs |= _embedded(model, input_ids, attention_mask, shown)
+            inputs |= _embedded(model, input_ids, image_ids, shown)
         output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **inputs, **options)
         generated += list(output[:, input_ids.shape[1] :])
     return generated
 
 
-def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[tuple[int, ...]]:
-    """Returns per entry the tokens that its prompts share.
+def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[int]:
+    """Returns per entry how many tokens its prompts share.
 
     No entry has a trunk if that saves nothing, if later tokens change what a trunk means, or if the language model cannot continue after a
     padded cache.
     """
-    config, nothing = model.config, [()] * len(groups)
+    config, nothing = model.config, [0] * len(groups)
     # Without `packing`, positions count the padding after a trunk. Code of format 1 has no such field.
     mask_type = MASK_TYPES.get(config.attention_mask_type)  # None: only the checkpoint's own code has it
     if mask_type is None or not mask_type.shares_trunk or not getattr(config, "packing", True):
         return nothing
-    lengths = [trunk_length(group, config.image_token_id, config.image_seq_length) for group in groups]
+    lengths = list(map(trunk_length, groups))
     if not any(length and len(group) > 1 for length, group in zip(lengths, groups)):
         return nothing
     rest = max(len(prompt) - length for length, group in zip(lengths, groups) for prompt in group)
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None and max(lengths) + rest + options["max_new_tokens"] > window:
         return nothing  # the window would count the padding too
-    return [group[0].input_ids[:length] for length, group in zip(lengths, groups)]
+    return lengths
 
 
-def _left_padded(rows: list[Sequence[int]], processor: ProcessorMixin, device) -> tuple[Tensor, Tensor]:
-    """Returns `input_ids` and `attention_mask`, padded on the left, each `(rows, longest)`."""
-    rows = [list(row) for row in rows]
+def _left_padded(
+    pieces: list[tuple[Branch, int, int]], processor: ProcessorMixin, device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `input_ids`, `attention_mask` and `image_ids` of pieces of prompts (from a token to another), padded on the left, each
+    `(pieces, longest)`."""
+    rows = [list(prompt.input_ids[start:end]) for prompt, start, end in pieces]
     padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
-    return padded["input_ids"].long(), padded["attention_mask"].long()
+    image_ids = torch.full_like(padded["input_ids"], -1, dtype=torch.long)
+    for row, (prompt, start, end) in zip(image_ids, pieces):
+        if end > start:
+            row[start - end :] = torch.tensor(prompt.image_ids[start:end])
+    return padded["input_ids"].long(), padded["attention_mask"].long(), image_ids
 
 
 def _embedded(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor]
+    model: PreTrainedModel, input_ids: Tensor, image_ids: Tensor, features: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Returns `inputs_embeds` `(rows, length, hidden)` with the images' tokens in place, and `image_ids` `(rows, length)`."""
-    config = model.config
-    layout = TokenLayout.from_input_ids(
-        input_ids, config.image_token_id, config.image_seq_length, attention_mask=attention_mask
-    )
+    """Returns `inputs_embeds` `(rows, length, hidden)` with the images' tokens in place, and what says which tokens those are."""
     embeddings = model.get_input_embeddings()(input_ids)
-    is_image = (layout.image_ids >= 0).unsqueeze(-1)
-    embeddings = embeddings.masked_scatter(is_image, torch.cat(features).to(embeddings.dtype))
-    return {"inputs_embeds": embeddings, "image_ids": layout.image_ids}
+    is_image = input_ids == model.config.image_token_id
+    embeddings = embeddings.masked_scatter(is_image.unsqueeze(-1), torch.cat(features).to(embeddings.dtype))
+    return {"inputs_embeds": embeddings, "image_ids": image_ids, "mm_token_type_ids": is_image.long()}
 
 
-def _prefilled(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, features: list[Tensor | None]):
+def _prefilled(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, image_ids: Tensor, features: list[Tensor | None]
+):
     """Returns the cache of left-padded trunks `(entries, length)`."""
     counts = (input_ids == model.config.image_token_id).sum(-1).tolist()
     shown = [images[:count] for images, count in zip(features, counts) if count]
-    inputs = _embedded(model, input_ids, attention_mask, shown) if shown else {"input_ids": input_ids}
+    inputs = _embedded(model, input_ids, image_ids, shown) if shown else {"input_ids": input_ids}
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     outputs = model.model(attention_mask=attention_mask, position_ids=position_ids, use_cache=True, **inputs)
     return getattr(outputs, CACHE_NAME)

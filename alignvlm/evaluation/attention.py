@@ -9,6 +9,8 @@ One forward pass over prompt and answer gives everything (teacher forcing): the 
 
 Attention shows where information was read, not why a word was chosen: a layer may read a place and use nothing of it (Jain and Wallace,
 2019, arXiv 1902.10186). Compare layers, and the map of the same word about another image, before believing one.
+
+Of an image that is cut into tiles, maps show what was read of its overview, not of its tiles.
 """
 
 import unicodedata
@@ -23,8 +25,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from alignvlm.data.record import Conversation
 from alignvlm.evaluation.answer import Messages
-from alignvlm.rows.encode import Encoder
-from modeling_alignvlm import to_rgb
+from alignvlm.rows.encode import Branch, Encoder
+from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
+from modeling_alignvlm import tiles_of, to_rgb
 
 
 RESIDUAL = 0.5  # the share of a layer's output that rollout takes to come past its attention
@@ -51,7 +54,8 @@ class ImageAttention:
         tokens (`list[str]`): the text of each token of the answer, without the special tokens that end it.
         words (`list[Word]`): the answer's words, punctuation with the word before it; each sign of Chinese and Japanese is a word.
         layers (`torch.FloatTensor` of shape `(layers, tokens, images, rows, columns)`):
-            the attention of each layer, averaged over its heads; rows and columns are those of the image's tokens, from the top left.
+            the attention of each layer, averaged over its heads; rows and columns are those of the tokens of the image (of its overview, if
+            it is cut into tiles), from the top left.
         rollout (`torch.FloatTensor` of shape `(tokens, images, rows, columns)`): see `attention_rollout`.
     """
 
@@ -102,21 +106,23 @@ def attention_to_images(
             attention weights (Mamba).
     """
     messages = _messages(prompt, len(images))
-    input_ids, prompt_length = _input_ids(processor, messages, answer)
-    is_image = torch.tensor(input_ids) == model.config.image_token_id
-    is_image[prompt_length:] = False  # whatever a model has written
-    length = model.config.image_seq_length
-    count = int(is_image.sum()) // length
+    count = sum(part["type"] != "text" for message in messages for part in message["content"])
     if count == 0 or count > len(images):
         raise ValueError(f"The prompt shows {count} image(s), and {len(images)} were given. Give one image per part.")
-    pixel_values = processor.image_processor(list(map(to_rgb, images[:count])), return_tensors="pt")["pixel_values"]
-
-    attentions = _attentions(model, input_ids, is_image, prompt_length, pixel_values)
-    predicting = slice(prompt_length - 1, len(input_ids) - 1)
+    images = list(map(to_rgb, images[:count]))
+    grids, pixel_values = grids_of(processor, images), pixel_values_of(processor, images)
+    branch = _branch(processor, messages, answer, grids)
+    attentions = _attentions(model, branch, pixel_values, cuts_images(processor))
+    predicting = slice(branch.prompt_length - 1, len(branch) - 1)
     rows, columns = (side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
-    places, shares = is_image.to(attentions[0].device), None
+    length = model.config.image_seq_length
+    firsts = torch.tensor(
+        [branch.image_ids.index(image) for image in range(count)]
+    )  # an image begins with its overview
+    places, shares = (firsts[:, None] + torch.arange(length)).flatten().to(attentions[0].device), None
     if length < rows * columns:  # similar squares were merged: each has an equal share of its token's attention
-        encoded = model.model.encode_images(pixel_values.to(model.device))
+        overviews = [sum(map(tiles_of, grids[:image])) for image in range(count)]
+        encoded = model.model.encode_images(pixel_values[overviews].to(model.device))
         members = nn.functional.one_hot(model.model.projector.tokens_of_squares(encoded), length).mT
         shares = (members / members.sum(-1, keepdim=True)).to(attentions[0])  # (images, tokens of an image, squares)
 
@@ -126,7 +132,7 @@ def attention_to_images(
             values = (values.unsqueeze(-2) @ shares).squeeze(-2)
         return values.unflatten(-1, (rows, columns)).cpu()
 
-    tokens = list(_pieces(processor.tokenizer, input_ids[prompt_length:]))
+    tokens = list(_pieces(processor.tokenizer, branch.input_ids[branch.prompt_length :]))
     return ImageAttention(
         tokens=tokens,
         words=words_of(tokens),
@@ -192,35 +198,39 @@ def _messages(prompt: str | Messages, image_count: int) -> Messages:
     ]
 
 
-def _input_ids(processor: ProcessorMixin, messages: Messages, answer: str | Sequence[int]) -> tuple[list[int], int]:
-    """Returns the tokens of prompt and answer, without special tokens at the end, and the length of the prompt."""
+def _branch(
+    processor: ProcessorMixin, messages: Messages, answer: str | Sequence[int], grids: Sequence[tuple[int, int]]
+) -> Branch:
+    """Returns the tokens of prompt and answer, without special tokens at the end; an image token in the answer is text."""
     encoder = Encoder(processor)
     if isinstance(answer, str):
-        (branch,) = encoder.encode(Conversation(messages, [answer]))
+        (branch,) = encoder.encode(Conversation(messages, [answer]), grids)
         input_ids, prompt_length = list(branch.input_ids), branch.prompt_length
     else:
-        prompt = encoder.prompt(messages).input_ids
-        input_ids, prompt_length = [*prompt, *map(int, answer)], len(prompt)
+        branch = encoder.prompt(messages, grids)
+        input_ids, prompt_length = [*branch.input_ids, *map(int, answer)], len(branch)
     special = set(processor.tokenizer.all_special_ids)
     while len(input_ids) > prompt_length and input_ids[-1] in special:
         input_ids.pop()
     written = processor.tokenizer.decode(input_ids[prompt_length:], skip_special_tokens=True)
     if not written.strip():
         raise ValueError(f"The answer {answer!r} has no words, so nothing was read for it. Give a text.")
-    return input_ids, prompt_length
+    image_ids = [*branch.image_ids, *[-1] * len(input_ids)][: len(input_ids)]
+    return Branch(tuple(input_ids), (False,) * len(input_ids), prompt_length, tuple(image_ids))
 
 
-def _attentions(
-    model: PreTrainedModel, input_ids: list[int], is_image: Tensor, prompt_length: int, pixel_values: Tensor
-) -> list[Tensor]:
+def _attentions(model: PreTrainedModel, branch: Branch, pixel_values: Tensor, gives_image_ids: bool) -> list[Tensor]:
     """Returns per layer the weights `(length, length)`, averaged over heads, in float32 at least."""
-    tokens = torch.tensor([input_ids], device=model.device)
-    prompt_mask = torch.arange(len(input_ids), device=model.device)[None] < prompt_length
+    tokens = torch.tensor([branch.input_ids], device=model.device)
+    prompt_mask = torch.arange(len(branch), device=model.device)[None] < branch.prompt_length
+    image_ids = torch.tensor([branch.image_ids], device=model.device)
+    is_image = (tokens == model.config.image_token_id) & prompt_mask  # behind it: whatever a model has written
     with _eager(model.model.language_model):
         outputs = model.model(
             input_ids=tokens,
             pixel_values=pixel_values.to(model.device),
-            mm_token_type_ids=is_image[None].long().to(model.device),
+            mm_token_type_ids=is_image.long(),
+            image_ids=image_ids if gives_image_ids else None,
             prompt_mask=prompt_mask,
             output_attentions=True,
             use_cache=False,

@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="All controls and the most frequent answer in one go, and what of each score needs the image.",
     )
+    p.add_argument(
+        "--max_tiles", type=int, help="Cut images into at most this number of tiles; default: as the checkpoint says."
+    )
     p.add_argument("--batch_size", type=int, default=32, help="Images (or windows of text) at once.")
     p.add_argument("--num_beams", type=int, default=1, help="1 is greedy decoding.")
     p.add_argument("--max_new_tokens", type=int, default=40)

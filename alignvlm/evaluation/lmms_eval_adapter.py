@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.precision import choose_precision, warn_if_emulated
 from alignvlm.rows.encode import Encoder
+from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
 from modeling_alignvlm import to_rgb  # importing it registers the classes with the Auto classes
 
 
@@ -140,14 +141,16 @@ class AlignVLM(lmms):
             target = doc_to_target(document) if callable(doc_to_target) else doc_to_target
             images = self._images(doc_to_visual, doc_id, task, split)
             content = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
-            prompt = encoder.prompt([{"role": "user", "content": content}]).input_ids
+            pictures = list(map(to_rgb, images))
+            prompt = encoder.prompt([{"role": "user", "content": content}], grids_of(self.processor, pictures))
             response = self.tokenizer(target, add_special_tokens=False)["input_ids"]
             length = len(prompt)
-            input_ids = torch.tensor([[*prompt, *response]])
+            input_ids = torch.tensor([[*prompt.input_ids, *response]])
             inputs = {"input_ids": input_ids, "prompt_mask": torch.arange(input_ids.shape[1])[None] < length}
-            if images:
-                pictures = [to_rgb(image) for image in images]
-                inputs["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            if pictures:
+                inputs["pixel_values"] = pixel_values_of(self.processor, pictures)
+            if cuts_images(self.processor):
+                inputs["image_ids"] = torch.tensor([[*prompt.image_ids, *[-1] * len(response)]])
             logits = self.model(**{name: value.to(self.device) for name, value in inputs.items()}).logits
             logits = logits[0, length - 1 : -1].float()
             response = torch.tensor(response, dtype=torch.long, device=logits.device)

@@ -15,6 +15,7 @@ from alignvlm.evaluation.choices import measure
 from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, model_identity
 from alignvlm.evaluation.server import Server
 from alignvlm.evaluation.task_work import control_of, question_work, text_work
+from alignvlm.rows.tiles import describe_tiles, set_max_tiles
 from hub_upload.run_record import library_versions, read_json, write_json
 
 
@@ -41,12 +42,15 @@ class Checkpoint:
                 arguments.merge_image_tokens,
             )
             print(f"Computes in {precision}")
+            if arguments.max_tiles is not None:
+                set_max_tiles(self.model.config, self.processor, arguments.max_tiles)
             self.identity = model_identity(arguments.checkpoint, arguments.revision)
             self.tag = evaluation_tag(arguments.checkpoint, arguments.revision)
         self.computing = {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attn_implementation": self.model.config._attn_implementation,
             **({} if arguments.merge_image_tokens is None else {"merge_image_tokens": arguments.merge_image_tokens}),
+            **describe_tiles(self.model.config, self.processor),
             "batch_size": self.batch_size,
         }
         folder = Path(arguments.checkpoint)
@@ -69,6 +73,7 @@ OF_CHECKPOINTS = {
     "dtype": "auto",
     "attn_implementation": None,
     "merge_image_tokens": None,
+    "max_tiles": None,
     "num_beams": 1,
     "batch_size": 32,
 }

@@ -282,6 +282,8 @@ HOMES = (
 def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor | None = None) -> list[Obstacle]:
     """All that keeps a configuration, with its processor if it is given, from becoming `home`; an empty list if nothing does."""
     found = []
+    if config.image_block is not None or getattr(processor, "max_tiles", 1) > 1:
+        found.append(Obstacle("it does not cut images into tiles as this checkpoint's processor does (max_tiles)"))
     if home.mask_type not in (None, config.attention_mask_type):
         kept = config.supported_mask_types is None or home.mask_type in config.supported_mask_types
         found.append(

@@ -8,7 +8,6 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from alignvlm.data.record import Record
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.features import FeatureStore
 from alignvlm.rows.packing import IGNORED, Packer, Row, joined
+from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
 
 
@@ -55,6 +55,8 @@ class AlignVLMCollator:
     The batch's `losses_of_data` lists dropped data, if there is any: mappings of `"kind"` (`bad_row`, `bad_image`,
     `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes the list out, counts and records it.
 
+    Where the processor cuts images into tiles, the batch has `image_ids`, and `pixel_values` hold the tiles of all images in order.
+
     After `keep_features`, a batch has `image_features` instead of `pixel_values` where the features of all its images are kept.
     """
 
@@ -91,7 +93,8 @@ class AlignVLMCollator:
         """Makes the rows of one record: one, or one per branch where the trunk cannot be shared; of a record with a `piece`, that one
         of them. Adds dropped data to `dropped`, with the first."""
         conversations = Record.from_row(record).conversations
-        branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation)]
+        grids = grids_of(self.processor, record["images"])
+        branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation, grids)]
         own: list[dict] = []
         rows = self.packer.rows(record["images"], branches, own)
         piece = record.get("piece")
@@ -100,10 +103,14 @@ class AlignVLMCollator:
         return rows if piece is None else rows[piece : piece + 1]
 
     def token_counts(self, record: dict) -> tuple[int, int]:
-        """Counts the image and the text tokens of a record's rows; its images need not be readable."""
+        """Counts the image and the text tokens of a record's rows; its images need not be readable. Marks between tiles are text."""
         rows = self.rows(record)
-        image = sum(len(row.images) for row in rows) * self.processor.image_seq_length
+        image = sum(map(self.tile_count, rows)) * self.processor.image_seq_length
         return image, sum(map(len, rows)) - image
+
+    def tile_count(self, row: Row) -> int:
+        """Counts what the encoder encodes for a row: its images, or their tiles."""
+        return row.input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """Makes a batch.
@@ -143,6 +150,8 @@ class AlignVLMCollator:
             "branch_ids": padded("branch_ids", 0),
             "prompt_mask": padded("prompt_mask", False),
         }
+        if cuts_images(self.processor):
+            batch["image_ids"] = padded("image_ids", -1)
         images = [image for row in rows for image in row.images]
         if images:
             batch |= self._image_inputs(images)
@@ -164,14 +173,13 @@ class AlignVLMCollator:
             record_ids=torch.tensor([row.record_ids]),
             branch_ids=torch.tensor([row.branch_ids]),
             prompt_mask=torch.tensor([row.prompt_mask]),
+            image_ids=torch.tensor([row.image_ids]) if cuts_images(self.processor) else None,
         )
         check_no_leak(layout, self.mask_type, response_mask=torch.tensor([row.labels]) != IGNORED)
 
     def pixel_values(self, images: list) -> Tensor:
         """Prepares decoded images as the vision encoder wants them: `(images, channels, height, width)`."""
-        return torch.from_numpy(
-            np.asarray(self.processor.image_processor(images, return_tensors="np")["pixel_values"])
-        )
+        return pixel_values_of(self.processor, images)
 
     def _image_inputs(self, images: list) -> dict[str, Tensor]:
         """Returns the kept features of a batch's images if all of them have some, else their pixel values."""

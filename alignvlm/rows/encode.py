@@ -6,14 +6,15 @@ before the answer, as `processor.apply_chat_template` does when it tokenises.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any
 
 from alignvlm.data.record import Conversation
-from modeling_alignvlm import AlignVLMProcessor
+from alignvlm.rows.tiles import Grid, cuts_images, grids_up_to
+from modeling_alignvlm import WHOLE, AlignVLMProcessor, number_images, tiles_of
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,16 @@ class Branch:
     """The tokens of a conversation with one of its responses, or at inference without one.
 
     Args:
-        input_ids: the tokens; each image is `image_seq_length` image tokens.
+        input_ids: the tokens; each image, or tile of one, is `image_seq_length` image tokens.
         trained: which of them are predicted: never the first, and none without a response.
         prompt_length: the tokens before the first trained response.
+        image_ids: the index of each token's image, of the marks between its tiles too; -1 at text.
     """
 
     input_ids: tuple[int, ...]
     trained: tuple[bool, ...]
     prompt_length: int
+    image_ids: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,9 +41,15 @@ class Branch:
         """The number of tokens after the prompt."""
         return len(self) - self.prompt_length
 
+    def image_count(self, length: int | None = None) -> int:
+        """Counts the images among the first `length` tokens; one that `length` cuts counts too."""
+        return max(self.image_ids[:length], default=-1) + 1
+
 
 class Encoder:
     """Encodes conversations with a processor's chat template and tokenizer.
+
+    Where the processor cuts images into tiles, it takes the grid of each image beside the conversation.
 
     Raises:
         ValueError: if the processor has no chat template.
@@ -58,30 +67,37 @@ class Encoder:
     def _remember(self) -> None:
         # Questions and short answers repeat often.
         self._encode_again = lru_cache(maxsize=100_000)(self._encode_json)
+        self.image_tokens = lru_cache(maxsize=1000)(self._image_tokens)
 
     def __getstate__(self) -> dict:
-        """Leaves out the cache, which cannot be sent to a data worker that is not forked."""
-        return {name: value for name, value in vars(self).items() if name != "_encode_again"}
+        """Leaves out the caches, which cannot be sent to a data worker that is not forked."""
+        return {name: value for name, value in vars(self).items() if name not in ("_encode_again", "image_tokens")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._remember()
 
-    def encode(self, conversation: Conversation) -> list[Branch]:
+    def encode(self, conversation: Conversation, grids: Sequence[Grid] | None = None) -> list[Branch]:
         """Returns one branch per response.
+
+        Args:
+            grids: of the images that the conversation shows, or of more, in order (`alignvlm.rows.tiles.grids_of`).
 
         Raises:
             ValueError: if a text holds the image placeholder, which would stand for an image that is not there, or if the chat template
                 changes earlier turns when later ones follow.
         """
         messages = json.dumps(conversation.messages)
-        return [self._encode_again(messages, response, conversation.train_on) for response in conversation.responses]
+        grids = self._checked(grids, conversation.image_count)
+        train_on = conversation.train_on
+        return [self._encode_again(messages, response, train_on, grids) for response in conversation.responses]
 
-    def prompt(self, messages: list[dict[str, Any]]) -> Branch:
+    def prompt(self, messages: list[dict[str, Any]], grids: Sequence[Grid] | None = None) -> Branch:
         """Returns the tokens before the answer to `messages`, with the generation prompt: the same as `processor.apply_chat_template`.
 
         Args:
             messages: as `Conversation.messages`, at least one.
+            grids: as in `encode`.
 
         Raises:
             ValueError: for what `check_prompt` refuses, a text that holds the image placeholder, and a chat template that does not write
@@ -96,14 +112,42 @@ class Encoder:
                 f"The messages have {expected} image part(s), and the chat template writes {found} placeholder(s). Put image parts into "
                 "user messages, or set a template that writes them."
             )
-        ids = self._expanded(tokens)
-        return Branch(tuple(ids), (False,) * len(ids), prompt_length=len(ids))
+        grids = self._checked(grids, expected)
+        ids = self._expanded(tokens, iter(grids))
+        return Branch(tuple(ids), (False,) * len(ids), len(ids), self._image_ids(ids, grids))
 
     @cached_property
     def up_to_an_image(self) -> int:
-        """The number of tokens up to the end of the image in a conversation that begins with one: what any image needs."""
-        ids = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]).input_ids
-        return ids.index(self.processor.image_token_id) + self.processor.image_seq_length
+        """The number of tokens up to the end of the image in a conversation that begins with one: what any image needs, the largest too."""
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        return self.prompt(messages, [WHOLE]).image_ids.index(0) + self.most_image_tokens
+
+    @cached_property
+    def most_image_tokens(self) -> int:
+        """The number of tokens of an image of the most tiles, with their marks."""
+        return max(len(self.image_tokens(grid)) for grid in grids_up_to(getattr(self.processor, "max_tiles", 1)))
+
+    def _checked(self, grids: Sequence[Grid] | None, image_count: int) -> tuple[Grid, ...]:
+        """Returns the grids of a conversation's images. Without tiles, none need be given."""
+        if grids is None and not cuts_images(self.processor):
+            return (WHOLE,) * image_count
+        if image_count and (grids is None or len(grids) < image_count):
+            raise ValueError(
+                f"The processor cuts images into up to {self.processor.max_tiles} tiles, so {image_count} image(s) need as many `grids`; "
+                f"got {grids}. Give `alignvlm.rows.tiles.grids_of(processor, images)`."
+            )
+        return tuple((grids or ())[:image_count])
+
+    def _image_tokens(self, grid: Grid) -> tuple[int, ...]:
+        """Returns the tokens of an image of this grid. Marks stand between image tokens, so nothing before or behind the image changes
+        how they are tokenised."""
+        if grid == WHOLE:
+            return (self.processor.image_token_id,) * self.processor.image_seq_length
+        return tuple(self.tokenizer(self.processor.image_text(grid), add_special_tokens=False)["input_ids"])
+
+    def _image_ids(self, ids: list[int], grids: Sequence[Grid]) -> tuple[int, ...]:
+        lengths = (tiles_of(grid) * self.processor.image_seq_length for grid in grids)
+        return tuple(number_images(ids, self.processor.image_token_id, lengths))
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Returns what the processor says. Older checkpoints' code has no such method and leaves special tokens to the tokenizer."""
@@ -117,25 +161,26 @@ class Encoder:
             for message in messages
         ]
 
-    def _encode_json(self, messages: str, response: str, train_on: str) -> Branch:
+    def _encode_json(self, messages: str, response: str, train_on: str, grids: tuple[Grid, ...]) -> Branch:
         written = self._written(json.loads(messages))
         answer = self._part({"type": "text", "text": response})
         if not written:
             eos = self.tokenizer.eos_token_id
             ids = [*self.tokenizer(response)["input_ids"], *([] if eos is None else [eos])]
-            return Branch(tuple(ids), (False,) + (True,) * (len(ids) - 1), prompt_length=0)
+            return Branch(tuple(ids), (False,) + (True,) * (len(ids) - 1), 0, (-1,) * len(ids))
         written.append({"role": "assistant", "content": [answer]})
         ids: list[int] = []
         trained: list[bool] = []
+        left = iter(grids)
         for text, is_answer in self._segments(written):
             special = not ids and self._adds_special_tokens(text)
-            tokens = self._expanded(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            tokens = self._expanded(self.tokenizer(text, add_special_tokens=special)["input_ids"], left)
             ids += tokens
             trained += [is_answer] * len(tokens)
         if train_on == "last":
             last = len(tokens)
             trained = [False] * (len(ids) - last) + [True] * last
-        return Branch(tuple(ids), tuple(trained), prompt_length=trained.index(True))
+        return Branch(tuple(ids), tuple(trained), trained.index(True), self._image_ids(ids, grids))
 
     def _part(self, part: dict) -> dict:
         if part["type"] != "text":
@@ -183,9 +228,10 @@ class Encoder:
                 length = start
         return length
 
-    def _expanded(self, tokens: list[int]) -> list[int]:
-        image_token, length = self.processor.image_token_id, self.processor.image_seq_length
-        return [t for token in tokens for t in [token] * (length if token == image_token else 1)]
+    def _expanded(self, tokens: list[int], grids: Iterator[Grid]) -> list[int]:
+        """Puts the tokens of the next image in place of each image token."""
+        image_token = self.processor.image_token_id
+        return [t for token in tokens for t in (self.image_tokens(next(grids)) if token == image_token else (token,))]
 
 
 def check_prompt(messages: list[dict[str, Any]]) -> int:

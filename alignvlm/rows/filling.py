@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from alignvlm.data.mixture import RECORD_COLUMNS, Mixture, MixtureSampler, Part, tagged
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import best_fit
+from alignvlm.rows.tiles import cuts_images
 
 
 # Records among which rows are chosen. Four times as many fill rows by about 1% more (benchmarks/rows.py), and of a stream so many images
@@ -81,14 +82,16 @@ class Pieces:
 
 def sizes_of(record: dict, collator: AlignVLMCollator) -> list[tuple[int, int]]:
     """Counts the tokens and images of each row that a record makes by itself; (0, 0) for one that makes none."""
-    return [(len(row), len(row.images)) for row in collator.rows(record)] or [(0, 0)]
+    return [(len(row), collator.tile_count(row)) for row in collator.rows(record)] or [(0, 0)]
 
 
 class _Sizes(torch.utils.data.Dataset):
-    """The sizes of a mixture's records, which are read without their images."""
+    """The sizes of a mixture's records, which are read without their images, but where a record's tokens depend on their shapes."""
 
     def __init__(self, parts: list[Part], collator: AlignVLMCollator):
-        self.parts = [replace(part, source=part.source.without_images()) for part in parts]
+        if not cuts_images(collator.processor):
+            parts = [replace(part, source=part.source.without_images()) for part in parts]
+        self.parts = parts
         self.ends = np.cumsum([len(part.source) for part in parts])
         self.collator = collator
 

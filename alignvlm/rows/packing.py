@@ -25,10 +25,18 @@ class Row:
     position_ids: list[int] = field(default_factory=list)
     branch_ids: list[int] = field(default_factory=list)
     prompt_mask: list[bool] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
 
-    def append(self, branch: Branch, number: int, start: int = 0, end: int | None = None) -> None:
-        """Adds the tokens from `start` to `end` of a branch, as branch `number` of the row's record (0: its trunk)."""
+    def append(
+        self, branch: Branch, number: int, images: Sequence = (), start: int = 0, end: int | None = None
+    ) -> None:
+        """Adds the tokens from `start` to `end` of a branch, as branch `number` of the row's record (0: its trunk), and their images, of
+        all `images` of the record."""
         end = len(branch) if end is None else end
+        before = branch.image_count(start)
+        shift = len(self.images) - before
+        self.image_ids += [index if index < 0 else index + shift for index in branch.image_ids[start:end]]
+        self.images = [*self.images, *images[before : branch.image_count(end)]]
         labels = [token if trained else IGNORED for token, trained in zip(branch.input_ids, branch.trained)]
         self.input_ids += branch.input_ids[start:end]
         self.labels += labels[start:end]
@@ -40,6 +48,7 @@ class Row:
     def extend(self, other: "Row") -> None:
         """Appends the records of another row. They keep their positions, and this row's records do not see them."""
         first_record = self.record_ids[-1] + 1
+        self.image_ids += [index if index < 0 else index + len(self.images) for index in other.image_ids]
         self.images = [*self.images, *other.images]
         self.record_ids += [first_record + record for record in other.record_ids]
         for name in ("input_ids", "labels", "position_ids", "branch_ids", "prompt_mask"):
@@ -79,29 +88,31 @@ def joined(rows: list[Row]) -> Row:
     return first
 
 
-def trunk_length(branches: list[Branch], image_token_id: int, image_seq_length: int) -> int:
+def trunk_length(branches: list[Branch]) -> int:
     """Returns how many first tokens a record's branches share.
 
     The trunk ends at least one token before each branch's first trained token, as the token before it predicts it, and never inside an
     image. The same holds for prompts: the last token of each predicts the first token of its answer.
     """
     furthest = max(min(branch.prompt_length for branch in branches) - 1, 0)
-    length = shared_length([branch.input_ids[:furthest] for branch in branches])
-    return length - branches[0].input_ids[:length].count(image_token_id) % image_seq_length
+    return before_image(branches[0], shared_length([branch.input_ids[:furthest] for branch in branches]))
 
 
-def shortened(branch: Branch, length: int, image_token_id: int, image_seq_length: int) -> Branch | None:
+def before_image(branch: Branch, length: int) -> int:
+    """Returns `length`, or the beginning of an image that a cut there would divide."""
+    image = branch.image_ids[length - 1] if 0 < length < len(branch) else -1
+    return branch.image_ids.index(image) if image >= 0 and branch.image_ids[length] == image else length
+
+
+def shortened(branch: Branch, length: int) -> Branch | None:
     """Returns the first tokens of a branch, at most `length`, up to the last trained one among them; None if there is none. Never cuts an
     image: leaves it out with what follows it."""
-    length = min(length, len(branch))
-    image_tokens = branch.input_ids[:length].count(image_token_id)
-    if image_tokens % image_seq_length and branch.input_ids[length : length + 1] == (image_token_id,):
-        length -= image_tokens % image_seq_length
+    length = before_image(branch, min(length, len(branch)))
     while length and not branch.trained[length - 1]:
         length -= 1
     if not length:
         return None
-    return Branch(branch.input_ids[:length], branch.trained[:length], branch.prompt_length)
+    return Branch(branch.input_ids[:length], branch.trained[:length], branch.prompt_length, branch.image_ids[:length])
 
 
 class Packer:
@@ -123,8 +134,6 @@ class Packer:
     ):
         self.encoder = encoder
         self.pad_token_id = encoder.tokenizer.pad_token_id or 0
-        self.image_token_id = encoder.processor.image_token_id
-        self.image_seq_length = encoder.processor.image_seq_length
         self.max_length = max_length
         self.row_length = row_length
         self.shares_trunk = shares_trunk
@@ -144,38 +153,34 @@ class Packer:
         """Returns the rows of a batch from those of its records; without any, one row of one token without a label."""
         if not rows:
             rows = [Row([])]
-            rows[0].append(Branch((self.pad_token_id,), (False,), prompt_length=1), 0)
+            rows[0].append(Branch((self.pad_token_id,), (False,), 1, (-1,)), 0)
         if self.row_length is None:
             return rows
         return [joined([rows[i] for i in row]) for row in best_fit(list(map(len, rows)), self.row_length)]
 
     def trunk_length(self, branches: list[Branch]) -> int:
         """Returns how many first tokens the branches share."""
-        return trunk_length(branches, self.image_token_id, self.image_seq_length)
+        return trunk_length(branches)
 
     def _row(self, images: list, branches: list[Branch]) -> Row:
         row = Row([])
         trunk = len(branches[0]) if len(branches) == 1 else self.trunk_length(branches)
-        row.append(branches[0], 0, end=trunk)
-        row.images = images[: self._image_count(branches[0], trunk)]
+        row.append(branches[0], 0, images, end=trunk)
         if len(branches) > 1:
             for number, branch in enumerate(branches, 1):
-                row.append(branch, number, start=trunk)
-                row.images = [*row.images, *images[self._image_count(branch, trunk) : self._image_count(branch)]]
+                row.append(branch, number, images, start=trunk)
         return row
-
-    def _image_count(self, branch: Branch, length: int | None = None) -> int:
-        """Counts the images among the first `length` tokens of a branch."""
-        return branch.input_ids[:length].count(self.image_token_id) // self.image_seq_length
 
     def _fitting(self, branches: list[Branch], dropped: list[dict]) -> list[Branch]:
         """Returns the branches that fit into `max_length` after their trunk; else one with its response cut; else none."""
         if self.max_length is None:
             return branches
-        if self.image_token_id in branches[0].input_ids and self.max_length < self.encoder.up_to_an_image + 2:
+        if branches[0].image_count() and self.max_length < self.encoder.up_to_an_image + 2:
+            tiles = getattr(self.encoder.processor, "max_tiles", 1)
+            of_tiles = f" of up to {tiles} tiles" if tiles > 1 else ""
             raise ValueError(
                 f"max_length={self.max_length} leaves no room for a prompt and a response behind {self.encoder.up_to_an_image} tokens up "
-                "to the end of an image. Raise max_length."
+                f"to the end of an image{of_tiles}. Raise max_length."
             )
         used = self.trunk_length(branches)
         trunk, chosen, left_out = used, [], []
@@ -187,7 +192,7 @@ class Packer:
                 left_out.append(branch)
         if not chosen:
             for branch in branches:
-                cut = shortened(branch, self.max_length, self.image_token_id, self.image_seq_length)
+                cut = shortened(branch, self.max_length)
                 if cut is not None:
                     chosen, left_out = [cut], [other for other in branches if other is not branch]
                     what = f"{branch.response_length} tokens to {cut.response_length}"

@@ -19,6 +19,7 @@ from alignvlm.evaluation.precision import Precision, choose_precision
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
 from alignvlm.stages.schedules import check_phases
+from alignvlm.stages.tiles import TileArguments
 from alignvlm.stages.trainer import MODULES
 from hub_upload.commit import check_name
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
@@ -68,7 +69,7 @@ class TrainerArguments(ActivationCheckpointing, SFTConfig):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(TileArguments):
     """The checkpoint a stage starts from, which of its modules train, and who may attend to whom."""
 
     model: str = field(
@@ -109,6 +110,7 @@ class ModelArguments:
             )
         if not self.model:
             raise ValueError(NEEDED)
+        self.check_tiles()
         _check_choice(self, "attention_mask_type", MASK_TYPES)
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from alignvlm.rows.encode import Encoder
 from alignvlm.stages.chat_templates import (
     IMAGE_BEGIN,
     IMAGE_END,
@@ -34,6 +35,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
+from alignvlm.stages.tiles import TileArguments, cut_images
 from hub_upload.command_line import run
 from hub_upload.licences import read_licence
 from hub_upload.repository import check_model, commit_of
@@ -46,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class BackboneArguments:
+class BackboneArguments(TileArguments):
     """What a stage-0 checkpoint is assembled from."""
 
     vision: str = field(metadata={"help": "Vision encoder: local folder or Hub id."})
@@ -113,6 +115,7 @@ class BackboneArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
     def __post_init__(self):
+        self.check_tiles()
         if isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
         pools = self.projector_type == "pool"
@@ -322,6 +325,10 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         chat_template=template,
         template_writes_special_tokens=own_template,
     )
+    cut_images(arguments, model.config, processor)
+    if processor.max_tiles > 1:
+        needed = Encoder(processor).most_image_tokens + TRIAL_LENGTH
+        check_positions(model, needed, f"an image of {processor.max_tiles} tiles with its overview and some text need")
     ends = {tokenizer.eos_token_id} | end_of_turn_ids(tokenizer, template)
     if own_template:
         ends |= _token_ids(language.generation_config.eos_token_id)

@@ -29,6 +29,7 @@ from alignvlm.rows.collator import AlignVLMCollator, records_of
 from alignvlm.rows.features import FeatureStore
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
+from alignvlm.stages.tiles import check_not_cut
 from alignvlm.stages.trainer import AlignVLMTrainer
 from hub_upload.run_record import write_json
 
@@ -68,6 +69,7 @@ class KeptFeatures(StageOption):
         return [cls(arguments, trainer, collator)] if arguments.cache_features else []
 
     def check(self, trainer: AlignVLMTrainer) -> None:
+        check_not_cut(self.collator.processor, "cache_features keeps one feature map an image")
         trainer.check_complete_weights("cache_features")
 
     def before(self, model: nn.Module) -> None:

@@ -42,6 +42,8 @@ REFUSED = {
     "padding_free": "rows are padded",
 }
 
+WHOLE_IMAGES = "stage 5 shows complete images"
+
 
 @dataclass
 class RewardArguments(RecordArguments, DataArguments, WeightsArguments):

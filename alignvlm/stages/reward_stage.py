@@ -20,10 +20,11 @@ from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.loading import check_row_length
 from alignvlm.stages.options import StageOption
 from alignvlm.stages.prompts import conversations_of, preferences, prompts
-from alignvlm.stages.reward_arguments import GRPOArguments, RewardArguments, parse_rewards
+from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, RewardArguments, parse_rewards
 from alignvlm.stages.reward_trainers import DPOStageTrainer, GRPOStageTrainer
 from alignvlm.stages.samples import undisturbed
 from alignvlm.stages.stage import launch, run_stage
+from alignvlm.stages.tiles import check_not_cut
 from alignvlm.stages.trainer import StageTrainer
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
@@ -44,6 +45,7 @@ def make_trainer(
     Raises:
         ValueError: for data that the method cannot learn from.
     """
+    check_not_cut(collator.processor, WHOLE_IMAGES)
     said = [(mixture.parts[place["part"]], conversation) for place, conversation in conversations_of(mixture.parts)]
     captions = [conversation.responses for part, conversation in said if part.source.metric_of(conversation) == CIDER]
     rewards = make_rewards(arguments.rewards, captions)

@@ -22,6 +22,7 @@ from alignvlm.data.record import Conversation, Record
 from alignvlm.evaluation.answer import answer
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Encoder
+from alignvlm.rows.tiles import grids_of
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.log_lines import position, say
@@ -133,11 +134,12 @@ def choose(data: Mixture, encoder: Encoder, positions: int | None) -> list[Sampl
 
 
 def _sample(record: Record, source: str, encoder: Encoder, positions: int | None) -> Sample | None:
+    grids = grids_of(encoder.processor, record.images)
     conversations = [
         conversation
         for conversation in record.conversations
         if conversation.image_count
-        and (positions is None or len(encoder.prompt(conversation.messages).input_ids) + NEW_TOKENS <= positions)
+        and (positions is None or len(encoder.prompt(conversation.messages, grids)) + NEW_TOKENS <= positions)
     ][:PROMPTS]
     if not conversations:
         return None

@@ -21,6 +21,7 @@ from alignvlm.data.mixture import Mixture
 from alignvlm.evaluation.precision import warn_if_emulated
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import TrainingRows
+from alignvlm.rows.tiles import describe_tiles
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
@@ -40,6 +41,7 @@ from alignvlm.stages.options import Nested, StageOption
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
+from alignvlm.stages.tiles import cut_images
 from alignvlm.stages.trainer import AlignVLMTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of
@@ -101,6 +103,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     _check_push(arguments, record)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
 
     # Prepare
@@ -187,6 +190,7 @@ def _entry(
         "attention_mask_type": arguments.attention_mask_type,
         **layers,
         **{name: getattr(config, name) for name, off in OFF.items() if getattr(config, name) != off},
+        **describe_tiles(config, trainer.processing_class),
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),

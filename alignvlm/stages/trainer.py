@@ -434,6 +434,8 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
+        if "image_ids" in inputs:  # of an image that is cut into tiles, `pixel_values` have several
+            images = int((inputs["image_ids"].amax(-1) + 1).sum())
         self.count(images, int(starts.sum()), inputs["attention_mask"])
         tokens, trained = inputs["attention_mask"].sum(-1), (labels != IGNORED).any(-1)
         self._computed += {

@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from alignvlm.evaluation.attention import ImageAttention, attention_to_images
+from alignvlm.rows.tiles import grids_of
 from alignvlm.tools.ask import with_tag
-from modeling_alignvlm import MASK_TYPES
+from modeling_alignvlm import MASK_TYPES, tiles_of
 
 
 ATTENTION_BYTES = 2 << 30  # the most memory that the attention of one answer may take
@@ -166,14 +167,15 @@ class DemoModel:
         yield self.processor.decode(tokens, skip_special_tokens=True).strip()
 
     def look(self, talk: Talk, answer: str, mask_type: str) -> ImageAttention | None:
-        """Where the model looked for each word of its answer to the last message; None if there is nothing to see: no image in the
+        """Where the model looked, in the overview of images that are cut into tiles, for each word of its answer to the last message; None if there is nothing to see: no image in the
         conversation, no word in the answer, or no memory for the attention."""
         config = self.model.config.text_config
         shown = sum(part["type"] == "image" for message in talk.messages for part in message["content"])
+        tiles = sum(map(tiles_of, grids_of(self.processor, talk.images[:shown])))
         length = len(
             self.processor.tokenizer(str(talk.messages) + answer)["input_ids"]
         )  # at least as long as the texts
-        length += shown * self.model.config.image_seq_length
+        length += tiles * self.model.config.image_seq_length
         needed = 4 * config.num_hidden_layers * config.num_attention_heads * length**2
         if shown == 0 or not answer.strip() or needed > ATTENTION_BYTES:
             return None

@@ -7,7 +7,6 @@ which need not exist yet.
 """
 
 import argparse
-import copy
 import glob
 import sys
 from collections import Counter
@@ -30,7 +29,8 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
 from alignvlm.stages.prompts import preferences, prompts
-from alignvlm.stages.reward_arguments import GRPOArguments, RewardArguments, parse_any_stage
+from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, RewardArguments, parse_any_stage
+from alignvlm.stages.tiles import check_not_cut, cut_images
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -130,20 +130,22 @@ class Batch:
     one record.
     """
 
-    images: int
+    images: int  # that the encoder encodes: of images that are cut, the tiles
     rows: int
     length: int
     labels: int
     tokens: int
+    whole_images: int
     pairs: float
 
     @classmethod
-    def of(cls, rows: list[Row], skips_masked: bool = False) -> "Batch":
+    def of(cls, rows: list[Row], collator: AlignVLMCollator, skips_masked: bool = False) -> "Batch":
         """Describes a batch of rows; `skips_masked` for a kernel that skips blocks of masked pairs."""
         length = max(map(len, rows))
         records = (count for row in rows for count in Counter(row.record_ids).values())
         return cls(
-            images=sum(len(row.images) for row in rows),
+            images=sum(map(collator.tile_count, rows)),
+            whole_images=sum(len(row.images) for row in rows),
             rows=len(rows),
             length=length,
             labels=sum(label != IGNORED for row in rows for label in row.labels),
@@ -214,6 +216,7 @@ class Plan:
     memory: dict[str, float]
     step_flops: float  # of all processes
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
+    max_tiles: int  # 1: images are not cut
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
     features: "KeptSize | None" = None  # with `cache_features`
 
@@ -251,13 +254,13 @@ def batches_of(
 
     if row_length is None:
         drawn = (collator.packer.arranged(rows_of(batch_size)) for _ in range(count))
-        return [Batch.of(rows, skips_masked) for rows in drawn], 1.0
+        return [Batch.of(rows, collator, skips_masked) for rows in drawn], 1.0
     own = rows_of(WINDOW)
     filled = best_fit(list(map(len, own)), row_length)
     rows = [joined([own[i] for i in filled[row]]) for row in rng.permutation(len(filled))]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     complete = [rows for rows in batches[:count] if len(rows) == batch_size] or batches[:1]
-    return [Batch.of(rows, skips_masked) for rows in complete], WINDOW / len(filled)
+    return [Batch.of(rows, collator, skips_masked) for rows in complete], WINDOW / len(filled)
 
 
 def memory_of(
@@ -327,9 +330,11 @@ def plan_stage(
     processes: int,
     sample: int = 30,
 ) -> Plan:
-    """Plans one stage: opens every source and measures `sample` random batches."""
-    config = copy.deepcopy(config)
+    """Plans one stage: opens every source and measures `sample` random batches. Makes `config` and `processor` those of its checkpoint."""
     config.attention_mask_type = arguments.attention_mask_type
+    cut_images(arguments, config, processor)
+    if arguments.cache_features:
+        check_not_cut(processor, "cache_features keeps one feature map an image")
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
@@ -380,6 +385,7 @@ def plan_stage(
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
         [other_turns(part, collator.token_counts) for part in mixture.parts],
+        processor.max_tiles,
         describe_homes(config, processor=processor),
         features,
     )
@@ -417,9 +423,10 @@ def plan_rewards(
     earlier_stages: list[dict],
     processes: int,
 ) -> RewardPlan:
-    """Plans stage 5: opens every source."""
-    config = copy.deepcopy(config)
+    """Plans stage 5: opens every source. Makes `config` and `processor` those of its checkpoint."""
     config.attention_mask_type = arguments.attention_mask_type
+    cut_images(arguments, config, processor)
+    check_not_cut(processor, WHOLE_IMAGES)
     collator = make_collator(arguments, processor, config)
     mixture = make_mixture(arguments, collator, earlier_stages, processes)
     for sources in (arguments.eval_sources, arguments.text_sources):
@@ -504,6 +511,11 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
+    if plan.max_tiles > 1:
+        encoded, images = (sum(getattr(batch, name) for batch in plan.batches) for name in ("images", "whole_images"))
+        lines.append(
+            f"  max_tiles {plan.max_tiles}: {encoded / max(images, 1):.2f} encoded for each image, its overview and its tiles"
+        )
     if plan.features:
         lines.append(f"  cache_features: {plan.features} below {features_folder(arguments)}")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes

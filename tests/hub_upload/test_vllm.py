@@ -36,7 +36,10 @@ CASES = {
         "tie_word_embeddings": False,
     },
     "image, sliding window, capped logits": {"text": GEMMA},
+    "image, tiles": {"image_block": "image"},
+    "image, tiles with marks": {"image_block": "tile"},
 }
+TILES = {"image, tiles": {"max_tiles": 4}, "image, tiles with marks": {"max_tiles": 4, "tile_marks": True}}
 RED, GREY = Image.new("RGB", (20, 12), (200, 30, 60)), Image.linear_gradient("L").convert("RGB")
 PROMPTS = [
     ("<image> What is it?", [RED]),
@@ -52,7 +55,14 @@ def checkpoints(tmp_path_factory, make_model, processor) -> dict[str, Path]:
     folder, free = tmp_path_factory.mktemp("checkpoints"), {"license": "apache-2.0"}
     backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
     for name, values in CASES.items():
-        save_checkpoint(make_model(**values), processor, folder / name, {"backbones": backbones, "stages": []})
+        own = AlignVLMProcessor(
+            processor.image_processor,
+            processor.tokenizer,
+            4,
+            chat_template=processor.chat_template,
+            **TILES.get(name, {}),
+        )
+        save_checkpoint(make_model(**values), own, folder / name, {"backbones": backbones, "stages": []})
     return {name: folder / name for name in CASES}
 
 
@@ -199,3 +209,18 @@ def test_the_processor_counts_what_it_writes(processor):
     assert sum(counts["num_image_tokens"]) == int(inputs["mm_token_type_ids"].sum()) == 8
     assert sum(counts["num_image_patches"]) == len(inputs["pixel_values"]) == 2
     assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
+
+
+@pytest.mark.parametrize("block, tile_marks, made", [("tile", False, "image"), ("image", True, "tile")])
+def test_blocks_that_vllm_does_not_make_are_refused(checkpoints, tmp_path, block, tile_marks, made):
+    shutil.copytree(checkpoints["image, tiles"], tmp_path / "one")
+    for name, values in (
+        ("config.json", {"image_block": block}),
+        ("processor_config.json", {"tile_marks": tile_marks}),
+    ):
+        path = tmp_path / "one" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(
+        ValueError, match=f"makes the masks of image_block '{made}', and this checkpoint was trained with '{block}'"
+    ):
+        serving.check_for_vllm(tmp_path / "one")

@@ -123,14 +123,18 @@ def test_the_trunk_is_the_longest_that_may_be_shared(processor, seed):
     encoder = Encoder(processor)
     branches = [branch for conversation in record.conversations for branch in encoder.encode(conversation)]
     rules = (processor.image_token_id, processor.image_seq_length)
-    assert trunk_length(branches, *rules) == brute_force_trunk(branches, *rules)
+    assert trunk_length(branches) == brute_force_trunk(branches, *rules)
 
 
 def test_a_trunk_never_ends_inside_an_image():
     ids = [7, 1, 1, 1, 1, 8, 9]
-    branches = [Branch(tuple(ids), (False,) * 6 + (True,), 6), Branch((7, 1, 1, 5, 9), (False,) * 4 + (True,), 4)]
-    assert trunk_length(branches, image_token_id=1, image_seq_length=4) == 1
-    assert trunk_length([branches[0], branches[0]], image_token_id=1, image_seq_length=4) == 5
+    image_ids = (-1, 0, 0, 0, 0, -1, -1)
+    branches = [
+        Branch(tuple(ids), (False,) * 6 + (True,), 6, image_ids),
+        Branch((7, 1, 1, 5, 9), (False,) * 4 + (True,), 4, (-1, 0, 0, -1, -1)),
+    ]
+    assert trunk_length(branches) == 1
+    assert trunk_length([branches[0], branches[0]]) == 5
 
 
 def test_captions_share_their_prompt(processor):
@@ -191,7 +195,7 @@ def test_a_shortened_branch_ends_in_an_answer_and_cuts_no_image(processor, seed,
     conversation = Conversation(**random_record(random.Random(seed))["conversations"][0])
     branch = Encoder(processor).encode(conversation)[0]
     image_token, image_length = processor.image_token_id, processor.image_seq_length
-    cut = shortened(branch, length, image_token, image_length)
+    cut = shortened(branch, length)
     if cut is None:
         assert not any(branch.trained[:length])
         return

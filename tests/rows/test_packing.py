@@ -172,7 +172,7 @@ def test_joined_rows_hold_the_records_one_after_the_other(lengths):
     rows = []
     for index, length in enumerate(lengths):
         row = Row([index])
-        row.append(Branch((index,) * length, (False,) * length, length), 0)
+        row.append(Branch((index,) * length, (False,) * length, length, (-1,) * length), 0)
         rows.append(row)
     row = joined(rows)
     expected = [index for index, length in enumerate(lengths) for _ in range(length)]

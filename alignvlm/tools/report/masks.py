@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from alignvlm.data.record import Conversation
 from alignvlm.rows.encode import Encoder
-from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMProcessor, TokenLayout
+from modeling_alignvlm import MASK_TYPES, WHOLE, AlignVLMConfig, AlignVLMProcessor, TokenLayout
 from modeling_alignvlm.masking_alignvlm import dense_mask
 
 
@@ -66,7 +66,8 @@ def mask_example(
     Args:
         stages: entries of the run record, for their mask types.
     """
-    branch = Encoder(processor).encode(conversation)[0]
+    whole = [WHOLE] * conversation.image_count  # tiles would be too many tokens to draw
+    branch = Encoder(processor).encode(conversation, whole)[0]
     input_ids = torch.tensor([branch.input_ids])
     prompt_mask = torch.arange(len(branch))[None] < branch.prompt_length
     layout = TokenLayout.from_input_ids(

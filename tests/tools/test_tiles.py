@@ -1,0 +1,25 @@
+"""The demo and the contact sheet with images cut into tiles."""
+
+from alignvlm.data.mixture import load_mixture
+from alignvlm.evaluation.answer import answer
+from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.tools.contact_sheet import write_contact_sheet
+from alignvlm.tools.demo_model import Decoding, DemoModel, Talk
+from tests.modeling_alignvlm.test_tiles import picture, tiled
+
+
+def test_the_demo_answers_about_tiles_and_shows_the_overview(processor, make_model):
+    own, model, image = tiled(processor), make_model(image_block="image"), picture((40, 20))
+    demo = DemoModel("tiny", model, own, "fp32")
+    talk = demo.asked(Talk((image,)), "What is it?")
+    (*_, text) = demo.stream(talk, Decoding("image", max_new_tokens=4))
+    assert text == answer(model, own, [image], [["What is it?"]], max_new_tokens=4)[0][0]
+    assert demo.look(talk, "a red circle", "image").layers.shape[2:] == (1, 2, 2)
+
+
+def test_the_contact_sheet_shows_tokens_and_marks_of_tiles(processor, tmp_path):
+    collator = AlignVLMCollator(tiled(processor, max_tiles=6))
+    mixture = load_mixture([{"name": "scene_signs", "count": 2, "image_size": 40}], collator.token_counts)
+    write_contact_sheet(mixture, collator, 2, tmp_path / "sheet.html")
+    page = (tmp_path / "sheet.html").read_text()
+    assert "&lt;row_1_col_1&gt;" in page and page.count("<article>") == 2 and "<i>[4 image tokens]</i>" in page
