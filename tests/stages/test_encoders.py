@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     ConvNextConfig,
     Dinov2Config,
@@ -238,6 +239,29 @@ def test_several_layers_are_assembled_from_one_option(language, tmp_path, kind, 
     config = AlignVLMConfig.from_pretrained(tmp_path / "stage0")
     assert (config.vision_feature_layer, config.vision_hidden_size, config.feature_size) == (layers, 32, 64)
     assert config.vision_layer_fusion == "weighted_sum" and config.feature_grid == (4, 4)
+
+
+def test_calibration_is_tried_when_a_checkpoint_is_assembled(language, tmp_path):
+    encoder = save_encoder(tmp_path / "encoder", ENCODERS["siglip"][0], square(ENCODERS["siglip"][1]))
+    fields = {"modality_calibration": True, "merge_image_tokens": 5}
+    model, processor = assemble(BackboneArguments(encoder, language, str(tmp_path / "stage0"), **fields))
+    assert not any(
+        parameter.any() for parameter in model.model.projector.calibrations.parameters()
+    )  # the trial left nothing
+    assert model.config.image_seq_length == processor.image_seq_length == 5
+
+    tokenizer = make_tokenizer(())
+    config = CONFIG_MAPPING["gpt_neox_japanese"](
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    set_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deaf")
+    tokenizer.save_pretrained(tmp_path / "deaf")
+    with pytest.raises(
+        ValueError, match=r"gpt_neox_japanese.* does not tell its layers where images are: .*Leave it out"
+    ):
+        assemble(BackboneArguments(encoder, str(tmp_path / "deaf"), str(tmp_path / "out"), modality_calibration=True))
+    assert not (tmp_path / "out").exists()
 
 
 class WithoutStates(torch.nn.Module):
