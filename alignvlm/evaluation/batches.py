@@ -7,8 +7,9 @@ continues where it stopped, with the same result.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
@@ -86,19 +87,20 @@ def _run(work: Work, batches: Iterable[range]) -> Iterator[tuple[int, list]]:
         for batch in batches:
             yield batch.start, work.run(batch)
         return
-    pool, failure = ThreadPoolExecutor(work.at_once), None
-    try:
-        starts = {pool.submit(work.run, batch): batch.start for batch in batches}
-        for future in as_completed(starts):
-            if future.cancelled():
-                continue
-            if (error := future.exception()) is None:
-                yield starts[future], future.result()
-            elif failure is None:
-                failure = error
-                pool.shutdown(wait=False, cancel_futures=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    following, running, failure = iter(batches), {}, None
+    with ThreadPoolExecutor(work.at_once) as pool:
+        while True:
+            if failure is None:
+                for batch in islice(following, work.at_once - len(running)):
+                    running[pool.submit(work.run, batch)] = batch.start
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                start = running.pop(future)
+                if (error := future.exception()) is None:
+                    yield start, future.result()
+                else:
+                    failure = failure or error
     if failure is not None:
         raise failure
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -184,22 +185,32 @@ def test_a_busy_server_is_asked_again(server, rows, tmp_path):
     )
 
 
-def test_what_was_answered_is_kept_when_a_server_gives_up(server, rows, tmp_path):
+@pytest.mark.parametrize(("status", "tries"), [(500, RETRIES + 1), (422, 1)])
+def test_what_was_answered_is_kept_when_a_server_gives_up(status, tries, server, rows, tmp_path):
     whole = tmp_path / "whole"
     main(options(server, rows, whole))
     server.asked.clear()
-    server.does = lambda body: (
-        failing(500, "out of memory")(body) if "3?" in seen(body) else (200, {}, completion(seen(body)))
-    )
+    refused = threading.Semaphore(0)
+
+    def does(body):
+        if "3?" in seen(body):
+            refused.release()
+            return failing(status, "out of memory")(body)
+        if "4?" in seen(body):  # under way until the third has failed
+            for _ in range(tries):
+                assert refused.acquire(timeout=60)
+            time.sleep(1)
+        return 200, {}, completion(seen(body))
+
+    server.does = does
     arguments = options(server, rows, tmp_path / "kept", "--server_requests", "2")
-    with pytest.raises(
-        SystemExit, match=rf"{server.url} answered status 500 \(.*out of memory.*\)\. It was asked {RETRIES + 1} times"
-    ):
+    remedy = f"It was asked {RETRIES + 1} times" if tries > 1 else "The server refuses the request itself"
+    with pytest.raises(SystemExit, match=rf"{server.url} answered status {status} \(.*out of memory.*\)\. {remedy}"):
         main(arguments)
-    assert sum("3?" in seen(body) for body in server.asked) == RETRIES + 1
+    assert sum("3?" in seen(body) for body in server.asked) == tries
     (kept,) = (tmp_path / "kept").glob(".local-*/0.jsonl")
     before = kept.read_text().count("\n")
-    assert 3 <= before < COUNT
+    assert before == 4 < COUNT - 1  # the last image was not asked about any more
     server.does = None
     server.asked.clear()
     main(arguments)
