@@ -37,7 +37,7 @@ class AlignVLMCollator:
 
     Args:
         processor (`AlignVLMProcessor`): with a chat template.
-        mask_type (`str`): the mask type of training; a row whose answers would leak is refused.
+        mask_type (`str` or `list[str]`): the mask types of training; a row whose answers would leak under any of them is refused.
         max_length (`int`, *optional*):
             the longest row of a record. Branches that do not fit are dropped. If none fits, the first branch whose prompt leaves room
             is kept with its response cut, never an image. A record without such a branch is dropped.
@@ -61,7 +61,7 @@ class AlignVLMCollator:
     def __init__(
         self,
         processor: AlignVLMProcessor,
-        mask_type: str = "image",
+        mask_type: str | list[str] = "image",
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         shared_image: bool = True,
@@ -71,14 +71,14 @@ class AlignVLMCollator:
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.mask_type = mask_type
+        self.mask_types = [mask_type] if isinstance(mask_type, str) else mask_type
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
         self.name_records = name_records
         self.encoder = Encoder(processor)
-        shares_trunk = get_mask_type(mask_type).shares_trunk and shared_image
+        shares_trunk = all(get_mask_type(name).shares_trunk for name in self.mask_types) and shared_image
         self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
         self.features: FeatureStore | None = None
         self.sizes: Set[int] = frozenset()
@@ -127,18 +127,16 @@ class AlignVLMCollator:
             "branch_ids": padded("branch_ids", 0),
             "prompt_mask": padded("prompt_mask", False),
         }
-        check_no_leak(
-            TokenLayout.from_input_ids(
-                batch["input_ids"],
-                self.processor.image_token_id,
-                self.processor.image_seq_length,
-                record_ids=batch["record_ids"],
-                branch_ids=batch["branch_ids"],
-                prompt_mask=batch["prompt_mask"],
-            ),
-            self.mask_type,
-            response_mask=batch["labels"] != IGNORED,
+        layout = TokenLayout.from_input_ids(
+            batch["input_ids"],
+            self.processor.image_token_id,
+            self.processor.image_seq_length,
+            record_ids=batch["record_ids"],
+            branch_ids=batch["branch_ids"],
+            prompt_mask=batch["prompt_mask"],
         )
+        for mask_type in self.mask_types:
+            check_no_leak(layout, mask_type, response_mask=batch["labels"] != IGNORED)
         images = [image for row in rows for image in row.images]
         if images:
             batch |= self._image_inputs(images)

@@ -8,11 +8,19 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.lora import merge_saved_lora
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
 def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
-    """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage."""
+    """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage.
+
+    Raises:
+        ValueError: before any weights are read, if its language model cannot keep a mask type of the stage.
+    """
+    for name in arguments.mask_type_shares:
+        AlignVLMConfig.from_pretrained(
+            arguments.model, revision=arguments.model_revision, attention_mask_type=name
+        ).check_mask_type()
     model = AlignVLMForConditionalGeneration.from_pretrained(
         arguments.model,
         revision=arguments.model_revision,
@@ -49,7 +57,7 @@ def make_collator(
         )
     return AlignVLMCollator(
         processor,
-        mask_type=arguments.attention_mask_type,
+        mask_type=list(arguments.mask_type_shares),
         max_length=arguments.max_length,
         shared_image=config.packing,
         row_length=arguments.row_length,

@@ -24,8 +24,10 @@ from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import check_row_length, load_model, make_collator, make_held_out, make_mixture
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
+from alignvlm.stages.mask_types import described, mask_types_record
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested
+from alignvlm.stages.projector_start import ProjectorStart, check_new_projector
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
@@ -40,7 +42,16 @@ from modeling_alignvlm import AlignVLMProcessor
 
 logger = logging.get_logger(__name__)
 
-LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
+LOGGED = (
+    "step",
+    "loss",
+    "embedding_loss",
+    "learning_rate",
+    "images_per_second",
+    "tokens_per_second",
+    "padding_share",
+    "memory_gb",
+)
 
 
 def run_stage(arguments: StageArguments) -> dict[str, Any]:
@@ -53,12 +64,13 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
     resume_from = checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
     _check_push(arguments, record)
+    check_new_projector(arguments, record)
+    held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
     check_row_length(arguments, model)
 
     # Prepare
-    held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     nested = Nested(model)
     nested.enter(*held)
     collator = make_collator(arguments, processor, model.config)
@@ -75,23 +87,26 @@ def run_stage(arguments: StageArguments) -> dict[str, Any]:
         order=order,
         earlier=earlier_progress(arguments, resume_from, order),
         token_weighting=arguments.token_weighting,
+        embedding_loss=arguments.embedding_loss,
         infinite_schedule=arguments.infinite_schedule,
+        mask_types=arguments.mask_type_shares,
         args=arguments,
         data_collator=collator,
         train_dataset=mixture.dataset,
         eval_dataset=None if held_out is None else held_out.dataset,
         processing_class=processor,
     )
+    start = ProjectorStart.of(arguments, trainer, collator)
     features = KeptFeatures.of(arguments, trainer, collator)
     samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
-    for option in (*held, *features, *samples, *written):
+    for option in (*held, *start, *features, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
-        print(_describe(arguments, trainer.parameter_counts, mixture), flush=True)
+        print(_describe(arguments, trainer.parameter_counts, trainer.learning_rates, mixture), flush=True)
 
     # Train
-    nested.enter(*features, StageMetrics(arguments, trainer, collator), *samples, *written)
+    nested.enter(*start, *features, StageMetrics(arguments, trainer, collator), *samples, *written)
     _train(arguments, trainer, resume_from)
 
     # Finish
@@ -147,6 +162,7 @@ def _entry(
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
+        **mask_types_record(arguments.mask_type_shares, arguments.seed, trainer.state.global_step),
         "sources": arguments.sources,
         "data": mixture.record(),
         "records": None if mixture.draws is None else sum(mixture.draws),
@@ -180,13 +196,15 @@ def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture 
     return {**dropped, **counts, "bad_row_list": [*bad, *dropped["bad_row_list"]][:1000]}
 
 
-def _describe(arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture) -> str:
+def _describe(
+    arguments: StageArguments, counts: dict[str, tuple[int, int]], rates: dict[str, float], mixture: Mixture
+) -> str:
     """Says for the log what is frozen and what trains."""
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
-    lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
+    lines = [f"Stage {arguments.stage}: {records} records, {described(arguments.mask_type_shares)}"]
     lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
-        rate = arguments.learning_rates.get(module)
+        rate = rates.get(module)
         state = "frozen" if rate is None else f"trains at {rate:g}"
         lines.append(f"  {module:<10} {total:>13,} parameters, {trainable:>13,} trainable: {state}")
     return "\n".join(lines)

@@ -18,9 +18,11 @@ from trl import SFTTrainer
 
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
+from alignvlm.stages.embedding_loss import HEAD, watched
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
+from alignvlm.stages.mask_types import drawn_mask_type
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
 from alignvlm.stages.schedules import infinite_schedule
 from alignvlm.stages.signals import sheltered
@@ -35,7 +37,9 @@ MAX_SKIPPED_STEPS = 20
 
 
 def module_of(parameter_name: str) -> str:
-    """Returns the module, one of `MODULES`, of a parameter of `AlignVLMForConditionalGeneration`, by its name."""
+    """Returns the module, one of `MODULES` or `HEAD`, of a parameter of `AlignVLMForConditionalGeneration`, by its name."""
+    if HEAD in parameter_name:
+        return HEAD
     if "vision_tower." in parameter_name:
         return "vision"
     return "projector" if "projector." in parameter_name else "language"
@@ -55,7 +59,7 @@ def freeze_all_but(
         parameter.requires_grad_(
             module in learning_rates and (module != "language" or not lora or LORA_PREFIX in name)
         )
-        trainable, total = counts[module]
+        trainable, total = counts.get(module, (0, 0))
         counts[module] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
     return counts
 
@@ -82,10 +86,13 @@ class AlignVLMTrainer(SFTTrainer):
         learning_rates (`dict[str, float]`): the peak learning rate of each module that trains; a module not named is frozen.
         sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
         max_bad_images (`float`): stop when more than this share of the records read had an unreadable image.
+        embedding_loss (`float`): the weight of this loss, where the model has a head for it; see `alignvlm/stages/embedding_loss.py`.
+            The head trains at the highest of the learning rates.
         token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
         infinite_schedule (`dict`, *optional*): phases of `alignvlm.stages.schedules.infinite_factor`, instead of `lr_scheduler_type`.
         max_bad_rows (`float`): the same for rows of a stream that cannot be used.
         order (`dict`, *optional*): what decides which record is read when; goes into every checkpoint.
+        mask_types (`dict[str, float]`, *optional*): shares of mask types, of which every step draws one; None: the model's own.
         earlier (`dict`, *optional*): the `progress` at the checkpoint the run will go on from.
         **kwargs: as for `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
 
@@ -105,9 +112,11 @@ class AlignVLMTrainer(SFTTrainer):
         sampler: torch.utils.data.Sampler | None = None,
         max_bad_images: float = 0.0,
         token_weighting: str = "none",
+        embedding_loss: float = 0.0,
         infinite_schedule: dict[str, float] | None = None,
         max_bad_rows: float = 0.0,
         order: dict | None = None,
+        mask_types: dict[str, float] | None = None,
         earlier: dict | None = None,
         **kwargs,
     ):
@@ -120,6 +129,11 @@ class AlignVLMTrainer(SFTTrainer):
         self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
         self.order, self.earlier = order, earlier or {}
         self.token_weighting, self.infinite_schedule = token_weighting, infinite_schedule
+        self.mask_types = mask_types
+        self.embedding_loss = embedding_loss
+        self._embedding_losses: list[torch.Tensor] = []  # of the micro-batches since the last log
+        if embedding_loss:
+            learning_rates = {**learning_rates, HEAD: max(learning_rates.values())}
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
@@ -298,9 +312,23 @@ class AlignVLMTrainer(SFTTrainer):
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
         images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
         self._counts += torch.tensor([images, int(starts.sum()), int(inputs["attention_mask"].sum()), labels.numel()])
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with self._drawn_mask_type():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_records.append((loss, self._record_names))
         return loss
+
+    @contextmanager
+    def _drawn_mask_type(self) -> Iterator[None]:
+        """Puts the model under the mask type that is drawn for this step, where the stage mixes several."""
+        if self.mask_types is None:
+            yield
+            return
+        config, own = self.model.config, self.model.config.attention_mask_type
+        config.attention_mask_type = drawn_mask_type(self.mask_types, self.args.seed, self.state.global_step)
+        try:
+            yield
+        finally:
+            config.attention_mask_type = own
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Stops before a step that would make weights not finite."""
@@ -362,6 +390,20 @@ class AlignVLMTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Computes the loss of the labels, and in training adds that of `embedding_loss`."""
+        if not self.embedding_loss or not self.model.training:
+            return self._loss_of_labels(model, inputs, return_outputs, num_items_in_batch)
+        with watched(self.model) as seen:
+            loss = self._loss_of_labels(
+                model, {**inputs, "output_hidden_states": True}, num_items_in_batch=num_items_in_batch
+            )
+        found = getattr(self.model, HEAD).loss(self.model, seen, inputs["input_ids"])
+        self._embedding_losses.append(found.detach())
+        # A mean of each micro-batch, where transformers leaves their number to the loss.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.embedding_loss * found / steps
+
+    def _loss_of_labels(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
 
         With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
@@ -429,6 +471,9 @@ class AlignVLMTrainer(SFTTrainer):
             for name, count in zip(("images", "annotations", "tokens"), counts):
                 logs[f"{name}_per_second"] = round(count / seconds, 2)
             logs["padding_share"] = round(1 - counts[2] / max(counts[3], 1), 4)
+            if self._embedding_losses:
+                logs["embedding_loss"] = torch.stack(self._embedding_losses).mean().item()
+                self._embedding_losses.clear()
             logs |= {f"{RATE}{module}": rate for module, rate in self._rates.items()}
             memory = self.accelerator.gather(torch.tensor([peak_memory_gb(device)], device=device))
             logs["memory_gb"] = round(memory.max().item(), 3)

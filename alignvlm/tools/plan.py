@@ -27,6 +27,8 @@ from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments, parse_anywhere
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import check_row_length, make_collator, make_mixture
+from alignvlm.stages.mask_types import described
+from alignvlm.stages.projector_start import check_new_projector
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -189,11 +191,12 @@ class Plan:
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
     features: "KeptSize | None" = None  # with `cache_features`
+    start_flops: float = 0.0  # of `projector_start`
 
     @property
     def flops(self) -> float:
         """FLOPs of the complete stage."""
-        return self.steps * self.step_flops + (self.features.flops if self.features else 0)
+        return self.steps * self.step_flops + self.start_flops + (self.features.flops if self.features else 0)
 
 
 def batches_of(
@@ -287,8 +290,11 @@ def plan_stage(
     sample: int = 30,
 ) -> Plan:
     """Plans one stage: opens every source and measures `sample` random batches."""
+    check_new_projector(arguments, {"stages": earlier_stages})
     config = copy.deepcopy(config)
-    config.attention_mask_type = arguments.attention_mask_type
+    for mask_type in reversed(arguments.mask_type_shares):  # the first stays
+        config.attention_mask_type = mask_type
+        config.check_mask_type()
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
@@ -310,6 +316,8 @@ def plan_stage(
         records = sum(mixture.draws) * arguments.num_train_epochs
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
+    start_images = arguments.projector_start_records if arguments.projector_start else 0
+    start_flops = min(start_images, round(records)) * image.flops
     features = KeptSize.of(arguments, config, mixture, image)
     if features:
         image = replace(image, flops=0.0)  # in a step
@@ -335,6 +343,7 @@ def plan_stage(
         [other_turns(part, collator.token_counts) for part in mixture.parts],
         describe_homes(config, processor=processor),
         features,
+        start_flops,
     )
 
 
@@ -357,11 +366,15 @@ def plan_stages(stages: list[StageArguments], processes: int, sample: int = 30) 
                     AlignVLMProcessor.from_pretrained(arguments.model, **options),
                     read_run_record(arguments.model, arguments.model_revision)["stages"],
                 )
+            kept = arguments.keep_language_from
+            if kept is not None and Path(kept).resolve() not in known:
+                check_model(kept)
             config, processor, done = known[folder]
             plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
-        entry = {"stage": arguments.stage, "sources": arguments.sources}
+        names = ("stage", "sources", "learning_rates")
+        entry = {name: getattr(arguments, name) for name in names}
         known[Path(arguments.output_dir).resolve()] = (config, processor, [*done, entry])
     return plans
 
@@ -404,6 +417,19 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")
+    if len(arguments.mask_type_shares) > 1:
+        lines.append(f"  {described(arguments.mask_type_shares)}")
+    if plan.start_flops:
+        lines.append(
+            f"  projector_start: {arguments.projector_start_records:,} records at most, {plan.start_flops / 1e12:,.4g} TFLOP"
+        )
+    if arguments.embedding_loss:
+        lines.append(f"  embedding_loss: {arguments.embedding_loss:g} x the error of a head that is thrown away")
+    if arguments.keep_language:
+        lines.append(
+            f"  keep_language: {1 - arguments.keep_language:g} of the trained language model, {arguments.keep_language:g} of that of "
+            f"{arguments.keep_language_from or arguments.model}"
+        )
     if plan.features:
         lines.append(f"  cache_features: {plan.features} below {features_folder(arguments)}")
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * plan.processes
