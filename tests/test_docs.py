@@ -49,7 +49,7 @@ class CopyOfSources:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("modeling_alignvlm", "alignvlm", "hub_upload", "tests"):
+        for name in ("modeling_alignvlm", "alignvlm", "hub_upload", "benchmarks", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "model_card.md"):
             shutil.copy(ROOT / name, folder)

@@ -402,6 +402,27 @@ def finevision(folder: Path) -> dict:
     return {"data": "finevision", "config": "made", "min_relevance": 3, "min_formatting": 2}
 
 
+def rlaif_v(folder: Path) -> dict:
+    """HuggingFaceH4/rlaif-v_formatted: prompt and answers as lists of messages."""
+    parts = {"content": List({"text": Value("string"), "type": Value("string")}), "role": Value("string")}
+
+    def said(role: str, text: str, *images: dict) -> list[dict]:
+        return [{"role": role, "content": [*images, {"type": "text", "text": text}]}]
+
+    rows = [
+        {
+            "images": [embedded(i)],
+            "prompt": said("user", "What shade?", {"type": "image", "text": None}),
+            "chosen": said("assistant", f"shade {i}"),
+            "rejected": said("assistant", f"shade {9 - i}"),
+        }
+        for i in range(3)
+    ]
+    columns = dict.fromkeys(("prompt", "chosen", "rejected"), List(parts))
+    parquet(folder, "rlaif_v/data/train-00000-of-00001.parquet", rows, images=List(Image()), **columns)
+    return {"data": "rlaif_v"}
+
+
 def webdataset(folder: Path) -> dict:
     """Two shards of images with a caption beside each."""
     for shard, shades in enumerate(((0, 1), (2,))):
@@ -497,6 +518,7 @@ FIXTURES = {
     "pathvqa": (pathvqa, "<image>what shade?", 2),
     "vqa_rad": (pathvqa, "<image>what shade?", 2),
     "slake": (slake, "<image>question 0?", 2),
+    "rlaif_v": (rlaif_v, "<image>What shade?", 1),
     "imagefolder": (imagefolder, f"<image>{CAPTION}", 1),
     "webdataset": (webdataset, f"<image>{CAPTION}", 1),
     "local": (local_records, "<image>p", 1),

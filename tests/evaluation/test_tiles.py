@@ -9,7 +9,7 @@ from alignvlm.data import signs
 from alignvlm.data.record import one_turn
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.attention import attention_to_images
-from alignvlm.evaluation.choices import likelihoods
+from alignvlm.evaluation.choices import measure
 from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.tiles import grids_of
@@ -50,8 +50,8 @@ def test_an_answer_about_two_images_that_prompts_begin_with_apart(processor, mak
 def test_choices_about_tiles_have_the_likelihood_of_a_plain_forward(processor, make_model):
     own, model = tiled(processor), make_model(image_block="image").double()
     conversation = replace(one_turn("What is it?", ["a square"], 1), choices=["a red circle", "a square"])
-    (found,) = likelihoods(model, own, IMAGES[:1], [conversation])
-    for choice, one in zip(conversation.choices, found):
+    (found,) = measure(model, own, IMAGES[:1], [conversation])
+    for choice, one in zip(conversation.choices, found["likelihoods"], strict=True):
         asked = type(conversation)(conversation.messages, [choice])
         (branch,) = Encoder(own).encode(asked, grids_of(own, IMAGES[:1]))
         pixel_values = own.process_images(IMAGES[:1], return_tensors="pt")["pixel_values"]

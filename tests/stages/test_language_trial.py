@@ -166,7 +166,7 @@ def test_without_packing_a_row_holds_one_annotation(mpt, tmp_path):
     with pytest.raises(ValueError, match=r"packed rows, which the language model 'mpt' cannot keep apart"):
         model(**packed)
     with pytest.raises(ValueError, match="row_length=64 packs rows, which the language model 'mpt' cannot"):
-        run_stage([*given, "--row_length", "64", "--output_dir", str(tmp_path / "packed")])
+        run_stage([*given, "--row_length", "64", "--max_length", "64", "--output_dir", str(tmp_path / "packed")])
 
 
 def test_without_packing_answers_are_those_of_one_question_at_a_time(mpt):
