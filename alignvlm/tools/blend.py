@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from alignvlm.evaluation.controls import table
-from alignvlm.evaluation.evaluate_model import evaluate_checkpoint
 from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
+from alignvlm.evaluation.one_task import evaluate_checkpoint
 from alignvlm.stages.checkpoint import check_writable, save_checkpoint
 from alignvlm.stages.lora import merge_saved_lora
 from alignvlm.stages.weights import check_same_language_model, keep_language
@@ -24,13 +24,15 @@ from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
+# Options of `alignvlm evaluate` that ask something else than one task of each checkpoint.
+NOT_HERE = ("server", "server_model", "compare", "tasks", "controls", "name")
 SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 def parser() -> argparse.ArgumentParser:
     p = evaluation_parser()
     p.description, p.usage = __doc__.split("\n")[0], "%(prog)s CHECKPOINT --untouched CHECKPOINT [options]"
-    p.epilog = "All other options are those of `alignvlm evaluate`."
+    p.epilog = "All other options are those of `alignvlm evaluate` for one task."
     p.add_argument("--untouched", help="The checkpoint whose language model gets the share, such as that of stage 0.")
     p.add_argument(
         "--shares", type=float, nargs="+", default=SHARES, help="Of the untouched one. Default: 0 0.1 ... 1."
@@ -92,6 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     if not (arguments.checkpoint and arguments.untouched and arguments.output_dir):
         raise SystemExit("error: Give a checkpoint, --untouched (another checkpoint) and --output_dir.")
+    if others := [name for name in NOT_HERE if getattr(arguments, name)]:
+        raise SystemExit(
+            f"error: --{others[0]} is of `alignvlm evaluate` alone. Leave it out, or give it that and the new checkpoints."
+        )
     folder = Path(arguments.output_dir)
     asked = [(arguments.task, arguments.data)] if arguments.task else []
     asked += [("text_perplexity", arguments.text)] if arguments.text else []

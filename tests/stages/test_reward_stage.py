@@ -314,7 +314,7 @@ def test_a_share_of_the_untouched_language_model_is_kept(checkpoint, pairs):
         entry = main(given(checkpoint, folder, "dpo", max_steps=1, keep_language=share))
         assert ("keep_language" in entry) == bool(share)
     start, trained, mixed = (weights(folder) for folder in (checkpoint, *folders.values()))
-    assert not torch.equal(start["lm_head.weight"], trained["lm_head.weight"])
+    assert any(not torch.equal(start[name], trained[name]) for name in start if module_of(name) == "language")
     for name, value in mixed.items():
         share = 0.25 if module_of(name) == "language" else 0.0
         torch.testing.assert_close(value, (1 - share) * trained[name] + share * start[name], rtol=1e-5, atol=1e-7)

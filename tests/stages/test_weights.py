@@ -1,6 +1,7 @@
 """The options for a model's weights: nested in any combination, they leave what they must."""
 
 import json
+from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from trl import TrlParser
 
-from alignvlm.stages.arguments import DataArguments, ModelArguments, StageArguments
+from alignvlm.stages.arguments import DataArguments, ModelArguments, StageArguments, TrainerArguments
 from alignvlm.stages.lora import has_lora
 from alignvlm.stages.options import Nested, StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but, module_of
@@ -143,11 +144,19 @@ def test_only_what_is_asked_for_is_an_option_and_needs_complete_weights(checkpoi
             option.check(Sharded(is_sharded=True))
 
 
+@dataclass
+class ModelAlone(ModelArguments, TrainerArguments): ...
+
+
+@dataclass
+class DataAlone(DataArguments, TrainerArguments): ...
+
+
 def test_a_part_of_the_arguments_checks_its_own_fields(tmp_path):
     given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    assert ModelArguments(model="m", projector_learning_rate=1e-3, **given).learning_rate == 1e-3
+    assert ModelAlone(model="m", projector_learning_rate=1e-3, **given).learning_rate == 1e-3
     with pytest.raises(ValueError, match="Nothing trains"):
-        ModelArguments(model="m", **given)
-    assert DataArguments(sources='[{"name": "scenes"}]', **given).sources == [{"name": "scenes"}]
+        ModelAlone(model="m", **given)
+    assert DataAlone(sources='[{"name": "scenes"}]', **given).sources == [{"name": "scenes"}]
     with pytest.raises(ValueError, match="needs `model`"):
-        DataArguments(**given)
+        DataAlone(**given)

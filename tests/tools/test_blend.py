@@ -69,6 +69,10 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
         (["{checkpoint}", "--untouched", "{checkpoint}"], "No stage of .* has trained its language model"),
         (["{trained}/0.25", "--untouched", "{checkpoint}"], "is mixed already, with the share 0.25"),
         (["{trained}/0"], "Give a checkpoint, --untouched"),
+        (
+            ["{trained}/0", "--untouched", "{checkpoint}", "--server", "http://localhost:1/v1"],
+            "--server is of `alignvlm evaluate` alone",
+        ),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(checkpoint, trained, tmp_path, words, message):
