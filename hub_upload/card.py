@@ -33,7 +33,6 @@ HEADLINES = {
     "wording": ("repetition", "Repeated sequences of four words", CAPTIONING),
 }
 PROJECTORS = {"mlp": "two-layer", "linear": "linear", "pool": "pooling"}
-OF_CAPTIONS = ("bleu", "chair", "cider", "rouge_l", "wording")
 
 
 def template_path() -> Path:

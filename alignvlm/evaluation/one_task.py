@@ -65,6 +65,8 @@ class Checkpoint:
         return measure(self.model, self.processor, images, conversations, in_all_orders)
 
 
+# Settings that a result names only where they are on.
+WHERE_ON = ("name", "metric", "merge_image_tokens", "max_tiles", "tile_marks", "image_block")
 # What a --server does not take, and its default.
 OF_CHECKPOINTS = {
     "checkpoint": None,
@@ -176,23 +178,21 @@ def _check_other_data(file: Path, settings: dict) -> None:
     """Refuses to write a result over one of another data set or split."""
     if not file.is_file():
         return
-    there, new = (
-        " ".join(str(data[name]) for name in ("data", "split") if data.get(name))
-        for data in (read_json(file).get("data", {}), settings["data"])
-    )
-    if there != new:
-        raise ValueError(
-            f"{file} holds the result of {there}, not of {new}. Give this one a --name, or remove the file."
-        )
+    both = read_json(file).get("data", {}), json.loads(json.dumps(settings["data"]))
+    there, new = (" ".join(str(data[name]) for name in ("data", "split") if data.get(name)) for data in both)
+    before, now = ([data.get("sha256"), *(each.get("sha256") for each in data.get("files") or ())] for data in both)
+    if there != new or before != now:
+        what = f"{there}, not of {new}" if there != new else f"a {there} of other content"
+        raise ValueError(f"{file} holds the result of {what}. Give this one a --name, or remove the file.")
 
 
 def finished(file: Path, settings: dict) -> dict | None:
     """Returns the content of a result file of these settings; None if there is none."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text())
+    found = read_json(file)
     same = json.loads(json.dumps(settings))
-    return found if all(found.get(name) == value for name, value in same.items()) else None
+    return found if all(found.get(name) == same.get(name) for name in {*same, *WHERE_ON}) else None
 
 
 def report(result: dict) -> str:

@@ -43,7 +43,7 @@ class GRPOStageTrainer(StageTrainer, GRPOTrainer):
     ):
         """As TRL's, for rows whose last `logits_to_keep` tokens are the answer.
 
-        The images are found by their tokens: the types that the processor makes of the text again need not have the prompt's length.
+        The images are found by their tokens in the prompt: the types that the processor makes of the text again need not have the prompt's length.
         """
 
         def placed(**inputs):
@@ -51,7 +51,10 @@ class GRPOStageTrainer(StageTrainer, GRPOTrainer):
             prompt_mask = real.clone()
             prompt_mask[:, -logits_to_keep:] = False
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)
-            return model(**inputs, prompt_mask=prompt_mask, position_ids=position_ids)
+            is_image = (inputs["input_ids"] == self.model.config.image_token_id) & prompt_mask  # an answer shows none
+            return model(
+                **inputs, prompt_mask=prompt_mask, position_ids=position_ids, mm_token_type_ids=is_image.long()
+            )
 
         return super()._get_per_token_logps_and_entropies(
             placed, input_ids, attention_mask, logits_to_keep, *args, **kwargs

@@ -120,10 +120,26 @@ def test_a_result_does_not_take_the_place_of_one_of_other_data(checkpoint, tmp_p
     assert found["name"] == "floors" and report(found).startswith("floors\n")
     main([*floors, *rest, "--name", "floors", "--blank_image"])
     assert sorted(os.listdir(tmp_path / "results")) == ["floors-blank_image.json", "floors.json", "local.json"]
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "walls.png", tmp_path / "elsewhere")
+    row = {"image": "walls.png", "question": "What?", "answer": "white"}
+    (tmp_path / "elsewhere/walls.jsonl").write_text(json.dumps(row))
+    elsewhere = [item.replace("walls.jsonl", "elsewhere/walls.jsonl") for item in walls]
+    with pytest.raises(SystemExit, match=r"local\.json holds the result of a .*walls.jsonl.* of other content"):
+        main([*elsewhere, *rest])
     with pytest.raises(SystemExit, match="'a/b' is no name for a file"):
         parser().parse_args([*walls, "--name", "a/b"])
     with pytest.raises(SystemExit, match="--name floors is for the result of one task"):
         main([str(checkpoint), "--tasks", "local,scenes", "--name", "floors", "--data_dir", str(tmp_path)])
+
+
+def test_a_result_of_an_option_is_not_taken_for_one_without(checkpoint, data, tmp_path):
+    """Options that a result names only where they are on."""
+    given = options(checkpoint, data, tmp_path, "--limit", "2")
+    plain = evaluate_checkpoint(parser().parse_args(given), keep_finished=True)
+    for more in (["--metric", "pathvqa_accuracy"], ["--merge_image_tokens", "2"]):
+        assert evaluate_checkpoint(parser().parse_args([*given, *more]), keep_finished=True) != plain
+        assert evaluate_checkpoint(parser().parse_args(given), keep_finished=True) == plain
 
 
 def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data, tmp_path):

@@ -216,6 +216,29 @@ def test_dpo_sees_both_answers_as_the_models_own_forward_does(checkpoint, pairs,
     assert trainer._metrics["train"]["rewards/margins"][0] == pytest.approx(0, abs=1e-4)
 
 
+def test_an_answer_may_hold_the_image_token(checkpoint, tmp_path):
+    """Nothing keeps a model from writing it; it is text then, and no image is missing."""
+    trainer, _ = trainer_for(given(checkpoint, tmp_path / "run", "grpo"))
+    model = trainer.model
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    keep, real = batch["completion_ids"].shape[1], torch.ones_like(ids)
+    ids[1, -1] = model.config.image_token_id
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(
+            model, ids, real, keep, pixel_values=batch["pixel_values"], num_images=batch["num_images"]
+        )
+    assert found.isfinite().all()
+    before = torch.arange(ids.shape[1])[None] < ids.shape[1] - keep
+    is_image = (ids[1:2] == model.config.image_token_id) & before
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids[1:2], pixel_values=batch["pixel_values"][1:2], prompt_mask=before, mm_token_type_ids=is_image.long()
+        ).logits[0, -keep - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, ids[1, -keep:, None])[:, 0]
+    torch.testing.assert_close(found[1].double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_an_answer_is_cut_where_max_length_is_reached_and_a_prompt_never(checkpoint, pairs):
     trainer, _ = trainer_for(given(checkpoint, pairs / "run", "dpo"))
     examples = [trainer.train_dataset[index] for index in range(2)]

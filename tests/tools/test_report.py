@@ -335,6 +335,10 @@ def test_a_result_alone_opens(trained_run, tmp_path):
     assert "The checkpoint is not beside the result" in written.text and written.all("article") and written.all("img")
     of_folder = Page(report_of_run(tmp_path))
     assert "There is no record of any stage here" in of_folder.text and "Right answers" in of_folder.text
+    named = tmp_path / "signs.json"
+    named.write_text(json.dumps({**json.loads(alone.read_text()), "name": "signs"}))
+    called = Page(report_of_run(named, data=str(trained_run / "scenes")))
+    assert len(called.all("img")) == len(written.all("img")) and "signs" in called.text
 
 
 def test_the_perplexity_of_a_text_opens(trained_run, run):

@@ -26,13 +26,13 @@ class Result:
 
     @property
     def task(self) -> str:
-        return str(self.content.get("name") or self.content.get("task"))
+        return str(self.content.get("task"))
 
     @property
     def title(self) -> str:
-        """What a person calls the task: of data of one's own the folder that holds the result, or the data's name."""
-        if self.task != "local":
-            return self.task
+        """What a person calls the task: by its `--name`; of data of one's own without one, the folder that holds the result, or the data's name."""
+        if self.content.get("name") or self.task != "local":
+            return str(self.content.get("name") or self.task)
         folder = self.path.resolve().parent.name.removesuffix(f"-{self.control}")
         data = str((self.content.get("data") or {}).get("data", self.task))
         return data if folder == "results" or self.checkpoint is None or folder == self.checkpoint.name else folder
