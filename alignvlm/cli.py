@@ -14,6 +14,10 @@ from hub_upload.command_line import run
 COMMANDS = {
     "quickstart": ("alignvlm.quickstart.quickstart", "Train, evaluate and reload a complete nano model on a CPU."),
     "assemble": ("alignvlm.stages.backbones", "Make a stage-0 checkpoint of a vision encoder and a language model."),
+    "projector": (
+        "alignvlm.stages.projector_checkpoint",
+        "Write the projector of a checkpoint apart, to share it or to begin with it.",
+    ),
     "ask": ("alignvlm.tools.ask", "Ask a checkpoint about an image, or let it describe one."),
     "chat": ("alignvlm.tools.chat", "Talk with a checkpoint about images at a prompt."),
     "demo": ("alignvlm.tools.demo", "Try a checkpoint in the browser: captions, questions, where it looked."),
@@ -22,6 +26,7 @@ COMMANDS = {
     "recaption": ("alignvlm.tools.recaption", "Caption images with any image-text model, and filter what it writes."),
     "prefer": ("alignvlm.tools.prefer", "Sample answers and pair the best with the worst by a reward, for DPO."),
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
+    "blend": ("alignvlm.tools.blend", "Mix a trained language model with the untouched one, and measure the line."),
     "report": ("alignvlm.tools.report.report", "Show a run, or two beside each other, as one HTML file."),
     "export": (
         "alignvlm.export.export",

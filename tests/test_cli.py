@@ -143,7 +143,7 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
 
 def test_what_is_right_is_read_as_trl_reads_it(tmp_path):
     recipe = tmp_path / "stage1.yaml"
-    recipe.write_text("stage: 2\nlora_r: 4\nlanguage_learning_rate: 1.0e-4\nrow_length: 64\n")
+    recipe.write_text("stage: 2\nlora_r: 4\nlanguage_learning_rate: 1.0e-4\nrow_length: 64\nmax_length: 64\n")
     given = [
         "--config",
         str(recipe),

@@ -49,7 +49,7 @@ class CopyOfSources:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("modeling_alignvlm", "alignvlm", "hub_upload", "tests"):
+        for name in ("modeling_alignvlm", "alignvlm", "hub_upload", "benchmarks", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "model_card.md"):
             shutil.copy(ROOT / name, folder)
@@ -198,7 +198,7 @@ def test_the_stage_option_of_the_page_on_extending_works(tmp_path):
     sources.insert(arguments, '        _read_json(self, "lora_target_modules")\n', check)
     held = "# How the model holds its weights in training"
     sources.replace(weights, held, f"{option}\n\n{held}")
-    sources.replace(weights, "WRITTEN = (Average,)\n", named)
+    sources.replace(weights, "WRITTEN = (KeepLanguage, Average)\n", named)
     sources.write("tests/stages/test_start_share.py", test)
     printed = sources.command(tests, "--verbose", "--verbose")
     assert "test_the_start_keeps_its_share PASSED" in printed

@@ -37,7 +37,7 @@ class AlignVLMCollator:
 
     Args:
         processor (`AlignVLMProcessor`): with a chat template.
-        mask_type (`str`): the mask type of training; a row whose answers would leak is refused.
+        mask_type (`str` or `list[str]`): the mask types of training; a row whose answers would leak under any of them is refused.
         max_length (`int`, *optional*):
             the longest row of a record. Branches that do not fit are dropped. If none fits, the first branch whose prompt leaves room
             is kept with its response cut, never an image. A record without such a branch is dropped.
@@ -63,7 +63,7 @@ class AlignVLMCollator:
     def __init__(
         self,
         processor: AlignVLMProcessor,
-        mask_type: str = "image",
+        mask_type: str | list[str] = "image",
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         shared_image: bool = True,
@@ -73,14 +73,14 @@ class AlignVLMCollator:
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.mask_type = mask_type
+        self.mask_types = [mask_type] if isinstance(mask_type, str) else mask_type
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'raise' or 'skip'.")
         self.on_bad_image = on_bad_image
         self.name_records = name_records
         self.encoder = Encoder(processor)
-        shares_trunk = get_mask_type(mask_type).shares_trunk and shared_image
+        shares_trunk = all(get_mask_type(name).shares_trunk for name in self.mask_types) and shared_image
         self.packer = Packer(self.encoder, max_length, row_length, shares_trunk)
         self.features: FeatureStore | None = None
         self.sizes: Set[int] = frozenset()
@@ -175,7 +175,8 @@ class AlignVLMCollator:
             prompt_mask=torch.tensor([row.prompt_mask]),
             image_ids=torch.tensor([row.image_ids]) if cuts_images(self.processor) else None,
         )
-        check_no_leak(layout, self.mask_type, response_mask=torch.tensor([row.labels]) != IGNORED)
+        for mask_type in self.mask_types:
+            check_no_leak(layout, mask_type, response_mask=torch.tensor([row.labels]) != IGNORED)
 
     def pixel_values(self, images: list) -> Tensor:
         """Prepares decoded images as the vision encoder wants them: `(images, channels, height, width)`."""
@@ -214,6 +215,13 @@ class AlignVLMCollator:
 def records_of(example: dict) -> list[dict]:
     """Returns the records of a filled row, or the one record that an example is."""
     return example.get("records", [example])
+
+
+def count_images(batch: dict[str, Tensor]) -> int:
+    """Counts the images of a batch's rows, each once where it is cut into tiles."""
+    if "image_ids" in batch:
+        return int((batch["image_ids"].amax(-1) + 1).sum())
+    return sum(len(batch[name]) for name in ("pixel_values", "image_features") if name in batch)
 
 
 def _name(record: dict) -> str:

@@ -58,7 +58,8 @@ class PreferenceCollator:
             attention_mask=batch["attention_mask"],
             prompt_mask=batch["prompt_mask"],
         )
-        check_no_leak(layout, self.collator.mask_type, response_mask=batch["completion_mask"].bool())
+        for mask_type in self.collator.mask_types:
+            check_no_leak(layout, mask_type, response_mask=batch["completion_mask"].bool())
         images = [image for example in examples for image in example["images"]]
         if images:
             batch["pixel_values"] = self.collator.pixel_values(images).repeat(2, 1, 1, 1)

@@ -18,11 +18,12 @@ from alignvlm.data.record import ON_BAD_ROW
 from alignvlm.evaluation.precision import Precision, choose_precision
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
+from alignvlm.stages.mask_types import mask_type_shares
 from alignvlm.stages.schedules import check_phases
 from alignvlm.stages.tiles import TileArguments
 from alignvlm.stages.trainer import MODULES
 from hub_upload.commit import check_name
-from modeling_alignvlm.masking_alignvlm import MASK_TYPES, describe_mask_types
+from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
@@ -76,8 +77,12 @@ class ModelArguments(TileArguments):
         default="", metadata={"help": "Checkpoint to start from: the folder the stage before wrote, or a Hub id."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a model on the Hub."})
-    attention_mask_type: str = field(
-        default="image", metadata={"help": f"Which later tokens a token sees. {describe_mask_types()}."}
+    attention_mask_type: dict[str, float] | str | None = field(
+        default="image",
+        metadata={
+            "help": f"Which later tokens a token sees. {describe_mask_types()}. Or several with shares, of which every step draws one and the "
+            "first is the checkpoint's: {image: 0.5, causal: 0.5}; on the command line as JSON."
+        },
     )
     merge_image_tokens: int | None = field(
         default=None,
@@ -111,7 +116,12 @@ class ModelArguments(TileArguments):
         if not self.model:
             raise ValueError(NEEDED)
         self.check_tiles()
-        _check_choice(self, "attention_mask_type", MASK_TYPES)
+        self.mask_type_shares = mask_type_shares(self.attention_mask_type)
+        self.attention_mask_type = next(iter(self.mask_type_shares))
+        if len(self.mask_type_shares) > 1 and self.attn_implementation.startswith("flash"):
+            raise ValueError(
+                f"attn_implementation={self.attn_implementation!r} knows the mask type 'causal' alone. Take sdpa, flex_attention or eager."
+            )
         self.learning_rate = max(self.learning_rates.values())  # what the log shows first
 
     @property
@@ -148,6 +158,16 @@ class OptimizationArguments:
     token_weighting: str = field(
         default="none", metadata={"help": f"Weights of response tokens: one of {', '.join(TOKEN_WEIGHTINGS)}."}
     )
+    embedding_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a loss that keeps the encoder's features readable in the language model's hidden states. 0: none."
+        },
+    )
+    embedding_loss_layer: int | None = field(
+        default=None,
+        metadata={"help": "After how many of the language model's layers embedding_loss reads. Left out: half."},
+    )
 
     def __post_init__(self):
         self.chosen_precision = self._choose_precision()
@@ -161,6 +181,14 @@ class OptimizationArguments:
             )
         if self.token_weighting != "none" and self.loss_type != "nll":
             raise ValueError("token_weighting weighs the plain loss: leave out loss_type.")
+        if not 0 <= self.embedding_loss < float("inf"):
+            raise ValueError(
+                f"embedding_loss={self.embedding_loss} is a weight: give 0 (off) or a positive number, such as 0.1."
+            )
+        if self.embedding_loss_layer is not None and not self.embedding_loss:
+            raise ValueError(
+                f"embedding_loss_layer={self.embedding_loss_layer} is read by embedding_loss only: set it, too."
+            )
         if self.infinite_schedule is not None:
             check_phases(**self.infinite_schedule)
 
@@ -229,7 +257,34 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
         default=0,
         metadata={"help": "Write the mean of the weights of the last N checkpoints. 0: the last weights."},
     )
-
+    keep_language: float = field(
+        default=0.0,
+        metadata={
+            "help": "Mix the trained language model with the untouched one, which gets this share: less is forgotten. 0: no mixing."
+        },
+    )
+    keep_language_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint whose language model is the untouched one for keep_language, such as that of stage 0. Left out: `model`."
+        },
+    )
+    projector_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "`least_squares`: begin with the projector's last linear layer solved for, so that image tokens lie near the embeddings of "
+            "their captions. Left out: begin with the weights of `model`."
+        },
+    )
+    projector_start_records: int = field(
+        default=2000, metadata={"help": "How many records with an image projector_start reads."}
+    )
+    projector_start_ridge: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Penalty of projector_start on the weights, as a share of the mean square of the layer's input."
+        },
+    )
     cache_features: bool = field(
         default=False,
         metadata={
@@ -260,11 +315,49 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
             raise ValueError(
                 f"frozen_16_bit needs bf16 or fp16, which say in which 16 bits; the stage computes in {self.chosen_precision}."
             )
+        self._check_keep_language()
+        self._check_projector_start()
         if self.average_last and self.save_strategy == "no":
             raise ValueError(f"average_last={self.average_last} needs checkpoints: set save_strategy and save_steps.")
         if self.average_last and self.save_total_limit is not None and self.save_total_limit < self.average_last:
             raise ValueError(
                 f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
+            )
+
+    def _check_keep_language(self) -> None:
+        if not 0 <= self.keep_language < 1:
+            raise ValueError(
+                f"keep_language={self.keep_language} is the share of the untouched language model: give a number from 0 (off) to below 1, "
+                "such as 0.3."
+            )
+        if self.keep_language and self.language_learning_rate is None:
+            raise ValueError(
+                f"keep_language={self.keep_language} mixes a trained language model with the untouched one, and this stage freezes it: set "
+                "language_learning_rate, or leave keep_language out."
+            )
+        if self.keep_language_from is not None and not self.keep_language:
+            raise ValueError(
+                f"keep_language_from={self.keep_language_from!r} is read by keep_language only: set it, too."
+            )
+        if self.keep_language_from is not None and self.lora_r:
+            raise ValueError(
+                "With lora_r the untouched language model is the one that LoRA is added to: leave out keep_language_from."
+            )
+
+    def _check_projector_start(self) -> None:
+        if self.projector_start is None:
+            return
+        _check_choice(self, "projector_start", ("least_squares",))
+        if self.projector_learning_rate is None:
+            raise ValueError(
+                f"projector_start={self.projector_start!r} is where the training of the projector begins, and this stage freezes it: set "
+                "projector_learning_rate, or leave projector_start out."
+            )
+        if self.projector_start_records < 1:
+            raise ValueError(f"projector_start_records={self.projector_start_records} must be at least 1.")
+        if not 0 <= self.projector_start_ridge < float("inf"):
+            raise ValueError(
+                f"projector_start_ridge={self.projector_start_ridge} must be 0 or a positive number, such as 1e-4."
             )
 
 
@@ -438,6 +531,10 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
         if self.row_length is not None:
             self._check_rows()
+        if self.projector_start and self.streaming:
+            raise ValueError(
+                "projector_start reads records before training, and a stream has none yet: leave out one."
+            )
         if self.cache_features and self.torch_compile:
             raise ValueError(
                 "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."

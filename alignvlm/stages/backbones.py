@@ -35,6 +35,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
+from alignvlm.stages.projector_checkpoint import SavedProjector, start_projector
 from alignvlm.stages.tiles import TileArguments, cut_images
 from hub_upload.command_line import run
 from hub_upload.licences import read_licence
@@ -111,6 +112,15 @@ class BackboneArguments(TileArguments):
     )
     image_end: str | None = field(
         default=None, metadata={"help": f"The same behind an image; {IMAGE_END} with the projector `pool`."}
+    )
+    projector: str | None = field(
+        default=None,
+        metadata={
+            "help": "Begin with this projector: a checkpoint, or what `alignvlm projector` wrote, as folder or Hub id. Left out: a new one."
+        },
+    )
+    projector_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of a projector on the Hub."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projector's initial weights."})
 
@@ -273,14 +283,15 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
 
     Raises:
         ValueError: for an encoder whose images do not become equally many features or that lacks a layer, a tokenizer that already uses the image token
-            for something else, a chat template that cannot be used, and a language model that does not answer text as before or
-            cannot keep the mask type.
+            for something else, a chat template that cannot be used, a language model that does not answer text as before or
+            cannot keep the mask type, and a given projector that does not fit.
     """
     for name, revision in (
         (arguments.vision, arguments.vision_revision),
         (arguments.language, arguments.language_revision),
     ):
         check_model(name, revision)
+    saved = _projector_to_start_with(arguments)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
     image_processor = without_timm(arguments.vision, image_processor)
@@ -316,6 +327,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         attention_mask_type=arguments.attention_mask_type,
     )
     choose_mask_type(model, arguments.language)
+    started = start_projector(model, tokenizer, saved) if saved else None
 
     processor = AlignVLMProcessor(
         image_processor,
@@ -344,11 +356,32 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
             "language_revision": commit_of(arguments.language, arguments.language_revision),
             "language_licence": read_licence(arguments.language, arguments.language_revision),
         },
+        **({"projector": started} if started else {}),
         "versions": library_versions(),
         "stages": [],
     }
     save_checkpoint(model, processor, arguments.output_dir, record)
     return model, processor
+
+
+def _projector_to_start_with(arguments: BackboneArguments) -> SavedProjector | None:
+    """Reads the projector that the arguments name, and checks that it fits before the backbones are loaded; None if they name none."""
+    if arguments.projector is None:
+        return None
+    saved = SavedProjector.read(arguments.projector, arguments.projector_revision)
+    vision = AutoConfig.from_pretrained(arguments.vision, revision=arguments.vision_revision)
+    language = AutoConfig.from_pretrained(arguments.language, revision=arguments.language_revision)
+    layers = arguments.vision_feature_layer
+    saved.check_fits(
+        getattr(vision, "vision_config", vision),
+        language.get_text_config(),
+        projector_type=arguments.projector_type,
+        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        vision_layer_fusion=arguments.vision_layer_fusion,
+        modality_calibration=arguments.modality_calibration,
+    )
+    return saved
 
 
 def _token_ids(ids: int | list[int] | None) -> set[int]:

@@ -15,7 +15,15 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 
 
 def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
-    """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage."""
+    """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage.
+
+    Raises:
+        ValueError: before any weights are read, if its language model cannot keep a mask type of the stage.
+    """
+    for name in arguments.mask_type_shares:
+        AlignVLMConfig.from_pretrained(
+            arguments.model, revision=arguments.model_revision, attention_mask_type=name
+        ).check_mask_type()
     given = arguments.merge_image_tokens
     model = AlignVLMForConditionalGeneration.from_pretrained(
         arguments.model,
@@ -70,7 +78,7 @@ def make_collator(
         )
     return AlignVLMCollator(
         processor,
-        mask_type=arguments.attention_mask_type,
+        mask_type=list(arguments.mask_type_shares),
         max_length=arguments.max_length,
         shared_image=config.packing,
         pad_to_multiple_of=arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else None,

@@ -30,6 +30,7 @@ from alignvlm.stages.command_line import parse_fields, read_yaml
 KEPT = {
     *("precision", "muon", "infinite_schedule"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge", "frozen_16_bit", "average_last"),
+    *("keep_language", "keep_language_from"),
     *("sources", "eval_sources", "text_sources", "data_dir", "on_bad_row", "max_bad_rows"),
 }
 KEPT |= {given.name for part in (ModelArguments, RecordArguments) for given in fields(part)}
@@ -70,6 +71,10 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is an option of stages 1 to 4, which stage 5 does not have. Leave it out.")
         super().__post_init__()
+        if len(self.mask_type_shares) > 1:
+            raise ValueError(
+                f"attention_mask_type={self.mask_type_shares}: stage 5 does not mix mask types, because answers are compared under one. Name one."
+            )
         self.rewards = self.rewards or []
         for name in self.rewards:
             if name not in REWARDS:

@@ -36,8 +36,10 @@ from alignvlm.stages.loading import (
     make_rows,
 )
 from alignvlm.stages.log_lines import bars_in_a_terminal_only, say
+from alignvlm.stages.mask_types import described, mask_types_record
 from alignvlm.stages.metrics import StageMetrics
 from alignvlm.stages.options import Nested, StageOption
+from alignvlm.stages.projector_start import ProjectorStart, check_new_projector
 from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earlier_progress, order_of_records
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
@@ -54,7 +56,16 @@ from modeling_alignvlm.configuration_alignvlm import OFF
 
 logger = logging.get_logger(__name__)
 
-LOGGED = ("step", "loss", "learning_rate", "images_per_second", "tokens_per_second", "padding_share", "memory_gb")
+LOGGED = (
+    "step",
+    "loss",
+    "embedding_loss",
+    "learning_rate",
+    "images_per_second",
+    "tokens_per_second",
+    "padding_share",
+    "memory_gb",
+)
 LOGGED += ("reward", "reward_std", "frac_reward_zero_std", "rewards", "entropy", "kl", "completions")  # of stage 5
 
 
@@ -76,6 +87,8 @@ def make_trainer(
         max_bad_images=arguments.max_bad_images,
         max_bad_rows=arguments.max_bad_rows,
         token_weighting=arguments.token_weighting,
+        embedding_loss=arguments.embedding_loss,
+        mask_types=arguments.mask_type_shares,
         infinite_schedule=arguments.infinite_schedule,
         args=arguments,
         data_collator=collator,
@@ -84,7 +97,8 @@ def make_trainer(
         processing_class=collator.processor,
         **progress,
     )
-    return trainer, KeptFeatures.of(arguments, trainer, collator)
+    start = ProjectorStart.of(arguments, trainer, collator, mixture)
+    return trainer, [*start, *KeptFeatures.of(arguments, trainer, collator)]
 
 
 def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) -> dict[str, Any]:
@@ -101,13 +115,14 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     resume_from = checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
     _check_push(arguments, record)
+    check_new_projector(arguments, record)
+    held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
     cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
 
     # Prepare
-    held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     nested = Nested(model)
     nested.enter(*held)
     collator = make_collator(arguments, processor, model.config)
@@ -123,7 +138,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
     if trainer.is_world_process_zero():
-        print(_describe(arguments, trainer.parameter_counts, mixture, rows), flush=True)
+        print(_describe(arguments, trainer.parameter_counts, trainer.learning_rates, mixture, rows), flush=True)
 
     # Train
     nested.enter(*own, StageMetrics(arguments, trainer, collator), *samples, *written)
@@ -188,6 +203,7 @@ def _entry(
         "model_revision": commit_of(arguments.model, arguments.model_revision),
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
+        **mask_types_record(arguments.mask_type_shares, arguments.seed, trainer.state.global_step),
         **layers,
         **{name: getattr(config, name) for name, off in OFF.items() if getattr(config, name) != off},
         **describe_tiles(config, trainer.processing_class),
@@ -237,15 +253,19 @@ def _with_bad_rows(dropped: dict[str, Any], mixture: Mixture, held_out: Mixture 
 
 
 def _describe(
-    arguments: StageArguments, counts: dict[str, tuple[int, int]], mixture: Mixture, rows: TrainingRows
+    arguments: StageArguments,
+    counts: dict[str, tuple[int, int]],
+    rates: dict[str, float],
+    mixture: Mixture,
+    rows: TrainingRows,
 ) -> str:
     """Says for the log what is frozen and what trains."""
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
-    lines = [f"Stage {arguments.stage}: {records} records, mask type {arguments.attention_mask_type!r}"]
+    lines = [f"Stage {arguments.stage}: {records} records, {described(arguments.mask_type_shares)}"]
     lines += [f"  {rows}"] if rows.description else []
     lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
-        rate = arguments.learning_rates.get(module)
+        rate = rates.get(module)
         state = "frozen" if rate is None else f"trains at {rate:g}"
         lines.append(f"  {module:<10} {total:>13,} parameters, {trainable:>13,} trainable: {state}")
     return "\n".join(lines)

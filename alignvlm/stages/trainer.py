@@ -16,11 +16,14 @@ from transformers.integrations.integration_utils import default_logdir
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
+from alignvlm.stages.embedding_loss import HEAD, watched
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
+from alignvlm.stages.mask_types import drawn_mask_type
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
 from alignvlm.stages.schedules import infinite_schedule
 from alignvlm.stages.signals import EvaluationStopped, sheltered
@@ -35,7 +38,9 @@ MAX_SKIPPED_STEPS = 20
 
 
 def module_of(parameter_name: str) -> str:
-    """Returns the module, one of `MODULES`, of a parameter of `AlignVLMForConditionalGeneration`, by its name."""
+    """Returns the module, one of `MODULES` or `HEAD`, of a parameter of `AlignVLMForConditionalGeneration`, by its name."""
+    if HEAD in parameter_name:
+        return HEAD
     if "vision_tower." in parameter_name:
         return "vision"
     return "projector" if "projector." in parameter_name else "language"
@@ -55,7 +60,7 @@ def freeze_all_but(
         parameter.requires_grad_(
             module in learning_rates and (module != "language" or not lora or LORA_PREFIX in name)
         )
-        trainable, total = counts[module]
+        trainable, total = counts.get(module, (0, 0))
         counts[module] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
     return counts
 
@@ -374,6 +379,9 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         sampler (`MixtureSampler`, *optional*): the order of the training records; by default the trainer's own.
         max_bad_images (`float`): stop when more than this share of the records read had an unreadable image.
         token_weighting (`str`): `none`, `length` or `contrast`: see `alignvlm/stages/losses.py`.
+        embedding_loss (`float`): the weight of this loss, where the model has a head for it; see `alignvlm/stages/embedding_loss.py`.
+            The head trains at the highest of the learning rates.
+        mask_types (`dict[str, float]`, *optional*): shares of mask types, of which every step draws one; None: the model's own.
         max_bad_rows (`float`): the same for rows of a stream that cannot be used.
         **kwargs: as for `StageTrainer` and `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
     """
@@ -385,6 +393,8 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         sampler: torch.utils.data.Sampler | None = None,
         max_bad_images: float = 0.0,
         token_weighting: str = "none",
+        embedding_loss: float = 0.0,
+        mask_types: dict[str, float] | None = None,
         max_bad_rows: float = 0.0,
         **kwargs,
     ):
@@ -394,7 +404,10 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             )
         self.sampler = sampler
         self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
-        self.token_weighting = token_weighting
+        self.token_weighting, self.mask_types, self.embedding_loss = token_weighting, mask_types, embedding_loss
+        self._embedding_losses: list[torch.Tensor] = []  # of the micro-batches since the last log
+        if embedding_loss:
+            learning_rates = {**learning_rates, HEAD: max(learning_rates.values())}
         super().__init__(model, learning_rates, **kwargs)
         self._records_read = 0
 
@@ -433,19 +446,44 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         labels = inputs["labels"]
         starts = (labels[:, 1:] != IGNORED) & (labels[:, :-1] == IGNORED)
-        images = sum(inputs[name].shape[0] for name in ("pixel_values", "image_features") if name in inputs)
-        if "image_ids" in inputs:  # of an image that is cut into tiles, `pixel_values` have several
-            images = int((inputs["image_ids"].amax(-1) + 1).sum())
-        self.count(images, int(starts.sum()), inputs["attention_mask"])
+        self.count(count_images(inputs), int(starts.sum()), inputs["attention_mask"])
         tokens, trained = inputs["attention_mask"].sum(-1), (labels != IGNORED).any(-1)
         self._computed += {
             "tokens": int(tokens[trained].sum()),
             "positions": labels.numel(),
             "rows": int(trained.sum()),
         }
-        return super().training_step(model, inputs, *args, **kwargs)
+        with self._drawn_mask_type():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def _drawn_mask_type(self) -> Iterator[None]:
+        """Puts the model under the mask type that is drawn for this step, where the stage mixes several."""
+        if self.mask_types is None:
+            yield
+            return
+        config, own = self.model.config, self.model.config.attention_mask_type
+        config.attention_mask_type = drawn_mask_type(self.mask_types, self.args.seed, self.state.global_step)
+        try:
+            yield
+        finally:
+            config.attention_mask_type = own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Computes the loss of the labels, and in training adds that of `embedding_loss`."""
+        if not self.embedding_loss or not self.model.training:
+            return self._loss_of_labels(model, inputs, return_outputs, num_items_in_batch)
+        with watched(self.model) as seen:
+            loss = self._loss_of_labels(
+                model, {**inputs, "output_hidden_states": True}, num_items_in_batch=num_items_in_batch
+            )
+        found = getattr(self.model, HEAD).loss(self.model, seen, inputs["input_ids"])
+        self._embedding_losses.append(found.detach())
+        # A mean of each micro-batch, where transformers leaves their number to the loss.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + self.embedding_loss * found / steps
+
+    def _loss_of_labels(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
 
         With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
@@ -487,3 +525,9 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         """Hides the image tokens of the rows from all others."""
         is_image = inputs["input_ids"] == self.model.config.image_token_id
         return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(is_image, 0), "use_cache": False}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._embedding_losses and self.model.training and "loss" in logs:
+            logs["embedding_loss"] = torch.stack(self._embedding_losses).mean().item()
+            self._embedding_losses.clear()
+        super().log(logs, start_time)

@@ -1,8 +1,9 @@
-"""Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints.
+"""Options for a model's weights: LoRA, frozen modules in 16 bits, the mean of the last checkpoints, a share of the untouched language model.
 
 docs/extend.md adds one: a `WeightsOption`, its fields in `WeightsArguments` (`alignvlm/stages/arguments.py`), its name in `HELD` or `WRITTEN`.
 """
 
+import copy
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -17,10 +18,13 @@ from torch import nn
 
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
+from alignvlm.stages.embedding_loss import HEAD, EmbeddingHead, check_one_process, layer_of
 from alignvlm.stages.loading import load_model
-from alignvlm.stages.lora import LORA_FOLDER, add_lora, language_linear_layers, remove_lora, save_lora
+from alignvlm.stages.lora import LORA_FOLDER, LORA_PREFIX, add_lora, language_linear_layers, remove_lora, save_lora
 from alignvlm.stages.options import StageOption
-from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
+from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but, module_of
+from hub_upload.repository import check_model, commit_of
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration
 
 
 class WeightsOption(StageOption, ABC):
@@ -148,10 +152,115 @@ class Average(WeightsOption):
         return {"averaged": [path.name for path in self.averaged]} if self.averaged else {}
 
 
+@dataclass
+class KeepLanguage(WeightsOption):
+    """Mixes the trained language model with the untouched one: (1 - share) x trained + share x untouched, weight by weight.
+
+    On the line between the two, much of what is learned and of what is known is kept at once, where averaging their answers would cost
+    two models (WiSE-FT, "Robust fine-tuning of zero-shot models", arXiv 2109.01903). The untouched language model is that of the
+    checkpoint `model`, from which the stage starts: it is always there, also as a folder without the Hub, and where the stages before
+    froze the language model it is the backbone, bit for bit. After a stage that trained it, `keep_language_from` names an earlier
+    checkpoint, such as that of stage 0. Of LoRA layers the products are scaled by 1 - share, which is the same.
+
+    Read again from the disk after training, in every process: nothing is held meanwhile.
+    """
+
+    name = "keep_language"
+
+    share: float
+    source: str
+    revision: str | None
+    read: Callable[[], dict[str, torch.Tensor]]
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "KeepLanguage | None":
+        if not arguments.keep_language:
+            return None
+        source = copy.copy(arguments)
+        if arguments.keep_language_from is not None:
+            source.model, source.model_revision = arguments.keep_language_from, None
+            check_model(source.model)
+            check_same_language_model(arguments.model, arguments.model_revision, source.model)
+        share, read = arguments.keep_language, lambda: load_model(source).state_dict()
+        return cls(share, source.model, source.model_revision, read)
+
+    def after(self, model: nn.Module) -> None:
+        keep_language(model, self.read(), self.share)
+
+    def record(self) -> dict[str, Any]:
+        untouched = {"model": self.source, "revision": commit_of(self.source, self.revision)}
+        return {"keep_language": {"share": self.share, "untouched": untouched}}
+
+
+@torch.no_grad()
+def keep_language(model: nn.Module, untouched: dict[str, torch.Tensor], share: float) -> None:
+    """Moves the language model's trained weights the way `share` towards the untouched ones, in place; see `KeepLanguage`.
+
+    Args:
+        model: its LoRA layers, if it has some, are what was trained of its language model.
+        untouched: a state dict that has the language model's weights, by the same names.
+        share: of the untouched weights, in [0, 1].
+    """
+    language = [(name, p) for name, p in model.named_parameters() if module_of(name) == "language"]
+    products = [p for name, p in language if f"{LORA_PREFIX}B" in name]  # of A and B, which are zero before training
+    for parameter in products:
+        parameter.mul_(1 - share)
+    for name, parameter in language if not products else []:
+        parameter.lerp_(untouched[name].to(parameter.device, parameter.dtype), share)
+
+
+def check_same_language_model(checkpoint: str, revision: str | None, other: str) -> None:
+    """Raises a `ValueError` if the language models of two checkpoints have other weights, by name or shape; no weights are read."""
+    found = []
+    for name, commit in ((checkpoint, revision), (other, None)):
+        with torch.device("meta"):
+            model = AlignVLMForConditionalGeneration(AlignVLMConfig.from_pretrained(name, revision=commit))
+        found.append({n: tuple(p.shape) for n, p in model.named_parameters() if module_of(n) == "language"})
+    ours, theirs = found
+    if ours != theirs:
+        differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        first = differing[0]
+        raise ValueError(
+            f"The language model of {other!r} is another one than that of {checkpoint!r}: {first} is {theirs.get(first, 'missing')} there and "
+            f"{ours.get(first, 'missing')} here. Name a checkpoint of the same language model, or leave out keep_language_from."
+        )
+
+
+@dataclass
+class EmbeddingLoss(WeightsOption):
+    """Gives the model the head that `embedding_loss` trains beside it, and takes it off again."""
+
+    name = "embedding_loss"
+
+    weight: float
+    layer: int
+    seed: int
+
+    @classmethod
+    def of(cls, arguments: StageArguments) -> "EmbeddingLoss | None":
+        if not arguments.embedding_loss:
+            return None
+        config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+        return cls(arguments.embedding_loss, layer_of(config, arguments.embedding_loss_layer), arguments.seed)
+
+    def check(self, trainer: AlignVLMTrainer) -> None:
+        super().check(trainer)
+        check_one_process(self.weight, trainer.args.world_size)
+
+    def before(self, model: nn.Module) -> None:
+        setattr(model, HEAD, EmbeddingHead(model.config, self.layer, self.seed))
+
+    def after(self, model: nn.Module) -> None:
+        delattr(model, HEAD)
+
+    def record(self) -> dict[str, Any]:
+        return {"embedding_loss": {"weight": self.weight, "layer": self.layer}}
+
+
 # How the model holds its weights in training: prepared before the trainer sees it, undone when all is measured.
-HELD = (LoRA, WithoutLoRA, Frozen16Bit)
+HELD = (LoRA, WithoutLoRA, Frozen16Bit, EmbeddingLoss)
 # Which weights come out of training: what is measured after the stage, and written.
-WRITTEN = (Average,)
+WRITTEN = (KeepLanguage, Average)
 
 
 def asked_for(arguments: StageArguments, kinds: Iterable[type]) -> list[StageOption]:

@@ -26,8 +26,11 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import WINDOW
 from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
 from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.embedding_loss import check_one_process, layer_of
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
+from alignvlm.stages.mask_types import described
+from alignvlm.stages.projector_start import check_new_projector
 from alignvlm.stages.prompts import preferences, prompts
 from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, RewardArguments, parse_any_stage
 from alignvlm.stages.tiles import check_not_cut, cut_images
@@ -219,11 +222,12 @@ class Plan:
     max_tiles: int  # 1: images are not cut
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
     features: "KeptSize | None" = None  # with `cache_features`
+    start_flops: float = 0.0  # of `projector_start`
 
     @property
     def flops(self) -> float:
         """FLOPs of the complete stage."""
-        return self.steps * self.step_flops + (self.features.flops if self.features else 0)
+        return self.steps * self.step_flops + self.start_flops + (self.features.flops if self.features else 0)
 
 
 def batches_of(
@@ -331,8 +335,14 @@ def plan_stage(
     sample: int = 30,
 ) -> Plan:
     """Plans one stage: opens every source and measures `sample` random batches. Makes `config` and `processor` those of its checkpoint."""
-    config.attention_mask_type = arguments.attention_mask_type
+    check_new_projector(arguments, {"stages": earlier_stages})
+    for mask_type in reversed(arguments.mask_type_shares):  # the first stays
+        config.attention_mask_type = mask_type
+        config.check_mask_type()
     cut_images(arguments, config, processor)
+    if arguments.embedding_loss:
+        check_one_process(arguments.embedding_loss, processes)
+        layer_of(config, arguments.embedding_loss_layer)
     if arguments.cache_features:
         check_not_cut(processor, "cache_features keeps one feature map an image")
     with torch.device("meta"):
@@ -360,6 +370,11 @@ def plan_stage(
         examples = sum(mixture.draws) * arguments.num_train_epochs / records_per_example
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
+    start_flops = 0.0
+    if arguments.projector_start:
+        encoded, images = (sum(getattr(batch, name) for batch in batches) for name in ("images", "whole_images"))
+        started = min(arguments.projector_start_records, round(examples * records_per_example))
+        start_flops = started * encoded / max(images, 1) * image.flops
     features = KeptSize.of(arguments, config, mixture, image)
     if features:
         image = replace(image, flops=0.0)  # in a step
@@ -388,6 +403,7 @@ def plan_stage(
         processor.max_tiles,
         describe_homes(config, processor=processor),
         features,
+        start_flops,
     )
 
 
@@ -460,6 +476,9 @@ def plan_stages(
                     AlignVLMProcessor.from_pretrained(arguments.model, **options),
                     read_run_record(arguments.model, arguments.model_revision)["stages"],
                 )
+            kept = arguments.keep_language_from
+            if kept is not None and Path(kept).resolve() not in known:
+                check_model(kept)
             config, processor, done = known[folder]
             config, processor = as_the_stage_merges(arguments, config, processor)
             if isinstance(arguments, RewardArguments):
@@ -468,7 +487,8 @@ def plan_stages(
                 plans.append(plan_stage(arguments, config, processor, done, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
-        entry = {"stage": arguments.stage, "sources": arguments.sources}
+        names = ("stage", "sources", "learning_rates")
+        entry = {name: getattr(arguments, name) for name in names}
         known[Path(arguments.output_dir).resolve()] = (config, processor, [*done, entry])
     return plans
 
@@ -515,6 +535,19 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         encoded, images = (sum(getattr(batch, name) for batch in plan.batches) for name in ("images", "whole_images"))
         lines.append(
             f"  max_tiles {plan.max_tiles}: {encoded / max(images, 1):.2f} encoded for each image, its overview and its tiles"
+        )
+    if len(arguments.mask_type_shares) > 1:
+        lines.append(f"  {described(arguments.mask_type_shares)}")
+    if plan.start_flops:
+        lines.append(
+            f"  projector_start: {arguments.projector_start_records:,} records at most, {plan.start_flops / 1e12:,.4g} TFLOP"
+        )
+    if arguments.embedding_loss:
+        lines.append(f"  embedding_loss: {arguments.embedding_loss:g} x the error of a head that is thrown away")
+    if arguments.keep_language:
+        lines.append(
+            f"  keep_language: {1 - arguments.keep_language:g} of the trained language model, {arguments.keep_language:g} of that of "
+            f"{arguments.keep_language_from or arguments.model}"
         )
     if plan.features:
         lines.append(f"  cache_features: {plan.features} below {features_folder(arguments)}")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from alignvlm.data.record import Conversation
 from alignvlm.evaluation.answer import answer
 from alignvlm.stages.checkpoint import save_checkpoint
-from alignvlm.stages.loading import load_model, make_collator, make_mixture
+from alignvlm.stages.loading import load_model, make_collator, make_mixture, make_rows
 from alignvlm.stages.reward_arguments import GRPOArguments, parse_any_stage, parse_rewards
 from alignvlm.stages.reward_stage import main, make_trainer
 from alignvlm.stages.trainer import module_of
@@ -87,7 +87,8 @@ def trainer_for(arguments: list[str]):
     model = load_model(arguments).double()
     collator = make_collator(arguments, processor, model.config)
     mixture = make_mixture(arguments, collator, [])
-    trainer, _ = make_trainer(arguments, model, collator, mixture, None)
+    rows = make_rows(arguments, mixture, collator)
+    trainer, _ = make_trainer(arguments, model, collator, mixture, rows, None)
     return trainer, collator
 
 
@@ -307,6 +308,18 @@ def test_a_run_changes_what_it_declares_is_recorded_and_goes_on_where_it_stopped
     assert all(torch.equal(value, weights(other)[name]) for name, value in after.items())
 
 
+def test_a_share_of_the_untouched_language_model_is_kept(checkpoint, pairs):
+    folders = {share: pairs / f"kept_{share}" for share in (0, 0.25)}
+    for share, folder in folders.items():
+        entry = main(given(checkpoint, folder, "dpo", max_steps=1, keep_language=share))
+        assert ("keep_language" in entry) == bool(share)
+    start, trained, mixed = (weights(folder) for folder in (checkpoint, *folders.values()))
+    assert any(not torch.equal(start[name], trained[name]) for name in start if module_of(name) == "language")
+    for name, value in mixed.items():
+        share = 0.25 if module_of(name) == "language" else 0.0
+        torch.testing.assert_close(value, (1 - share) * trained[name] + share * start[name], rtol=1e-5, atol=1e-7)
+
+
 def test_answers_with_a_reward_above_the_others_become_likelier(checkpoint, tmp_path):
     """One prompt, answers of one token, and a reward for those with one of eight letters."""
     fields = {"max_completion_length": 1, "max_steps": 8, "temperature": 2.0}
@@ -358,6 +371,9 @@ def test_the_recipe_is_valid_and_can_be_looked_at_where_there_is_no_gpu():
         ),
         ("grpo", {"row_length": 64}, "row_length is an option of stages 1 to 4"),
         ("grpo", {"token_weighting": "length"}, "token_weighting is an option of stages 1 to 4"),
+        ("dpo", {"embedding_loss": 0.1}, "embedding_loss is an option of stages 1 to 4"),
+        ("grpo", {"projector_start": "least_squares"}, "projector_start is an option of stages 1 to 4"),
+        ("dpo", {"attention_mask_type": '{"image": 0.5, "causal": 0.5}'}, "stage 5 does not mix mask types"),
         (
             "grpo",
             {"use_vllm": True},

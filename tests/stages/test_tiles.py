@@ -60,7 +60,7 @@ def test_one_line_of_a_recipe_cuts_images_from_then_on(checkpoint, tmp_path, mak
         ({"max_tiles": 0}, "max_tiles=0 must be at least 1"),
         ({"max_tiles": None}, "tile_marks=True is for images that are cut into tiles"),
         ({"image_block": "row"}, "image_block='row'. Valid values: tile, image"),
-        ({"cache_features": True}, "images are cut into up to 6 tiles"),
+        ({"cache_features": True}, "max_tiles=6 cuts images into tiles"),
         ({"max_length": 20}, "max_length=20 leaves no room"),
     ],
     ids=str,

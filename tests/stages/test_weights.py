@@ -1,6 +1,7 @@
 """The options for a model's weights: nested in any combination, they leave what they must."""
 
 import json
+from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
 
@@ -9,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from trl import TrlParser
 
-from alignvlm.stages.arguments import DataArguments, ModelArguments, StageArguments
+from alignvlm.stages.arguments import DataArguments, ModelArguments, StageArguments, TrainerArguments
 from alignvlm.stages.lora import has_lora
 from alignvlm.stages.options import Nested, StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but, module_of
-from alignvlm.stages.weights import HELD, WRITTEN, Average, Frozen16Bit, LoRA, asked_for
+from alignvlm.stages.weights import HELD, WRITTEN, Average, Frozen16Bit, KeepLanguage, LoRA, asked_for
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 from tests.running import arguments_for
 
@@ -38,8 +39,10 @@ def pretend_to_train(model, folder, seed: int) -> None:
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": seed}))
 
 
-@pytest.mark.parametrize("lora, half, average", product([None, "merged", "apart"], [False, True], [False, True]))
-def test_nested_options_leave_the_weights_they_must(checkpoint, tmp_path, lora, half, average):
+@pytest.mark.parametrize(
+    "lora, half, average, keep", product([None, "merged", "apart"], [False, True], [False, True], [0.0, 0.25])
+)
+def test_nested_options_leave_the_weights_they_must(checkpoint, tmp_path, lora, half, average, keep):
     fields = {"bf16": True, "frozen_16_bit": half}
     if lora:
         fields |= {
@@ -50,6 +53,7 @@ def test_nested_options_leave_the_weights_they_must(checkpoint, tmp_path, lora, 
         }
     if average:
         fields |= {"average_last": 2, "save_strategy": "steps"}
+    fields["keep_language"] = keep
     arguments = parsed(checkpoint, tmp_path, **RATES, **fields)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "of_an_earlier_run").write_text("")
@@ -76,15 +80,23 @@ def test_nested_options_leave_the_weights_they_must(checkpoint, tmp_path, lora, 
         expected = original[name]
         if module_of(name) == "projector" or (module_of(name) == "language" and not lora):
             expected = trained.get(name, trained.get("model.language_model.embed_tokens.weight"))  # the head is tied
+            if module_of(name) == "language":
+                expected = (1 - keep) * expected + keep * original[name]
         elif lora == "merged" and kind == "weight" and "language_model." in name and module.endswith(TARGETS):
             a, b = (trained[f"{module}.lora_{letter}.default.weight"] for letter in "AB")
-            expected = original[name] + SCALE * b @ a
+            expected = original[name] + (1 - keep) * SCALE * b @ a
             assert not torch.equal(value, original[name]), name
         exact = module_of(name) == "vision" or (lora == "apart" and module_of(name) == "language")
         torch.testing.assert_close(value, expected, **({"rtol": 0, "atol": 0} if exact else {}), msg=name)
 
     written = {path.name for path in tmp_path.glob("lora/*")}
     assert written == ({"adapter_config.json", "adapter_model.safetensors"} if lora == "apart" else set())
+    if lora == "apart":
+        saved = load_file(tmp_path / "lora/adapter_model.safetensors")
+        for name, value in saved.items():
+            full = trained[name.removeprefix("base_model.model.").replace(".weight", ".default.weight")]
+            torch.testing.assert_close(value, full * (1 - keep if "lora_B" in name else 1), msg=name)
+    assert record.get("keep_language", {}).get("share") == (keep or None)
     assert record.get("averaged") == (["checkpoint-2", "checkpoint-3"] if average else None)
     assert record.get("frozen_16_bit") == (True if half else None)
     assert record.get("lora", {}).get("merge") == {None: None, "merged": True, "apart": False}[lora]
@@ -121,9 +133,10 @@ def test_only_what_is_asked_for_is_an_option_and_needs_complete_weights(checkpoi
     for option in plain:
         option.check(Sharded(is_sharded=True))
     fields = {"lora_r": 2, "bf16": True, "frozen_16_bit": True, "average_last": 2, "save_strategy": "steps"}
+    fields["keep_language"] = 0.25
     options = asked_for(parsed(checkpoint, tmp_path, **RATES, **fields), (*HELD, *WRITTEN))
-    assert [type(option) for option in options] == [LoRA, Frozen16Bit, Average]
-    for option, name in zip(options, ("lora_r", "frozen_16_bit", "average_last")):
+    assert [type(option) for option in options] == [LoRA, Frozen16Bit, KeepLanguage, Average]
+    for option, name in zip(options, ("lora_r", "frozen_16_bit", "keep_language", "average_last")):
         option.check(Sharded(is_sharded=False))
         with pytest.raises(
             ValueError, match=f"^{name} needs complete weights on every process: use one process or DDP"
@@ -131,11 +144,19 @@ def test_only_what_is_asked_for_is_an_option_and_needs_complete_weights(checkpoi
             option.check(Sharded(is_sharded=True))
 
 
+@dataclass
+class ModelAlone(ModelArguments, TrainerArguments): ...
+
+
+@dataclass
+class DataAlone(DataArguments, TrainerArguments): ...
+
+
 def test_a_part_of_the_arguments_checks_its_own_fields(tmp_path):
     given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    assert ModelArguments(model="m", projector_learning_rate=1e-3, **given).learning_rate == 1e-3
+    assert ModelAlone(model="m", projector_learning_rate=1e-3, **given).learning_rate == 1e-3
     with pytest.raises(ValueError, match="Nothing trains"):
-        ModelArguments(model="m", **given)
-    assert DataArguments(sources='[{"name": "scenes"}]', **given).sources == [{"name": "scenes"}]
+        ModelAlone(model="m", **given)
+    assert DataAlone(sources='[{"name": "scenes"}]', **given).sources == [{"name": "scenes"}]
     with pytest.raises(ValueError, match="needs `model`"):
-        DataArguments(**given)
+        DataAlone(**given)

@@ -194,7 +194,9 @@ def _facts(stage: dict, log: list[dict]) -> dict[str, str]:
     memory = [entry["memory_gb"] for entry in log if entry.get("memory_gb")]
     if memory:
         facts["most memory"] = f"{number(max(memory))} GB"
-    facts["mask"] = str(stage.get("attention_mask_type", "unknown"))
+    shares = stage.get("attention_mask_type_shares", {})
+    mixed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+    facts["mask"] = mixed or str(stage.get("attention_mask_type", "unknown"))
     if stage.get("precision"):
         facts["computed in"] = str(stage["precision"])
     if (stage.get("processes") or 1) > 1:

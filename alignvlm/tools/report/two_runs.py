@@ -143,6 +143,9 @@ def _settings(first: Run, second: Run) -> list[tuple[str, str, str]]:
     names = (
         "learning_rates",
         "attention_mask_type",
+        "attention_mask_type_shares",
+        "keep_language",
+        "projector_start",
         "steps",
         "records",
         "seed",

@@ -1,0 +1,169 @@
+"""The stage option `projector_start: least_squares`: the last linear layer of a new projector in closed form, before training.
+
+For some records, each image token is regressed to the mean embedding of the tokens that the record's responses train: with x the input of
+the projector's last linear layer and t that mean, the layer becomes the W, b that minimise
+
+    mean over image tokens of |W x + b - t|^2  +  ridge * mean(x^2) * |W|^2
+
+What is before that layer (of an MLP its first layer) stays as it was drawn: fixed random features with a linear fit on top, as in extreme
+learning machines (Huang et al., 2006, doi 10.1016/j.neucom.2005.12.126). The target, the place of a caption in the language model's
+embedding space, is ours; a linear map from image features into that space as all the alignment there is has been learned by
+LiMBeR (arXiv 2209.15162). One pass over the records sums the normal equations in float64; processes add theirs up.
+"""
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignvlm.data.mixture import Mixture
+from alignvlm.rows.collator import AlignVLMCollator, count_images
+from alignvlm.rows.packing import IGNORED
+from alignvlm.stages.arguments import StageArguments
+from alignvlm.stages.options import StageOption
+from alignvlm.stages.trainer import AlignVLMTrainer
+
+
+class NormalEquations:
+    """Sums what the least-squares problem needs of any number of pairs (x, t): the pairs themselves are not kept.
+
+    Args:
+        inputs, outputs: the widths of x and t.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu"):
+        # Of x with a 1 behind it: sums of products with itself, and with t.
+        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(inputs + 1, outputs, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Adds pairs x `(pairs, inputs)` and t `(pairs, outputs)`."""
+        x, t = (each.to(self.gram.device).double() for each in (x, t))
+        x = nn.functional.pad(x, (0, 1), value=1.0)
+        self.gram += x.T @ x
+        self.cross += x.T @ t
+
+    def solve(self, ridge: float, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight `(outputs, inputs)` and the bias `(outputs,)` that minimise the sum above; without `bias`, W x alone.
+
+        The bias is not penalised. Where columns of x depend on each other, `ridge` must be positive.
+        """
+        count, size = self.gram[-1, -1], len(self.gram) - 1
+        gram, cross = (self.gram, self.cross) if bias else (self.gram[:size, :size], self.cross[:size])
+        penalty = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
+        penalty[:size] = ridge * self.gram.diagonal()[:size].mean() / count
+        solution = torch.linalg.solve(gram / count + penalty.diag(), cross / count)
+        return solution[:size].T, solution[size] if bias else None
+
+
+class ProjectorStart(StageOption):
+    """Solves for the projector's last linear layer before training, from the first records of the stage that have an image."""
+
+    def __init__(
+        self, arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator, mixture: Mixture
+    ):
+        self.arguments, self.trainer, self.collator, self.mixture = arguments, trainer, collator, mixture
+        self.recorded: dict[str, Any] = {}
+
+    @classmethod
+    def of(
+        cls, arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator, mixture: Mixture
+    ) -> "list[ProjectorStart]":
+        """Makes the option if the arguments ask for it."""
+        return [cls(arguments, trainer, collator, mixture)] if arguments.projector_start else []
+
+    def check(self, trainer: AlignVLMTrainer) -> None:
+        trainer.check_complete_weights("projector_start")
+
+    @torch.no_grad()
+    def before(self, model: nn.Module) -> None:
+        began = time.perf_counter()
+        layer = last_linear_layer(model.model.projector)
+        device = "cpu" if model.device.type == "mps" else model.device  # which has no float64
+        images, equations = 0, NormalEquations(layer.in_features, layer.out_features, device)
+        was_training = model.training
+        model.eval()
+        for pixel_values, targets, count in self._batches(model):
+            equations.add(*self._pairs(model, layer, pixel_values, targets))
+            images += count
+        model.train(was_training)
+        accelerator = self.trainer.accelerator
+        equations.gram, equations.cross = (
+            accelerator.reduce(each, "sum") for each in (equations.gram, equations.cross)
+        )
+        images = int(accelerator.reduce(torch.tensor(images, device=model.device), "sum"))
+        if not images:
+            raise ValueError("projector_start: none of the stage's records has an image to start from. Leave it out.")
+        weight, bias = equations.solve(self.arguments.projector_start_ridge, layer.bias is not None)
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        self.recorded = {
+            "method": self.arguments.projector_start,
+            "images": images,
+            "ridge": self.arguments.projector_start_ridge,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        if self.trainer.is_world_process_zero():
+            print(f"projector_start: {self.recorded}", flush=True)
+
+    def record(self) -> dict[str, Any]:
+        return {"projector_start": self.recorded}
+
+    def _records(self) -> Iterator[dict]:
+        """This process's share of the first records with an image, in the mixture's order: that of training, where rows hold one record."""
+        dataset = self.mixture.dataset
+        chosen = (record for index in self.mixture.sampler if (record := dataset[index])["images"])
+        first = islice(chosen, self.arguments.projector_start_records)
+        yield from islice(first, self.arguments.process_index, None, self.arguments.world_size)
+
+    def _batches(self, model: nn.Module, size: int = 32) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yields pixel values; for each image or tile of them, `(images, hidden)`, the mean embedding of the tokens with labels in its
+        record; and the number of images."""
+        embed, records = model.get_input_embeddings(), self._records()
+        while chunk := list(islice(records, size)):
+            pixels, targets, count = [], [], 0
+            for record in chunk:
+                batch = self.collator([record])
+                trained = batch["labels"] != IGNORED
+                if "pixel_values" not in batch or not trained.any():
+                    continue
+                ids = batch["input_ids"][trained].to(model.device)
+                pixels.append(batch["pixel_values"])
+                count += count_images(batch)
+                targets.append(embed(ids).double().mean(0).expand(len(batch["pixel_values"]), -1))
+            if pixels:
+                yield torch.cat(pixels).to(model.device), torch.cat(targets), count
+
+    def _pairs(
+        self, model: nn.Module, layer: nn.Linear, pixel_values: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what reaches the layer, a row for each image token, and the target of each."""
+        found: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+        try:
+            with self.trainer.accelerator.autocast():  # in the precision of training
+                tokens = model.model.get_image_features(pixel_values).pooler_output
+        finally:
+            handle.remove()
+        (inputs,) = found
+        return inputs.flatten(0, -2), targets.repeat_interleave(tokens.shape[1], dim=0)
+
+
+def last_linear_layer(projector: nn.Module) -> nn.Linear:
+    """Returns the linear layer whose output is the projector's."""
+    return [module for module in projector.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def check_new_projector(arguments: StageArguments, record: dict[str, Any]) -> None:
+    """Raises a `ValueError` if `projector_start` would throw away a projector that was trained before, as the run record tells."""
+    trained = [stage["stage"] for stage in record["stages"] if "projector" in stage.get("learning_rates", {})]
+    whose = f"that stage {trained[-1]} has trained" if trained else "that it was assembled with (--projector)"
+    if arguments.projector_start and (trained or record.get("projector")):
+        raise ValueError(
+            f"projector_start={arguments.projector_start!r} would replace the projector of {arguments.model!r} {whose}. Leave it out, or "
+            "start from a checkpoint with a new one."
+        )

@@ -1,0 +1,123 @@
+"""Mixes a checkpoint's language model with an untouched one, share by share, and measures what is kept and what is lost.
+
+    alignvlm blend out/stage3 --untouched out/stage0 --task scenes --data out/scenes --text novel.txt --output_dir out/line
+    alignvlm blend out/stage3 --untouched out/stage0 --shares 0.3 --output_dir out/mixed    # writes out/mixed/keep_0.3
+
+Every share gets a complete checkpoint, `keep_<share>`, with its results; `line.json` and a table hold all of them. What a stage with
+`keep_language` would have written is the same (WiSE-FT, arXiv 2109.01903).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from alignvlm.evaluation.controls import table
+from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
+from alignvlm.evaluation.one_task import evaluate_checkpoint
+from alignvlm.stages.checkpoint import check_writable, save_checkpoint
+from alignvlm.stages.lora import merge_saved_lora
+from alignvlm.stages.weights import check_same_language_model, keep_language
+from hub_upload.command_line import run
+from hub_upload.repository import check_model, commit_of
+from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+
+
+# Options of `alignvlm evaluate` that ask something else than one task of each checkpoint.
+NOT_HERE = ("server", "server_model", "compare", "tasks", "controls", "name")
+SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = evaluation_parser()
+    p.description, p.usage = __doc__.split("\n")[0], "%(prog)s CHECKPOINT --untouched CHECKPOINT [options]"
+    p.epilog = "All other options are those of `alignvlm evaluate` for one task."
+    p.add_argument("--untouched", help="The checkpoint whose language model gets the share, such as that of stage 0.")
+    p.add_argument(
+        "--shares", type=float, nargs="+", default=SHARES, help="Of the untouched one. Default: 0 0.1 ... 1."
+    )
+    p.add_argument("--text", help="A text file, or a data set with a column `text`, to measure the perplexity on.")
+    return p
+
+
+def blend(
+    checkpoint: str, untouched: str, shares: list[float], folder: Path, revision: str | None = None
+) -> list[Path]:
+    """Writes `keep_<share>` into `folder` for every share; complete ones are left as they are. Returns the folders.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for a share outside [0, 1], another language model, and a checkpoint without a stage that trained it.
+    """
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"--shares {share:g} is the share of the untouched language model: from 0 to 1.")
+    for name, commit in ((checkpoint, revision), (untouched, None)):
+        check_model(name, commit)
+    record = read_run_record(checkpoint, revision)
+    if not any("language" in stage.get("learning_rates", {}) for stage in record["stages"]):
+        raise ValueError(f"No stage of {checkpoint!r} has trained its language model: there is nothing to mix.")
+    if "keep_language" in record["stages"][-1]:
+        raise ValueError(
+            f"{checkpoint!r} is mixed already, with the share {record['stages'][-1]['keep_language']['share']:g}: name the checkpoint "
+            "without."
+        )
+    check_same_language_model(checkpoint, revision, untouched)
+    check_writable(folder)
+    folders = [folder / f"keep_{share:g}" for share in shares]
+    if all((each / RUN_RECORD).is_file() for each in folders):
+        return folders
+    source = {"model": untouched, "revision": commit_of(untouched)}
+    model, kept = _load(checkpoint, revision), _load(untouched).state_dict()
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
+    *before, last = record["stages"]
+    for share, each in zip(shares, folders):
+        if (each / RUN_RECORD).is_file():
+            continue
+        model.load_state_dict(trained)
+        keep_language(model, kept, share)
+        mixed = {**last, "keep_language": {"share": share, "untouched": source, "after_measuring": True}}
+        save_checkpoint(model, processor, each, {**record, "stages": [*before, mixed]})
+    return folders
+
+
+def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditionalGeneration:
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=torch.float32)
+    merge_saved_lora(model, checkpoint, revision)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the checkpoints, measures them where the command line says on what, and prints a table."""
+    arguments = parser().parse_args(argv)
+    if not (arguments.checkpoint and arguments.untouched and arguments.output_dir):
+        raise SystemExit("error: Give a checkpoint, --untouched (another checkpoint) and --output_dir.")
+    if others := [name for name in NOT_HERE if getattr(arguments, name)]:
+        raise SystemExit(
+            f"error: --{others[0]} is of `alignvlm evaluate` alone. Leave it out, or give it that and the new checkpoints."
+        )
+    folder = Path(arguments.output_dir)
+    asked = [(arguments.task, arguments.data)] if arguments.task else []
+    asked += [("text_perplexity", arguments.text)] if arguments.text else []
+    line, lines = [], []
+    given = (arguments.checkpoint, arguments.untouched, arguments.shares, folder, arguments.revision)
+    for share, each in zip(arguments.shares, blend(*given)):
+        own = {"checkpoint": str(each), "revision": None, "output_dir": None}
+        results = [
+            evaluate_checkpoint(
+                argparse.Namespace(**vars(arguments) | own | {"task": task, "data": data}), keep_finished=True
+            )
+            for task, data in asked
+        ]
+        line.append({"share": share, "checkpoint": each.name, **{r["task"]: r["metrics"] for r in results}})
+        head, rule, *rows = table([(result, {}) for result in results]).split("\n")
+        lines += [] if lines else [f"| share {head}", f"| ----- {rule}"]
+        lines += [f"| {share:<5g} {row}" for row in rows]
+    write_json(folder / "line.json", line)
+    print("\n".join(lines if asked else [str(folder / each["checkpoint"]) for each in line]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,224 @@
+"""A projector taken from another model: as it is, apart, and converted to another language model's width."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionModel, set_seed
+
+from alignvlm import cli
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.projector_checkpoint import WEIGHTS, SavedProjector, export_projector, sha256_of_tensors
+from alignvlm.stages.stage import main as run_stage
+from hub_upload.run_record import RUN_RECORD, read_run_record
+from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from tests.conftest import make_tokenizer
+from tests.running import arguments_for
+from tests.stages.conftest import SIZES
+from tests.stages.test_projector_start import solved_by_numpy
+
+
+def language_of_width(folder, width: int, special_tokens: tuple[str, ...], seed: int) -> str:
+    set_seed(seed)
+    tokenizer = make_tokenizer(special_tokens)  # which move the ids of all others
+    config = LlamaConfig(**{**SIZES, "hidden_size": width}, vocab_size=len(tokenizer), num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> str:
+    return language_of_width(tmp_path_factory.mktemp("narrow"), 32, ("<one>", "<two>", "<three>"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> str:
+    return language_of_width(tmp_path_factory.mktemp("wide"), 48, (), seed=2)
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory) -> str:
+    return language_of_width(tmp_path_factory.mktemp("thin"), 16, (), seed=3)
+
+
+@pytest.fixture(scope="module")
+def trained(vision, narrow, tmp_path_factory):
+    """A checkpoint whose projector was trained with the narrow language model, for a step; and its projector apart."""
+    folder = tmp_path_factory.mktemp("trained")
+    assemble(BackboneArguments(vision, narrow, str(folder / "stage0")))
+    run_stage(arguments_for(folder / "stage0", folder / "stage1", projector_learning_rate=1e-2, max_steps=1, stage=1))
+    export_projector(folder / "stage1", folder / "projector")
+    return folder
+
+
+def projector_of(folder) -> dict[str, torch.Tensor]:
+    prefix = "model.projector."
+    return {k.removeprefix(prefix): v for k, v in load_file(folder / "model.safetensors").items() if prefix in k}
+
+
+@pytest.mark.parametrize("source", ["stage1", "projector"])
+def test_a_projector_of_the_same_width_is_taken_as_it_is(vision, narrow, trained, tmp_path, caplog, source):
+    assemble(BackboneArguments(vision, narrow, str(tmp_path), projector=str(trained / source), seed=3))
+    found, expected = projector_of(tmp_path), projector_of(trained / "stage1")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert not torch.equal(found["layers.0.weight"], projector_of(trained / "stage0")["layers.0.weight"])
+    recorded = read_run_record(tmp_path)["projector"]
+    assert recorded["from"] == source and recorded["stages"] == [1] and recorded["converted"] is None
+    assert recorded["backbones"] == read_run_record(trained / "stage0")["backbones"]
+    assert "other weights" not in caplog.text
+
+
+def test_a_projector_apart_is_small_and_tells_where_it_comes_from(trained):
+    folder = trained / "projector"
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, "config.json", "README.md", RUN_RECORD}
+    assert read_run_record(folder) == read_run_record(trained / "stage1")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "alignvlm_projector"
+    saved, whole = SavedProjector.read(str(folder)), SavedProjector.read(str(trained / "stage1"))
+    assert saved.config.to_dict() == whole.config.to_dict() and saved.encoder_sha256 == whole.encoder_sha256
+    model = AlignVLMForConditionalGeneration.from_pretrained(trained / "stage1")
+    assert saved.encoder_sha256 == sha256_of_tensors(model.model.vision_tower.state_dict())
+    card = (folder / "README.md").read_text()
+    assert "- projector\n" in card and "features of\n`" in card
+
+
+FUSED = {"vision_feature_layer": [-2, -1], "vision_layer_fusion": "weighted_sum"}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "pool", "fused"])
+def test_another_width_gets_the_word_converter(vision, narrow, wide, trained, tmp_path, kind):
+    """The new projector is the old one followed by the linear map between the embeddings of equal tokens that numpy finds."""
+    folders = (trained / "stage1", tmp_path / "converted")
+    made_with = {"projector_type": "linear", **FUSED} if kind == "fused" else {"projector_type": kind}
+    if kind != "mlp":
+        folders = (tmp_path / "old", folders[1])
+        assemble(BackboneArguments(vision, narrow, str(folders[0]), **made_with))
+    assemble(BackboneArguments(vision, wide, str(folders[1]), projector=str(folders[0]), **made_with))
+    models = [AlignVLMForConditionalGeneration.from_pretrained(folder) for folder in folders]
+    tokenizers = [AlignVLMProcessor.from_pretrained(folder).tokenizer for folder in folders]
+    vocabularies = [set(each.get_vocab()) - set(each.get_added_vocab()) for each in tokenizers]
+    shared = sorted(vocabularies[0] & vocabularies[1])
+    ids = [each.convert_tokens_to_ids(shared) for each in tokenizers]
+    assert ids[0] != ids[1] and len(shared) > 300
+    x, t = (model.get_input_embeddings().weight.detach().double().numpy()[own] for model, own in zip(models, ids))
+    converter = solved_by_numpy(x, t, ridge=1e-4, bias=kind != "pool")
+    width = 64 if kind == "fused" else 32
+    features = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (model.model.projector(features).double().numpy() for model in models)
+    expected = before @ converter[:32] + (0 if kind == "pool" else converter[32])
+    np.testing.assert_allclose(after, expected, rtol=1e-3, atol=1e-5)
+    if kind == "mlp":  # the further hidden values can learn
+        first, last = (models[1].model.projector.layers[layer].weight for layer in (0, 2))
+        assert first[32:].abs().min(1).values.max() > 0 and not last[:, 32:].any() and last[:, :32].any()
+    recorded = read_run_record(folders[1])["projector"]["converted"]
+    missed = t - x @ converter[:32] - (0 if kind == "pool" else converter[32])
+    explained = 1 - (missed**2).sum() / ((t - t.mean(0)) ** 2).sum()
+    assert recorded == {"tokens": len(shared), "explained": pytest.approx(explained, abs=1e-3)}
+
+
+def test_calibrations_and_weights_of_layers_are_part_of_a_projector(vision, narrow, wide, trained, tmp_path):
+    """Merging and tiles have no weights: a projector serves with them and without."""
+    made_with = {**FUSED, "modality_calibration": True}
+    assemble(BackboneArguments(vision, narrow, str(tmp_path / "stage0"), **made_with))
+    rate = {"projector_learning_rate": 1e-2, "max_steps": 2}
+    run_stage(arguments_for(tmp_path / "stage0", tmp_path / "stage1", **rate))
+    export_projector(tmp_path / "stage1", tmp_path / "apart")
+    expected, before = projector_of(tmp_path / "stage1"), projector_of(tmp_path / "stage0")
+    for name in ("calibrations.0.scale", "calibrations.0.shift", "fusion.layer_scores", "fusion.norms.0.bias"):
+        assert not torch.equal(expected[name], before[name]), name
+
+    def started(name: str, language=narrow, projector="apart", **fields) -> dict[str, torch.Tensor]:
+        given = BackboneArguments(
+            vision, language, str(tmp_path / name), projector=str(tmp_path / projector), **fields
+        )
+        assemble(given)
+        return projector_of(tmp_path / name)
+
+    found = started("next", merge_image_tokens=3, max_tiles=4, **made_with)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match="is made with --vision_feature_layer -2 -1 --vision_layer_fusion weighted_s"):
+        started("no", modality_calibration=True)
+    with pytest.raises(ValueError, match="is made with --modality_calibration True, not modality_calibration=False"):
+        started("no", **FUSED)
+    with pytest.raises(ValueError, match="of a language model with 2 layers of width 32, and this one has 2 of 48"):
+        started("no", language=wide, projector="stage1", **made_with)
+    with pytest.raises(ValueError, match="is made with --modality_calibration False"):
+        started("no", projector=str(trained / "projector"), modality_calibration=True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_checkpoint_begins_a_stage_but_not_projector_start(vision, narrow, trained, tmp_path):
+    assemble(BackboneArguments(vision, narrow, str(tmp_path / "stage0"), projector=str(trained / "projector")))
+    with pytest.raises(ValueError, match="that it was assembled with"):
+        run_stage(
+            arguments_for(
+                tmp_path / "stage0", tmp_path / "out", projector_learning_rate=1e-3, projector_start="least_squares"
+            )
+        )
+    entry = run_stage(
+        arguments_for(tmp_path / "stage0", tmp_path / "stage1", projector_learning_rate=1e-3, max_steps=1)
+    )
+    assert entry["steps"] == 1 and read_run_record(tmp_path / "stage1")["projector"]["from"] == "projector"
+
+
+def test_other_encoder_weights_are_told(narrow, trained, vision, tmp_path, caplog):
+    encoder = SiglipVisionModel.from_pretrained(vision)
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (file := type(tmp_path)(vision) / name).is_file():
+            (tmp_path / "other").mkdir(exist_ok=True)
+            (tmp_path / "other" / name).write_text(file.read_text())
+    encoder.save_pretrained(tmp_path / "other")
+    assemble(
+        BackboneArguments(str(tmp_path / "other"), narrow, str(tmp_path / "out"), projector=str(trained / "stage1"))
+    )
+    assert "has other weights than the one that the projector" in caplog.text
+
+
+def test_what_does_not_fit_is_refused_before_backbones_are_loaded(
+    vision, narrow, wide, thin, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("alignvlm.stages.backbones.load_vision_encoder", lambda *given: pytest.fail("loaded"))
+
+    def message_of(language=narrow, projector="stage1", **fields) -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as raised:
+            assemble(
+                BackboneArguments(
+                    vision, language, str(tmp_path / "out"), projector=str(trained / projector), **fields
+                )
+            )
+        assert not (tmp_path / "out").exists()
+        return str(raised.value)
+
+    said = message_of(projector_type="linear", pixel_shuffle_factor=2)
+    assert "is made with --projector_type mlp --pixel_shuffle_factor 1, not projector_type=linear, pixel_s" in said
+    assert "of width 32, and this one has 48" in message_of(language=wide, projector="projector")
+    assert "has a hidden layer of 32 values" in message_of(language=thin)
+    assert "No such folder" in message_of(projector="nothing")
+    (tmp_path / "not_ours").mkdir()
+    (tmp_path / "not_ours/config.json").write_text('{"model_type": "llama"}')
+    assert "is of type 'llama', neither" in message_of(projector=str(tmp_path / "not_ours"))
+    saved = SavedProjector.read(str(trained / "projector"))
+    vision_config = type(saved.config.vision_config)(**{**SIZES, "num_hidden_layers": 3}, patch_size=8)
+    with pytest.raises(ValueError, match="belongs to another vision encoder: num_hidden_layers was 2 and is 3"):
+        saved.check_fits(vision_config, saved.config.text_config)
+
+
+def test_too_few_common_tokens_are_refused(vision, wide, trained, tmp_path, monkeypatch):
+    few = {f"token{number}": number for number in range(32)}
+    monkeypatch.setattr("alignvlm.stages.projector_checkpoint._tokens_of", lambda tokenizer: few)
+    with pytest.raises(ValueError, match=r"have 32 tokens in common, and a converter .* needs more than that"):
+        assemble(BackboneArguments(vision, wide, str(tmp_path), projector=str(trained / "stage1")))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_command_writes_a_new_folder_only(trained, tmp_path, capsys):
+    cli.main(["projector", str(trained / "stage1"), str(tmp_path / "apart")])
+    assert "To begin with it: alignvlm assemble" in capsys.readouterr().out
+    assert (tmp_path / "apart" / WEIGHTS).read_bytes() == (trained / "projector" / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match=r"is there already\. Name a new folder"):
+        export_projector(trained / "stage1", tmp_path / "apart")

@@ -1,0 +1,82 @@
+"""`alignvlm blend`: checkpoints between a trained and an untouched language model, and what is measured of them."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignvlm.data.scenes import make_scenes
+from alignvlm.evaluation.evaluate_model import main as evaluate
+from alignvlm.stages.stage import main as run_stage
+from alignvlm.stages.trainer import module_of
+from alignvlm.tools.blend import main as blend
+from hub_upload.run_record import read_run_record
+from tests.running import arguments_for
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """Stage 3 without mixing, and with the share 0.25."""
+    folder = tmp_path_factory.mktemp("blend")
+    for share in (0.0, 0.25):
+        fields = {"language_learning_rate": 1e-2, "max_steps": 2, "keep_language": share}
+        run_stage(arguments_for(checkpoint, folder / f"{share:g}", **fields))
+    return folder
+
+
+def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint, trained, tmp_path, capsys):
+    make_scenes(2, "test", seed=0).to_parquet(tmp_path / "scenes.parquet")
+    (tmp_path / "text.txt").write_text("A red square is at the top. " * 20)
+    on = ["--task", "scenes", "--data", str(tmp_path / "scenes.parquet"), "--text", str(tmp_path / "text.txt")]
+    on += ["--use_cpu", "--dtype", "fp32", "--max_new_tokens", "2", "--bootstrap_samples", "10"]
+    given = [str(trained / "0"), "--untouched", str(checkpoint), *on]
+    blend([*given, "--shares", "0", "0.25", "1", "--output_dir", str(tmp_path / "line")])
+
+    expected = {
+        "0": load_file(trained / "0/model.safetensors"),
+        "0.25": load_file(trained / "0.25/model.safetensors"),
+        "1": load_file(checkpoint / "model.safetensors"),
+    }
+    for share, weights in expected.items():
+        for name, value in load_file(tmp_path / f"line/keep_{share}/model.safetensors").items():
+            if module_of(name) == "language":
+                assert torch.equal(value, weights[name]), (share, name)
+    line = json.loads((tmp_path / "line/line.json").read_text())
+    assert [row["share"] for row in line] == [0, 0.25, 1]
+    perplexities = [row["text_perplexity"]["text"]["perplexity"] for row in line]
+    assert len(set(perplexities)) == 3 and all(row["scenes"] for row in line)
+    evaluate([str(checkpoint), "--task", "text_perplexity", "--data", on[5], *on[6:], "--output_dir", str(tmp_path)])
+    own = json.loads((tmp_path / "text_perplexity.json").read_text())["metrics"]["text"]["perplexity"]
+    assert perplexities[2] == pytest.approx(
+        own, rel=1e-6
+    )  # with frozen encoder and projector: all of the untouched model
+    printed = capsys.readouterr().out
+    assert re.search(rf"\| 0.25 +\| text_perplexity +\| perplexity +\| {perplexities[1]:.4f}", printed)
+    entry = read_run_record(tmp_path / "line/keep_0.25")["stages"][-1]
+    assert entry["keep_language"]["share"] == 0.25 and entry["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["{trained}/0", "--untouched", "{checkpoint}", "--shares", "1.2"],
+            "--shares 1.2 is the share .* from 0 to 1",
+        ),
+        (["{trained}/0", "--untouched", "no/such/folder"], "No such folder: 'no/such/folder'"),
+        (["{checkpoint}", "--untouched", "{checkpoint}"], "No stage of .* has trained its language model"),
+        (["{trained}/0.25", "--untouched", "{checkpoint}"], "is mixed already, with the share 0.25"),
+        (["{trained}/0"], "Give a checkpoint, --untouched"),
+        (
+            ["{trained}/0", "--untouched", "{checkpoint}", "--server", "http://localhost:1/v1"],
+            "--server is of `alignvlm evaluate` alone",
+        ),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(checkpoint, trained, tmp_path, words, message):
+    given = [word.format(trained=trained, checkpoint=checkpoint) for word in words]
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=message):
+        blend([*given, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
