@@ -490,6 +490,27 @@ def trl(folder: Path) -> dict:
 # For each: the source, what a recipe says, the first prompt of record 1, and its number of exchanges.
 LISTED = "A. one\nB. two\nC. three"
 BLIP, CAPTION = "Give a brief description of the image.", "Write a short caption."
+
+
+def rlaif_v(folder: Path) -> dict:
+    def said(role: str, words: str, *parts: dict) -> list[dict]:
+        return [{"role": role, "content": [*parts, {"type": "text", "text": words}]}]
+
+    rows = [
+        {
+            "images": [embedded(i)],
+            "prompt": said("user", "What shade?", {"type": "image", "text": None}),
+            "chosen": said("assistant", f"shade {i}"),
+            "rejected": said("assistant", "none"),
+        }
+        for i in range(3)
+    ]
+    text = Value("string")
+    messages = List({"role": text, "content": List({"type": text, "text": text})})
+    features = {"images": List(Image()), "prompt": messages, "chosen": messages, "rejected": messages}
+    return {"data": parquet(folder, "rlaif_v.parquet", rows, **features)}
+
+
 FIXTURES = {
     "llava_pretrain": (lambda f: llava(f, "blip_laion_cc_sbu_558k"), f"{BLIP}<image>", 1),
     "sharegpt4v": (lambda f: llava(f, "share-captioner"), "<image>Describe the picture in detail.", 1),
@@ -500,6 +521,7 @@ FIXTURES = {
     "flickr30k_captions": (flickr30k, f"<image>{CAPTION}", 2),
     "cauldron": (cauldron, "<image>What shade?\nAnswer briefly.", 2),
     "finevision": (finevision, "<image>What shade?", 2),
+    "rlaif_v": (rlaif_v, "<image>What shade?", 1),
     "vqav2": (vqav2, "<image>question 0?", 2),
     "gqa": (gqa, "<image>question 0?", 2),
     "okvqa": (lambda f: people(f, "okvqa", question_type="one", answer_type="other"), "<image>question 0?", 2),
