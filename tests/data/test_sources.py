@@ -402,27 +402,6 @@ def finevision(folder: Path) -> dict:
     return {"data": "finevision", "config": "made", "min_relevance": 3, "min_formatting": 2}
 
 
-def rlaif_v(folder: Path) -> dict:
-    """HuggingFaceH4/rlaif-v_formatted: prompt and answers as lists of messages."""
-    parts = {"content": List({"text": Value("string"), "type": Value("string")}), "role": Value("string")}
-
-    def said(role: str, text: str, *images: dict) -> list[dict]:
-        return [{"role": role, "content": [*images, {"type": "text", "text": text}]}]
-
-    rows = [
-        {
-            "images": [embedded(i)],
-            "prompt": said("user", "What shade?", {"type": "image", "text": None}),
-            "chosen": said("assistant", f"shade {i}"),
-            "rejected": said("assistant", f"shade {9 - i}"),
-        }
-        for i in range(3)
-    ]
-    columns = dict.fromkeys(("prompt", "chosen", "rejected"), List(parts))
-    parquet(folder, "rlaif_v/data/train-00000-of-00001.parquet", rows, images=List(Image()), **columns)
-    return {"data": "rlaif_v"}
-
-
 def webdataset(folder: Path) -> dict:
     """Two shards of images with a caption beside each."""
     for shard, shades in enumerate(((0, 1), (2,))):
@@ -521,7 +500,6 @@ FIXTURES = {
     "flickr30k_captions": (flickr30k, f"<image>{CAPTION}", 2),
     "cauldron": (cauldron, "<image>What shade?\nAnswer briefly.", 2),
     "finevision": (finevision, "<image>What shade?", 2),
-    "rlaif_v": (rlaif_v, "<image>What shade?", 1),
     "vqav2": (vqav2, "<image>question 0?", 2),
     "gqa": (gqa, "<image>question 0?", 2),
     "okvqa": (lambda f: people(f, "okvqa", question_type="one", answer_type="other"), "<image>question 0?", 2),

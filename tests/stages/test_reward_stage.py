@@ -233,7 +233,10 @@ def test_an_answer_may_hold_the_image_token(checkpoint, tmp_path):
     is_image = (ids[1:2] == model.config.image_token_id) & before
     with torch.no_grad():
         logits = model(
-            input_ids=ids[1:2], pixel_values=batch["pixel_values"][1:2], prompt_mask=before, mm_token_type_ids=is_image.long()
+            input_ids=ids[1:2],
+            pixel_values=batch["pixel_values"][1:2],
+            prompt_mask=before,
+            mm_token_type_ids=is_image.long(),
         ).logits[0, -keep - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, ids[1, -keep:, None])[:, 0]
     torch.testing.assert_close(found[1].double(), expected, rtol=1e-5, atol=1e-4)
