@@ -10,9 +10,8 @@ from alignvlm.rows import filling
 from alignvlm.stages.stage import main
 from alignvlm.tools.plan import main as plan_main
 from alignvlm.tools.plan import plan_stages
-from hub_upload.run_record import read_run_record
 from tests.running import SOURCES, arguments_for
-from tests.stages.test_stages import launch, weights
+from tests.stages.test_stages import weights
 from tests.tools.test_plan import parse
 
 
@@ -107,14 +106,3 @@ def test_the_plan_knows_the_rows(checkpoint, tmp_path, capsys):
     recipe.write_text("logging_steps: 1\n")
     plan_main(["--config", str(recipe), *given])
     assert f"600 records in about {plan.rows} rows of 400 tokens, " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(checkpoint, tmp_path):
-    """The micro-batches of a step are cut otherwise and hold the same rows; the counting of tokens is divided."""
-    for name, processes, batch_size in (("one", 1, 4), ("two", 2, 2)):
-        fields = {**FILLED, "per_device_train_batch_size": batch_size, "max_steps": 5, "language_learning_rate": 1e-3}
-        launch("stage3.py", *arguments_for(checkpoint, tmp_path / name, **fields), processes=processes)
-    one, two = (read_run_record(tmp_path / name)["stages"][-1] for name in ("one", "two"))
-    assert two["processes"] == 2 and two["rows"] == {**one["rows"], "padding_share": two["rows"]["padding_share"]}
-    assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)

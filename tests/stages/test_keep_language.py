@@ -10,7 +10,6 @@ from alignvlm.stages.trainer import module_of
 from alignvlm.tools.plan import plan_stages
 from hub_upload.run_record import RUN_RECORD
 from tests.running import arguments_for
-from tests.stages.test_stages import launch
 from tests.stages.test_weights import parsed
 
 
@@ -97,14 +96,3 @@ def test_the_plan_misses_the_untouched_one_unless_an_earlier_stage_writes_it(che
         plan_stages([first, second], processes=1, sample=1)
     second.keep_language_from = str(tmp_path / "stage3")
     assert len(plan_stages([first, second], processes=1, sample=1)) == 2
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
-    fields = {**RATES, "max_steps": 2, "keep_language": SHARE, "optim": "sgd"}
-    for name, processes in (("one", 1), ("two", 2)):
-        fields["per_device_train_batch_size"] = 4 // processes
-        launch("stage3.py", *arguments_for(checkpoint, tmp_path / name, **fields), processes=processes)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6, msg=name)

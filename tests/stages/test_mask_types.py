@@ -14,7 +14,6 @@ from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMConfig
 from tests.modeling_alignvlm.test_tiles import tiled
 from tests.running import arguments_for
-from tests.stages.test_stages import launch
 from tests.stages.test_weights import parsed
 
 
@@ -155,13 +154,3 @@ def test_the_plan_tells_of_it(checkpoint, tmp_path):
     assert other.start_flops == 0 and not {"mask types", "keep_language"} & set(
         describe(other, "H100", 0.4).split(":")
     )
-
-
-@pytest.mark.slow
-def test_two_processes_draw_what_one_draws(checkpoint, tmp_path):
-    for name, processes in (("one", 1), ("two", 2)):
-        fields = {"attention_mask_type": '{"image": 0.5, "causal": 0.5}', "projector_learning_rate": 1e-3}
-        fields |= {"max_steps": STEPS, "per_device_train_batch_size": 4 // processes}
-        launch("stage3.py", *arguments_for(checkpoint, tmp_path / name, **fields), processes=processes)
-    one, two = (read_run_record(tmp_path / name)["stages"][-1] for name in ("one", "two"))
-    assert two["processes"] == 2 and two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)

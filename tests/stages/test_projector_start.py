@@ -1,7 +1,5 @@
 """`projector_start: least_squares` against numpy on the true features."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +16,6 @@ from modeling_alignvlm import AlignVLMForConditionalGeneration
 from modeling_alignvlm.modeling_alignvlm import similar_groups
 from tests.modeling_alignvlm.test_tiles import tiled
 from tests.running import arguments_for
-from tests.stages.test_stages import launch
 
 
 SCENES = {"name": "scenes", "annotations": ["short_caption"], "count": 24}
@@ -193,15 +190,3 @@ def test_a_trained_projector_is_not_replaced(checkpoint, tmp_path, monkeypatch):
 def test_records_without_images_are_no_start(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="none of the stage's records has an image"):
         start(checkpoint, tmp_path, sources=SOURCES[1:])
-
-
-@pytest.mark.slow
-def test_two_processes_start_where_one_does(checkpoint, tmp_path):
-    for name, processes in (("one", 1), ("two", 2)):
-        fields = {"sources": SOURCES, "projector_start": "least_squares", "projector_learning_rate": 1e-30}
-        fields |= {"max_steps": 1, "per_device_train_batch_size": 4 // processes}
-        launch("stage1.py", *arguments_for(checkpoint, tmp_path / name, **fields), processes=processes)
-        entry = json.loads((tmp_path / name / "alignvlm_run.json").read_text())["stages"][-1]
-        assert entry["projector_start"]["images"] == 24
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)

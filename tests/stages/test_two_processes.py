@@ -1,0 +1,45 @@
+"""Options of a stage, all on at once: two processes write what one writes."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from alignvlm.stages.stage import main
+from hub_upload.run_record import read_run_record
+from tests.running import SOURCES, arguments_for
+from tests.stages.test_stages import launch
+
+
+OPTIONS = {
+    "sources": [*SOURCES, {"name": "scenes", "annotations": ["detailed_caption"], "count": 8, "seed": 2}],
+    "row_length": 400,
+    "max_length": 400,
+    "projector_start": "least_squares",
+    "attention_mask_type": '{"image": 0.5, "causal": 0.5}',
+    "keep_language": 0.25,
+    "projector_learning_rate": 1e-3,
+    "language_learning_rate": 1e-3,
+    "optim": "sgd",
+    "max_steps": 5,
+}
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
+    """Counted tokens, filled rows, the projector's normal equations, drawn mask types, the untouched language model's share."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one = main(arguments_for(checkpoint, tmp_path / "one", **OPTIONS, per_device_train_batch_size=4))
+    launch(
+        "stage3.py",
+        *arguments_for(checkpoint, tmp_path / "two", **OPTIONS, per_device_train_batch_size=2),
+        processes=2,
+    )
+    two = read_run_record(tmp_path / "two")["stages"][-1]
+    assert two["processes"] == 2 and two["projector_start"]["images"] == one["projector_start"]["images"] == 32
+    assert two["rows"] == {**one["rows"], "padding_share": two["rows"]["padding_share"]}
+    assert len(set(one["logged_losses"])) == 5
+    assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)
+    written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, value in expected.items():
+        torch.testing.assert_close(written[name], value, rtol=1e-3, atol=1e-6, msg=name)
