@@ -6,6 +6,7 @@ and `chair`, all other answers by `accuracy`. `docs/reward.md` says when to use 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from alignvlm.evaluation.judge import computed, load_metric
@@ -88,12 +89,15 @@ class Cider(Reward):
 
 
 class Accuracy(Reward):
-    """The first score of the answer's own metric, as `alignvlm evaluate` judges it: 1 for a right answer, 0 for a wrong one, or between."""
+    """The first score of the answer's own metric, as `alignvlm evaluate` judges it: 1 for a right answer, 0 for a wrong one, or between.
+
+    Metrics that judge the answers about an image together, such as MME's, are left out.
+    """
 
     name = "accuracy"
 
     def judges(self, metric: str | None) -> bool:
-        return metric not in (None, CIDER)
+        return metric not in (None, CIDER) and not _judges_together(metric)
 
     def of(self, items: list[dict]) -> list[float | None]:
         rewards: dict[int, float | None] = {}
@@ -106,6 +110,12 @@ class Accuracy(Reward):
                 counts = all(found[key] == value for key, value in where.items())
                 rewards[index] = float(found[score]) if counts else None
         return [rewards[index] for index in range(len(items))]
+
+
+@cache
+def _judges_together(metric: str) -> bool:
+    """Whether a metric asks which answers belong together, which no single answer tells."""
+    return "ids" in load_metric(metric).features
 
 
 class Chair(Reward):

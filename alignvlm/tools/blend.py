@@ -11,9 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from alignvlm.evaluation.controls import table
 from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
+from alignvlm.evaluation.load import model_identity
 from alignvlm.evaluation.one_task import evaluate_checkpoint
 from alignvlm.stages.checkpoint import check_writable, save_checkpoint
 from alignvlm.stages.lora import merge_saved_lora
@@ -44,11 +46,12 @@ def parser() -> argparse.ArgumentParser:
 def blend(
     checkpoint: str, untouched: str, shares: list[float], folder: Path, revision: str | None = None
 ) -> list[Path]:
-    """Writes `keep_<share>` into `folder` for every share; complete ones are left as they are. Returns the folders.
+    """Writes `keep_<share>` into `folder` for every share; complete ones of the same weights are left as they are. Returns the folders.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a share outside [0, 1], another language model, and a checkpoint without a stage that trained it.
+        ValueError: for a share outside [0, 1], another language model, a checkpoint without a stage that trained it, and a folder that
+            holds another mixture.
     """
     for share in shares:
         if not 0 <= share <= 1:
@@ -64,8 +67,11 @@ def blend(
             "without."
         )
     check_same_language_model(checkpoint, revision, untouched)
-    check_writable(folder)
     folders = [folder / f"keep_{share:g}" for share in shares]
+    weights = {"trained": model_identity(checkpoint, revision), "untouched": model_identity(untouched)}
+    for share, each in zip(shares, folders):
+        _check_same_mixture(each, share, weights)
+    check_writable(folder)
     if all((each / RUN_RECORD).is_file() for each in folders):
         return folders
     source = {"model": untouched, "revision": commit_of(untouched)}
@@ -78,9 +84,22 @@ def blend(
             continue
         model.load_state_dict(trained)
         keep_language(model, kept, share)
-        mixed = {**last, "keep_language": {"share": share, "untouched": source, "after_measuring": True}}
+        mixture = {"share": share, "untouched": source, "weights": weights, "after_measuring": True}
+        mixed = {**last, "keep_language": mixture}
         save_checkpoint(model, processor, each, {**record, "stages": [*before, mixed]})
     return folders
+
+
+def _check_same_mixture(folder: Path, share: float, weights: dict[str, dict]) -> None:
+    """Raises a `ValueError` for a complete checkpoint that is not this share of these weights."""
+    if not (folder / RUN_RECORD).is_file():
+        return
+    stages = read_run_record(str(folder))["stages"]
+    there = stages[-1].get("keep_language", {}) if stages else {}
+    if (there.get("share"), there.get("weights")) != (share, weights):
+        raise ValueError(
+            f"{folder} holds another mixture than {share:g} of these two checkpoints. Remove the folder, or name another --output_dir."
+        )
 
 
 def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditionalGeneration:
@@ -97,6 +116,11 @@ def main(argv: list[str] | None = None) -> None:
     if others := [name for name in NOT_HERE if getattr(arguments, name)]:
         raise SystemExit(
             f"error: --{others[0]} is of `alignvlm evaluate` alone. Leave it out, or give it that and the new checkpoints."
+        )
+    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise SystemExit(
+            f"error: `alignvlm blend` runs on one process, and there are {state.num_processes}. Start it without `accelerate launch`."
         )
     folder = Path(arguments.output_dir)
     asked = [(arguments.task, arguments.data)] if arguments.task else []

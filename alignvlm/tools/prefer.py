@@ -21,12 +21,11 @@ from transformers.utils import logging
 from alignvlm.data.mixture import read_parts
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
-from alignvlm.evaluation.load import add_loading_options, device_for, load_checkpoint
+from alignvlm.evaluation.load import add_loading_options, device_for, load_checkpoint, model_identity
 from alignvlm.evaluation.rewards import CIDER, REWARDS, make_rewards
 from alignvlm.stages.checkpoint import check_writable
 from alignvlm.stages.prompts import conversations_of, prompts
 from hub_upload.command_line import ArgumentParser, run
-from hub_upload.repository import commit_of
 from hub_upload.run_record import write_json
 
 
@@ -113,10 +112,11 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
             outputs.append({"answers": given, "rewards": reward([None] * len(given), given, **columns)})
         return outputs
 
-    names = ("checkpoint", "reward", "samples", "temperature", "max_new_tokens", "batch_size", "seed", "dtype")
+    names = ("reward", "samples", "temperature", "max_new_tokens", "batch_size", "seed", "dtype")
     settings = {name: getattr(arguments, name) for name in names}
     settings |= {
-        "commit": commit_of(arguments.checkpoint, arguments.revision),
+        "model": model_identity(arguments.checkpoint, arguments.revision),
+        "sources": sources,
         "data": [part.source.identity for part in parts],
     }
     work = Work(len(asked), settings, sample, prepare=prepare)

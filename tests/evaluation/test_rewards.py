@@ -74,6 +74,14 @@ def test_accuracy_is_the_judges_score_of_each_answer_by_its_own_metric():
     assert found[0] == found[4] == 1 and found[3] == 0 and 0 < found[2] < 1
 
 
+def test_accuracy_leaves_out_metrics_of_several_answers_together():
+    """MME judges the two answers about an image together, and a reward sees one."""
+    (reward,) = make_rewards(["accuracy"], [])
+    assert not reward.judges("mme") and reward.judges("pope")
+    columns = {"references": [["yes"], ["yes"]], "metric": ["mme", "pope"], "kinds": ["count", ""]}
+    assert reward([None] * 2, said(["Yes.", "Yes."]), **columns) == [None, 1]
+
+
 def test_bad_rewards_are_named():
     with pytest.raises(ValueError, match=r"There is no reward .cidre.\. Valid values: cider, accuracy, chair"):
         make_rewards(["cidre"], CAPTIONS)

@@ -1,7 +1,12 @@
 """`alignvlm blend`: checkpoints between a trained and an untouched language model, and what is measured of them."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,9 @@ from alignvlm.stages.trainer import module_of
 from alignvlm.tools.blend import main as blend
 from hub_upload.run_record import read_run_record
 from tests.running import arguments_for
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,4 +87,44 @@ def test_mistakes_are_named_and_nothing_is_written(checkpoint, trained, tmp_path
     given = [word.format(trained=trained, checkpoint=checkpoint) for word in words]
     with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=message):
         blend([*given, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_something_else_is_not_taken_for_this_one(checkpoint, trained, tmp_path):
+    def mix(model: Path, untouched: Path, *shares: str) -> None:
+        blend([str(model), "--untouched", str(untouched), "--shares", *shares, "--output_dir", str(tmp_path / "line")])
+
+    model, mixed = shutil.copytree(trained / "0", tmp_path / "model"), tmp_path / "line/keep_0.25"
+    mix(model, checkpoint, "0.25")
+    written = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in mixed.iterdir()}
+    message = rf"{mixed} holds another mixture .* Remove the folder, or name another --output_dir"
+    with pytest.raises(ValueError, match=message):
+        mix(model, trained / "0", "0.5", "0.25")
+    with pytest.raises(ValueError, match=message):
+        mix(model, checkpoint, "0.25000001")  # of the same folder's name
+    retrained = shutil.copytree(model, tmp_path / "retrained/model")
+    shutil.copy(trained / "0.25/model.safetensors", retrained)
+    with pytest.raises(ValueError, match=message):
+        mix(retrained, checkpoint, "0.5", "0.25")
+    assert not (tmp_path / "line/keep_0.5").exists()
+    mix(model, checkpoint, "0.25", "0.5")  # goes on
+    assert (tmp_path / "line/keep_0.5/alignvlm_run.json").is_file()
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in mixed.iterdir()} == written
+
+
+def test_several_processes_are_refused(checkpoint, trained, tmp_path):
+    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "-m",
+        "alignvlm.tools.blend",
+    ]
+    command += [str(trained / "0"), "--untouched", str(checkpoint), "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode and "error: `alignvlm blend` runs on one process, and there are 2" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,12 @@
 """`alignvlm prefer`: sampled answers, ranked, and what DPO then trains on."""
 
 import json
+import shutil
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from alignvlm.data.sources import read_source
 from alignvlm.evaluation.rewards import make_rewards
@@ -65,6 +68,26 @@ def test_finished_work_is_not_done_again(pairs, speaking, capsys):
     assert (folder / "pairs.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize("changed", ["weights", "sources"])
+def test_answers_of_another_model_or_to_other_prompts_are_not_reused(speaking, tmp_path, changed):
+    def pairs_in(name: str, tag: str = "") -> bytes:
+        sources = json.dumps([{**json.loads(SOURCES)[0], "tag": tag}])
+        prefer(parser().parse_args([str(model), *OPTIONS, "--sources", sources, "--output_dir", str(tmp_path / name)]))
+        return (tmp_path / name / "pairs.parquet").read_bytes()
+
+    model = shutil.copytree(speaking, tmp_path / "model")
+    before, tag = pairs_in("out"), ""
+    if changed == "weights":  # the stage was run again into the same folder
+        weights = load_file(model / "model.safetensors")
+        save_file(
+            {name: value * 1.1 for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"}
+        )
+    else:
+        tag = "Now:"
+    again = pairs_in("out", tag)
+    assert again != before and again == pairs_in("fresh", tag)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,3 +100,13 @@ def test_what_makes_no_pairs_is_refused(checkpoint, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         prefer(parser().parse_args([str(checkpoint), *OPTIONS, *options, "--output_dir", str(tmp_path)]))
     assert not (tmp_path / "pairs.parquet").exists()
+
+
+def test_answers_that_are_judged_in_pairs_have_no_accuracy_each(checkpoint, tmp_path):
+    columns = {"question": ["Is it red?", "Is it blue?"], "answer": ["Yes", "No"]}
+    columns |= {"image": [Image.new("RGB", (8, 8), "red")] * 2, "category": ["color"] * 2, "question_id": ["1"] * 2}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "mme.parquet")
+    sources = json.dumps([{"name": "mme", "data": str(tmp_path / "mme.parquet")}])
+    given = [str(checkpoint), *OPTIONS, "--sources", sources, "--reward", "accuracy", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="The reward 'accuracy' judges no answer of these sources"):
+        prefer(parser().parse_args(given))
