@@ -140,7 +140,7 @@ def parse_rewards(argv: list[str]) -> RewardArguments:
 
 
 def parse_any_stage(argv: list[str], *more: type, also: Iterable[str] = ()) -> tuple:
-    """Parses the arguments of any stage for looking only, of stage 5 if they name a method: see `parse_anywhere`."""
+    """Parses the arguments of any stage for looking only, of stage 5 if they name it or a method: see `parse_anywhere`."""
     method = _method_of(argv)
     if method is None:
         return parse_anywhere(argv, *more, also=also)
@@ -151,7 +151,7 @@ def parse_any_stage(argv: list[str], *more: type, also: Iterable[str] = ()) -> t
 
 
 def _method_of(argv: list[str]) -> str | None:
-    """Returns the method that a command line or its YAML file names; None for neither.
+    """Returns the method that a command line or its YAML file names, the default one of `stage: 5`; None for neither.
 
     Raises:
         ValueError: for an unknown one.
@@ -159,9 +159,12 @@ def _method_of(argv: list[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--method")
+    parser.add_argument("--stage", nargs="?")
     known, _ = parser.parse_known_args(argv)
     given = read_yaml(Path(known.config)) if known.config and Path(known.config).is_file() else {}
     method = known.method or given.get("method")
+    if method is None and str(known.stage or given.get("stage")) == str(RewardArguments.stage):
+        method = RewardArguments.method
     if method not in (None, *METHODS):
         raise ValueError(f"Unknown method {method!r}. Valid values: {', '.join(METHODS)}.")
     return method

@@ -36,8 +36,8 @@ class EvaluationStopped(Exception):
 class StopOnSignal(TrainerCallback):
     """Stops all processes of a trainer after the same step, with a checkpoint, once one of them has got a signal.
 
-    An evaluation on the way is left after its batch, unless training depends on what it finds (`metric_for_best_model`). A second Ctrl-C
-    ends the process at once. `stopped` is the signal that stopped training, or None.
+    An evaluation on the way is left after its batch, unless training depends on what it finds (`metric_for_best_model`) or no step has
+    been taken (`eval_on_start`). A second Ctrl-C ends the process at once. `stopped` is the signal that stopped training, or None.
     """
 
     def __init__(self, trainer):
@@ -66,7 +66,7 @@ class StopOnSignal(TrainerCallback):
         self._stop_if_received(args, state, control)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if args.metric_for_best_model is None:
+        if self.trainer.may_leave_evaluation and args.metric_for_best_model is None:
             self._stop_if_received(args, state, control)
             if self.stopped is not None:
                 raise EvaluationStopped

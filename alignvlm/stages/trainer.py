@@ -122,6 +122,7 @@ class StageTrainer:
         self._counted_since = time.perf_counter()
         self._group_modules: list[str] = []  # of each group of the optimizer
         self.saves_aside = False  # whether the next checkpoint is one that no save_steps asks for
+        self.may_leave_evaluation = False  # by EvaluationStopped; not that of eval_on_start, before the first step
         for callback in LIBRARY_CALLBACKS:
             self.remove_callback(callback)
         self.add_callback(LogLines(getattr(self.args, "stage", 0)))
@@ -298,11 +299,14 @@ class StageTrainer:
         )
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        self.may_leave_evaluation = True
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationStopped:
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        finally:
+            self.may_leave_evaluation = False
 
     def _get_output_dir(self, trial):
         """Returns where the next checkpoint goes: one that no `save_steps` asked for neither pushes another out nor is averaged."""

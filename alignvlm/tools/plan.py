@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -330,12 +331,16 @@ def plan_stage(
     arguments: StageArguments,
     config: PreTrainedConfig,
     processor: AlignVLMProcessor,
-    earlier_stages: list[dict],
+    record: dict[str, Any],
     processes: int,
     sample: int = 30,
 ) -> Plan:
-    """Plans one stage: opens every source and measures `sample` random batches. Makes `config` and `processor` those of its checkpoint."""
-    check_new_projector(arguments, {"stages": earlier_stages})
+    """Plans one stage: opens every source and measures `sample` random batches. Makes `config` and `processor` those of its checkpoint.
+
+    Args:
+        record: the run record of the checkpoint that it starts from.
+    """
+    check_new_projector(arguments, record)
     for mask_type in reversed(arguments.mask_type_shares):  # the first stays
         config.attention_mask_type = mask_type
         config.check_mask_type()
@@ -352,7 +357,7 @@ def plan_stage(
             lora.before(model)
     parameters = freeze_all_but(model, arguments.learning_rates)
     collator = make_collator(arguments, processor, config)
-    mixture = make_mixture(arguments, collator, earlier_stages, processes)
+    mixture = make_mixture(arguments, collator, record["stages"], processes)
     for sources in (arguments.eval_sources, arguments.text_sources):
         if sources:
             load_mixture(sources, collator.token_counts, arguments.data_dir)
@@ -436,15 +441,16 @@ def plan_rewards(
     arguments: RewardArguments,
     config: PreTrainedConfig,
     processor: AlignVLMProcessor,
-    earlier_stages: list[dict],
+    record: dict[str, Any],
     processes: int,
 ) -> RewardPlan:
-    """Plans stage 5: opens every source. Makes `config` and `processor` those of its checkpoint."""
+    """Plans stage 5, as `plan_stage`, but measures no batches. Makes `config` and `processor` those of its checkpoint."""
     config.attention_mask_type = arguments.attention_mask_type
+    config.check_mask_type()
     cut_images(arguments, config, processor)
     check_not_cut(processor, WHOLE_IMAGES)
     collator = make_collator(arguments, processor, config)
-    mixture = make_mixture(arguments, collator, earlier_stages, processes)
+    mixture = make_mixture(arguments, collator, record["stages"], processes)
     for sources in (arguments.eval_sources, arguments.text_sources):
         if sources:
             load_mixture(sources, collator.token_counts, arguments.data_dir)
@@ -474,22 +480,23 @@ def plan_stages(
                 known[folder] = (
                     AlignVLMConfig.from_pretrained(arguments.model, **options),
                     AlignVLMProcessor.from_pretrained(arguments.model, **options),
-                    read_run_record(arguments.model, arguments.model_revision)["stages"],
+                    read_run_record(arguments.model, arguments.model_revision),
                 )
             kept = arguments.keep_language_from
             if kept is not None and Path(kept).resolve() not in known:
                 check_model(kept)
-            config, processor, done = known[folder]
+            config, processor, record = known[folder]
             config, processor = as_the_stage_merges(arguments, config, processor)
             if isinstance(arguments, RewardArguments):
-                plans.append(plan_rewards(arguments, config, processor, done, processes))
+                plans.append(plan_rewards(arguments, config, processor, record, processes))
             else:
-                plans.append(plan_stage(arguments, config, processor, done, processes, sample))
+                plans.append(plan_stage(arguments, config, processor, record, processes, sample))
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {arguments.stage} (model {arguments.model!r}): {error}") from error
         names = ("stage", "sources", "learning_rates")
         entry = {name: getattr(arguments, name) for name in names}
-        known[Path(arguments.output_dir).resolve()] = (config, processor, [*done, entry])
+        record = {**record, "stages": [*record["stages"], entry]}
+        known[Path(arguments.output_dir).resolve()] = (config, processor, record)
     return plans
 
 

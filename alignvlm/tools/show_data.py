@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignvlm.stages.loading import make_collator, make_mixture
+from alignvlm.stages.loading import as_the_stage_merges, make_collator, make_mixture
 from alignvlm.stages.reward_arguments import parse_any_stage
+from alignvlm.stages.tiles import cut_images
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
 from hub_upload.command_line import run
 from hub_upload.repository import check_model
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     check_model(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
+    config, processor = as_the_stage_merges(arguments, config, processor)
+    cut_images(arguments, config, processor)
     collator = make_collator(arguments, processor, config)
     stages = read_run_record(arguments.model, arguments.model_revision)["stages"]
     mixture = make_mixture(arguments, collator, stages)

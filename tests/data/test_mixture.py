@@ -472,6 +472,29 @@ def test_the_table_and_the_contact_sheet_show_what_the_model_gets(checkpoint, tm
     assert f"<b> {response}&lt;/s&gt;</b>" in sheet and "[web]" in sheet
 
 
+def test_images_are_cut_and_merged_as_the_recipe_says(checkpoint, tmp_path, capfd):
+    """Not as the checkpoint does, which neither cuts nor merges."""
+
+    def shown(**fields) -> tuple[str, str]:
+        sources = [{"name": "scene_signs", "count": 8, "image_size": 40}]
+        given = stage_arguments(checkpoint, tmp_path, sources=sources, **fields)
+        main([*given, "--show", "2", "--sheet", str(tmp_path / "sheet.html")])
+        return capfd.readouterr().out, (tmp_path / "sheet.html").read_text()
+
+    def longest(table: str) -> int:
+        return int(re.search(r"(\d+) +[\d.]+% +0 of 8$", table, re.MULTILINE)[1])
+
+    whole, merged, cut = shown(), shown(merge_image_tokens=3), shown(max_tiles=6, tile_marks=True, image_block="tile")
+    assert "[4 image tokens]" in whole[1] and "[3 image tokens]" in merged[1] and "[4 image tokens]" not in merged[1]
+    assert longest(merged[0]) == longest(whole[0]) - 1
+    assert "&lt;row_1_col_1&gt;" in cut[1] and "row_1_col_1" not in whole[1] + merged[1]
+    assert longest(cut[0]) >= longest(whole[0]) + 16  # four tiles or six
+    with pytest.raises(ValueError, match="image_block='tile' is for images that are cut into tiles"):
+        shown(image_block="tile")
+    with pytest.raises(ValueError, match="max_length=20 leaves no room"):
+        shown(max_tiles=6, max_length=20)
+
+
 def AlignVLMCollator_of(checkpoint) -> AlignVLMCollator:
     from modeling_alignvlm import AlignVLMProcessor
 

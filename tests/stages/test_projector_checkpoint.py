@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionModel, set_seed
 
 from alignvlm import cli
+from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.projector_checkpoint import WEIGHTS, SavedProjector, export_projector, sha256_of_tensors
 from alignvlm.stages.stage import main as run_stage
+from alignvlm.tools.plan import plan_stages
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
@@ -152,12 +154,15 @@ def test_calibrations_and_weights_of_layers_are_part_of_a_projector(vision, narr
 
 def test_the_checkpoint_begins_a_stage_but_not_projector_start(vision, narrow, trained, tmp_path):
     assemble(BackboneArguments(vision, narrow, str(tmp_path / "stage0"), projector=str(trained / "projector")))
+    starts = {"projector_learning_rate": 1e-3, "projector_start": "least_squares"}
+    given = arguments_for(tmp_path / "stage0", tmp_path / "out", **starts)
     with pytest.raises(ValueError, match="that it was assembled with"):
-        run_stage(
-            arguments_for(
-                tmp_path / "stage0", tmp_path / "out", projector_learning_rate=1e-3, projector_start="least_squares"
-            )
-        )
+        run_stage(given)
+    language = arguments_for(tmp_path / "stage0", tmp_path / "next", language_learning_rate=1e-3)
+    after_it = arguments_for(tmp_path / "next", tmp_path / "out", **starts)
+    for stages in ([given], [language, after_it]):
+        with pytest.raises(ValueError, match="that it was assembled with"):
+            plan_stages([parse_anywhere(stage)[0] for stage in stages], processes=1, sample=2)
     entry = run_stage(
         arguments_for(tmp_path / "stage0", tmp_path / "stage1", projector_learning_rate=1e-3, max_steps=1)
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from alignvlm.data.record import Conversation
 from alignvlm.evaluation.answer import answer
+from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.loading import load_model, make_collator, make_mixture, make_rows
 from alignvlm.stages.reward_arguments import GRPOArguments, parse_any_stage, parse_rewards
@@ -382,6 +383,20 @@ def test_the_recipe_is_valid_and_can_be_looked_at_where_there_is_no_gpu():
     assert arguments.per_device_train_batch_size % arguments.num_generations == 0 and arguments.use_cpu
     (looked_at,) = parse_any_stage(["--config", path])
     assert isinstance(looked_at, GRPOArguments) and looked_at.sources == arguments.sources
+
+
+def test_stage_5_without_a_method_is_looked_at_with_the_one_it_will_take(tmp_path):
+    text = (ROOT / "training/recipes/nano/stage5.yaml").read_text()
+    recipe = tmp_path / "stage5.yaml"
+    recipe.write_text("".join(line for line in text.splitlines(True) if not line.startswith("method:")))
+    given = ["--config", str(recipe)]
+    assert parse_any_stage(given)[0].method == parse_rewards(given).method == "grpo"
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("stage:")))
+    (looked_at,) = parse_any_stage([*given, "--stage", "5"])
+    assert isinstance(looked_at, GRPOArguments) and looked_at.stage == 5
+    supervised = arguments_for(tmp_path / "stage4", tmp_path / "out", **RATES)
+    recipe.write_text("stage: 5\n")
+    assert isinstance(parse_any_stage([*given, *supervised])[0], StageArguments)  # they say --stage 3
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,34 @@ def test_a_signal_leaves_an_evaluation_unless_training_depends_on_it(checkpoint,
     assert same_result(folder, whole)
 
 
+def wait_until_it_listens(process) -> None:
+    """Until SIGTERM is caught, which is when it trains."""
+    while not int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) >> 14 & 1:
+        time.sleep(0.01)
+
+
+def test_an_evaluation_at_the_start_is_finished_and_the_run_stops_after_its_first_step(checkpoint, tmp_path):
+    folder = tmp_path / "run"
+    held_out = [{"name": "scene_texts", "count": 200}]  # a second, one at a time
+    evaluating = {
+        "eval_sources": held_out,
+        "eval_strategy": "steps",
+        "eval_steps": 7,
+        "eval_on_start": True,
+        "per_device_eval_batch_size": 1,
+    }
+    process = start(arguments_for(checkpoint, folder, **FIELDS, **evaluating), folder)
+    log = folder.with_suffix(".log")
+    wait_for(log, "Stage 3: ", process.is_alive)
+    wait_until_it_listens(process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 128 + signal.SIGTERM, log.read_text()[-3000:]
+    last = last_complete_checkpoint(folder)
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0] and last.name == "checkpoint-1"
+    assert f"Stopped by SIGTERM after step 1 of 40. {last} is complete." in log.read_text()
+
+
 def test_a_second_ctrl_c_ends_at_once(checkpoint, tmp_path):
     folder = tmp_path / "run"
     sources = [{"name": "scene_texts", "count": 20_000}]  # a step takes all of them
@@ -118,8 +146,7 @@ def test_a_second_ctrl_c_ends_at_once(checkpoint, tmp_path):
     process = start(arguments_for(checkpoint, folder, **slow), folder)
     log = folder.with_suffix(".log")
     wait_for(log, "Stage 3: ", process.is_alive)
-    while not int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) >> 14 & 1:
-        time.sleep(0.01)  # until SIGTERM is caught, which is when it trains
+    wait_until_it_listens(process)
     os.kill(process.pid, signal.SIGINT)
     wait_for(log, r"SIGINT: a checkpoint is written after this step\. Ctrl-C again ends at once\.", process.is_alive)
     time.sleep(1.2)

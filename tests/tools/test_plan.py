@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,13 @@ def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
     assert "grpo: 100 prompts, 150 steps of 2 prompts with 4 answers each, rewarded by cider, accuracy" in output
     with pytest.raises(SystemExit, match="num_generation"):
         plan_main(["--config", str(recipe), "--num_generation", "3"])
+    causal = tmp_path / "causal"
+    shutil.copytree(checkpoint, causal)
+    config = json.loads((causal / "config.json").read_text())
+    kept = {"attention_mask_type": "causal", "supported_mask_types": ["causal"]}
+    (causal / "config.json").write_text(json.dumps({**config, **kept}))
+    with pytest.raises(ValueError, match=r"stage 5 .*cannot keep attention_mask_type='prefix'"):
+        plan_main(["--config", str(recipe), "--model", str(causal)])
     with pytest.raises(ValueError, match="a response without a rejected answer"):
         recipe.write_text(re.sub("method: grpo.*\n|rewards.*\n|num_gen.*\n", "", recipe.read_text()) + "method: dpo\n")
         plan_main(["--config", str(recipe)])
