@@ -92,7 +92,7 @@ def line(stage: int, step: int, steps: int, logs: dict[str, float]) -> str:
     if "loss" in logs:
         rates = {name.removeprefix(RATE): value for name, value in logs.items() if name.startswith(RATE)}
         parts.append(f"loss {logs['loss']:7.4f}")
-        parts += [f"{name} {logs[key]:.3f}" for key, name in REWARDS.items() if key in logs]
+        parts += [f"{name} {logs[key]:.3f}" for key, name in REWARDS.items() if logs.get(key) is not None]
         parts.append("lr " + " ".join(f"{module} {rate:.1e}" for module, rate in rates.items()))
         parts += [f"{short(logs[f'{what}_per_second']):>5} {what}/s" for what in ("tokens", "images")]
         parts.append(f"{logs['memory_gb']:.2f} GB")

@@ -10,7 +10,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import nn
 
-from alignvlm.data.mixture import Mixture
+from alignvlm.data.mixture import Mixture, Part
+from alignvlm.data.record import Conversation
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.rewards import CIDER, Reward, make_rewards
 from alignvlm.rows.collator import AlignVLMCollator
@@ -57,6 +58,7 @@ def make_trainer(
         **progress,
     }
     if isinstance(arguments, GRPOArguments):
+        _check_judged(said, rewards)
         _check_room(arguments, model, collator, [conversation.messages for _, conversation in said])
         needed = arguments.generation_batch_size // arguments.num_generations
         if len(said) < needed:
@@ -84,6 +86,14 @@ def make_trainer(
 def _reference(model: AlignVLMForConditionalGeneration) -> AlignVLMForConditionalGeneration:
     """Returns a copy of the model that stays as it is."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _check_judged(said: list[tuple[Part, Conversation]], rewards: list[Reward]) -> None:
+    """Raises a `ValueError` if no reward judges any answer of the sources: they would teach nothing."""
+    metrics = {part.source.metric_of(conversation) for part, conversation in said}
+    if not any(reward.judges(metric) for reward in rewards for metric in metrics):
+        names = ", ".join(reward.name for reward in rewards)
+        raise ValueError(f"The rewards ({names}) judge no answer of these sources. Name others, or another reward.")
 
 
 def _check_room(

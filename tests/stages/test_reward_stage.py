@@ -407,6 +407,11 @@ def test_stage_5_without_a_method_is_looked_at_with_the_one_it_will_take(tmp_pat
         ("grpo", {"rewards": ["cider"], "sources": [{"name": "scene_texts", "count": 4}]}, "`cider` needs captions"),
         (
             "grpo",
+            {"rewards": ["accuracy"], "sources": [{"name": "scenes", "annotations": ["short_caption"], "count": 8}]},
+            r"The rewards \(accuracy\) judge no answer of these sources. Name others",
+        ),
+        (
+            "grpo",
             {"sources": [{"name": "scenes", "count": 4, "share": 0.5}]},
             "share=0.5 of a source: stage 5 reads every prompt once",
         ),
