@@ -326,7 +326,12 @@ def t_interval(values: list[float]) -> list[float] | None:
 
 def table(world: str, name: str, summary: dict) -> str:
     """A finding's summary as Markdown."""
-    lines = [f"### {world}: {QUESTIONS[name]}", "", "| arm | metric | mean | seeds | difference | 95% interval |", "|---|---|---|---|---|---|"]  # fmt: skip
+    return f"### {world}: {QUESTIONS[name]}\n\n{summary_table(summary)}"
+
+
+def summary_table(summary: dict) -> str:
+    """What `summarise` returns as Markdown."""
+    lines = ["| arm | metric | mean | seeds | difference | 95% interval |", "|---|---|---|---|---|---|"]
     for arm, metrics in summary.items():
         for metric, found in metrics.items():
             seeds = ", ".join(f"{value:.3f}" for value in found["values"])

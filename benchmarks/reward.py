@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/reward.py`
 
-from benchmarks.findings import Scenes, summarise
+from benchmarks.findings import Scenes, summarise, summary_table
 from benchmarks.stage_runs import evaluate, machine, stage_values, train, update_results
 from hub_upload.run_record import read_run_record
 
@@ -75,18 +75,6 @@ def run_seed(world: Scenes, seed: int, scenes: int, changes: dict) -> dict[str, 
     return found
 
 
-def table(summary: dict) -> str:
-    """The summary as Markdown."""
-    lines = ["| arm | metric | mean | seeds | difference | 95% interval |", "|---|---|---|---|---|---|"]
-    for arm, metrics in summary.items():
-        for metric, found in metrics.items():
-            seeds = ", ".join(f"{value:.3f}" for value in found["values"])
-            difference = f"{found['difference']:+.3f}" if "difference" in found else ""
-            interval = f"{found['interval'][0]:+.3f} to {found['interval'][1]:+.3f}" if found.get("interval") else ""
-            lines.append(f"| {arm} | {metric} | {found['mean']:.3f} | {seeds} | {difference} | {interval} |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -106,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             runs.setdefault(arm, {})[seed] = found
         results = {"machine": machine(), "summary": summarise(runs), "runs": runs}
         update_results(arguments.results or output / "results.json", "reward", results)
-    print(f"\n{table(summarise(runs))}\n\n{(time.perf_counter() - started) / 60:.1f} minutes in this start.")
+    print(f"\n{summary_table(summarise(runs))}\n\n{(time.perf_counter() - started) / 60:.1f} minutes in this start.")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from itertools import islice
 
-from torch import nn
-
 from alignvlm.data.mixture import Part, read_parts
 from alignvlm.data.record import Record
 from alignvlm.evaluation.perplexity import text_perplexity
@@ -12,35 +10,23 @@ from alignvlm.stages.alignment import (
     alignment_metrics,
 )
 from alignvlm.stages.arguments import StageArguments
-from alignvlm.stages.options import StageOption
-from alignvlm.stages.trainer import AlignVLMTrainer
+from alignvlm.stages.options import Measurement
+from alignvlm.stages.trainer import StageTrainer
 from modeling_alignvlm import AlignVLMProcessor
 
 
-class StageMetrics(StageOption):
-    """Measures before and after what is entered inside it; the run record has each metric twice, as `NAME_before` and `NAME_after`."""
+class StageMetrics(Measurement):
+    """What a stage measures of itself: see `measure`."""
 
-    def __init__(self, arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator):
+    def __init__(self, arguments: StageArguments, trainer: StageTrainer, collator: AlignVLMCollator):
+        super().__init__()
         self.arguments, self.trainer, self.collator = arguments, trainer, collator
-        self.measured: dict[str, float | None] = {}
 
-    def before(self, model: nn.Module) -> None:
-        self._measure("before")
-
-    def after(self, model: nn.Module) -> None:
-        self._measure("after")
-
-    def record(self) -> dict[str, float | None]:
-        return self.measured
-
-    def _measure(self, when: str) -> None:
-        metrics = measure(self.arguments, self.trainer, self.collator)
-        self.measured |= {f"{name}_{when}": value for name, value in metrics.items()}
+    def measure(self) -> dict[str, float | None]:
+        return measure(self.arguments, self.trainer, self.collator)
 
 
-def measure(
-    arguments: StageArguments, trainer: AlignVLMTrainer, collator: AlignVLMCollator
-) -> dict[str, float | None]:
+def measure(arguments: StageArguments, trainer: StageTrainer, collator: AlignVLMCollator) -> dict[str, float | None]:
     """Measures the loss on held-out records, the perplexity of a text, and the alignment, as far as the recipe asks for them."""
     metrics: dict[str, float | None] = {"eval_loss": None}
     # DeepSpeed evaluates only what it has begun to train, unless it is ZeRO-3.

@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from alignvlm.stages.trainer import AlignVLMTrainer
+from alignvlm.stages.trainer import StageTrainer
 
 
 class StageOption:
     """What a stage does before and after training; a subclass overrides what it needs."""
 
-    def check(self, trainer: AlignVLMTrainer) -> None:
+    def check(self, trainer: StageTrainer) -> None:
         """Raises a `ValueError` if the option cannot be had under this trainer."""
 
     def before(self, model: nn.Module) -> None:
@@ -22,6 +22,32 @@ class StageOption:
     def record(self) -> dict[str, Any]:
         """What the run record says of the option, asked for after `after`."""
         return {}
+
+
+class Measurement(StageOption):
+    """Measures before and after what is entered inside it; the run record has each metric twice, as `NAME_before` and `NAME_after`.
+
+    A subclass has `measure`.
+    """
+
+    def __init__(self):
+        self.measured: dict[str, float | None] = {}
+
+    def measure(self) -> dict[str, float | None]:
+        """Returns the metrics by name; None for one that there is not."""
+        raise NotImplementedError
+
+    def before(self, model: nn.Module) -> None:
+        self._note("before")
+
+    def after(self, model: nn.Module) -> None:
+        self._note("after")
+
+    def record(self) -> dict[str, float | None]:
+        return self.measured
+
+    def _note(self, when: str) -> None:
+        self.measured |= {f"{name}_{when}": value for name, value in self.measure().items()}
 
 
 class Nested:

@@ -8,7 +8,6 @@ from statistics import mean
 from typing import Any
 
 from accelerate.utils import gather_object
-from torch import nn
 
 from alignvlm.data.mixture import Mixture, Part
 from alignvlm.data.record import Conversation
@@ -19,7 +18,7 @@ from alignvlm.rows.filling import TrainingRows
 from alignvlm.rows.preferences import PreferenceCollator
 from alignvlm.stages.language_trial import last_position
 from alignvlm.stages.loading import check_row_length
-from alignvlm.stages.options import StageOption
+from alignvlm.stages.options import Measurement, StageOption
 from alignvlm.stages.prompts import conversations_of, preferences, prompts
 from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, RewardArguments, parse_rewards
 from alignvlm.stages.reward_trainers import DPOStageTrainer, GRPOStageTrainer
@@ -115,7 +114,7 @@ def _check_room(
         )
 
 
-class HeldOutRewards(StageOption):
+class HeldOutRewards(Measurement):
     """Measures the mean rewards of greedy answers to `eval_sources`, before and after: `eval_REWARD_before`, `eval_REWARD_after`."""
 
     def __init__(
@@ -126,20 +125,11 @@ class HeldOutRewards(StageOption):
         rewards: list[Reward],
         arguments: RewardArguments,
     ):
+        super().__init__()
         self.trainer, self.collator, self.rewards, self.arguments = trainer, collator, rewards, arguments
         self.prompts = prompts(held_out.parts)
-        self.measured: dict[str, float | None] = {}
 
-    def before(self, model: nn.Module) -> None:
-        self._measure("before")
-
-    def after(self, model: nn.Module) -> None:
-        self._measure("after")
-
-    def record(self) -> dict[str, float | None]:
-        return self.measured
-
-    def _measure(self, when: str) -> None:
+    def measure(self) -> dict[str, float | None]:
         """Lets every process answer its part of the prompts."""
         accelerator = self.trainer.accelerator
         own = [self.prompts[k] for k in range(accelerator.process_index, len(self.prompts), accelerator.num_processes)]
@@ -152,8 +142,8 @@ class HeldOutRewards(StageOption):
             values = reward([None] * len(found), [text for text, _ in found], **columns)
             judged = [value for value in values if value is not None]
             means[f"eval_{reward.name}"] = mean(judged) if judged else None
-        self.measured |= {f"{name}_{when}": value for name, value in means.items()}
         self.trainer.log({name: value for name, value in means.items() if value is not None})
+        return means
 
     def _answers(self, examples: list[dict[str, Any]]) -> list[str]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

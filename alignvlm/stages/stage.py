@@ -44,7 +44,7 @@ from alignvlm.stages.resume import check_unfinished, checkpoint_to_resume, earli
 from alignvlm.stages.samples import SampleAnswers
 from alignvlm.stages.signals import Interrupted, StopOnSignal
 from alignvlm.stages.tiles import cut_images
-from alignvlm.stages.trainer import AlignVLMTrainer
+from alignvlm.stages.trainer import AlignVLMTrainer, StageTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of
 from hub_upload.push import push
@@ -159,7 +159,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     return entry
 
 
-def _train(arguments: StageArguments, trainer: AlignVLMTrainer, resume_from: str | None) -> None:
+def _train(arguments: StageArguments, trainer: StageTrainer, resume_from: str | None) -> None:
     """Trains to the end.
 
     Raises:
@@ -177,7 +177,7 @@ def _train(arguments: StageArguments, trainer: AlignVLMTrainer, resume_from: str
             raise Interrupted(stop.stopped)
 
 
-def _how_to_go_on(number: int, trainer: AlignVLMTrainer, given: str | None) -> str:
+def _how_to_go_on(number: int, trainer: StageTrainer, given: str | None) -> str:
     """Says where a signal stopped the run, and what to do to go on."""
     how = "the same command" if given in ("last", True) else "the same command and --resume_from_checkpoint"
     return (
@@ -188,7 +188,7 @@ def _how_to_go_on(number: int, trainer: AlignVLMTrainer, given: str | None) -> s
 
 def _entry(
     arguments: StageArguments,
-    trainer: AlignVLMTrainer,
+    trainer: StageTrainer,
     mixture: Mixture,
     rows: TrainingRows,
     held_out: Mixture | None,

@@ -21,10 +21,11 @@ from transformers.utils import logging
 from alignvlm.data.mixture import read_parts
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
-from alignvlm.evaluation.load import add_loading_options, device_for, load_checkpoint, model_identity
+from alignvlm.evaluation.load import add_loading_options, model_identity
 from alignvlm.evaluation.rewards import CIDER, REWARDS, make_rewards
 from alignvlm.stages.checkpoint import check_writable
 from alignvlm.stages.prompts import conversations_of, prompts
+from alignvlm.tools.ask import load
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.run_record import write_json
 
@@ -82,14 +83,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
     loaded: list = []
 
     def prepare() -> None:
-        loaded[:] = load_checkpoint(
-            arguments.checkpoint,
-            device_for(arguments.use_cpu),
-            arguments.revision,
-            arguments.trust_remote_code,
-            arguments.dtype,
-            arguments.attn_implementation,
-        )
+        loaded[:] = load(arguments)
 
     def sample(indices: range) -> list[dict[str, Any]]:
         """Returns the answers to each prompt and their rewards."""
