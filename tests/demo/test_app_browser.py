@@ -1,7 +1,7 @@
 """The demo in headless Chromium, driven by Playwright: what a first-time visitor does, on a phone and on a desktop.
 
-Needs `gradio`, `playwright`, Debian's `chromium`, and for the accessibility test, in the folder that ALIGNVLM_NODE_MODULES names, what
-`npm install axe-core` made.
+Needs `gradio`, `playwright`, Debian's `chromium` (on the path, or as ALIGNVLM_CHROMIUM names it), and for the accessibility test, in the
+folder that ALIGNVLM_NODE_MODULES names, what `npm install axe-core` made.
 """
 
 import argparse
