@@ -98,7 +98,7 @@ def load_model(arguments: argparse.Namespace) -> Checkpoint | Server:
             f"A --server has loaded its model, and answers requests greedily: leave out {names}. (--server_model names the model, "
             "--server_requests says how many questions are asked at once.)"
         )
-    if "text_perplexity" in (arguments.task, *(arguments.tasks or ())):
+    if "text_perplexity" in (arguments.task, *(task for _, task in arguments.tasks or ())):
         raise ValueError(
             "text_perplexity needs the likelihood of a given text, which a server does not tell. Evaluate the checkpoint itself."
         )
