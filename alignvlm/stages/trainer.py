@@ -409,9 +409,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         self.sampler = sampler
         self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
         self.token_weighting, self.mask_types, self.embedding_loss = token_weighting, mask_types, embedding_loss
-        self._embedding_losses: list[
-            torch.Tensor
-        ] = []  # of the micro-batches since the last log, which add up to those of its steps
+        self._embedding_losses: list[torch.Tensor] = []  # of the micro-batches since the last log
         self._embedding_steps = 0  # since the last log
         self._image_tokens = 0  # of the step, all its micro-batches and processes
         if embedding_loss:
