@@ -119,6 +119,7 @@ def test_the_camera_takes_an_image(visit):
     visit.click("#uploads button[aria-label='Capture from camera']")
     visit.click("#uploads [title='grant webcam access'] button")
     visit.wait_for_selector("#uploads video:not(.hide)")
+    visit.wait_for_function("document.querySelector('#uploads video').videoWidth > 0")  # it shows a picture
     visit.click("#uploads button[aria-label='capture photo']")
     assert answers(visit, 2)[0] == CAPTION_PROMPT
     assert visit.is_visible("#uploads button[aria-label='Capture from camera']")  # the next image
