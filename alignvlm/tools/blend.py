@@ -50,8 +50,8 @@ def blend(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a share outside [0, 1], two shares of one folder's name, another language model, a checkpoint without a stage that trained it, and a folder that
-            holds another mixture.
+        ValueError: for a share outside [0, 1], two shares of one folder's name, another language model, a checkpoint without a stage
+            that trained it, and a folder that holds another mixture.
     """
     for share in shares:
         if not 0 <= share <= 1:

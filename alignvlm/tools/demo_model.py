@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from alignvlm.evaluation.attention import ImageAttention, attention_to_images
+from alignvlm.evaluation.load import with_tag
 from alignvlm.rows.tiles import grids_of
-from alignvlm.tools.ask import with_tag
 from modeling_alignvlm import MASK_TYPES, tiles_of
 
 
