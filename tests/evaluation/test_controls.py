@@ -152,6 +152,23 @@ def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path
     assert "there already" not in capsys.readouterr().out
 
 
+def test_the_work_of_a_result_goes_even_if_the_program_ended_right_after_writing_it(
+    checkpoint, data_dir, tmp_path, monkeypatch
+):
+    arguments = parser().parse_args(options(checkpoint, data_dir, tmp_path))
+
+    def end(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignvlm.evaluation.one_task.shutil.rmtree", end)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_several(arguments)
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".scenes-")]
+    evaluate_several(arguments)
+    assert set(os.listdir(tmp_path)) == {"scenes.json", "ai2d.json", "text_perplexity.json", "tasks.md"}
+
+
 def test_two_sets_of_ones_own_are_two_tasks_of_a_list(checkpoint, data_dir, tmp_path):
     """The name of each says where its data are, and what its results are called."""
     for name, answer in (("colours", "red"), ("shapes", "round")):
