@@ -160,6 +160,10 @@ def main() -> None:
         block = f"![Accuracy against image tokens per image]({picture.name})\n\n{tokens.table(found)}"
         page.write_text(fill(page.read_text(), {"tokens": block}))
         print(f"{picture}\n{page}")
+    if found := results.get("reward"):
+        page = DOCS / "reward.md"
+        page.write_text(fill(page.read_text(), {"reward": findings.summary_table(found["summary"])}))
+        print(page)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,17 @@ def visit(request, browser, url):
 
 
 MESSAGES = "#chat0 [data-testid=user], #chat0 [data-testid=bot]"
+# The words are those of the last message; without control characters, which a page may not show.
+ANSWERED = """(count) => {
+    const bare = (nodes) => [...nodes].map((node) => node.innerText).join("").replace(/[\\s\\x00-\\x1f\\x7f-\\x9f]/g, "");
+    const messages = document.querySelectorAll("MESSAGES"), words = document.querySelectorAll("#words0 label");
+    return messages.length >= count && words.length > 0 && bare(words) === bare([...messages].slice(-1));
+}""".replace("MESSAGES", MESSAGES)
 
 
 def answers(tab, count: int) -> list[str]:
-    """The texts of the conversation, when the words of its last answer can be chosen."""
-    tab.wait_for_function(f"document.querySelectorAll('{MESSAGES}').length >= {count}")
-    tab.wait_for_selector("#words0 label", state="attached")
+    """The texts of the conversation, when the words of its last answer, not of the one before, can be chosen."""
+    tab.wait_for_function(ANSWERED, arg=count)
     return [each.inner_text().strip() for each in tab.query_selector_all(MESSAGES)]
 
 
