@@ -72,7 +72,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
         tags=["alignvlm", "vision-language-model", "custom_code"],
         base_model=hub_backbones or None,
         base_model_relation="finetune" if hub_backbones else None,
-        datasets=sorted({entry["name"] for entry in data if is_hub_id(entry["name"])}) or None,
+        datasets=sorted({entry["name"] for entry in data if entry["on_hub"]}) or None,
         model_name=repository.split("/")[-1],
         eval_results=_eval_results(results) or None,
     )
@@ -153,9 +153,12 @@ def _data(record: dict) -> list[dict]:
     found = {}
     for stage in record["stages"]:
         for entry in stage.get("data", []):
-            name = entry.get("data") or f"{entry['name']} (drawn by the package)"
+            name = data = entry.get("data") or f"{entry['name']} (drawn by the package)"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", entry["name"]) and entry["name"].endswith(f"/{data}"):
+                name = entry["name"]  # a file, with its folder as the recipe names it
             found[name, entry.get("revision")] = {
                 "name": name,
+                "on_hub": is_hub_id(data),
                 "revision": entry.get("revision") or "-",
                 "licence": entry.get("licence") or ("Apache-2.0" if "generated" in entry else "not stated"),
             }

@@ -153,7 +153,9 @@ def test_a_card_of_hub_backbones_and_data(packaged):
             {
                 **json.loads((packaged / "alignvlm_run.json").read_text())["stages"][0],
                 "data": [
-                    {"name": "pathvqa", "data": "flaviagiammarino/path-vqa", "revision": "f" * 40, "licence": "MIT"}
+                    {"name": "pathvqa", "data": "flaviagiammarino/path-vqa", "revision": "f" * 40, "licence": "MIT"},
+                    {"name": "daquar/train.jsonl", "data": "train.jsonl"},
+                    {"name": "vqa_rad/train.jsonl", "data": "train.jsonl"},
                 ],
                 "evaluation_tag": "[vqa]",
             }
@@ -165,6 +167,7 @@ def test_a_card_of_hub_backbones_and_data(packaged):
     assert front["base_model"] == ["google/siglip-so400m-patch14-384", "Qwen/Qwen2.5-0.5B"]
     assert front["base_model_relation"] == "finetune" and front["datasets"] == ["flaviagiammarino/path-vqa"]
     assert "| flaviagiammarino/path-vqa | " + "f" * 40 + " | MIT |" in text and "`[vqa]`" in text and "914.0M" in text
+    assert all(f"| {each}/train.jsonl | - | not stated |" in text for each in ("daquar", "vqa_rad"))
     assert "None are on record" in text and "model-index" not in front
     untrained = make_card({"stages": []}, config, 10)
     assert "its projector has random weights" in untrained
