@@ -92,7 +92,7 @@ def _cauldron(rng: np.random.Generator) -> tuple[int, list[Exchange]]:
 
 
 SHAPES = {
-    "coco": Shape(_coco, image_tokens=196, shared_prompt=True, row_lengths=(2048, 4096, 8192)),
+    "coco": Shape(_coco, image_tokens=196, shared_prompt=True, row_lengths=(2048, 2112, 4096, 8192)),
     "pathvqa": Shape(_pathvqa, image_tokens=196, shared_prompt=False, row_lengths=(2048, 4096, 8192)),
     "cauldron": Shape(_cauldron, image_tokens=64, shared_prompt=False, row_lengths=(2048, 4096, 8192)),
 }

@@ -80,6 +80,16 @@ def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
+def fuller_row_length(lengths: Sequence[int], row_length: int, fill: float = 0.95) -> int | None:
+    """The multiple of 16 closest to `row_length`, of two the shorter, whose rows `best_fit` fills to `fill`: at most twice as long, and at
+    least as long as the longest item. None if there is none."""
+    shortest, tokens = -(-max(lengths) // 16) * 16, sum(lengths)
+    for length in sorted(range(shortest, 2 * row_length + 1, 16), key=lambda length: abs(length - row_length)):
+        if tokens >= fill * length * len(best_fit(lengths, length)):
+            return length
+    return None
+
+
 def joined(rows: list[Row]) -> Row:
     """Joins rows to one. Their records keep their positions and do not see each other."""
     first, *others = rows

@@ -25,7 +25,7 @@ from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, 
 from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import WINDOW
-from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
+from alignvlm.rows.packing import IGNORED, Row, best_fit, fuller_row_length, joined
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.embedding_loss import layer_of
 from alignvlm.stages.features import check_room, features_folder
@@ -52,6 +52,7 @@ GPUS = {
     "RTX4090": (165e12, 24e9),
     "RTX3090": (71e12, 24e9),
 }
+FULL = 0.95  # the share of filled rows below which the plan names another `row_length`
 PROCESS_BYTES = 0.5e9  # libraries and their state
 TOKENS_OF_HEAD, WORDS_OF_HEAD = 4096, 8192  # of a tile of TRL's fused head
 
@@ -222,6 +223,7 @@ class Plan:
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
     max_tiles: int  # 1: images are not cut
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
+    fuller: int | None  # the closest `row_length` that fills rows to `FULL`
     features: "KeptSize | None" = None  # with `cache_features`
     start_flops: float = 0.0  # of `projector_start`
 
@@ -239,11 +241,12 @@ def batches_of(
     seed: int = 0,
     row_length: int | None = None,
     skips_masked: bool = False,
-) -> tuple[list[Batch], float]:
+) -> tuple[list[Batch], float, int | None]:
     """Makes random batches of the mixture's records, without decoding images.
 
     Returns:
-        the shapes of `count` batches (of filled rows: at most), and the records of a batch's example: 1, or those of a filled row.
+        the shapes of `count` batches (of filled rows: at most); the records of a batch's example: 1, or those of a filled row; and the
+        `row_length` closest to the given one that fills rows to `FULL`.
     """
     rng = np.random.default_rng(seed)
     per_part = 1000 if row_length else max(1, min(2 * batch_size * count, 1000))
@@ -259,13 +262,15 @@ def batches_of(
 
     if row_length is None:
         drawn = (collator.packer.arranged(rows_of(batch_size)) for _ in range(count))
-        return [Batch.of(rows, collator, skips_masked) for rows in drawn], 1.0
+        return [Batch.of(rows, collator, skips_masked) for rows in drawn], 1.0, None
     own = rows_of(WINDOW)
-    filled = best_fit(list(map(len, own)), row_length)
+    lengths = list(map(len, own))
+    filled = best_fit(lengths, row_length)
     rows = [joined([own[i] for i in filled[row]]) for row in rng.permutation(len(filled))]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     complete = [rows for rows in batches[:count] if len(rows) == batch_size] or batches[:1]
-    return [Batch.of(rows, collator, skips_masked) for rows in complete], WINDOW / len(filled)
+    fuller = fuller_row_length(lengths, row_length, FULL)
+    return [Batch.of(rows, collator, skips_masked) for rows in complete], WINDOW / len(filled), fuller
 
 
 def memory_of(
@@ -364,7 +369,7 @@ def plan_stage(
         if part.image_tokens is None:
             part.measure(collator.token_counts)
     skips_masked = arguments.attn_implementation == "flex_attention"
-    batches, records_per_example = batches_of(
+    batches, records_per_example, fuller = batches_of(
         *(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed),
         *(arguments.row_length, skips_masked),
     )
@@ -406,6 +411,7 @@ def plan_stage(
         [other_turns(part, collator.token_counts) for part in mixture.parts],
         processor.max_tiles,
         describe_homes(config, processor=processor),
+        fuller,
         features,
         start_flops,
     )
@@ -567,6 +573,8 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         tokens, rows = (sum(getattr(batch, name) for batch in plan.batches) for name in ("tokens", "rows"))
         fill, unit = tokens / rows / arguments.row_length, "rows"
         read += f" in about {plan.rows:,} rows of {arguments.row_length:,} tokens, {fill:.0%} filled"
+        if fill < FULL and plan.fuller not in (None, arguments.row_length):
+            read += f" (row_length {plan.fuller}: {FULL:.0%} or more)"
     lines += [
         f"  {read}, {plan.steps:,} steps of {per_step} {unit}; rows up to {longest} tokens, {padding:.0%} padding",
         f"  {plan.step_flops / 1e12:,.4g} TFLOP a step, {plan.flops / 1e18:,.3g} EFLOP in all: {hours:,.2g} hours on {plan.processes} x {gpu} "

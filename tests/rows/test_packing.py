@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignvlm.data.scenes import RECORD_FEATURES
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Branch
-from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
+from alignvlm.rows.packing import IGNORED, Row, best_fit, fuller_row_length, joined
 from alignvlm.stages.arguments import TrainerArguments
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
@@ -164,6 +164,14 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
     assert best_fit([5, 8, 2], 10) == [[0], [1, 2]]
     assert best_fit([8, 7, 3, 2], 10) == [[0, 3], [1, 2]]
     assert best_fit([30, 10, 10, 1, 0], 20) == [[0], [1, 2, 4], [3]]
+
+
+def test_the_closest_row_length_that_fills_rows_is_found():
+    alike = [299] * 420  # 6 in 2,048: 88%; 7 in 2,093
+    assert fuller_row_length(alike, 2048) == 2096
+    assert fuller_row_length(alike, 4096, 0.9) == 4096
+    assert fuller_row_length([100, 100, 100], 100, 0.99) is None  # 112 to 192 hold one, 208 two of them
+    assert fuller_row_length([300], 64, 0.9) is None  # longer than twice
 
 
 @settings(max_examples=examples(30), deadline=None)

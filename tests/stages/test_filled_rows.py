@@ -1,5 +1,6 @@
 """A stage with `row_length`: the steps of unfilled rows, resumed bit for bit, the same for any number of workers and processes."""
 
+import re
 import shutil
 
 import pytest
@@ -106,3 +107,8 @@ def test_the_plan_knows_the_rows(checkpoint, tmp_path, capsys):
     recipe.write_text("logging_steps: 1\n")
     plan_main(["--config", str(recipe), *given])
     assert f"600 records in about {plan.rows} rows of 400 tokens, " in capsys.readouterr().out
+    plan_main(["--config", str(recipe), *given, "--row_length", "250", "--max_length", "250"])
+    said = capsys.readouterr().out
+    assert (found := re.search(r"rows of 250 tokens, 77% filled \(row_length (\d+): 95% or more\)", said)), said
+    plan_main(["--config", str(recipe), *given, "--row_length", found[1], "--max_length", "250"])
+    assert re.search(r"9[5-9]% filled, \d", said := capsys.readouterr().out), said
