@@ -109,6 +109,7 @@ def test_the_plan_knows_the_rows(checkpoint, tmp_path, capsys):
     assert f"600 records in about {plan.rows} rows of 400 tokens, " in capsys.readouterr().out
     plan_main(["--config", str(recipe), *given, "--row_length", "250", "--max_length", "250"])
     said = capsys.readouterr().out
-    assert (found := re.search(r"rows of 250 tokens, 77% filled \(row_length (\d+): 95% or more\)", said)), said
+    found = re.search(r"rows of 250 tokens, 77% filled \(row_length (\d+): 95% or more\)", said)
+    assert found, said
     plan_main(["--config", str(recipe), *given, "--row_length", found[1], "--max_length", "250"])
-    assert re.search(r"9[5-9]% filled, \d", said := capsys.readouterr().out), said
+    assert re.search(r"9[5-9]% filled, \d", capsys.readouterr().out)
