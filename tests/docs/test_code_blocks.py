@@ -48,7 +48,7 @@ NOT_RUN = {
     "image_tokens.md": 1,
     "performance.md": 2,
     "recaption.md": 2,
-    "recipe.md": 4,
+    "recipe.md": 5,
     "results.md": 2,
     "reward.md": 1,
     "see.md": 1,
