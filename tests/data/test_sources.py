@@ -809,6 +809,15 @@ def test_bad_rows_are_found_wherever_rows_come_from(folder):
             list(read_source({"name": "local", "data": "broken.jsonl"}, folder, streaming).rows)
 
 
+def test_one_sentence_says_where_a_line_is_not_json(folder, caplog):
+    (folder / "cut.jsonl").write_text(
+        '{"image": "images/1.png", "caption": "a"}\n{"image": "images/1.png", "caption": "b"\n'
+    )
+    with pytest.raises(BadRow, match=r"^cut.jsonl, line 2: not JSON \(Expecting ',' delimiter at column 41\): '\{"):
+        read_source({"data": "cut.jsonl"}, folder)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
 @pytest.mark.parametrize("with_splits", [False, True])
 def test_a_line_that_is_not_json_is_skipped_as_other_bad_rows(folder, streaming, with_splits):
