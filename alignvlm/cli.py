@@ -28,10 +28,7 @@ COMMANDS = {
     "evaluate": ("alignvlm.evaluation.evaluate_model", "Evaluate a checkpoint on a task, or compare two results."),
     "blend": ("alignvlm.tools.blend", "Mix a trained language model with the untouched one, and measure the line."),
     "report": ("alignvlm.tools.report.report", "Show a run, or two beside each other, as one HTML file."),
-    "export": (
-        "alignvlm.export.export",
-        "Write a checkpoint as a class of transformers' own, without remote code, or as ONNX.",
-    ),
+    "export": ("alignvlm.export.export", "Write a checkpoint for transformers' own classes, llama.cpp or ONNX."),
     "env": ("alignvlm.tools.environment", "Print versions, processor, GPU and precision, for a report of a fault."),
     "push": ("hub_upload.push", "Package, check and push a checkpoint to the Hub."),
     "inspect": ("hub_upload.inspect", "Show what `trust_remote_code` would run in a repository, without running it."),

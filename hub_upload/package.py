@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hub_upload.card import PLACEHOLDER, make_card
@@ -118,7 +118,7 @@ def package(
     Raises:
         FileNotFoundError: if the folder is not a complete checkpoint.
         ValueError: if `output` is not empty and was not made by this function, the licence is not known, the folder's card has metadata
-            that cannot be read, or the server cannot run the checkpoint.
+            that cannot be read, its weights are damaged, or the server cannot run the checkpoint.
     """
     folder, output = Path(folder), Path(output)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
@@ -126,6 +126,7 @@ def package(
         raise FileNotFoundError(
             f"{folder} is not a complete checkpoint: {', '.join(missing) or 'its weights'} missing. Give the output_dir of a stage."
         )
+    _check_weights(folder)
     if server == "vllm":
         check_for_vllm(folder)
     record = read_run_record(folder)
@@ -153,6 +154,15 @@ def package(
     there = None if overwrite_card or not (folder / "README.md").is_file() else (folder / "README.md").read_text()
     _write_texts(output, record, repository, there, license_given=bool(given))
     return output
+
+
+def _check_weights(folder: Path) -> None:
+    for file in weights_of(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {file} are damaged or cut off: {error}.") from error
 
 
 def note_releases(output: Path, releases: dict[str, str], repository: str = PLACEHOLDER) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ BUILDERS = {
 }
 FILE_TYPES = ", ".join(suffix[1:] for suffix in BUILDERS)
 NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
+# `read_file` says of a bad line where it is.
+logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
 
 
@@ -269,12 +272,13 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
         with file.open() as stream:
             for number, line in enumerate(stream, 1):
                 place = f"{file.name}, line {number}"
-                if not line.strip():
+                line = line.strip()
+                if not line:
                     continue
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    problem = BadRow(f"not JSON ({error}): {shown(line.strip())}")
+                    problem = BadRow(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
                     if not keep_bad_lines:
                         raise problem.at(place) from error
                     row = {NOT_A_ROW: str(problem)}

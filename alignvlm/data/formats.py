@@ -24,7 +24,7 @@ CAPTION_COLUMNS = (
     *("captions", "sentences", "original_alt_text", "alt_text", "caption"),
     *("annotations_captions", "caption_str"),  # NoCaps, TextCaps
 )
-IMAGE_COLUMNS = ("images", "image", "filename", "img_name")
+IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
 SPEAKERS = {
     "human": "user",
@@ -93,6 +93,8 @@ def images_of(row: dict) -> list[Any]:
         found = row["image"]
     elif row.get("filename") is not None:  # Karpathy's split files
         found = "/".join(filter(None, [row.get("filepath"), row["filename"]]))
+    elif row.get("file_name") is not None:
+        found = row["file_name"]
     elif row.get("img_name") is not None:
         found = row["img_name"]
     else:
@@ -533,7 +535,14 @@ def record(row: dict) -> Record:
 
 
 def plain_text(row: dict) -> Record:
-    """Reads a `text` without an image, which is trained without a chat template."""
+    """Reads a `text` without an image, which is trained without a chat template.
+
+    Raises:
+        BadRow: if another column names an image file: it would not be seen.
+    """
+    for name, value in row.items():
+        if name != "text" and isinstance(value, str) and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+            raise BadRow(f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`.")
     return Record([], [one_turn("", [text(row["text"], "text")])])
 
 

@@ -5,7 +5,7 @@ import io
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from modeling_alignvlm import to_rgb
 
@@ -123,7 +123,10 @@ def describe_image(value: Image.Image | dict) -> str:
 
 
 def _open(value: dict) -> Image.Image:
-    return Image.open(io.BytesIO(_content(value)))
+    try:
+        return Image.open(io.BytesIO(_content(value)))
+    except UnidentifiedImageError as error:  # whose text names an object in memory
+        raise ValueError("it is of no format that Pillow knows, or damaged") from error
 
 
 def _content(value: dict) -> bytes:

@@ -28,6 +28,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from alignvlm.data import scenes
 from alignvlm.evaluation.precision import choose_precision
 from alignvlm.stages.chat_templates import PLAIN_TEMPLATE
+from alignvlm.stages.log_lines import say
 from alignvlm.stages.optimizers import MuonAdamW, muon_groups
 
 
@@ -52,7 +53,7 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
     parameters = [parameter for _, parameter in named]
     optimizer = MuonAdamW(muon_groups(named), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    progress = tqdm(range(steps), desc=name)
+    progress = tqdm(range(steps), desc=name, disable=None)  # a bar in a terminal, lines elsewhere
     for step in progress:
         with precision.autocast():
             loss = loss_of_step(step)
@@ -63,6 +64,8 @@ def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int
         schedule.step()
         if step % 20 == 19:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+        if progress.disable and ((step + 1) % 100 == 0 or step + 1 == steps):
+            say(f"{name}  {step + 1}/{steps}  loss {loss.item():.4f}")
 
 
 def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
@@ -71,7 +74,7 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
     rng = np.random.default_rng([seed, 10])
     drawn = [scenes.random_scene(rng, "train") for _ in range(SCENE_COUNT)]
     pixels = np.stack(
-        [np.asarray(scenes.draw(scene, rng, IMAGE_SIZE)) for scene in tqdm(drawn, desc="drawing scenes")]
+        [np.asarray(scenes.draw(scene, rng, IMAGE_SIZE)) for scene in tqdm(drawn, desc="drawing scenes", disable=None)]
     )
     processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     vocabularies = (list(scenes.COLOURS), list(scenes.SHAPES), list(scenes.SIZES))

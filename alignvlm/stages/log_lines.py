@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 
 try:
@@ -31,9 +32,10 @@ def say(text: str) -> None:
 
 
 def bars_in_a_terminal_only() -> None:
-    """Hides the progress bars of `datasets` where errors do not go to a terminal: each state of a bar would be a line."""
+    """Hides the bars of `datasets`, transformers and the Hub's client where errors go to no terminal: each state would be a line."""
     if not sys.stderr.isatty():
         disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 class LogLines(TrainerCallback):

@@ -137,7 +137,7 @@ BAD = {
 def test_damaged_files_are_refused_by_name(kind, tmp_path):
     file = tmp_path / "photo.jpg"
     file.write_bytes(BAD[kind])
-    with pytest.raises(BadImage, match=r"photo\.jpg"):
+    with pytest.raises(BadImage, match=r"photo\.jpg: (?!.* object at )"):
         read_image(file)
     with pytest.raises(BadImage):
         read_image({"bytes": BAD[kind], "path": None})

@@ -421,6 +421,12 @@ def imagefolder(folder: Path) -> dict:
     return {"data": "images"}
 
 
+def metadata_csv(folder: Path) -> dict:
+    rows = "".join(f"{i}.png,shade {i}\n" for i in range(3))
+    (folder / "images/metadata.csv").write_text(f"file_name,text\n{rows}")
+    return {"data": "images"}
+
+
 def local_records(folder: Path) -> dict:
     rows = [{"image": f"images/{i}.png", "annotations": [{"prompt": "p", "response": f"shade {i}"}]} for i in range(3)]
     return {"data": lines(folder, "rows.jsonl", rows)}
@@ -524,6 +530,8 @@ FIXTURES = {
     "local": (local_records, "<image>p", 1),
     "local, parquet": (local_parquet, "<image>p", 1),
     "local, csv": (local_csv, "<image>What?", 1),
+    "local, imagefolder": (imagefolder, f"<image>{CAPTION}", 1),
+    "local, metadata.csv": (metadata_csv, f"<image>{CAPTION}", 1),
     "local, TRL": (trl, "What shade?<image>", 1),
     "local, tar": (webdataset, f"<image>{CAPTION}", 1),
 }
@@ -807,6 +815,15 @@ def test_bad_rows_are_found_wherever_rows_come_from(folder):
     for streaming in (False, True):
         with pytest.raises(BadRow, match=r"^broken.jsonl, line 2: not JSON .*Expecting value"):
             list(read_source({"name": "local", "data": "broken.jsonl"}, folder, streaming).rows)
+
+
+def test_one_sentence_says_where_a_line_is_not_json(folder, caplog):
+    (folder / "cut.jsonl").write_text(
+        '{"image": "images/1.png", "caption": "a"}\n{"image": "images/1.png", "caption": "b"\n'
+    )
+    with pytest.raises(BadRow, match=r"^cut.jsonl, line 2: not JSON \(Expecting ',' delimiter at column 41\): '\{"):
+        read_source({"data": "cut.jsonl"}, folder)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])

@@ -240,6 +240,15 @@ def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
         main([str(tmp_path), str(tmp_path / "out")])
 
 
+def test_weights_that_are_cut_off_are_told_in_a_sentence(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"^The weights in .*cut/model\.safetensors are damaged or cut off"):
+        package(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line(trained, tmp_path, capsys):
     main([str(trained), str(tmp_path / "out"), "--license", "cc-by-nc-4.0"])
     assert "model.safetensors" in capsys.readouterr().out

@@ -68,6 +68,14 @@ def test_quickstart_leaves_four_stages_and_a_summary(small_recipe, tmp_path, mon
         assert after["mir_after"] and after["image_embedding_norm_after"]
 
 
+def test_without_a_terminal_backbones_say_where_they_are_in_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nano, "SCENE_COUNT", 128)
+    nano.train_vision_encoder(tmp_path, 0, steps=2)
+    said = capsys.readouterr()
+    assert re.fullmatch(r"vision encoder  2/2  loss \d+\.\d{4}\n", said.out)
+    assert "vision encoder" not in said.err and "drawing" not in said.err
+
+
 def test_backbones_repeat_themselves_and_differ_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(nano, "SCENE_COUNT", 128)
     weights = []

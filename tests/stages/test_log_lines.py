@@ -78,7 +78,7 @@ def test_a_stage_prints_a_line_per_log_step_and_no_dictionaries(checkpoint, tmp_
     main(arguments_for(checkpoint, tmp_path, **rates, **fields, max_steps=3))
     captured = capsys.readouterr()
     printed = captured.out.splitlines()
-    assert not [text for text in printed if "{" in text] and "examples/s]" not in captured.err
+    assert not [text for text in printed if "{" in text] and "/s]" not in captured.err  # no bars
     lines = [text for text in printed if text.startswith("stage 3")]
     number = r" *[\d.]+k?"
     for step, text in enumerate((text for text in lines if "  loss " in text), 1):
