@@ -541,7 +541,10 @@ def plain_text(row: dict) -> Record:
         BadRow: if another column names an image file: it would not be seen.
     """
     for name, value in row.items():
-        if name != "text" and isinstance(value, str) and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+        named = (
+            name != "text" and isinstance(value, str) and "://" not in value
+        )  # texts of the web come with addresses
+        if named and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
             raise BadRow(f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`.")
     return Record([], [one_turn("", [text(row["text"], "text")])])
 

@@ -268,4 +268,4 @@ def test_an_earlier_exchange_of_a_preference_has_nothing_rejected():
 def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence():
     with pytest.raises(BadRow, match=r"`path` is 'photos/0\.JPG', an image that is not seen: name the column `image`"):
         record_of({"path": "photos/0.JPG", "text": "A cat."})
-    assert not record_of({"source": "wiki", "text": "A cat."}).images
+    assert not record_of({"source": "wiki", "url": "https://a.org/cat.jpg", "text": "A cat."}).images
