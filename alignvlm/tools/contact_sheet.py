@@ -109,7 +109,13 @@ def _branches(row: Row, collator: AlignVLMCollator) -> str:
 
 def after_processing(picture: Image.Image, image_processor) -> Image.Image:
     """Returns the image after resizing, cropping and normalisation, back in 8-bit values."""
-    values = np.asarray(image_processor([picture], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+    batch = image_processor([picture], return_tensors="np")
+    values = np.asarray(batch["pixel_values"])[0]
+    if "spatial_shapes" in batch:  # patches of an image in its native shape
+        (rows, columns), side = np.asarray(batch["spatial_shapes"])[0], image_processor.patch_size
+        patches = values[: rows * columns].reshape(rows, columns, side, side, -1)
+        values = patches.swapaxes(1, 2).reshape(rows * side, columns * side, -1).transpose(2, 0, 1)
+    values = values.transpose(1, 2, 0)
     if getattr(image_processor, "do_normalize", False):
         values = values * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
     return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))

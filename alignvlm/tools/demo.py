@@ -349,7 +349,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
             values = looked.of_word(place, int(chosen_layer.split()[-1]) - 1 if name is None else name)
             word = looked.words[place].text
             return gr.update(
-                value=heat_map(list(talk.images), values),
+                value=heat_map(list(talk.images), values, looked.grids),
                 visible=True,
                 label=f"Read for “{word}”",
                 alt_text=f"Heat map of the image for the word {word}",

@@ -1,6 +1,7 @@
 """Images in their native shape (SigLIP 2 NaFlex): the grid, the patches, the tokens, and what padding may not change."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,21 +45,20 @@ def native(processor, factor: int = 1, most: int = MOST, **options) -> AlignVLMP
     )
 
 
+def native_model(make_model, mask_type: str = "image", factor: int = 1, **config):
+    """As `make_model`, with an encoder of native shapes. Its weights are large, so that what a patch sees matters."""
+    fields = {"vision": NATIVE, "pixel_shuffle_factor": factor, "max_num_patches": MOST, **config}
+    model = make_model(mask_type, **fields)
+    with torch.no_grad():
+        for name, parameter in model.model.vision_tower.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(4)
+    return model
+
+
 @pytest.fixture(scope="session")
 def make_native(make_model):
-    """As `make_model`, with an encoder of native shapes. Its weights are large, so that what a patch sees matters."""
-
-    def make(mask_type: str = "image", factor: int = 1, **config):
-        model = make_model(
-            mask_type, vision=NATIVE, pixel_shuffle_factor=factor, **{"max_num_patches": MOST, **config}
-        )
-        with torch.no_grad():
-            for name, parameter in model.model.vision_tower.named_parameters():
-                if "layernorm" not in name and "layer_norm" not in name:
-                    parameter.mul_(4)
-        return model
-
-    return make
+    return partial(native_model, make_model)
 
 
 @settings(max_examples=examples(100), deadline=None)

@@ -71,6 +71,11 @@ def heat_maps(run: Run, answers: list[Answer]) -> tuple[list[HeatMaps], list[str
         except ValueError as error:
             notes.append(f"{answer.prompt!r}: {error}")
             continue
+        if len(set(looked.grids)) > 1:
+            notes.append(
+                f"{answer.prompt!r}: its images have grids of different shapes, which are not drawn beside each other."
+            )
+            continue
         words = looked.words[:MOST_WORDS]
         maps = torch.stack(
             [
