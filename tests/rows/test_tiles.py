@@ -14,7 +14,7 @@ from alignvlm.data.record import Conversation
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Branch, Encoder
 from alignvlm.rows.packing import IGNORED, shortened, trunk_length
-from alignvlm.rows.tiles import grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, image_inputs_of
 from modeling_alignvlm import IMAGE_BLOCKS, AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples
