@@ -1,12 +1,15 @@
 """What GRPO with CIDEr as reward does to a nano model on drawn scenes: held-out CIDEr, accuracy, and the perplexity of a text.
 
-    python benchmarks/reward.py --seeds 3
-    python benchmarks/reward.py --seeds 1 --scenes 40 --output out/reward_smoke     # 10 steps, to see that it runs
+    python benchmarks/reward.py --seeds 1 2 3
+    python benchmarks/reward.py --seeds 0 --scenes 40 --output out/reward_smoke     # 10 steps, to see that it runs
 
 A seed sets the backbones, the projector's first weights, the order of the data and the held-out scenes. It goes through stages 1 to 4 of
-`training/recipes/nano` with fewer scenes (as in `benchmarks/findings.py`; after all of them captions leave little to gain), the last with questions only, and from
-there through each arm: stage 5 as its recipe has it, and, to compare, supervised training on the same images and captions at the learning
-rates of stage 4. Evaluated are 250 held-out scenes with greedy answers.
+`training/recipes/nano` and from there through each arm: stage 5 as its recipe has it, but at 3e-4, and, to compare, supervised training on the
+same images and captions at the learning rates of stage 4. Evaluated are 250 held-out scenes with greedy answers.
+
+The start is weak on purpose: stages 1 and 2 see half of the recipe's scenes, stage 3 a twelfth (200 with captions), and stage 4 only 512
+with questions. After the whole recipe captions leave next to nothing to gain. The learning rate and the start were chosen on seed 0, which is
+therefore not among the seeds by default.
 Reported are the values of all seeds, and the paired differences to stage 4: mean and 95% interval by Student's t over the seeds. What is there
 is not done again: start the same command to go on.
 """
@@ -26,6 +29,7 @@ from hub_upload.run_record import read_run_record
 
 
 BEFORE = "stage 4"
+RATES = {"projector_learning_rate": 3e-4, "language_learning_rate": 3e-4}
 UNMEASURED = {"eval_sources": None, "alignment_records": None}
 
 
@@ -33,7 +37,7 @@ def arms_of(world: Scenes, scenes: int, changes: dict) -> dict[str, tuple[int, d
     """The arms that start from stage 4: the number of a recipe, and changes to it."""
     captions = [world.source(scenes, 7, "short_caption", "detailed_caption")]
     return {
-        "GRPO, CIDEr": (5, {"sources": captions, "alignment_records": None, **changes}),
+        "GRPO, CIDEr": (5, {"sources": captions, "alignment_records": None, **RATES, **changes}),
         "supervised": (4, {"sources": captions, **UNMEASURED}),
     }
 
@@ -54,8 +58,8 @@ def values_of(world: Scenes, seed: int, checkpoint: Path, folder: Path, perplexi
 def run_seed(world: Scenes, seed: int, scenes: int, changes: dict) -> dict[str, dict]:
     """Runs the stages and arms of a seed; returns the values and the cost of each arm, stage 4 first."""
     folder, start = world.output / f"seed{seed}", world.assembled(seed)
-    questions = {"sources": [world.source(1024, 5, "questions")], "eval_sources": None, "alignment_records": None}
-    for number, own in [*world.stages(1536, 1536, 4000, eval_sources=None), (4, questions)]:
+    questions = {"sources": [world.source(512, 5, "questions")], "eval_sources": None, "alignment_records": None}
+    for number, own in [*world.stages(1536, 1536, 1000, eval_sources=None), (4, questions)]:
         train(stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, report=False, **own))
         start = folder / f"stage{number}"
     last = read_run_record(start)["stages"][-1]
@@ -77,9 +81,9 @@ def run_seed(world: Scenes, seed: int, scenes: int, changes: dict) -> dict[str, 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--scenes", type=int, default=400, help="With two captions each; 4 scenes make a step of GRPO."
+        "--scenes", type=int, default=1000, help="With two captions each; 4 scenes make a step of GRPO."
     )
     parser.add_argument(
         "--set", type=json.loads, default={}, metavar="JSON", help="Other values of stage 5's fields, to try them."
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     output, started = arguments.output.resolve(), time.perf_counter()
     world, runs = Scenes(output), {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for arm, found in run_seed(world, seed, arguments.scenes, arguments.set).items():
             runs.setdefault(arm, {})[seed] = found
         results = {"machine": machine(), "summary": summarise(runs), "runs": runs}

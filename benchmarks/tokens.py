@@ -189,6 +189,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         (line,) = axes.plot([tokens], [accuracy["mean"]], "os^Dv"[index % 5], markersize=7, label=name)
         axes.plot([tokens] * len(accuracy["values"]), accuracy["values"], ".", markersize=3, color=line.get_color())
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("image tokens per image")
     axes.set_ylabel("accuracy")
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 
 from matplotlib import pyplot
 
-from benchmarks import findings, real_photos, tokens
+from benchmarks import all_tasks, findings, real_photos, tokens
 
 
 DOCS = Path(__file__).parent
@@ -119,6 +119,8 @@ def blocks(results: dict) -> dict[str, str]:
         written["stages"] = stages_table(found)
         written["examples"] = examples(found)
         written["ten questions"] = ten_questions(found)
+    if found := results.get("all_tasks"):
+        written["all tasks"] = all_tasks.tables(found)
     for name in findings.QUESTIONS:
         worlds = {world: results[world][name] for world in findings.WORLDS if name in results.get(world, {})}
         if worlds:
@@ -158,6 +160,10 @@ def main() -> None:
         block = f"![Accuracy against image tokens per image]({picture.name})\n\n{tokens.table(found)}"
         page.write_text(fill(page.read_text(), {"tokens": block}))
         print(f"{picture}\n{page}")
+    if found := results.get("reward"):
+        page = DOCS / "reward.md"
+        page.write_text(fill(page.read_text(), {"reward": findings.summary_table(found["summary"])}))
+        print(page)
 
 
 if __name__ == "__main__":

@@ -148,15 +148,42 @@ def speaking(checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
+def skip_or_fail(variable: str, reason: str):
+    """Skips a test that lacks something, but fails it if the environment variable says that it is there: where the variable is set,
+    nothing is skipped silently."""
+    if os.environ.get(variable):
+        pytest.fail(f"{reason}, but {variable} is set: {os.environ[variable]}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The program that ALIGNVLM_CHROMIUM names, or the one on the path."""
+    found = shutil.which(os.environ.get("ALIGNVLM_CHROMIUM") or "chromium")
+    return found or skip_or_fail("ALIGNVLM_CHROMIUM", "there is no chromium")
+
+
+@pytest.fixture(scope="session")
+def node_package():
+    """A function that gives the folder of a package of npm, in the one that ALIGNVLM_NODE_MODULES names."""
+
+    def folder(name: str) -> Path:
+        found = Path(os.environ.get("ALIGNVLM_NODE_MODULES") or "nowhere", name)
+        return found if found.is_dir() else skip_or_fail("ALIGNVLM_NODE_MODULES", f"there is no package {name} of npm")
+
+    return folder
+
+
 @pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium, driven by Playwright."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("there is no chromium")
+def browser(chromium):
+    """Debian's Chromium, driven by Playwright, with a camera that shows a drawing."""
+    try:
+        from playwright import sync_api
+    except ImportError:
+        skip_or_fail("ALIGNVLM_CHROMIUM", "Playwright for Python is not installed")
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *camera])
         yield browser
         browser.close()
 

@@ -133,7 +133,7 @@ CATALOGUE: dict[str, DataSet] = {
         data="lmms-lab/NoCaps",
         metric=CIDER,
         split="validation",
-        licence="unknown: see its page",
+        licence="unknown: its page states none; another copy, HuggingFaceM4/NoCaps, CC BY 2.0",
         note="Ten captions each; those of its test split are not public.",
     ),
     "textcaps": DataSet(
@@ -242,7 +242,7 @@ CATALOGUE: dict[str, DataSet] = {
         data="lmms-lab/ai2d",
         group_by="image",
         metric=CHOICE,
-        licence="unknown: see its page",
+        licence="unknown: its page states none",
         note="Its test split only.",
     ),
     "mmstar": DataSet(
@@ -252,7 +252,7 @@ CATALOGUE: dict[str, DataSet] = {
         group_by="image",
         metric=CHOICE,
         split="val",
-        licence="unknown: see its page",
+        licence="unknown: its page states none",
         note="Choices stand in the question, so likelihoods are those of the letters A to D.",
     ),
     "pope": DataSet(
@@ -293,7 +293,7 @@ CATALOGUE: dict[str, DataSet] = {
         metric="anls",
         split="validation",
         asked={"all_answers": True},
-        licence="unknown: see its page",
+        licence="Apache-2.0",
         note="Answers of its test split are not public; the training split is the_cauldron's `docvqa`.",
     ),
     "ocrbench": DataSet(
@@ -302,7 +302,7 @@ CATALOGUE: dict[str, DataSet] = {
         data="echo840/OCRBench",
         group_by="image",
         metric="ocrbench",
-        licence="unknown: see its page",
+        licence="unknown: its page states none",
         note="1,000 questions, its test split only.",
     ),
     "rlaif_v": DataSet(

@@ -39,13 +39,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task", choices=ALL_TASKS, help="What to ask the model.")
     p.add_argument(
         "--tasks",
-        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        type=_tasks,
         metavar="A,B,...",
-        help="Several tasks in one go, and one table of them.",
+        help="Several tasks in one go, and one table of them. NAME=TASK is a task on data called NAME.",
     )
     p.add_argument(
         "--data_dir",
-        help="Where the data of --tasks lie: a folder, or one file, called like each task. Default: the Hub's.",
+        help="Where the data of --tasks lie: a folder, or one file, called like each task or its NAME. Default: the Hub's.",
     )
     p.add_argument(
         "--name",
@@ -108,6 +108,12 @@ def _name(text: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a file: letters, digits, '_', '-' and '.' only.")
     return text
+
+
+def _tasks(text: str) -> list[tuple[str | None, str]]:
+    """Returns the name, if it has one of its own, and the task of each word between commas."""
+    pairs = [word.strip().rpartition("=") for word in text.split(",") if word.strip()]
+    return [(_name(name) if equals else None, task) for name, equals, task in pairs]
 
 
 def main(argv: list[str] | None = None) -> None:

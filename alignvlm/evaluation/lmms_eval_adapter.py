@@ -12,13 +12,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from alignvlm.evaluation.answer import answer
-from alignvlm.evaluation.precision import choose_precision, warn_if_emulated
+from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, with_tag
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.tiles import grids_of, has_grids, image_inputs_of
-from modeling_alignvlm import to_rgb  # importing it registers the classes with the Auto classes
+from modeling_alignvlm import to_rgb
 
 
 def manifest() -> ModelManifest:
@@ -29,14 +28,13 @@ def manifest() -> ModelManifest:
 class AlignVLM(lmms):
     """Answers lmms-eval's `generate_until`, `generate_until_multi_round` and `loglikelihood` requests with a checkpoint.
 
+    Every prompt gets the source tag that the checkpoint's recipe names as `evaluation_tag`, as in `alignvlm evaluate`.
+
     Args:
         pretrained: a checkpoint's folder or Hub repository.
-        revision: of a Hub repository.
-        trust_remote_code: run the checkpoint's own code, not this package's.
+        revision, trust_remote_code, dtype, attn_implementation: as for `load.load_checkpoint`.
         batch_size: requests answered at once.
         device: `cpu` for the CPU; by default the current accelerator, or the CPU if there is none.
-        dtype: as `--dtype` of `alignvlm/evaluation/evaluate_model.py`.
-        attn_implementation: as for `from_pretrained`.
     """
 
     is_simple = True
@@ -55,14 +53,10 @@ class AlignVLM(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.batch_size = int(batch_size)
-        options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-        self.processor = AutoProcessor.from_pretrained(pretrained, **options)
-        if attn_implementation:
-            options["attn_implementation"] = attn_implementation
-        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype="auto", **options)
-        precision = choose_precision(dtype, self.accelerator.device, model.dtype)
-        warn_if_emulated(precision, self.accelerator.device)
-        self.model = model.eval().to(self.accelerator.device, precision.dtype)
+        self.model, self.processor, _ = load_checkpoint(
+            pretrained, self.accelerator.device, revision, trust_remote_code, dtype, attn_implementation
+        )
+        self.tag = evaluation_tag(pretrained, revision)
 
     @property
     def tokenizer(self):
@@ -122,7 +116,8 @@ class AlignVLM(lmms):
                 for name in ("temperature", "top_p", "top_k"):
                     options.pop(name, None)
             images = [asked[index][2] for index in indices]
-            prompts = [[asked[index][0].replace(self.processor.image_token, "")] for index in indices]
+            texts = [asked[index][0].replace(self.processor.image_token, "") for index in indices]
+            prompts = [[with_tag(self.tag, text)] for text in texts]
             found = answer(self.model, self.processor, images, prompts, self.batch_size, progress=title, **options)
             for index, (text,) in zip(indices, found):
                 for stop in until:
@@ -140,7 +135,7 @@ class AlignVLM(lmms):
             document = self.task_dict[task][split][doc_id]
             target = doc_to_target(document) if callable(doc_to_target) else doc_to_target
             images = self._images(doc_to_visual, doc_id, task, split)
-            content = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
+            content = [*({"type": "image"} for _ in images), {"type": "text", "text": with_tag(self.tag, context)}]
             pictures = list(map(to_rgb, images))
             prompt = encoder.prompt([{"role": "user", "content": content}], grids_of(self.processor, pictures))
             response = self.tokenizer(target, add_special_tokens=False)["input_ids"]

@@ -91,6 +91,11 @@ def evaluation_tag(checkpoint: str, revision: str | None = None) -> str:
     return stages[-1].get("evaluation_tag", "") if stages else ""
 
 
+def with_tag(tag: str, question: str) -> str:
+    """Returns the prompt as the checkpoint's recipe wants it at evaluation."""
+    return f"{tag} {question}".strip() if tag else question
+
+
 def model_identity(model: str, revision: str | None = None) -> dict[str, str | None]:
     """Returns which weights these are: a repository's commit, or the hash of a folder's weights."""
     folder = Path(model)

@@ -98,7 +98,7 @@ def load_model(arguments: argparse.Namespace) -> Checkpoint | Server:
             f"A --server has loaded its model, and answers requests greedily: leave out {names}. (--server_model names the model, "
             "--server_requests says how many questions are asked at once.)"
         )
-    if "text_perplexity" in (arguments.task, *(arguments.tasks or ())):
+    if "text_perplexity" in (arguments.task, *(task for _, task in arguments.tasks or ())):
         raise ValueError(
             "text_perplexity needs the likelihood of a given text, which a server does not tell. Evaluate the checkpoint itself."
         )
@@ -145,11 +145,16 @@ def evaluate_checkpoint(
     name = file_name(settings, settings["control"])
     output_dir = output_folder(arguments, asked)
     target = output_dir / f"{name}.json"
+    progress = progress_folder(output_dir, name, settings)
     if keep_finished and (found := finished(target, settings)) is not None:
         print(f"{target} is there already.")
-        return found if state.is_main_process else None
+        if not state.is_main_process:
+            return None
+        shutil.rmtree(
+            progress, ignore_errors=True
+        )  # is there if the program was killed right after it had written the result
+        return found
     _check_other_data(target, settings)
-    progress = progress_folder(output_dir, name, settings)
     outputs = run_batches(work, asked.batch_size, progress, state, name)
     if outputs is None:
         return None

@@ -27,14 +27,20 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
         raise ValueError(f"--controls includes --{control_of(arguments)}: leave it out.")
     if arguments.name and len(arguments.tasks or [arguments.task]) > 1:
         raise ValueError(f"--name {arguments.name} is for the result of one task: leave it out.")
-    given = [(task, _data_of(task, arguments)) for task in arguments.tasks or [arguments.task]]
+    listed = arguments.tasks or [(None, arguments.task)]
+    names = [name or task for name, task in listed]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(
+            f"--tasks has {twice!r} twice. Give each a name of its own, NAME=TASK, which its data have, too."
+        )
+    given = [(name, task, _data_of(name, task, arguments)) for name, task in listed]
     loaded = load_model(arguments)
     results, output_dir = [], output_folder(arguments, loaded)
-    for task, data in given:
+    for name, task, data in given:
         found = {}
         has_controls = arguments.controls and task != "text_perplexity"
         for control in (None, *(CONTROLS if has_controls else ())):
-            one = argparse.Namespace(**vars(arguments) | {"task": task, "data": data})
+            one = argparse.Namespace(**vars(arguments) | {"task": task, "name": name or arguments.name, "data": data})
             if control is not None:
                 setattr(one, control, True)
             found[control] = evaluate_checkpoint(one, loaded, keep_finished=True)
@@ -53,7 +59,7 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
     return text
 
 
-def _data_of(task: str, arguments: argparse.Namespace) -> str | None:
+def _data_of(name: str | None, task: str, arguments: argparse.Namespace) -> str | None:
     """Returns where the data of a task lie, of several: in `--data_dir`; None: on the Hub."""
     if task not in ALL_TASKS:
         raise ValueError(f"Unknown task {task!r}. Valid tasks: {', '.join(ALL_TASKS)}.")
@@ -63,16 +69,21 @@ def _data_of(task: str, arguments: argparse.Namespace) -> str | None:
                 "--data is the data of one task: put those of several into a folder, and name it as --data_dir."
             )
         return arguments.data
+    called = name or task
     if arguments.data_dir is None:
+        if called != task:
+            raise ValueError(
+                f"--tasks {name}={task} takes the data called {name!r} in --data_dir, which is not given."
+            )
         if task == "text_perplexity" or CATALOGUE[task].data is None:
             raise ValueError(
                 f"The task {task!r} has no data by default: give --data_dir, with a folder or file {task!r} in it."
             )
         return None
     folder = Path(arguments.data_dir)
-    fitting = [folder / task] if (folder / task).exists() else sorted(folder.glob(f"{task}.*"))
+    fitting = [folder / called] if (folder / called).exists() else sorted(folder.glob(f"{called}.*"))
     if len(fitting) != 1:
         raise ValueError(
-            f"{folder} holds {len(fitting)} folders or files called {task!r}; expected one, such as {task}/ or {task}.jsonl."
+            f"{folder} holds {len(fitting)} folders or files called {called!r}; expected one, such as {called}/ or {called}.jsonl."
         )
     return str(fitting[0])

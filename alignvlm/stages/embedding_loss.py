@@ -36,11 +36,11 @@ class EmbeddingHead(nn.Sequential):
         self.layer = layer
 
     def loss(self, model: AlignVLMForConditionalGeneration, seen: dict[str, Any], input_ids: Tensor) -> Tensor:
-        """The mean smooth L1 distance of predicted and true features, which are averaged over the square of places of their image token (of
-        merged tokens, over the squares they are made of) and normed to mean 0 and variance 1.
+        """The smooth L1 distances of predicted and true features, which are averaged over the square of places of their image token (of
+        merged tokens, over the squares they are made of) and normed to mean 0 and variance 1: the mean of each token, summed over tokens.
 
         Args:
-            seen: what `watched` has noted of a forward pass.
+            seen: `features` and `hidden_states` of a forward pass, as `with_head` notes them.
             input_ids: `(rows, length)`, those of that pass.
 
         Returns:
@@ -56,12 +56,15 @@ class EmbeddingHead(nn.Sequential):
             features = group_means(features, groups, model.config.image_seq_length)
         target = nn.functional.layer_norm(features, features.shape[-1:]).flatten(0, 1)
         states = seen["hidden_states"][self.layer][is_image].float()  # of a model that may compute in 16 bits
-        return nn.functional.smooth_l1_loss(self(states).float(), target)
+        return nn.functional.smooth_l1_loss(self(states).float(), target, reduction="sum") / target.shape[-1]
 
 
 @contextmanager
-def watched(model: AlignVLMForConditionalGeneration) -> Iterator[dict[str, Any]]:
-    """Notes the encoder's `features` and the language model's `hidden_states` of the first forward pass in the block."""
+def with_head(model: AlignVLMForConditionalGeneration) -> Iterator[None]:
+    """Puts the head's loss into `outputs.loss` of the first forward pass in the block, which must have `output_hidden_states=True`.
+
+    DDP waits for gradients of the parameters that the outputs of its forward pass depend on: the head must be among them.
+    """
     seen: dict[str, Any] = {}
 
     def note_states(module, inputs, outputs):
@@ -70,12 +73,18 @@ def watched(model: AlignVLMForConditionalGeneration) -> Iterator[dict[str, Any]]
     def note_features(module, inputs):
         seen.setdefault("features", inputs[0])
 
+    def add_loss(module, inputs, keywords, outputs):
+        if not seen.get("is_done"):
+            seen["is_done"] = True
+            outputs.loss = getattr(model, HEAD).loss(model, seen, keywords["input_ids"])
+
     handles = [
         model.model.language_model.register_forward_hook(note_states),
         model.model.projector.register_forward_pre_hook(note_features),
+        model.register_forward_hook(add_loss, with_kwargs=True),
     ]
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -92,11 +101,3 @@ def layer_of(config: AlignVLMConfig, given: int | None) -> int:
     if not 1 <= layer <= layers:
         raise ValueError(f"embedding_loss_layer={given} must be from 1 to {layers}, the number of layers.")
     return layer
-
-
-def check_one_process(weight: float, processes: int) -> None:
-    """Raises a `ValueError` for several processes: DDP takes no parameters that its forward does not use."""
-    if processes > 1:
-        raise ValueError(
-            f"embedding_loss={weight:g} trains on one process only, and there are {processes}. Leave it out."
-        )

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
-from alignvlm.stages.embedding_loss import HEAD, watched
+from alignvlm.stages.embedding_loss import HEAD, with_head
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
@@ -410,6 +410,8 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
         self.token_weighting, self.mask_types, self.embedding_loss = token_weighting, mask_types, embedding_loss
         self._embedding_losses: list[torch.Tensor] = []  # of the micro-batches since the last log
+        self._embedding_steps = 0  # since the last log
+        self._image_tokens = 0  # of the step, all its micro-batches and processes
         if embedding_loss:
             learning_rates = {**learning_rates, HEAD: max(learning_rates.values())}
         super().__init__(model, learning_rates, **kwargs)
@@ -474,18 +476,38 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             config.attention_mask_type = own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Computes the loss of the labels, and in training adds that of `embedding_loss`."""
+        """Computes the loss of the labels, and in training adds that of `embedding_loss`, averaged over the image tokens of the step."""
         if not self.embedding_loss or not self.model.training:
             return self._loss_of_labels(model, inputs, return_outputs, num_items_in_batch)
-        with watched(self.model) as seen:
+        sums = []
+
+        def noting(**kwargs):
+            outputs = model(**kwargs)
+            sums.append(outputs.loss)
+            return outputs
+
+        with with_head(self.model):
             loss = self._loss_of_labels(
-                model, {**inputs, "output_hidden_states": True}, num_items_in_batch=num_items_in_batch
+                noting, {**inputs, "output_hidden_states": True}, num_items_in_batch=num_items_in_batch
             )
-        found = getattr(self.model, HEAD).loss(self.model, seen, inputs["input_ids"])
+        found = sums[0] / max(self._image_tokens, 1)
+        if self.args.average_tokens_across_devices:
+            found = found * self.accelerator.num_processes  # whose gradients are averaged
         self._embedding_losses.append(found.detach())
-        # A mean of each micro-batch, where transformers leaves their number to the loss.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + self.embedding_loss * found / steps
+        return loss + self.embedding_loss * found
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collects the micro-batches of a step, and counts their image tokens for `embedding_loss`, as transformers counts labels."""
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.embedding_loss and batches:
+            tokens = sum((batch["input_ids"] == self.model.config.image_token_id).sum() for batch in batches).to(
+                device
+            )
+            if self.args.average_tokens_across_devices:
+                tokens = self.accelerator.reduce(tokens, "sum")
+            self._image_tokens = int(tokens)
+            self._embedding_steps += 1
+        return batches, labels
 
     def _loss_of_labels(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes TRL's loss, with the head applied only where there is a label, on every device (by itself TRL does so on CUDA).
@@ -532,6 +554,8 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._embedding_losses and self.model.training and "loss" in logs:
-            logs["embedding_loss"] = torch.stack(self._embedding_losses).mean().item()
+            total = self.accelerator.reduce(torch.stack(self._embedding_losses).sum(), "mean")
+            logs["embedding_loss"] = total.item() / self._embedding_steps
             self._embedding_losses.clear()
+            self._embedding_steps = 0
         super().log(logs, start_time)

@@ -18,7 +18,7 @@ from torch import nn
 
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
-from alignvlm.stages.embedding_loss import HEAD, EmbeddingHead, check_one_process, layer_of
+from alignvlm.stages.embedding_loss import HEAD, EmbeddingHead, layer_of
 from alignvlm.stages.loading import load_model
 from alignvlm.stages.lora import LORA_FOLDER, LORA_PREFIX, add_lora, language_linear_layers, remove_lora, save_lora
 from alignvlm.stages.options import StageOption
@@ -242,10 +242,6 @@ class EmbeddingLoss(WeightsOption):
             return None
         config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
         return cls(arguments.embedding_loss, layer_of(config, arguments.embedding_loss_layer), arguments.seed)
-
-    def check(self, trainer: AlignVLMTrainer) -> None:
-        super().check(trainer)
-        check_one_process(self.weight, trainer.args.world_size)
 
     def before(self, model: nn.Module) -> None:
         setattr(model, HEAD, EmbeddingHead(model.config, self.layer, self.seed))

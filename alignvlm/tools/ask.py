@@ -14,7 +14,7 @@ from transformers.utils import logging
 from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.answer import answer
-from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
+from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint, with_tag
 from hub_upload.command_line import ArgumentParser, run
 
 
@@ -29,11 +29,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_loading_options(p)
     return p
-
-
-def with_tag(tag: str, question: str) -> str:
-    """Returns the prompt as the checkpoint's recipe wants it at evaluation."""
-    return f"{tag} {question}".strip()
 
 
 def ask(arguments: argparse.Namespace) -> str:

@@ -50,12 +50,15 @@ def blend(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for a share outside [0, 1], another language model, a checkpoint without a stage that trained it, and a folder that
-            holds another mixture.
+        ValueError: for a share outside [0, 1], two shares of one folder's name, another language model, a checkpoint without a stage
+            that trained it, and a folder that holds another mixture.
     """
     for share in shares:
         if not 0 <= share <= 1:
             raise ValueError(f"--shares {share:g} is the share of the untouched language model: from 0 to 1.")
+    names = [f"keep_{share:g}" for share in shares]
+    if same := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--shares: {same[0]} would be the folder of two of them. Leave one out; six digits count.")
     for name, commit in ((checkpoint, revision), (untouched, None)):
         check_model(name, commit)
     record = read_run_record(checkpoint, revision)
@@ -67,7 +70,7 @@ def blend(
             "without."
         )
     check_same_language_model(checkpoint, revision, untouched)
-    folders = [folder / f"keep_{share:g}" for share in shares]
+    folders = [folder / name for name in names]
     weights = {"trained": model_identity(checkpoint, revision), "untouched": model_identity(untouched)}
     for share, each in zip(shares, folders):
         _check_same_mixture(each, share, weights)

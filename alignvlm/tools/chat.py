@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from alignvlm.data.images import read_image
-from alignvlm.evaluation.load import add_loading_options, evaluation_tag
-from alignvlm.tools.ask import load, with_tag
+from alignvlm.evaluation.load import add_loading_options, evaluation_tag, with_tag
+from alignvlm.tools.ask import load
 from hub_upload.command_line import ArgumentParser, run
 
 

@@ -9,7 +9,7 @@ nothing but uploaded images is opened: no path and no address that a visitor nam
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,20 @@ CSS = """
 @media (max-width: 500px) { .gradio-container .app { padding: 8px !important; } }
 #notice { color: #b91c1c; font-weight: 600; }
 .dark #notice { color: #fca5a5; }
+/* Below an image are the ways to add one, which Gradio would push out of the box. */
+#uploads { display: flex; flex-direction: column; }
+#uploads .upload-wrapper, #uploads > .wrap:not([data-testid]) { flex: 1; height: auto; min-height: 0; }
+#uploads .source-selection { flex: none; }
+#uploads .source-selection button { width: 44px; color: var(--body-text-color); }
+#uploads .source-selection button.selected { color: var(--color-accent); }
+#uploads button[aria-label*="video"] { display: none; }
+#uploads .or { color: inherit; }
+#uploads .gallery-item:only-child .thumbnail-item { aspect-ratio: auto; height: 260px; }
+#examples .grid-wrap { height: auto !important; min-height: 0; max-height: 300px; overflow-y: auto; }
 #examples .caption-label { display: none; }
 .words label { padding: 3px 10px !important; }
 .words input { position: absolute; opacity: 0; }
+.words label span { margin: 0 !important; }
 .words label.selected { background: var(--color-accent-soft) !important; border-color: var(--color-accent) !important; }
 .words label:focus-within { outline: 2px solid var(--color-accent); }
 footer { display: none !important; }
@@ -73,6 +84,10 @@ document.addEventListener("drop", (event) => refuse(event, event.dataTransfer?.f
 const named = () => {
     document.documentElement.lang ||= "en";
     for (const log of document.querySelectorAll("[role=log]:not([tabindex])")) log.tabIndex = 0;
+    for (const button of document.querySelectorAll("#uploads .source-selection button:not([title])")) button.title = button.ariaLabel;
+    for (const button of document.querySelectorAll("#uploads [aria-label='common.webcam']")) button.title = button.ariaLabel = "Capture from camera";
+    for (const box of document.querySelectorAll("#uploads .upload-container[aria-label]:not(.icon-mode)")) box.removeAttribute("aria-label");
+    for (const input of document.querySelectorAll("#uploads input[type=file]:not([accept='image/*'])")) input.accept = "image/*";
     for (const image of document.querySelectorAll("#uploads img:not([alt]), #uploads img[alt='']")) image.alt = "Your image";
 };
 new MutationObserver(named).observe(document, { childList: true, subtree: true });
@@ -91,17 +106,19 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_uploads(paths: list[str]) -> tuple[Image.Image, ...]:
+def read_uploads(paths: Sequence[str]) -> tuple[Image.Image, ...]:
     """Decodes the files that a visitor uploaded.
 
     Raises:
-        ValueError: naming a file that is no image, damaged or too large, and for too many files or pixels.
+        ValueError: naming a file that is no image, damaged, too large or deleted, and for too many files or pixels.
     """
     if len(paths) > MAX_IMAGES:
         raise ValueError(f"There are {len(paths)} images; the demo takes {MAX_IMAGES} at a time. Remove some.")
     images, pixels = [], 0
     for path in map(Path, paths):
         name = re.sub(r"[^\w. -]", "", path.name)[:60]
+        if not path.is_file():
+            raise ValueError(f"{name} is no longer here: uploads are deleted after an hour. Add it again.")
         if path.stat().st_size > MAX_FILE_MB << 20:
             raise ValueError(f"{name} has more than {MAX_FILE_MB} MB. Make it smaller.")
         try:
@@ -145,8 +162,7 @@ class Demo:
 
     def begin(self, paths: list[str], *settings) -> Iterator[list[tuple[Talk, object]]]:
         """A new conversation about the given files: yields per model its talk with the caption so far; see `ask`."""
-        images = read_uploads(paths)
-        yield from self.ask(CAPTION_PROMPT, [Talk(images)] * len(self.models), *settings)
+        yield from self.ask(CAPTION_PROMPT, [Talk(tuple(paths))] * len(self.models), *settings)
 
     def ask(self, text: str, talks: list[Talk], *settings) -> Iterator[list[tuple[Talk, object]]]:
         """Yields per model its talk with the answer so far, and after the last word the attention of the answer (None before).
@@ -159,7 +175,7 @@ class Demo:
         """
         if not text.strip():
             raise ValueError("Type a question first.")
-        if not all(talk.images for talk in talks):
+        if not all(talk.files for talk in talks):
             raise ValueError("Add an image first, or choose an example.")
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
@@ -171,16 +187,17 @@ class Demo:
         temperature, beams, tokens = float(temperature), int(beams), int(tokens)
         if not (0 < temperature <= 2 and 2 <= beams <= MAX_BEAMS and 1 <= tokens <= MAX_NEW_TOKENS):
             raise ValueError("A setting is out of its range.")
+        images = read_uploads(talks[0].files)  # of all talks
         results = [(talk, None) for talk in talks]
         for index, model in enumerate(self.models):
             asked = model.asked(talks[index], text.strip())
             chosen = mask_type if mask_type in MASK_TYPES else model.mask_type
             answer = ""
-            for answer in model.stream(asked, Decoding(chosen, how, temperature, beams, tokens)):
+            for answer in model.stream(asked, images, Decoding(chosen, how, temperature, beams, tokens)):
                 results[index] = (asked.with_answer(answer), None)
                 yield results.copy()
             try:
-                looked = model.look(asked, answer, chosen)
+                looked = model.look(asked, images, answer, chosen)
             except ValueError:  # a language model without attention weights
                 looked = None
             results[index] = (asked.with_answer(answer), looked)
@@ -228,7 +245,6 @@ def build(demo: Demo, title: str = "AlignVLM"):
                     label="Examples",
                     show_label=False,
                     columns=EXAMPLES,
-                    height=125,
                     object_fit="contain",
                     allow_preview=False,
                     interactive=False,
@@ -270,7 +286,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 with gr.Row(equal_height=True):
                     question = gr.Textbox(
                         label="Your question",
-                        placeholder="How many shapes are there?",
+                        placeholder="What colour is it?",
                         max_length=MAX_CHARACTERS,
                         scale=5,
                         min_width=200,
@@ -348,8 +364,12 @@ def build(demo: Demo, title: str = "AlignVLM"):
             name = LAYERS.get(chosen_layer)
             values = looked.of_word(place, int(chosen_layer.split()[-1]) - 1 if name is None else name)
             word = looked.words[place].text
+            try:
+                images = read_uploads(talk.files)
+            except ValueError as error:
+                raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
             return gr.update(
-                value=heat_map(list(talk.images), values, looked.grids),
+                value=heat_map(list(images), values, looked.grids),
                 visible=True,
                 label=f"Read for “{word}”",
                 alt_text=f"Heat map of the image for the word {word}",
@@ -376,6 +396,8 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 lambda place, chosen, results, index=index: on_word(place, chosen, results, index),
                 [words, layer, state],
                 looked,
+                concurrency_id="heat map",  # one visitor's images are decoded at a time, as for answers
+                concurrency_limit=1,
                 **private,
             )
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
@@ -414,7 +436,7 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         "run_history": False,
         "ssr_mode": False,
         "footer_links": [],
-        "state_session_capacity": 64,  # each may hold images of MAX_PIXELS
+        "state_session_capacity": 64,  # visitors; who came first is forgotten first
         "app_kwargs": {"middleware": [Middleware(NoAddresses)]},
         # No fonts of other servers, and texts with enough contrast.
         "theme": gr.themes.Default(
@@ -422,8 +444,13 @@ def launch_options(arguments: argparse.Namespace) -> dict:
         ).set(
             button_primary_background_fill="*primary_700",
             button_primary_background_fill_hover="*primary_800",
+            body_text_color_subdued="*neutral_500",
+            checkbox_border_color="*neutral_500",
+            checkbox_border_color_dark="*neutral_400",
             block_info_text_color="*body_text_color",
             block_info_text_color_dark="*body_text_color",
+            input_placeholder_color="*neutral_500",
+            input_placeholder_color_dark="*neutral_400",
         ),
         "css": CSS,
         "head": HEAD,

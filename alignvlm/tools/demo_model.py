@@ -1,10 +1,11 @@
 """A checkpoint as the demo uses it: answers that come word by word, under any mask type, and where the model looked.
 
-One `DemoModel` serves all visitors: it works for one of them at a time, and what they said is kept in their own `Talk`.
+One `DemoModel` serves all visitors: it works for one of them at a time, and what they said is kept in their own `Talk`. Images stay on
+disk between questions, so that a visitor who has gone costs a few megabytes at most.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,26 +15,27 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
 from alignvlm.evaluation.attention import ImageAttention, attention_to_images
+from alignvlm.evaluation.load import with_tag
 from alignvlm.rows.tiles import grids_of, tokens_of
-from alignvlm.tools.ask import with_tag
 from modeling_alignvlm import MASK_TYPES
 
 
-ATTENTION_BYTES = 2 << 30  # the most memory that the attention of one answer may take
+ATTENTION_BYTES = 2 << 30  # the most memory that the attention of one answer may take while it is made
+KEPT_BYTES = 32 << 20  # and afterwards, of each visitor and model
 SHOWN_SIDE = 512  # pixels of a heat map's longer side, at least and at most
 HEAT = np.array([(20, 10, 60), (140, 30, 110), (245, 125, 20), (255, 245, 150)], np.float32)  # dark to bright
 
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation: its images, and messages whose image parts stand for them in order."""
+    """A conversation: the files of its images, and messages whose image parts stand for them in order."""
 
-    images: tuple[Image.Image, ...] = ()
+    files: tuple[str, ...] = ()
     messages: tuple[dict, ...] = ()
 
     def with_user(self, text: str) -> "Talk":
         """Adds a message of the user; the first one shows all images."""
-        images = [] if self.messages else [{"type": "image"}] * len(self.images)
+        images = [] if self.messages else [{"type": "image"}] * len(self.files)
         message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
         return replace(self, messages=(*self.messages, message))
 
@@ -42,12 +44,12 @@ class Talk:
         message = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         return replace(self, messages=(*self.messages, message))
 
-    def with_images(self) -> list[dict]:
-        """The messages as the processor takes them: each image part holds its image."""
-        images = iter(self.images)
+    def with_images(self, images: Sequence[Image.Image]) -> list[dict]:
+        """The messages as the processor takes them: each image part holds its image, of those that the files hold."""
+        left = iter(images)
 
         def filled(part: dict) -> dict:
-            return {**part, "image": next(images)} if part["type"] == "image" else part
+            return {**part, "image": next(left)} if part["type"] == "image" else part
 
         return [{**message, "content": [filled(part) for part in message["content"]]} for message in self.messages]
 
@@ -115,7 +117,7 @@ class DemoModel:
         """Adds the user's message as the checkpoint's recipe wants it at evaluation."""
         return talk.with_user(with_tag(self.tag, text))
 
-    def stream(self, talk: Talk, decoding: Decoding) -> Iterator[str]:
+    def stream(self, talk: Talk, images: Sequence[Image.Image], decoding: Decoding) -> Iterator[str]:
         """Yields the answer to a conversation's last message, longer each time; under beam search it comes at once.
 
         The model stops soon after the iterator is closed.
@@ -129,7 +131,11 @@ class DemoModel:
                 f"There is no mask type {decoding.mask_type!r} here. Choose {', '.join(self.mask_types)}."
             )
         inputs = self.processor.apply_chat_template(
-            talk.with_images(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            talk.with_images(images),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         ).to(self.model.device)
         self._check_length(inputs["input_ids"].shape[1] + decoding.max_new_tokens)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -166,20 +172,22 @@ class DemoModel:
         tokens = result["output"][0, inputs["input_ids"].shape[1] :]
         yield self.processor.decode(tokens, skip_special_tokens=True).strip()
 
-    def look(self, talk: Talk, answer: str, mask_type: str) -> ImageAttention | None:
-        """Where the model looked, in the overview of images that are cut into tiles, for each word of its answer to the last message; None if there is nothing to see: no image in the
-        conversation, no word in the answer, or no memory for the attention."""
+    def look(self, talk: Talk, images: Sequence[Image.Image], answer: str, mask_type: str) -> ImageAttention | None:
+        """Where the model looked, in the overview of images that are cut into tiles, for each word of its answer to the last message, in
+        float16; None if there is nothing to see: no image in the conversation, no word in the answer, or no memory for the attention."""
         config = self.model.config.text_config
         shown = sum(part["type"] == "image" for message in talk.messages for part in message["content"])
         length = len(
             self.processor.tokenizer(str(talk.messages) + answer)["input_ids"]
         )  # at least as long as the texts
-        length += sum(tokens_of(self.processor, grid) for grid in grids_of(self.processor, talk.images[:shown]))
+        length += sum(tokens_of(self.processor, grid) for grid in grids_of(self.processor, images[:shown]))
         needed = 4 * config.num_hidden_layers * config.num_attention_heads * length**2
         if shown == 0 or not answer.strip() or needed > ATTENTION_BYTES:
             return None
         with self.lock, self._under(mask_type):
-            return attention_to_images(self.model, self.processor, talk.images, list(talk.messages), answer)
+            looked = attention_to_images(self.model, self.processor, images, list(talk.messages), answer)
+        looked = replace(looked, layers=looked.layers.half(), rollout=looked.rollout.half())
+        return looked if looked.layers.nbytes + looked.rollout.nbytes <= KEPT_BYTES else None
 
     def _check_length(self, length: int) -> None:
         most = getattr(self.model.config.text_config, "max_position_embeddings", None)

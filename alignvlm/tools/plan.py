@@ -27,7 +27,7 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import WINDOW
 from alignvlm.rows.packing import IGNORED, Row, best_fit, joined
 from alignvlm.stages.arguments import StageArguments
-from alignvlm.stages.embedding_loss import check_one_process, layer_of
+from alignvlm.stages.embedding_loss import layer_of
 from alignvlm.stages.features import check_room, features_folder
 from alignvlm.stages.loading import as_the_stage_merges, check_row_length, make_collator, make_mixture
 from alignvlm.stages.mask_types import described
@@ -362,7 +362,6 @@ def plan_stage(
         config.check_mask_type()
     cut_images(arguments, config, processor)
     if arguments.embedding_loss:
-        check_one_process(arguments.embedding_loss, processes)
         layer_of(config, arguments.embedding_loss_layer)
     if arguments.cache_features:
         check_not_cut(processor, "cache_features keeps one feature map an image")

@@ -3,12 +3,15 @@
 import argparse
 import io
 import json
+import pickle
 import threading
 import urllib.error
 import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from PIL import Image
 from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.evaluation.answer import answer
 from alignvlm.tools import demo as page
+from alignvlm.tools import demo_model
 from alignvlm.tools.demo_model import Decoding, DemoModel, Talk, heat_map
 
 
@@ -45,7 +49,7 @@ def model(make_model, processor) -> DemoModel:
 
 
 def conversation(*texts: str) -> Talk:
-    talk = Talk((photo(1),))
+    talk = Talk(("photo.png",))
     for index, text in enumerate(texts):
         talk = talk.with_answer(text) if index % 2 else talk.with_user(text)
     return talk
@@ -63,7 +67,9 @@ def expected(model: DemoModel, images: list, *texts: str, **options) -> str:
 
 @pytest.mark.parametrize("mask_type", ["causal", "image", "prefix", "mutual"])
 def test_answers_come_in_pieces_and_are_those_of_the_mask_type(model, mask_type):
-    pieces = list(model.stream(conversation("What?", "a b", "Why?"), Decoding(mask_type, max_new_tokens=8)))
+    pieces = list(
+        model.stream(conversation("What?", "a b", "Why?"), [photo(1)], Decoding(mask_type, max_new_tokens=8))
+    )
     assert model.model.config.attention_mask_type == "image"
     model.model.config.attention_mask_type = mask_type
     try:
@@ -75,17 +81,20 @@ def test_answers_come_in_pieces_and_are_those_of_the_mask_type(model, mask_type)
 
 def test_beams_and_sampling(model):
     talk = conversation("What?")
-    (found,) = model.stream(talk, Decoding("image", "beam search", beams=3, max_new_tokens=8))
+    (found,) = model.stream(talk, [photo(1)], Decoding("image", "beam search", beams=3, max_new_tokens=8))
     assert found == expected(model, [photo(1)], "What?", num_beams=3)
-    texts = {list(model.stream(talk, Decoding("image", "sampling", 2.0, max_new_tokens=8)))[-1] for _ in range(5)}
+    texts = {
+        list(model.stream(talk, [photo(1)], Decoding("image", "sampling", 2.0, max_new_tokens=8)))[-1]
+        for _ in range(5)
+    }
     assert len(texts) > 1
     for wrong in (Decoding("image", "magic"), Decoding("none"), Decoding("image", max_new_tokens=10**6)):
         with pytest.raises(ValueError, match=r"There is no|too long"):
-            next(model.stream(talk, wrong))
+            next(model.stream(talk, [photo(1)], wrong))
 
 
 def test_a_visitor_who_leaves_frees_the_model(model):
-    leaving = model.stream(conversation("What?"), Decoding("image", max_new_tokens=20_000))
+    leaving = model.stream(conversation("What?"), [photo(1)], Decoding("image", max_new_tokens=20_000))
     next(leaving)
     leaving.close()
     assert model.lock.acquire(timeout=20)
@@ -94,7 +103,7 @@ def test_a_visitor_who_leaves_frees_the_model(model):
 
 
 def test_heat_maps_are_bright_where_the_model_looked(model):
-    looked = model.look(conversation("What?"), "a b", "image")
+    looked = model.look(conversation("What?"), [photo(1)], "a b", "image")
     assert [word.text for word in looked.words] == ["a", "b"] and looked.of_word(0).ndim == 3
     values = torch.zeros(2, 4, 4)
     values[1, 0, 0] = 1
@@ -103,12 +112,20 @@ def test_heat_maps_are_bright_where_the_model_looked(model):
     assert width == 512 * 2 + 8
     corner = joined[: height // 4, 520 : 520 + 128].mean()
     assert corner > joined[: height // 4, :128].mean() + 30 and corner > joined[-height // 4 :, -128:].mean() + 30
-    assert model.look(Talk().with_user("What?"), "a b", "image") is None
+    assert model.look(Talk().with_user("What?"), [], "a b", "image") is None
+
+
+class Running(NamedTuple):
+    """The app: its address, Gradio's object and the folder of uploads."""
+
+    url: str
+    blocks: object
+    folder: Path
 
 
 @pytest.fixture(scope="module")
 def app(model, tmp_path_factory):
-    """The running app; gives its address."""
+    """The running app."""
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
@@ -116,15 +133,15 @@ def app(model, tmp_path_factory):
         options = page.launch_options(argparse.Namespace(host="127.0.0.1", port=None, share="off"))
         built = page.build(page.Demo([model], page.example_images(None)))
         _, url, _ = built.launch(prevent_thread_lock=True, quiet=True, **options)
-        yield url.rstrip("/")
+        yield Running(url.rstrip("/"), built, folder)
         built.close()
 
 
 class Visitor:
     """Does over HTTP what the page does in a browser."""
 
-    def __init__(self, url: str):
-        self.url, self.session = url, uuid.uuid4().hex
+    def __init__(self, app: Running):
+        self.url, self.session = app.url, uuid.uuid4().hex
         self.config = json.loads(self.get("/config"))
         self.ids = {part["props"].get("elem_id"): part["id"] for part in self.config["components"]}
 
@@ -209,6 +226,26 @@ def test_what_a_visitor_does_wrong_is_told_in_a_sentence(app):
     with pytest.raises(urllib.error.HTTPError) as error:
         visitor.upload("large.png", bytes((page.MAX_FILE_MB << 20) + 1))
     assert error.value.code == 413
+
+
+def test_of_a_visitor_who_is_silent_only_words_are_in_memory_and_the_image_is_deleted_with_its_file(app):
+    visitor = Visitor(app)
+    large = Image.effect_noise((1500, 1000), 50).convert("RGB")
+    assert visitor.show(visitor.upload("large.png", png(large)))[-1]["success"]
+    kept = app.blocks.state_holder[visitor.session]
+    states = [kept[part["id"]] for part in visitor.config["components"] if part["type"] == "state"]
+    assert any(isinstance(each, list) and each and isinstance(each[0], tuple) for each in states)
+    assert len(pickle.dumps(states)) < 200_000 < 1500 * 1000 * 3
+    for file in app.folder.rglob("large.png"):
+        file.unlink()
+    messages = visitor.ask("Why?")
+    assert "large.png is no longer here" in messages[-1]["output"]["error"]
+
+
+def test_attention_that_would_take_too_much_memory_is_not_kept(model, monkeypatch):
+    assert model.look(conversation("What?"), [photo(1)], "a b", "image").layers.dtype == torch.float16
+    monkeypatch.setattr(demo_model, "KEPT_BYTES", 8)
+    assert model.look(conversation("What?"), [photo(1)], "a b", "image") is None
 
 
 def test_no_file_and_no_address_is_opened(app, tmp_path):

@@ -1,17 +1,17 @@
 """The demo in headless Chromium, driven by Playwright: what a first-time visitor does, on a phone and on a desktop.
 
-Needs `gradio`, `playwright`, Debian's `chromium`, and for the accessibility test, in the folder that ALIGNVLM_NODE_MODULES names, what
-`npm install axe-core` made.
+Needs `gradio`, `playwright`, Debian's `chromium` (on the path, or as ALIGNVLM_CHROMIUM names it), and for the accessibility test, in the
+folder that ALIGNVLM_NODE_MODULES names, what `npm install axe-core` made.
 """
 
 import argparse
-import os
-from pathlib import Path
+import importlib.util
 
 import pytest
 
 from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.tools import demo as page
+from tests.conftest import skip_or_fail
 from tests.demo.test_app import expected, model, photo, png  # noqa: F401 - `model` is a fixture
 
 
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def url(model, tmp_path_factory):  # noqa: F811
-    pytest.importorskip("gradio")
+    if importlib.util.find_spec("gradio") is None:
+        skip_or_fail("ALIGNVLM_CHROMIUM", "Gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("app")))
         options = page.launch_options(argparse.Namespace(host="127.0.0.1", port=None, share="off"))
@@ -34,10 +35,13 @@ def url(model, tmp_path_factory):  # noqa: F811
         app.close()
 
 
-@pytest.fixture(params=[390, 1280])
+@pytest.fixture(params=[(390, "dark"), (1280, "light")], ids=["phone", "desk"])
 def visit(request, browser, url):
-    """The page as a visitor of that width sees it, loaded; fails if the browser's console had an error."""
-    tab = browser.new_page(viewport={"width": request.param, "height": 900})
+    """The page as a visitor of that width and taste sees it, loaded; fails if the browser's console had an error."""
+    width, colours = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=colours)
+    context.grant_permissions(["camera", "clipboard-read", "clipboard-write"], origin=url)
+    tab = context.new_page()
     tab.set_default_timeout(WAIT)
     errors = []
     tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -46,16 +50,21 @@ def visit(request, browser, url):
     tab.wait_for_selector("#question textarea, #question input")
     yield tab
     assert errors == []
-    tab.close()
+    context.close()
 
 
 MESSAGES = "#chat0 [data-testid=user], #chat0 [data-testid=bot]"
+# The words are those of the last message; without control characters, which a page may not show.
+ANSWERED = """(count) => {
+    const bare = (nodes) => [...nodes].map((node) => node.innerText).join("").replace(/[\\s\\x00-\\x1f\\x7f-\\x9f]/g, "");
+    const messages = document.querySelectorAll("MESSAGES"), words = document.querySelectorAll("#words0 label");
+    return messages.length >= count && words.length > 0 && bare(words) === bare([...messages].slice(-1));
+}""".replace("MESSAGES", MESSAGES)
 
 
 def answers(tab, count: int) -> list[str]:
-    """The texts of the conversation, when the words of its last answer can be chosen."""
-    tab.wait_for_function(f"document.querySelectorAll('{MESSAGES}').length >= {count}")
-    tab.wait_for_selector("#words0 label", state="attached")
+    """The texts of the conversation, when the words of its last answer, not of the one before, can be chosen."""
+    tab.wait_for_function(ANSWERED, arg=count)
     return [each.inner_text().strip() for each in tab.query_selector_all(MESSAGES)]
 
 
@@ -87,18 +96,58 @@ def test_an_example_begins_a_conversation(visit):
     assert answers(visit, 2)[0] == CAPTION_PROMPT
 
 
-def test_axe_finds_no_serious_fault_of_ours(visit):
-    folder = os.environ.get("ALIGNVLM_NODE_MODULES")
-    script = Path(folder or "none", "axe-core/axe.min.js")
-    if not script.is_file():
-        pytest.skip("ALIGNVLM_NODE_MODULES names no folder with axe-core")
+COPY_AN_IMAGE = """async () => {
+    const canvas = document.createElement("canvas");
+    const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+}"""
+
+
+WAYS = ("Upload file", "Capture from camera", "Paste from clipboard")
+SEEN = """(name) => {
+    const button = document.querySelector(`#uploads button[aria-label='${name}']`).getBoundingClientRect();
+    return button.width > 20 && button.bottom <= document.getElementById("uploads").getBoundingClientRect().bottom;
+}"""
+
+
+def test_all_ways_to_add_an_image_are_seen(visit):
+    assert {name: visit.evaluate(SEEN, name) for name in WAYS} == dict.fromkeys(WAYS, True)
+
+
+def test_an_image_is_pasted_from_the_clipboard(visit):
+    visit.evaluate(COPY_AN_IMAGE)
+    visit.click("#uploads button[aria-label='Paste from clipboard']")
+    assert answers(visit, 2)[0] == CAPTION_PROMPT
+
+
+def test_the_camera_takes_an_image(visit):
+    visit.click("#uploads button[aria-label='Capture from camera']")
+    visit.click("#uploads [title='grant webcam access'] button")
+    visit.wait_for_selector("#uploads video:not(.hide)")
+    visit.wait_for_function("document.querySelector('#uploads video').videoWidth > 0")  # it shows a picture
+    visit.click("#uploads button[aria-label='capture photo']")
+    assert answers(visit, 2)[0] == CAPTION_PROMPT
+    assert visit.is_visible("#uploads button[aria-label='Capture from camera']")  # the next image
+    assert not visit.is_visible("#uploads button[aria-label*=video]")
+
+
+@pytest.mark.parametrize("visit", [(w, c) for w in (390, 1280) for c in ("light", "dark")], indirect=True, ids=str)
+def test_axe_finds_no_serious_fault_of_ours(visit, node_package):
+    script = (node_package("axe-core") / "axe.min.js").read_text()
+
+    def check():
+        visit.evaluate(script)
+        found = visit.evaluate("axe.run()")["violations"]
+        serious = [
+            (each["id"], [node["html"][:200] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical") and each["id"] not in NOT_OURS
+        ]
+        assert serious == []
+
+    check()
     visit.click("#examples button >> nth=0")
     answers(visit, 2)
-    visit.add_script_tag(path=script)
-    found = visit.evaluate("axe.run()")["violations"]
-    serious = [
-        (each["id"], [node["html"][:200] for node in each["nodes"]])
-        for each in found
-        if each["impact"] in ("serious", "critical") and each["id"] not in NOT_OURS
-    ]
-    assert serious == []
+    visit.click("button:has-text('Settings')")
+    visit.wait_for_selector("text=Beams (beam search)")
+    check()

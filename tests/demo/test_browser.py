@@ -6,7 +6,6 @@ Needs `chromium` and, in the folder that ALIGNVLM_NODE_MODULES names, what `npm 
 import functools
 import io
 import json
-import os
 import shutil
 import subprocess
 import threading
@@ -22,7 +21,7 @@ from alignvlm.export.export import export
 from alignvlm.export.onnx import llava_processor, write_javascript_files
 from alignvlm.stages.checkpoint import save_checkpoint
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
-from tests.conftest import VISION
+from tests.conftest import VISION, skip_or_fail
 from tests.stages.shipped_templates import SHIPPED
 from tests.stages.test_chat_templates import extended_processor, shipped_tokenizer
 
@@ -60,11 +59,8 @@ await tell(found);
 
 
 @pytest.fixture(scope="module")
-def node_modules() -> Path:
-    folder = os.environ.get("ALIGNVLM_NODE_MODULES")
-    if not folder or not (Path(folder) / "@huggingface/transformers").is_dir():
-        pytest.skip("ALIGNVLM_NODE_MODULES names no folder with @huggingface/transformers")
-    return Path(folder)
+def node_modules(node_package) -> Path:
+    return node_package("@huggingface/transformers").parents[1]
 
 
 def images() -> dict[str, bytes]:
@@ -88,10 +84,8 @@ def images() -> dict[str, bytes]:
     return files
 
 
-def in_chromium(folder: Path) -> list[str]:
+def in_chromium(chromium: str, folder: Path) -> list[str]:
     """What the page in a folder tells."""
-    if shutil.which("chromium") is None:
-        pytest.skip("there is no chromium")
     found, told = [], threading.Event()
 
     class Handler(SimpleHTTPRequestHandler):
@@ -108,7 +102,7 @@ def in_chromium(folder: Path) -> list[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/asks.html"
     command = [
-        "chromium",
+        chromium,
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
@@ -127,7 +121,7 @@ def in_chromium(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_page_answers_as_the_checkpoint_does(make_model, processor, tmp_path, node_modules):
+def test_the_page_answers_as_the_checkpoint_does(make_model, processor, tmp_path, node_modules, chromium):
     model = make_model(vision={**VISION, "num_hidden_layers": 1}, text={"num_hidden_layers": 1})
     for parameter in model.model.projector.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
@@ -160,7 +154,7 @@ def test_the_page_answers_as_the_checkpoint_does(make_model, processor, tmp_path
             )
             tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             expected.append(processor.decode(tokens, skip_special_tokens=True))
-    assert in_chromium(site) == expected
+    assert in_chromium(chromium, site) == expected
     assert len(set(expected)) > len(QUESTIONS)  # images change the answers
 
 
@@ -189,7 +183,7 @@ def test_language_models_own_templates_write_the_same_tokens_in_javascript(
 ):
     """Zephyr's is not among them: the export refuses it."""
     if shutil.which("node") is None:
-        pytest.skip("there is no node")
+        skip_or_fail("ALIGNVLM_NODE_MODULES", "there is no node")
     config, expected = make_model().config, {}
     image_processor = processor.image_processor
     content = [{"type": "image", "image": Image.new("RGB", (16, 16))}, {"type": "text", "text": "What is it?"}]

@@ -49,6 +49,7 @@ PRELOADED = (
     "transformers.pipelines",
     "trl",
 )
+STARTS = {"alignvlm.evaluation.vlmeval_adapter": "vlmeval"}  # our modules that start somebody else's program
 
 
 def preload() -> None:
@@ -119,7 +120,7 @@ def run(name: str, words: list[str], parse_only: bool) -> None:
     if name == "alignvlm":
         words = ["-m", "alignvlm.cli", *words]
     sys.path.insert(0, os.getcwd())
-    if parse_only and words[0] == "-m" and importlib.util.find_spec(words[1]) is None:
+    if parse_only and words[0] == "-m" and importlib.util.find_spec(STARTS.get(words[1], words[1])) is None:
         return  # somebody else's program, which is not installed
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -152,6 +152,46 @@ def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path
     assert "there already" not in capsys.readouterr().out
 
 
+def test_the_work_of_a_result_goes_even_if_the_program_ended_right_after_writing_it(
+    checkpoint, data_dir, tmp_path, monkeypatch
+):
+    arguments = parser().parse_args(options(checkpoint, data_dir, tmp_path))
+
+    def end(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alignvlm.evaluation.one_task.shutil.rmtree", end)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_several(arguments)
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".scenes-")]
+    evaluate_several(arguments)
+    assert set(os.listdir(tmp_path)) == {"scenes.json", "ai2d.json", "text_perplexity.json", "tasks.md"}
+
+
+def test_two_sets_of_ones_own_are_two_tasks_of_a_list(checkpoint, data_dir, tmp_path):
+    """The name of each says where its data are, and what its results are called."""
+    for name, answer in (("colours", "red"), ("shapes", "round")):
+        row = {"image": "0.png", "question": "What is it?", "answer": answer}
+        (data_dir / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (data_dir / "book.txt").write_text("A red circle.")
+    arguments = [
+        str(checkpoint),
+        "--tasks",
+        "colours=local, shapes=local,book=text_perplexity",
+        "--data_dir",
+        str(data_dir),
+    ]
+    arguments += ["--use_cpu", "--max_new_tokens", "3", "--output_dir", str(tmp_path)]
+    text = evaluate_several(parser().parse_args(arguments))
+    assert set(os.listdir(tmp_path)) == {"colours.json", "shapes.json", "book.json", "tasks.md"}
+    assert {line.split("|")[1].strip() for line in text.splitlines()[2:]} == {"colours", "shapes", "book"}
+    for name, answer in (("colours", "red"), ("shapes", "round")):
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert result["name"] == name and result["task"] == "local"
+        assert [p["references"] for p in result["predictions"]] == [[answer]]
+
+
 @pytest.mark.slow
 def test_a_list_that_was_killed_goes_on_to_the_same_files(checkpoint, data_dir, tmp_path):
     """By one process, and by two: in the middle of a control, with a task before it finished and a task after it not begun."""
@@ -205,6 +245,16 @@ def test_any_metric_can_judge_ones_own_data(checkpoint, data_dir, tmp_path):
         (["--tasks", "ai2d,pope", "--data_dir", "DATA"], "holds 0 folders or files called 'pope'; expected one"),
         (["--tasks", "ai2d,pope", "--data", "DATA"], "--data is the data of one task"),
         (["--tasks", "ai2d,scenes"], "The task 'scenes' has no data by default: give --data_dir"),
+        (
+            ["--tasks", "ai2d,scenes,ai2d", "--data_dir", "DATA"],
+            "--tasks has 'ai2d' twice. Give each a name of its own",
+        ),
+        (
+            ["--tasks", "shapes=ai2d"],
+            "--tasks shapes=ai2d takes the data called 'shapes' in --data_dir, which is not given",
+        ),
+        (["--tasks", "others=ai2d", "--data_dir", "DATA"], "holds 0 folders or files called 'others'; expected one"),
+        (["--tasks", "a/b=ai2d"], None),
         (["--task", "ai2d", "--data_dir", "DATA"], "the data of one --task is --data"),
         (["--task", "ai2d", "--controls", "--blank_image"], "--controls includes --blank_image"),
         (["--task", "ai2d", "--question_only", "--blank_image"], "--blank_image and --question_only are two controls"),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from alignvlm.data import scenes
 from alignvlm.evaluation.evaluate_model import main
+from hub_upload.run_record import RUN_RECORD, read_run_record
 from tests.records import exchanges_of
 
 
@@ -176,6 +178,29 @@ def test_rounds_go_on_until_the_task_has_no_more(checkpoint):
     second = alone(f"You said {first}. Why?", pictures[0], pictures[2])
     assert found == [[first, second, alone(f"You said {second}. Why?")], [alone("What is it?", pictures[1])]]
     assert notes == [None, None, 1, 2]
+
+
+def test_prompts_have_the_tag_of_the_recipe(checkpoint, tmp_path):
+    from lmms_eval.api.instance import Instance
+
+    from alignvlm.evaluation.lmms_eval_adapter import AlignVLM
+
+    found = {}
+    for tag, question in (("[photos]", "What is it?"), ("", "[photos] What is it?"), ("", "What is it?")):
+        folder = tmp_path / f"{len(found)}"
+        shutil.copytree(checkpoint, folder)
+        record = read_run_record(folder)
+        (folder / RUN_RECORD).write_text(json.dumps({**record, "stages": [{"evaluation_tag": tag}]}))
+        adapter = AlignVLM(str(folder), device="cpu", attn_implementation="eager")
+        adapter.task_dict = {"task": {"test": [{}]}}
+        place = (lambda document: [Image.new("RGB", (9, 8), (80, 30, 90))], 0, "task", "test")
+        about = {"task": "task", "doc_id": 0, "repeats": 1}
+        (likely,) = adapter.loglikelihood([Instance("loglikelihood", (question, "a circle", *place), 0, about)])
+        options = {"max_new_tokens": 8}
+        (text,) = adapter.generate_until([Instance("generate_until", (question, options, *place), 0, about)])
+        found[tag, question] = likely[0], text
+    tagged, written, plain = found.values()
+    assert tagged == written and tagged[0] != plain[0]
 
 
 def test_log_likelihoods_tell_what_greedy_decoding_writes(checkpoint):

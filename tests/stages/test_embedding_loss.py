@@ -14,12 +14,13 @@ from alignvlm.stages.embedding_loss import EmbeddingHead, layer_of
 from alignvlm.stages.stage import main as run_stage
 from alignvlm.stages.weights import EmbeddingLoss
 from alignvlm.tools.plan import plan_stages
-from hub_upload.run_record import RUN_RECORD
+from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.modeling_alignvlm import similar_groups
 from tests.conftest import PLAIN_TEMPLATE
 from tests.modeling_alignvlm.test_tiles import tiled
 from tests.running import arguments_for
+from tests.stages.test_stages import launch
 from tests.stages.test_weights import parsed
 
 
@@ -153,22 +154,38 @@ def test_mistakes_are_named_before_the_model_is_loaded(checkpoint, tmp_path, mon
         run(checkpoint, tmp_path, **fields)
 
 
-def test_several_processes_are_refused():
-    option, checked = EmbeddingLoss(0.5, 1, 0), []
-    for processes in (1, 2):
-        trainer = SimpleNamespace(args=SimpleNamespace(world_size=processes), check_complete_weights=checked.append)
-        if processes == 1:
-            option.check(trainer)
-            continue
-        with pytest.raises(
-            ValueError, match=r"embedding_loss=0.5 trains on one process only, and there are 2\. Leave"
-        ):
-            option.check(trainer)
-    assert checked == ["embedding_loss", "embedding_loss"]
+def test_sharded_weights_are_refused():
+    checked = []
+    EmbeddingLoss(0.5, 1, 0).check(SimpleNamespace(check_complete_weights=checked.append))
+    assert checked == ["embedding_loss"]
 
 
 def test_the_plan_refuses_what_the_stage_does(checkpoint, tmp_path):
-    for layer, processes, message in ((None, 2, "trains on one process only"), (3, 1, "must be from 1 to 2")):
-        given = parsed(checkpoint, tmp_path, embedding_loss=0.5, embedding_loss_layer=layer, projector_learning_rate=1)
-        with pytest.raises(ValueError, match=message):
-            plan_stages([given], processes=processes, sample=1)
+    given = parsed(checkpoint, tmp_path, embedding_loss=0.5, embedding_loss_layer=3, projector_learning_rate=1)
+    with pytest.raises(ValueError, match="must be from 1 to 2"):
+        plan_stages([given], processes=1, sample=1)
+
+
+@pytest.mark.slow
+def test_two_processes_and_micro_batches_train_what_one_batch_trains(checkpoint, tmp_path):
+    """Of batches whose halves hold unequally many images, or none. The head's gradient is that of the encoder's features, too."""
+    few = [{"name": "scenes", "annotations": ["short_caption"], "count": 6}, {"name": "scene_texts", "count": 10}]
+    fields = {"sources": few, "embedding_loss": 0.5, "max_steps": 3, "optim": "sgd", "weight_decay": 0}
+    fields |= {
+        "projector_learning_rate": 0.05,
+        "language_learning_rate": 0.05,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    one = run(checkpoint, tmp_path / "one", **fields, per_device_train_batch_size=8)
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    launch("stage3.py", *arguments_for(checkpoint, tmp_path / "two", **fields, **batches), processes=2)
+    two = read_run_record(tmp_path / "two")["stages"][-1]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("loss", "embedding_loss"):
+        values = [[line[name] for line in entry["log"]] for entry in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4) and len(set(values[0])) == 3
+    written, expected = (load_file(tmp_path / name / "checkpoint-3/model.safetensors") for name in ("two", "one"))
+    assert written["embedding_head.1.weight"].abs().sum() > 0
+    for name, value in expected.items():  # the head is among them
+        torch.testing.assert_close(written[name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -73,6 +73,10 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
             ["{trained}/0", "--untouched", "{checkpoint}", "--shares", "1.2"],
             "--shares 1.2 is the share .* from 0 to 1",
         ),
+        (
+            ["{trained}/0", "--untouched", "{checkpoint}", "--shares", "0.5", "0.3", "0.30000001"],
+            "--shares: keep_0.3 would be the folder of two of them",
+        ),
         (["{trained}/0", "--untouched", "no/such/folder"], "No such folder: 'no/such/folder'"),
         (["{checkpoint}", "--untouched", "{checkpoint}"], "No stage of .* has trained its language model"),
         (["{trained}/0.25", "--untouched", "{checkpoint}"], "is mixed already, with the share 0.25"),

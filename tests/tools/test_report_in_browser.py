@@ -5,7 +5,6 @@ Needs Playwright for Python and `chromium`; for axe also, in the folder that ALI
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,17 +15,12 @@ from tests.tools.conftest import evaluate
 from tests.tools.test_report import hostile, rewrite
 
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
 SIZES = {"phone": {"width": 390, "height": 844}, "desk": {"width": 1280, "height": 900}}
 
 
 @pytest.fixture(scope="module")
-def axe() -> str:
-    folder = os.environ.get("ALIGNVLM_NODE_MODULES")
-    file = Path(folder or "nowhere") / "axe-core/axe.min.js"
-    if not file.is_file():
-        pytest.skip("ALIGNVLM_NODE_MODULES names no folder with axe-core")
-    return file.read_text()
+def axe(node_package) -> str:
+    return (node_package("axe-core") / "axe.min.js").read_text()
 
 
 @pytest.fixture(scope="module")

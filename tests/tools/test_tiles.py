@@ -11,10 +11,10 @@ from tests.modeling_alignvlm.test_tiles import picture, tiled
 def test_the_demo_answers_about_tiles_and_shows_the_overview(processor, make_model):
     own, model, image = tiled(processor), make_model(image_block="image"), picture((40, 20))
     demo = DemoModel("tiny", model, own, "fp32")
-    talk = demo.asked(Talk((image,)), "What is it?")
-    (*_, text) = demo.stream(talk, Decoding("image", max_new_tokens=4))
+    talk = demo.asked(Talk(("picture.png",)), "What is it?")
+    (*_, text) = demo.stream(talk, [image], Decoding("image", max_new_tokens=4))
     assert text == answer(model, own, [image], [["What is it?"]], max_new_tokens=4)[0][0]
-    assert demo.look(talk, "a red circle", "image").layers.shape[2:] == (1, 2, 2)
+    assert demo.look(talk, [image], "a red circle", "image").layers.shape[2:] == (1, 2, 2)
 
 
 def test_the_contact_sheet_shows_tokens_and_marks_of_tiles(processor, tmp_path):
