@@ -252,11 +252,6 @@ class AlignVLMConfig(PreTrainedConfig):
         return self.vision_config.model_type in NATIVE_SHAPES
 
     @property
-    def needs_image_ids(self) -> bool:
-        """Whether counting image tokens does not tell which of them are of one image."""
-        return self.image_block == "image" or self.native_shapes
-
-    @property
     def input_size(self) -> tuple[int, int]:
         """Height and width of the encoder's input in pixels."""
         if self.image_size is not None:

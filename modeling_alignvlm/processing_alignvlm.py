@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ProcessorMixin
-from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 from transformers.processing_utils import MultiModalData
 
 from .masking_alignvlm import TokenLayout, dense_mask
@@ -410,6 +409,9 @@ class AlignVLMProcessor(ProcessorMixin):
         """Returns the rows and columns of an image of this height and width: of the tiles it is cut into, `WHOLE` if it is not cut; or,
         in native shape, of its tokens."""
         if self.native_shapes:
+            # Here, so that no other checkpoint depends on where transformers keeps it.
+            from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
             token_size = self.image_processor.patch_size * self.pixel_shuffle_factor
             most = self.image_processor.max_num_patches // self.pixel_shuffle_factor**2
             height, width = get_image_size_for_max_num_patches(*size, token_size, most)

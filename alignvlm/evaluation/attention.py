@@ -119,23 +119,17 @@ def attention_to_images(
     attentions = _attentions(model, branch, inputs, has_grids(processor))
     predicting = slice(branch.prompt_length - 1, len(branch) - 1)
     firsts = [branch.image_ids.index(image) for image in range(count)]  # an image begins with its overview
-    shares = None
+    grids_of_tokens, shares = grids, None
     if not takes_native_shapes(processor):
-        grids_of_tokens = [
-            tuple(side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
-        ] * count
-        length = model.config.image_seq_length
-        if length < math.prod(
-            grids_of_tokens[0]
-        ):  # similar squares were merged: each has an equal share of its token's attention
+        grid = tuple(side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
+        grids_of_tokens, length = [grid] * count, model.config.image_seq_length
+        if length < math.prod(grid):  # similar squares were merged: each has an equal share of its token's attention
             overviews = [sum(map(tiles_of, grids[:image])) for image in range(count)]
             encoded = model.model.encode_images(inputs["pixel_values"][overviews].to(model.device))
             members = nn.functional.one_hot(model.model.projector.tokens_of_squares(encoded), length).mT
             shares = (members / members.sum(-1, keepdim=True)).to(
                 attentions[0]
             )  # (images, tokens of an image, squares)
-    else:
-        grids_of_tokens = grids
     most_rows, most_columns = (max(sides) for sides in zip(*grids_of_tokens))
 
     def maps(values: Tensor) -> Tensor:  # (..., tokens, length) -> (..., tokens, images, rows, columns)

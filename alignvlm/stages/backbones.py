@@ -35,10 +35,10 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import (
     EncoderMeasure,
+    has_native_shapes,
     measure_encoder,
     set_image_size,
     set_max_num_patches,
-    takes_native_shapes,
     without_timm,
 )
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
@@ -308,7 +308,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
     image_processor = without_timm(arguments.vision, image_processor)
     if arguments.image_size is not None:
-        if takes_native_shapes(vision):
+        if has_native_shapes(vision):
             raise ValueError(
                 f"image_size={arguments.image_size} is the side of a square, and the encoder {arguments.vision!r} takes images in their native "
                 "shape. Leave it out; --max_num_patches sets how large they become."

@@ -52,8 +52,8 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
 
 
-def takes_native_shapes(encoder: nn.Module) -> bool:
-    """Whether an encoder takes images in their native shape."""
+def has_native_shapes(encoder: nn.Module) -> bool:
+    """Whether images of an encoder have their native shape."""
     return encoder.config.model_type in NATIVE_SHAPES
 
 
@@ -63,7 +63,7 @@ def set_max_num_patches(name: str, encoder: nn.Module, image_processor, count: i
     Raises:
         ValueError: for an encoder that takes squares.
     """
-    if not takes_native_shapes(encoder):
+    if not has_native_shapes(encoder):
         raise ValueError(
             f"max_num_patches={count} is for encoders that take images in their native shape ({', '.join(NATIVE_SHAPES)}), and {name!r} is "
             f"of type {encoder.config.model_type!r}. Leave it out; --image_size sets the side of its squares."
@@ -122,7 +122,7 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layers: Sequ
         ValueError: if the encoder does not have these layers, or not all of one shape, if pictures of different forms do not become equally many features, if the encoder does not take what the
             image processor makes, or if its features are no positions of the image or not the same twice.
     """
-    if takes_native_shapes(encoder):
+    if has_native_shapes(encoder):
         return _measure_patches(name, encoder, image_processor, layers)
     training = encoder.training
     encoder.eval()

@@ -149,9 +149,9 @@ def of_conversation(question: str, response: str):
 def test_the_contact_sheet_shows_an_image_in_its_shape(processor):
     from alignvlm.tools.contact_sheet import after_processing
 
-    own, image = native(processor), picture((60, 10))
-    shown = after_processing(image, own.image_processor)
+    own, image = native(processor, 2), picture((60, 10))
+    shown = after_processing(image, own)
     rows, columns = own.image_grid((10, 60))
-    assert shown.size == (columns * PATCH, rows * PATCH)
+    assert shown.size == (columns * 2 * PATCH, rows * 2 * PATCH)
     expected = image.resize(shown.size, own.image_processor.resample)
     assert np.abs(np.asarray(shown, np.int16) - np.asarray(expected, np.int16)).max() <= 1

@@ -98,7 +98,7 @@ def heat_maps(run: Run, answers: list[Answer]) -> tuple[list[HeatMaps], list[str
                 shape=tuple(maps.shape[2:]),
                 values=base64.b64encode((maps / most * 255).round().astype(np.uint8).tobytes()).decode(),
                 shares=(maps.sum(axis=(2, 3, 4)) * 100).round().astype(int).tolist(),
-                uris=[data_uri(as_seen(image, processor.image_processor)) for image in images[: maps.shape[2]]],
+                uris=[data_uri(as_seen(image, processor)) for image in images[: maps.shape[2]]],
             )
         )
     return found, notes

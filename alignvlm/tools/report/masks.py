@@ -68,9 +68,8 @@ def mask_example(
     Args:
         stages: entries of the run record, for their mask types.
     """
-    grid = (
-        NATIVE if takes_native_shapes(processor) else WHOLE
-    )  # tiles, or all patches, would be too many tokens to draw
+    # Tiles, or all patches, would be too many tokens to draw.
+    grid = NATIVE if takes_native_shapes(processor) else WHOLE
     whole = [grid] * conversation.image_count
     branch = Encoder(processor).encode(conversation, whole)[0]
     input_ids = torch.tensor([branch.input_ids])
