@@ -485,8 +485,8 @@ class AlignVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = [name for name in super().model_input_names if name != "pixel_attention_mask"]
-        return [*names, "mm_token_type_ids", *(["image_ids"] if self.has_grids else [])]
+        names = [*super().model_input_names, "mm_token_type_ids", *(["image_ids"] if self.has_grids else [])]
+        return [name for name in names if name != "pixel_attention_mask"] if self.native_shapes else names
 
 
 def tiles_of(grid: tuple[int, int]) -> int:

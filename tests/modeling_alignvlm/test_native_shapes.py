@@ -266,7 +266,7 @@ def test_embeddings_with_images_in_place_give_the_same_logits(processor, make_na
     torch.testing.assert_close(model.model(image_features=encoded, **given)[0], model.model(**batch)[0])
 
 
-@pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
+@pytest.mark.parametrize("kernel", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])  # compiles
 @torch.no_grad()
 def test_kernels_agree(processor, make_native, kernel):
     own = native(processor)
