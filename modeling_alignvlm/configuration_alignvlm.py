@@ -132,11 +132,6 @@ class AlignVLMConfig(PreTrainedConfig):
             self.vision_config.vision_use_head = False  # SigLIP's pooling head is never read
         if self.native_shapes and self.max_num_patches is None:
             self.max_num_patches = self.vision_config.num_patches
-        elif self.max_num_patches is not None and not self.native_shapes:
-            raise ValueError(
-                f"max_num_patches={self.max_num_patches} is for encoders that take images in their native shape "
-                f"({', '.join(NATIVE_SHAPES)}), not for {self.vision_config.model_type!r}. Leave it out."
-            )
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.image_token_id is None:
@@ -155,9 +150,8 @@ class AlignVLMConfig(PreTrainedConfig):
             )
         self.check_mask_type()
         factor = self.pixel_shuffle_factor
-        if self.native_shapes:
-            self._check_native_shapes()
-        elif factor < 1 or any(side % factor for side in self.feature_grid):
+        self._check_native_shapes()
+        if not self.native_shapes and (factor < 1 or any(side % factor for side in self.feature_grid)):
             height, width = self.feature_grid
             raise ValueError(
                 f"pixel_shuffle_factor={factor} must be at least 1 and divide the feature grid of {height} x {width}."
@@ -188,6 +182,13 @@ class AlignVLMConfig(PreTrainedConfig):
 
     def _check_native_shapes(self) -> None:
         factor, most = self.pixel_shuffle_factor, self.max_num_patches
+        if not self.native_shapes:
+            if most is not None:
+                raise ValueError(
+                    f"max_num_patches={most} is for encoders that take images in their native shape ({', '.join(NATIVE_SHAPES)}), not for "
+                    f"{self.vision_config.model_type!r}. Leave it out."
+                )
+            return
         if type(most) is not int or factor < 1 or most < factor**2:
             raise ValueError(
                 f"max_num_patches={most!r} must be a number of patches, at least pixel_shuffle_factor**2, with pixel_shuffle_factor={factor} "

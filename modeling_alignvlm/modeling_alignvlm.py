@@ -22,7 +22,7 @@ from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, g
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
 ROW_INPUTS = ("mm_token_type_ids", *LAYOUT_INPUTS)  # one value per token
-IMAGE_INPUTS = {"pixel_values", "spatial_shapes"}  # one entry per image or tile
+IMAGE_INPUTS = ("pixel_values", "spatial_shapes")  # one entry per image or tile
 WITHOUT_IMAGE_IDS = (
     "The encoder {!r} takes images in native shape, of different numbers of tokens: it needs `image_ids`, of shape (batch, length), the "
     "image of each token, as the processor gives it beside `input_ids`. Pass it on."
@@ -779,7 +779,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration:
-            return {name: value for name, value in inputs.items() if name not in (*ROW_INPUTS, "spatial_shapes")}
+            return {name: value for name, value in inputs.items() if name not in (*ROW_INPUTS, *IMAGE_INPUTS)}
         embedded = inputs.get("input_ids") is None
         total = (inputs_embeds if embedded else input_ids).shape[1]
         length = inputs["inputs_embeds" if embedded else "input_ids"].shape[1]
@@ -787,7 +787,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         if inputs.get("pixel_values") is not None and "mm_token_type_ids" in rows:
             cached, given = (self._images_per_row(rows, tokens) for tokens in (total - length, total))
             if sum(given) == len(inputs["pixel_values"]):  # else only the new ones were given
-                for name in IMAGE_INPUTS & inputs.keys():
+                for name in (name for name in IMAGE_INPUTS if inputs.get(name) is not None):
                     rows_of_images = inputs[name].split(given)
                     inputs[name] = torch.cat([row[skip:] for row, skip in zip(rows_of_images, cached)])
             if len(inputs["pixel_values"]) == 0:

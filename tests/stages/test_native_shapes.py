@@ -184,10 +184,12 @@ def test_the_demo_answers_and_draws_each_image_in_its_shape(trained):
     looked = demo.look(talk, images, "a circle", "image")
     assert looked.grids == grids_of(processor, images) and len(set(looked.grids)) == 2
     values = torch.zeros_like(looked.of_word(0))
-    values[1] = 1
-    drawn = np.asarray(heat_map(images, values, looked.grids)).astype(float)
-    alone = np.asarray(heat_map(images[1:], values[1:, : looked.grids[1][0], : looked.grids[1][1]]))
-    assert np.array_equal(drawn[:, -alone.shape[1] :], alone)  # the margins of the largest grid are not drawn
+    for image, (rows, columns) in enumerate(looked.grids):
+        values[image, :rows, :columns] = 1
+    drawn = np.asarray(heat_map(images, values, looked.grids))
+    wide, tall = (np.asarray(heat_map([image], torch.ones(1, *grid))) for image, grid in zip(images, looked.grids))
+    assert np.array_equal(drawn[: wide.shape[0], : wide.shape[1]], wide)  # the margins of smaller grids are not drawn
+    assert np.array_equal(drawn[:, -tall.shape[1] :], tall)
 
 
 def test_what_has_no_place_for_native_shapes_says_so(trained):
