@@ -21,13 +21,14 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, set_seed
 from transformers.models.auto import modeling_auto
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from alignvlm.stages.backbones import join
-from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder
+from alignvlm.stages.encoder_measure import EncoderMeasure, has_native_shapes, measure_encoder
 from alignvlm.stages.language_trial import try_language_model
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
@@ -226,12 +227,14 @@ def tiny_encoder():
 def encoder_finding(model_type: str) -> Finding:
     """What an encoder of this type makes of an image."""
     finding = Finding(model_type)
-    processor = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    squares = SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
     def attempt(sizes: dict):
         encoder = tiny_model(AutoModel.from_config, tiny_config(model_type, sizes))
         try:
-            return measure_encoder(model_type, encoder, processor)
+            native = has_native_shapes(encoder)
+            patches = Siglip2ImageProcessorPil(patch_size=encoder.config.patch_size) if native else None
+            return measure_encoder(model_type, encoder, patches or squares)
         except ValueError as error:
             refusals.append(error)
             raise NoTinyModel(str(error)) from error
@@ -244,7 +247,8 @@ def encoder_finding(model_type: str) -> Finding:
         finding.tried = bool(refusals)
         finding.reason = _without_subject(_first_line(refusals[0] if refusals else error))
         return finding
-    finding.features = "{} x {}".format(*measure.grid)
+    native = measure.max_num_patches
+    finding.features = "{} x {}".format(*measure.grid) if native is None else f"at most {native}, in native shape"
     return finding
 
 
@@ -339,7 +343,7 @@ the checkpoint itself.
 
 Of an image-text model (CLIP, SigLIP and so on) the vision half is taken. Encoders that make a map of features (ResNet, ConvNeXt) are
 flattened, one token per place. Every picture must take equally many tokens: where an image processor keeps the form of pictures, or makes
-another size than the encoder takes, give `--image_size`. A language model that looks its positions up in a table (GPT-2, OPT) needs
+another size than the encoder takes, give `--image_size`. SigLIP 2 NaFlex alone takes images [in their native shape](native_shapes.md). A language model that looks its positions up in a table (GPT-2, OPT) needs
 enough of them for an image and some text, and a stage of it needs a `max_length` that is no larger.
 
 timm's encoders go through transformers' wrapper (`timm_wrapper`), which needs timm and torchvision; resnet18, vit_tiny_patch16_224,

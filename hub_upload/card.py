@@ -79,8 +79,6 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
     stages = record["stages"]
     versions = (stages[-1] if stages else record).get("versions", {})
     tag = stages[-1].get("evaluation_tag") if stages else ""
-    image_size = config.get("image_size") or config["vision_config"].get("image_size", 224)
-    height, width = image_size if isinstance(image_size, list) else (image_size, image_size)
     text = str(
         ModelCard.from_template(
             card_data,
@@ -107,7 +105,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             data=data,
             results=[row for result in results for row in _rows(result)],
             definitions=sorted({item for result in results for item in result["definitions"].items()}),
-            image_size=f"{height} x {width}",
+            image_size=_image_size(config),
         )
     )
     return join_card(*split_card(text), GENERATED)
@@ -118,6 +116,17 @@ def _releases(versions: dict[str, str]) -> str:
     names = {"transformers": "`transformers`", "torch": "`torch`", "python": "Python"}
     found = [f"{words} {versions[name]}" for name, words in names.items() if versions.get(name)]
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def _image_size(config: dict) -> str:
+    """Says what becomes of an image, between "It sees pictures at" and "pixels"."""
+    vision = config["vision_config"]
+    if most := config.get("max_num_patches"):
+        side = vision.get("patch_size", 16)
+        return f"no more than {most} patches of {side} x {side}"
+    size = config.get("image_size") or vision.get("image_size", 224)
+    height, width = size if isinstance(size, list) else (size, size)
+    return f"{height} x {width}"
 
 
 def _named(name: str) -> str:

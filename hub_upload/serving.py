@@ -34,6 +34,10 @@ def check_for_vllm(folder: Path) -> None:
         raise ValueError(
             f"vLLM cannot serve {folder}: its language models have no place for modality_calibration. Use `transformers`, or train without."
         )
+    if config.get("max_num_patches") is not None:
+        raise ValueError(
+            f"vLLM cannot serve {folder}: it was not tried with images in their native shape. Use `transformers`, or an encoder of squares."
+        )
     window = config.get("text_config", {}).get("sliding_window")
     processor = json.loads((folder / "processor_config.json").read_text())
     tokens, block = processor.get("image_seq_length", 1), config.get("image_block")

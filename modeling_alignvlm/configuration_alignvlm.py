@@ -14,12 +14,14 @@ from .masking_alignvlm import (
 FORMAT_VERSION = 2  # raised whenever an older version of this file could no longer read a checkpoint
 PROJECTOR_TYPES = ("linear", "mlp", "pool")
 LAYER_FUSIONS = ("concatenate", "weighted_sum")
+NATIVE_SHAPES = ("siglip2_vision_model",)  # encoders that take images of any shape, as patches
 # Options that a config.json names only where they are on, and what they are where they are off.
 OFF = {
     "vision_layer_fusion": "concatenate",
     "merge_image_tokens": None,
     "modality_calibration": False,
     "image_block": None,
+    "max_num_patches": None,
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_alignvlm.AlignVLMConfig",
@@ -72,6 +74,9 @@ class AlignVLMConfig(PreTrainedConfig):
         vision_hidden_size (`int`, *optional*):
             width of the features of one layer. Assembly measures these three; left out, they are the vision config's `image_size`,
             `image_size // patch_size` and `hidden_size`, for a square input.
+        max_num_patches (`int`, *optional*):
+            Of an encoder that takes images in their native shape (`NATIVE_SHAPES`): the most patches of an image, which then has a grid of
+            its own and no more than `image_seq_length` tokens. Defaults to the vision config's `num_patches`.
         supported_mask_types (`list[str]`, *optional*):
             the mask types that assembly saw the language model keep; left out: all.
         packing (`bool`):
@@ -103,6 +108,7 @@ class AlignVLMConfig(PreTrainedConfig):
     image_size: list[int] | None = None
     image_grid: list[int] | None = None
     vision_hidden_size: int | None = None
+    max_num_patches: int | None = None
     supported_mask_types: list[str] | None = None
     packing: bool = True
     tie_word_embeddings: bool | None = None
@@ -124,6 +130,8 @@ class AlignVLMConfig(PreTrainedConfig):
         self.text_config = self._sub_config("text_config", "qwen2")
         if hasattr(self.vision_config, "vision_use_head"):
             self.vision_config.vision_use_head = False  # SigLIP's pooling head is never read
+        if self.native_shapes and self.max_num_patches is None:
+            self.max_num_patches = self.vision_config.num_patches
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.image_token_id is None:
@@ -141,9 +149,10 @@ class AlignVLMConfig(PreTrainedConfig):
                 "tokens. Add the image token to the tokenizer and resize the embeddings first."
             )
         self.check_mask_type()
-        height, width = self.feature_grid
         factor = self.pixel_shuffle_factor
-        if factor < 1 or height % factor or width % factor:
+        self._check_native_shapes()
+        if not self.native_shapes and (factor < 1 or any(side % factor for side in self.feature_grid)):
+            height, width = self.feature_grid
             raise ValueError(
                 f"pixel_shuffle_factor={factor} must be at least 1 and divide the feature grid of {height} x {width}."
             )
@@ -161,9 +170,34 @@ class AlignVLMConfig(PreTrainedConfig):
     def check_merging(self) -> None:
         """Raises a `ValueError` if `merge_image_tokens` is no number of tokens that can be left."""
         kept, most = self.merge_image_tokens, self.unmerged_seq_length
+        if kept is not None and self.native_shapes:
+            raise ValueError(
+                f"merge_image_tokens={kept!r} leaves every image as many tokens, and the encoder {self.vision_config.model_type!r} takes "
+                "images in their native shape, of different numbers. Leave it out; max_num_patches and pixel_shuffle_factor limit them."
+            )
         if kept is not None and (type(kept) is not int or not 1 <= kept <= most):
             raise ValueError(
                 f"merge_image_tokens={kept!r} must be from 1 to {most}, the tokens that an image has without it. Leave it out to merge none."
+            )
+
+    def _check_native_shapes(self) -> None:
+        factor, most = self.pixel_shuffle_factor, self.max_num_patches
+        if not self.native_shapes:
+            if most is not None:
+                raise ValueError(
+                    f"max_num_patches={most} is for encoders that take images in their native shape ({', '.join(NATIVE_SHAPES)}), not for "
+                    f"{self.vision_config.model_type!r}. Leave it out."
+                )
+            return
+        if type(most) is not int or factor < 1 or most < factor**2:
+            raise ValueError(
+                f"max_num_patches={most!r} must be a number of patches, at least pixel_shuffle_factor**2, with pixel_shuffle_factor={factor} "
+                "at least 1."
+            )
+        if self.image_block is not None:
+            raise ValueError(
+                f"image_block={self.image_block!r} is for images that are cut into tiles, and the encoder "
+                f"{self.vision_config.model_type!r} takes images in their native shape. Leave it out."
             )
 
     def _check_feature_layers(self) -> None:
@@ -214,6 +248,11 @@ class AlignVLMConfig(PreTrainedConfig):
         return MASK_TYPES[self.attention_mask_type].looks_ahead is same_image
 
     @property
+    def native_shapes(self) -> bool:
+        """Whether the encoder takes images in their native shape: each has a grid and a number of tokens of its own."""
+        return self.vision_config.model_type in NATIVE_SHAPES
+
+    @property
     def input_size(self) -> tuple[int, int]:
         """Height and width of the encoder's input in pixels."""
         if self.image_size is not None:
@@ -223,7 +262,7 @@ class AlignVLMConfig(PreTrainedConfig):
 
     @property
     def feature_grid(self) -> tuple[int, int]:
-        """Rows and columns of the encoder's feature grid."""
+        """Rows and columns of the encoder's feature grid, the same for every image; with `native_shapes` there is none."""
         if self.image_grid is not None:
             height, width = self.image_grid
             return height, width
@@ -253,14 +292,21 @@ class AlignVLMConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Tokens that one image, or one tile of it, takes in the language model."""
+        """Tokens that one image, or one tile of it, takes in the language model; with `native_shapes` the most."""
         return self.unmerged_seq_length if self.merge_image_tokens is None else self.merge_image_tokens
 
     @property
     def unmerged_seq_length(self) -> int:
         """Tokens of one image or tile before similar ones are merged: one for each square of the grid."""
+        return self.positions // self.pixel_shuffle_factor**2
+
+    @property
+    def positions(self) -> int:
+        """Positions for which the encoder computes features of one image or tile, those of padding too."""
+        if self.native_shapes:
+            return self.max_num_patches
         height, width = self.feature_grid
-        return height * width // self.pixel_shuffle_factor**2
+        return height * width
 
     def to_dict(self) -> dict:
         """As in transformers, but the same before and after a round trip: `auto_map` in full, one dtype for all parts, and no option
@@ -272,4 +318,4 @@ class AlignVLMConfig(PreTrainedConfig):
         return values
 
 
-__all__ = ["AlignVLMConfig"]
+__all__ = ["NATIVE_SHAPES", "AlignVLMConfig"]

@@ -22,6 +22,11 @@ from .masking_alignvlm import TokenLayout, attention_mask_for, attention_rule, g
 
 LAYOUT_INPUTS = ("image_ids", "record_ids", "branch_ids", "prompt_mask")
 ROW_INPUTS = ("mm_token_type_ids", *LAYOUT_INPUTS)  # one value per token
+IMAGE_INPUTS = ("pixel_values", "spatial_shapes")  # one entry per image or tile
+WITHOUT_IMAGE_IDS = (
+    "The encoder {!r} takes images in native shape, of different numbers of tokens: it needs `image_ids`, of shape (batch, length), the "
+    "image of each token, as the processor gives it beside `input_ids`. Pass it on."
+)
 MOST_JOINING = 1 / 8  # of the groups of an image, in a round of `similar_groups`
 # What this release of transformers calls a cache: `cache` since 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -29,7 +34,8 @@ CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ e
 
 @dataclass
 class AlignVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: projected image features of shape `(images, image_seq_length, hidden)`, if images were given."""
+    """`image_hidden_states`: projected image features of shape `(images, image_seq_length, hidden)`, if images were given; with native
+    shapes `(1, tokens of all images, hidden)`."""
 
     image_hidden_states: Tensor | None = None
 
@@ -87,6 +93,15 @@ class AlignVLMLayerFusion(nn.Module):
         weights = self.layer_scores.softmax(0)
         layers = features.chunk(len(self.norms), dim=-1)
         return sum(weight * norm(layer) for weight, norm, layer in zip(weights, self.norms, layers))
+
+
+def by_squares(features: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+    """Sorts the positions of a grid, `(images, positions, hidden)`, by squares of `factor x factor`, row by row: `(images, squares,
+    factor**2, hidden)`."""
+    images, _, hidden = features.shape
+    rows, columns = (side // factor for side in grid)
+    squares = features.reshape(images, rows, factor, columns, factor, hidden).transpose(2, 3)
+    return squares.reshape(images, rows * columns, factor**2, hidden)
 
 
 def group_means(features: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -153,13 +168,14 @@ class AlignVLMCalibration(nn.Module):
 
 
 class AlignVLMProjector(nn.Module):
-    """Maps features `(images, positions, feature_size)` to image tokens `(images, image_seq_length, text_hidden)`."""
+    """Maps features `(images, positions, feature_size)`, as `AlignVLMModel.encode_images` makes them, to image tokens `(images,
+    image_seq_length, text_hidden)`."""
 
     def __init__(self, config: AlignVLMConfig):
         super().__init__()
         self.config = config
         self.factor = config.pixel_shuffle_factor
-        self.grid = config.feature_grid
+        self.grid = None if config.native_shapes else config.feature_grid
         self.pools = config.projector_type == "pool"
         norm_eps = getattr(config.vision_config, "layer_norm_eps", 1e-6)
         hidden_size, layers = config.feature_size, len(config.feature_layers)
@@ -186,11 +202,10 @@ class AlignVLMProjector(nn.Module):
             self.calibrations = nn.ModuleList(AlignVLMCalibration(out_features) for _ in range(count))
 
     def squares(self, features: Tensor) -> Tensor:
-        """Sorts positions by squares of `factor x factor`, row by row: `(images, squares, factor**2, hidden)`."""
-        images, _, hidden = features.shape
-        rows, columns = (side // self.factor for side in self.grid)
-        squares = features.reshape(images, rows, self.factor, columns, self.factor, hidden).transpose(2, 3)
-        return squares.reshape(images, rows * columns, self.factor**2, hidden)
+        """Sorts positions by squares: `(images, squares, factor**2, hidden)`. Those of native shapes come so."""
+        if self.grid is None:
+            return features.unflatten(1, (-1, self.factor**2))
+        return by_squares(features, self.grid, self.factor)
 
     def pixel_shuffle(self, features: Tensor) -> Tensor:
         """Stacks each square of positions into one token."""
@@ -303,9 +318,14 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         """Encodes images `(images, channels, height, width)` to features `(images, positions, feature_size)`: class and register
-        tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels."""
+        tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels.
+
+        Images in native shape are patches, see `forward`, and become one sequence `(1, positions of all images, feature_size)`.
+        """
+        if self.config.native_shapes:
+            return self._encode_patches(pixel_values, spatial_shapes)
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
@@ -326,26 +346,62 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             )
         return features[:, extra_tokens:].contiguous()
 
+    def _encode_patches(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
+        """Encodes images in native shape. Padding is neither seen by patches nor returned; positions come square by square."""
+        given = () if spatial_shapes is None else tuple(spatial_shapes.shape)
+        if pixel_values.ndim != 3 or given != (len(pixel_values), 2):
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} and `spatial_shapes` {given}; expected (images, patches, values) and "
+                "(images, 2), as the processor makes them for images in native shape."
+            )
+        grids, factor, most = spatial_shapes.tolist(), self.config.pixel_shuffle_factor, pixel_values.shape[1]
+        if any(side < 1 or side % factor for grid in grids for side in grid) or any(r * c > most for r, c in grids):
+            raise ValueError(
+                f"`spatial_shapes` is {grids}; expected rows and columns that pixel_shuffle_factor={factor} divides, and at most {most} "
+                "patches an image."
+            )
+        layers, positions = self.config.feature_layers, torch.arange(most, device=spatial_shapes.device)
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype),
+            pixel_attention_mask=positions < spatial_shapes.prod(-1, keepdim=True),
+            spatial_shapes=spatial_shapes,
+            output_hidden_states=layers != [-1],
+            return_dict=True,
+        )
+        features = chosen_layers(outputs, layers, self.config.vision_config.model_type)
+        images = [
+            by_squares(own[None, : rows * columns], (rows, columns), factor)
+            for own, (rows, columns) in zip(features, grids)
+        ]
+        return torch.cat(images, dim=1).flatten(1, 2)
+
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Encodes and projects images.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`).
+            pixel_values, spatial_shapes: as in `forward`.
 
         Returns:
             `last_hidden_state`: features `(images, positions, feature_size)`, as `encode_images` returns them;
-            `pooler_output`: image tokens `(images, image_seq_length, hidden)`.
+            `pooler_output`: image tokens `(images, image_seq_length, hidden)`, with native shapes `(1, tokens of all images, hidden)`.
         """
-        features = self.encode_images(pixel_values)
+        features = self.encode_images(pixel_values, spatial_shapes)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
 
     def _weightless_image(self) -> Tensor:
         """Returns zero, computed from a blank image: it keeps the image side in the graph of a training batch without images. If
         only that side trains, there would be no graph at all, and processes with images in their batches would wait for this one."""
-        shape = (1, getattr(self.config.vision_config, "num_channels", 3), *self.config.input_size)
-        device = next(self.projector.parameters()).device
-        return 0.0 * self.get_image_features(torch.zeros(shape, device=device)).pooler_output.mean()
+        channels, factor = getattr(self.config.vision_config, "num_channels", 3), self.config.pixel_shuffle_factor
+        device, shapes = next(self.projector.parameters()).device, None
+        if self.config.native_shapes:
+            size = (factor**2, channels * self.config.vision_config.patch_size**2)
+            shapes = torch.full((1, 2), factor, device=device)
+        else:
+            size = (channels, *self.config.input_size)
+        return 0.0 * self.get_image_features(torch.zeros(1, *size, device=device), shapes).pooler_output.mean()
 
     def _merge_image_features(self, inputs_embeds: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
         """Puts image features `(images, image_seq_length, hidden)` at the image tokens of `inputs_embeds`, in order."""
@@ -375,6 +431,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         prompt_mask: Tensor | None = None,
         positions_to_keep: Tensor | None = None,
         image_features: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> AlignVLMModelOutputWithPast:
@@ -382,7 +439,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): with `image_seq_length` image tokens per image or tile.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
-                all images of the batch, or the tiles of all images, in the order of their tokens.
+                all images of the batch, or the tiles of all images, in the order of their tokens. With native shapes, the patches of
+                each image row by row, then padding: `(images, patches, patch_size**2 * channels)`.
             attention_mask (`torch.Tensor`):
                 `(batch, cached + length)`, 0 at padding; or a ready bool mask of shape `(batch, 1, length, keys)`, True
                 where attention is allowed, which then replaces every rule below.
@@ -400,6 +458,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 head itself need not project positions without labels.
             image_features (`torch.Tensor` of shape `(images, positions, feature_size)`, *optional*):
                 what `encode_images` made of the images, instead of `pixel_values`: a frozen encoder need not run again.
+            spatial_shapes (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                with native shapes, the rows and columns of patches of each image.
             cache, past_key_values (`Cache`, *optional*): two names of one argument, see `CACHE_NAME`.
         """
         cache = past_key_values if cache is None else cache
@@ -427,11 +487,11 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             if is_image is None:
                 raise ValueError("Images with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
             if image_features is None:
-                image_features = self.encode_images(pixel_values)
-            height, width = self.config.feature_grid
-            if image_features.shape[1:] != (height * width, self.config.feature_size):
+                image_features = self.encode_images(pixel_values, spatial_shapes)
+            positions = image_features.shape[1] if self.config.native_shapes else self.config.positions
+            if image_features.shape[1:] != (positions, self.config.feature_size):
                 raise ValueError(
-                    f"`image_features` has shape {tuple(image_features.shape)}; expected (images, {height * width} positions, "
+                    f"`image_features` has shape {tuple(image_features.shape)}; expected (images, {positions} positions, "
                     f"{self.config.feature_size}), as `encode_images` makes them."
                 )
             features = self.projector(image_features)
@@ -522,6 +582,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 )
             is_image = torch.zeros(shape, dtype=torch.bool, device=inputs_embeds.device)
         counts = is_image.sum(-1)
+        if image_ids is None and self.config.native_shapes and bool(counts.any()):
+            raise ValueError(WITHOUT_IMAGE_IDS.format(self.config.vision_config.model_type))
         if image_ids is None and self.config.image_block == "image" and bool(counts.any()):
             raise ValueError(
                 "image_block='image' needs `image_ids`, of shape (batch, length): the image of each token, as the processor gives it "
@@ -634,8 +696,10 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+    def get_image_features(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, spatial_shapes, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -653,6 +717,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         prompt_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        spatial_shapes: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> AlignVLMCausalLMOutputWithPast:
@@ -676,6 +741,7 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             record_ids=record_ids,
             branch_ids=branch_ids,
             prompt_mask=prompt_mask,
+            spatial_shapes=spatial_shapes,
             return_dict=True,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
@@ -713,23 +779,28 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration:
-            return {name: value for name, value in inputs.items() if name not in ROW_INPUTS}
+            return {name: value for name, value in inputs.items() if name not in (*ROW_INPUTS, *IMAGE_INPUTS)}
         embedded = inputs.get("input_ids") is None
         total = (inputs_embeds if embedded else input_ids).shape[1]
         length = inputs["inputs_embeds" if embedded else "input_ids"].shape[1]
         rows = {name: _extended(name, kwargs[name], total) for name in ROW_INPUTS if kwargs.get(name) is not None}
         if inputs.get("pixel_values") is not None and "mm_token_type_ids" in rows:
-            is_image = rows["mm_token_type_ids"] == 1
-            cached, given = (self._images_per_row(part) for part in (is_image[:, :-length], is_image))
+            cached, given = (self._images_per_row(rows, tokens) for tokens in (total - length, total))
             if sum(given) == len(inputs["pixel_values"]):  # else only the new ones were given
-                rows_of_images = inputs["pixel_values"].split(given)
-                inputs["pixel_values"] = torch.cat([row[skip:] for row, skip in zip(rows_of_images, cached)])
+                for name in (name for name in IMAGE_INPUTS if inputs.get(name) is not None):
+                    rows_of_images = inputs[name].split(given)
+                    inputs[name] = torch.cat([row[skip:] for row, skip in zip(rows_of_images, cached)])
             if len(inputs["pixel_values"]) == 0:
-                del inputs["pixel_values"]
+                inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
         return inputs | {name: value[:, -length:] for name, value in rows.items()}
 
-    def _images_per_row(self, is_image: Tensor) -> list[int]:
-        return (is_image.sum(-1) // self.config.image_seq_length).tolist()
+    def _images_per_row(self, rows: dict[str, Tensor], tokens: int | None = None) -> list[int]:
+        """Counts the images or tiles among the first `tokens` of each row, from the row inputs."""
+        if not self.config.native_shapes:
+            return ((rows["mm_token_type_ids"][:, :tokens] == 1).sum(-1) // self.config.image_seq_length).tolist()
+        if rows.get("image_ids") is None:
+            raise ValueError(WITHOUT_IMAGE_IDS.format(self.config.vision_config.model_type))
+        return [1 + max(row[:tokens], default=-1) for row in rows["image_ids"].tolist()]
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Notes once where the prompt's images are, and that an uncached prompt comes before the first response."""
@@ -764,14 +835,13 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs
     ):
         """Repeats images row by row for beams and several samples, since rows may hold different numbers of them."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            rows = pixel_values.split(self._images_per_row(kwargs["mm_token_type_ids"] == 1))
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        if images and expand_size > 1:
+            counts = self._images_per_row(kwargs)
+            for name, value in images.items():
+                images[name] = torch.cat([row for row in value.split(counts) for _ in range(expand_size)])
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
-        return input_ids, kwargs
+        return input_ids, {**kwargs, **images}
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask=None, **kwargs):

@@ -6,6 +6,9 @@ the processor also returns the model's dense attention mask.
 
 With `max_tiles`, an image larger than the encoder's input becomes several: an overview of it all, then the tiles of a grid, row by row.
 Each is encoded like an image and has `image_seq_length` tokens; `image_ids` say which of them are of one image.
+
+An image processor of native shapes (SigLIP 2 NaFlex) makes patches of an image in its own shape, as many as fit into `max_num_patches`:
+each image has the grid of its tokens, and `image_ids` tell images apart.
 """
 
 import math
@@ -145,13 +148,15 @@ class AlignVLMProcessor(ProcessorMixin):
     Args:
         image_processor: the vision encoder's image processor.
         tokenizer: the language model's tokenizer; it must know `image_token` as one token.
-        image_seq_length (`int`): image tokens per image, `AlignVLMConfig.image_seq_length`.
+        image_seq_length (`int`): image tokens per image, `AlignVLMConfig.image_seq_length`; of images in native shape the most.
         image_token (`str`): the placeholder for one image in a text.
         chat_template (`str`, *optional*): Jinja template for `apply_chat_template`.
         template_writes_special_tokens (`bool`):
             whether `chat_template` writes all special tokens, as the language model's own does: then the tokenizer adds none.
         max_tiles (`int`): the most tiles that an image is cut into, beside its overview; 1: images are not cut.
         tile_marks (`bool`): whether a text before each tile says its row and column: `TILE_MARK`.
+        pixel_shuffle_factor (`int`):
+            `AlignVLMConfig.pixel_shuffle_factor`, for images in native shape: both sides of their grid of patches are multiples of it.
     """
 
     _auto_class = "AutoProcessor"
@@ -167,9 +172,11 @@ class AlignVLMProcessor(ProcessorMixin):
         template_writes_special_tokens: bool = False,
         max_tiles: int = 1,
         tile_marks: bool = False,
+        pixel_shuffle_factor: int = 1,
     ):
         if not isinstance(max_tiles, int) or max_tiles < 1:
             raise ValueError(f"max_tiles={max_tiles!r}: expected a whole number of at least 1, which cuts no image.")
+        self.pixel_shuffle_factor = pixel_shuffle_factor
         self.max_tiles = max_tiles
         self.tile_marks = tile_marks
         self.template_writes_special_tokens = template_writes_special_tokens
@@ -182,6 +189,11 @@ class AlignVLMProcessor(ProcessorMixin):
             )
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if self.native_shapes and max_tiles > 1:
+            raise ValueError(
+                f"max_tiles={max_tiles} cuts images into tiles, and {type(image_processor).__name__} takes them in their native shape. "
+                "Leave it out."
+            )
 
     def __call__(
         self, images=None, text=None, dense_mask_type: str | None = None, image_block: str = "image", **kwargs
@@ -204,7 +216,9 @@ class AlignVLMProcessor(ProcessorMixin):
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at image tokens) of shape `(batch, length)`, and
             `pixel_values` `(images, channels, height, width)` with the images of all texts in order. With `max_tiles`, `pixel_values`
             hold the tiles of all images in order, and there are `image_ids` `(batch, length)`: the index of each token's image in its
-            row, of the marks between its tiles too; -1 at text.
+            row, of the marks between its tiles too; -1 at text. In native shape, `pixel_values` hold patches, padded to `(images,
+            max_num_patches, channels * patch_size**2)`, and there are `spatial_shapes` `(images, 2)`, the rows and columns of patches of
+            each, and `image_ids`.
 
         Raises:
             ValueError: for an empty batch, an unreadable image, or other than one image per placeholder.
@@ -214,8 +228,8 @@ class AlignVLMProcessor(ProcessorMixin):
         if texts and "add_special_tokens" not in options and all(map(self._begins_with_bos, texts)):
             kwargs["add_special_tokens"] = False  # a chat template wrote it
         batch = super().__call__(images=images, text=text, **kwargs)
-        grids = batch.pop("tile_grids", [])
-        if self.max_tiles > 1 and "input_ids" in batch:
+        grids = batch.pop("image_grids", [])
+        if self.has_grids and "input_ids" in batch:
             batch["image_ids"] = self._image_ids(batch["input_ids"], grids)
         if dense_mask_type is not None:
             if not isinstance(batch.get("input_ids"), torch.Tensor):
@@ -338,12 +352,14 @@ class AlignVLMProcessor(ProcessorMixin):
 
     def process_images(self, images: list[Image.Image], **kwargs) -> BatchFeature:
         """Prepares RGB images: `pixel_values` `(tiles of all images, channels, height, width)`, of each image its overview and then its
-        tiles, row by row; and, with `max_tiles`, `tile_grids` `(images, 2)`, the rows and columns of each. `kwargs` are the image
-        processor's."""
+        tiles, row by row; and, with `max_tiles`, `image_grids` `(images, 2)`, the grid of each (`image_grid`). In native shape they are
+        patches, with `spatial_shapes`: see `__call__`. `kwargs` are the image processor's."""
+        if self.native_shapes:
+            return self._in_native_shape(images, **kwargs)
         batch = self.image_processor(images, **kwargs)
         if self.max_tiles == 1:
             return batch
-        grids = [self.tile_grid((image.height, image.width)) for image in images]
+        grids = [self.image_grid((image.height, image.width)) for image in images]
         tiles = [tile for image, grid in zip(images, grids) for tile in self._cut(image, grid)]
         if tiles:
             # A tile has its size: an image processor that cuts off the margins of images would cut off those of tiles.
@@ -356,7 +372,20 @@ class AlignVLMProcessor(ProcessorMixin):
                 for value in (overview, *(next(rest) for _ in range(tiles_of(grid) - 1)))
             ]
             batch["pixel_values"] = torch.stack(values) if isinstance(values[0], torch.Tensor) else np.stack(values)
-        batch["tile_grids"] = grids
+        batch["image_grids"] = grids
+        return batch
+
+    def _in_native_shape(self, images: list[Image.Image], **kwargs) -> BatchFeature:
+        """Resizes each image to the size of its grid; the image processor makes patches. Which of these are padding, the shapes tell."""
+        token_size = self.image_processor.patch_size * self.pixel_shuffle_factor
+        grids = [self.image_grid((image.height, image.width)) for image in images]
+        resized = [
+            image.resize((columns * token_size, rows * token_size), int(self.image_processor.resample))
+            for image, (rows, columns) in zip(images, grids)
+        ]
+        batch = self.image_processor(resized, **{**kwargs, "do_resize": False})
+        batch.pop("pixel_attention_mask")
+        batch["image_grids"] = grids
         return batch
 
     @cached_property
@@ -366,9 +395,32 @@ class AlignVLMProcessor(ProcessorMixin):
         height, width = np.asarray(values).shape[-2:]
         return height, width
 
-    def tile_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Returns the rows and columns that an image of this height and width is cut into; `WHOLE` if it is not cut."""
+    @property
+    def native_shapes(self) -> bool:
+        """Whether the image processor makes patches of images in their own shape, as SigLIP 2's for NaFlex does."""
+        return "spatial_shapes" in getattr(self.image_processor, "model_input_names", ())
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether the number of an image's tokens depends on its shape."""
+        return self.max_tiles > 1 or self.native_shapes
+
+    def image_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the rows and columns of an image of this height and width: of the tiles it is cut into, `WHOLE` if it is not cut; or,
+        in native shape, of its tokens."""
+        if self.native_shapes:
+            # Here, so that no other checkpoint depends on where transformers keeps it.
+            from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
+            token_size = self.image_processor.patch_size * self.pixel_shuffle_factor
+            most = self.image_processor.max_num_patches // self.pixel_shuffle_factor**2
+            height, width = get_image_size_for_max_num_patches(*size, token_size, most)
+            return height // token_size, width // token_size
         return best_grid(size, self.tile_size, self.max_tiles) if self.max_tiles > 1 else WHOLE
+
+    def token_count(self, grid: tuple[int, int]) -> int:
+        """Returns the number of image tokens of an image of this grid."""
+        return grid[0] * grid[1] if self.native_shapes else tiles_of(grid) * self.image_seq_length
 
     def _cut(self, image: Image.Image, grid: tuple[int, int]) -> list[Image.Image]:
         """Resizes an image to the size of its grid and cuts it into tiles, row by row; none of an image that is not cut."""
@@ -383,6 +435,8 @@ class AlignVLMProcessor(ProcessorMixin):
 
     def image_text(self, grid: tuple[int, int]) -> str:
         """Returns what stands for an image of this grid in a text: image tokens of its overview, then of each tile behind its mark."""
+        if self.native_shapes:
+            return self.image_token * self.token_count(grid)
         tile = self.image_token * self.image_seq_length
         if grid == WHOLE:
             return tile
@@ -394,12 +448,12 @@ class AlignVLMProcessor(ProcessorMixin):
         return tile + "".join(mark + tile for mark in marks)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_text(tuple(image_inputs["tile_grids"][image_idx]) if "tile_grids" in image_inputs else WHOLE)
+        return self.image_text(tuple(image_inputs["image_grids"][image_idx]) if self.has_grids else WHOLE)
 
     def _image_ids(self, input_ids, grids):
         """Returns the index of each token's image in its row, -1 at text, in the form of `input_ids` `(batch, length)`."""
         rows, grids = (given.tolist() if hasattr(given, "tolist") else given for given in (input_ids, grids))
-        lengths = iter([tiles_of(grid) * self.image_seq_length for grid in grids])
+        lengths = iter(map(self.token_count, grids))
         image_ids = [number_images(row, self.image_token_id, lengths) for row in rows]
         if isinstance(input_ids, torch.Tensor):
             return torch.tensor(image_ids)
@@ -409,19 +463,19 @@ class AlignVLMProcessor(ProcessorMixin):
         """Counts the tokens and the rows of `pixel_values` of images of any `(height, width)`, under the name that vLLM asks for."""
         if image_sizes is None:
             return MultiModalData()
-        grids = [self.tile_grid(tuple(size)) for size in image_sizes]
+        grids = [self.image_grid(tuple(size)) for size in image_sizes]
         texts = [self.image_text(grid) for grid in grids]
         return MultiModalData(
             num_image_tokens=[len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts],
-            num_image_patches=[tiles_of(grid) for grid in grids],
+            num_image_patches=[1 if self.native_shapes else tiles_of(grid) for grid in grids],
         )
 
     def to_dict(self) -> dict:
-        """As in transformers; without the two options of tiles where images are not cut, as in checkpoints from before there were any."""
-        values = super().to_dict()
-        if self.max_tiles == 1:
-            values = {name: value for name, value in values.items() if name not in ("max_tiles", "tile_marks")}
-        return values
+        """As in transformers; without the options of tiles and native shapes where they are off, as in checkpoints from before there were
+        any."""
+        off = set() if self.max_tiles > 1 else {"max_tiles", "tile_marks"}
+        off |= set() if self.native_shapes else {"pixel_shuffle_factor"}
+        return {name: value for name, value in super().to_dict().items() if name not in off}
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, but does not write down how the tokenizer was found on this machine."""
@@ -431,8 +485,8 @@ class AlignVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        tiles = ["image_ids"] if self.max_tiles > 1 else []
-        return [*super().model_input_names, "mm_token_type_ids", *tiles]
+        names = [*super().model_input_names, "mm_token_type_ids", *(["image_ids"] if self.has_grids else [])]
+        return [name for name in names if name != "pixel_attention_mask"] if self.native_shapes else names
 
 
 def tiles_of(grid: tuple[int, int]) -> int:

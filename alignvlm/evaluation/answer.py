@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from alignvlm.rows.encode import Branch, Encoder, check_prompt
 from alignvlm.rows.packing import trunk_length
-from alignvlm.rows.tiles import grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, image_inputs_of
 from modeling_alignvlm import CACHE_NAME, MASK_TYPES, to_rgb
 
 
@@ -144,8 +144,8 @@ def _image_features(
     flat = [image for entry in images for image in entry]
     if not flat:
         return [None] * len(groups)
-    pixel_values = pixel_values_of(processor, flat).to(model.device)
-    return list(model.get_image_features(pixel_values).pooler_output.flatten(0, 1).split(counts))
+    inputs = {name: value.to(model.device) for name, value in image_inputs_of(processor, flat).items()}
+    return list(model.get_image_features(**inputs).pooler_output.flatten(0, 1).split(counts))
 
 
 def _image_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> int:

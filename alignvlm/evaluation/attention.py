@@ -10,9 +10,11 @@ One forward pass over prompt and answer gives everything (teacher forcing): the 
 Attention shows where information was read, not why a word was chosen: a layer may read a place and use nothing of it (Jain and Wallace,
 2019, arXiv 1902.10186). Compare layers, and the map of the same word about another image, before believing one.
 
-Of an image that is cut into tiles, maps show what was read of its overview, not of its tiles.
+Of an image that is cut into tiles, maps show what was read of its overview, not of its tiles. Of images in native shape each has a grid of its
+own; where several are shown, smaller maps are filled up with zeros at the right and below: `grids` tells how far each reaches.
 """
 
+import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from alignvlm.data.record import Conversation
 from alignvlm.evaluation.answer import Messages
 from alignvlm.rows.encode import Branch, Encoder
-from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, has_grids, image_inputs_of, takes_native_shapes
 from modeling_alignvlm import tiles_of, to_rgb
 
 
@@ -57,12 +59,14 @@ class ImageAttention:
             the attention of each layer, averaged over its heads; rows and columns are those of the tokens of the image (of its overview, if
             it is cut into tiles), from the top left.
         rollout (`torch.FloatTensor` of shape `(tokens, images, rows, columns)`): see `attention_rollout`.
+        grids (`list[tuple[int, int]]`): of each image, the rows and columns that it has.
     """
 
     tokens: list[str]
     words: list[Word]
     layers: Tensor
     rollout: Tensor
+    grids: list[tuple[int, int]]
 
     @property
     def mean(self) -> Tensor:
@@ -110,27 +114,33 @@ def attention_to_images(
     if count == 0 or count > len(images):
         raise ValueError(f"The prompt shows {count} image(s), and {len(images)} were given. Give one image per part.")
     images = list(map(to_rgb, images[:count]))
-    grids, pixel_values = grids_of(processor, images), pixel_values_of(processor, images)
+    grids, inputs = grids_of(processor, images), image_inputs_of(processor, images)
     branch = _branch(processor, messages, answer, grids)
-    attentions = _attentions(model, branch, pixel_values, cuts_images(processor))
+    attentions = _attentions(model, branch, inputs, has_grids(processor))
     predicting = slice(branch.prompt_length - 1, len(branch) - 1)
-    rows, columns = (side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
-    length = model.config.image_seq_length
-    firsts = torch.tensor(
-        [branch.image_ids.index(image) for image in range(count)]
-    )  # an image begins with its overview
-    places, shares = (firsts[:, None] + torch.arange(length)).flatten().to(attentions[0].device), None
-    if length < rows * columns:  # similar squares were merged: each has an equal share of its token's attention
-        overviews = [sum(map(tiles_of, grids[:image])) for image in range(count)]
-        encoded = model.model.encode_images(pixel_values[overviews].to(model.device))
-        members = nn.functional.one_hot(model.model.projector.tokens_of_squares(encoded), length).mT
-        shares = (members / members.sum(-1, keepdim=True)).to(attentions[0])  # (images, tokens of an image, squares)
+    firsts = [branch.image_ids.index(image) for image in range(count)]  # an image begins with its overview
+    grids_of_tokens, shares = grids, None
+    if not takes_native_shapes(processor):
+        grid = tuple(side // model.config.pixel_shuffle_factor for side in model.config.feature_grid)
+        grids_of_tokens, length = [grid] * count, model.config.image_seq_length
+        if length < math.prod(grid):  # similar squares were merged: each has an equal share of its token's attention
+            overviews = [sum(map(tiles_of, grids[:image])) for image in range(count)]
+            encoded = model.model.encode_images(inputs["pixel_values"][overviews].to(model.device))
+            members = nn.functional.one_hot(model.model.projector.tokens_of_squares(encoded), length).mT
+            shares = (members / members.sum(-1, keepdim=True)).to(
+                attentions[0]
+            )  # (images, tokens of an image, squares)
+    most_rows, most_columns = (max(sides) for sides in zip(*grids_of_tokens))
 
     def maps(values: Tensor) -> Tensor:  # (..., tokens, length) -> (..., tokens, images, rows, columns)
-        values = values[..., places].unflatten(-1, (count, length))
-        if shares is not None:
-            values = (values.unsqueeze(-2) @ shares).squeeze(-2)
-        return values.unflatten(-1, (rows, columns)).cpu()
+        found = []
+        for image, (first, (rows, columns)) in enumerate(zip(firsts, grids_of_tokens)):
+            length = rows * columns if shares is None else shares.shape[1]
+            own = values[..., first : first + length]
+            own = own if shares is None else own @ shares[image]
+            margins = (0, most_columns - columns, 0, most_rows - rows)
+            found.append(nn.functional.pad(own.unflatten(-1, (rows, columns)), margins))
+        return torch.stack(found, dim=-3).cpu()
 
     tokens = list(_pieces(processor.tokenizer, branch.input_ids[branch.prompt_length :]))
     return ImageAttention(
@@ -138,6 +148,7 @@ def attention_to_images(
         words=words_of(tokens),
         layers=maps(torch.stack([layer[predicting] for layer in attentions])),
         rollout=maps(attention_rollout(attentions, predicting)),
+        grids=grids_of_tokens,
     )
 
 
@@ -219,7 +230,9 @@ def _branch(
     return Branch(tuple(input_ids), (False,) * len(input_ids), prompt_length, tuple(image_ids))
 
 
-def _attentions(model: PreTrainedModel, branch: Branch, pixel_values: Tensor, gives_image_ids: bool) -> list[Tensor]:
+def _attentions(
+    model: PreTrainedModel, branch: Branch, inputs: dict[str, Tensor], gives_image_ids: bool
+) -> list[Tensor]:
     """Returns per layer the weights `(length, length)`, averaged over heads, in float32 at least."""
     tokens = torch.tensor([branch.input_ids], device=model.device)
     prompt_mask = torch.arange(len(branch), device=model.device)[None] < branch.prompt_length
@@ -228,7 +241,7 @@ def _attentions(model: PreTrainedModel, branch: Branch, pixel_values: Tensor, gi
     with _eager(model.model.language_model):
         outputs = model.model(
             input_ids=tokens,
-            pixel_values=pixel_values.to(model.device),
+            **{name: value.to(model.device) for name, value in inputs.items()},
             mm_token_type_ids=is_image.long(),
             image_ids=image_ids if gives_image_ids else None,
             prompt_mask=prompt_mask,

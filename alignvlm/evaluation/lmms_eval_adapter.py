@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, with_tag
 from alignvlm.rows.encode import Encoder
-from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, has_grids, image_inputs_of
 from modeling_alignvlm import to_rgb
 
 
@@ -143,8 +143,8 @@ class AlignVLM(lmms):
             input_ids = torch.tensor([[*prompt.input_ids, *response]])
             inputs = {"input_ids": input_ids, "prompt_mask": torch.arange(input_ids.shape[1])[None] < length}
             if pictures:
-                inputs["pixel_values"] = pixel_values_of(self.processor, pictures)
-            if cuts_images(self.processor):
+                inputs |= image_inputs_of(self.processor, pictures)
+            if has_grids(self.processor):
                 inputs["image_ids"] = torch.tensor([[*prompt.image_ids, *[-1] * len(response)]])
             logits = self.model(**{name: value.to(self.device) for name, value in inputs.items()}).logits
             logits = logits[0, length - 1 : -1].float()

@@ -281,6 +281,8 @@ HOMES = (
 
 def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor | None = None) -> list[Obstacle]:
     """All that keeps a configuration, with its processor if it is given, from becoming `home`; an empty list if nothing does."""
+    if getattr(config, "native_shapes", False):
+        return [Obstacle("it takes images of one size, and the encoder takes them in their native shape")]
     found = []
     if config.image_block is not None or getattr(processor, "max_tiles", 1) > 1:
         found.append(Obstacle("it does not cut images into tiles as this checkpoint's processor does (max_tiles)"))

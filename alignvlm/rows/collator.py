@@ -16,7 +16,7 @@ from alignvlm.data.record import Record
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.features import FeatureStore
 from alignvlm.rows.packing import IGNORED, Packer, Row, joined
-from alignvlm.rows.tiles import cuts_images, grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, has_grids, image_inputs_of, takes_native_shapes
 from modeling_alignvlm import AlignVLMProcessor, TokenLayout, check_no_leak, get_mask_type
 
 
@@ -55,7 +55,8 @@ class AlignVLMCollator:
     The batch's `losses_of_data` lists dropped data, if there is any: mappings of `"kind"` (`bad_row`, `bad_image`,
     `dropped_record`, `dropped_annotation` or `cut_response`), `"source"` and `"what"`. The trainer takes the list out, counts and records it.
 
-    Where the processor cuts images into tiles, the batch has `image_ids`, and `pixel_values` hold the tiles of all images in order.
+    Where the processor cuts images into tiles, the batch has `image_ids`, and `pixel_values` hold the tiles of all images in order. Where it
+    takes them in native shape, the batch has `image_ids` and `spatial_shapes`.
 
     After `keep_features`, a batch has `image_features` instead of `pixel_values` where the features of all its images are kept.
     """
@@ -105,11 +106,13 @@ class AlignVLMCollator:
     def token_counts(self, record: dict) -> tuple[int, int]:
         """Counts the image and the text tokens of a record's rows; its images need not be readable. Marks between tiles are text."""
         rows = self.rows(record)
-        image = sum(map(self.tile_count, rows)) * self.processor.image_seq_length
+        image = sum(row.input_ids.count(self.processor.image_token_id) for row in rows)
         return image, sum(map(len, rows)) - image
 
     def tile_count(self, row: Row) -> int:
         """Counts what the encoder encodes for a row: its images, or their tiles."""
+        if takes_native_shapes(self.processor):
+            return len(row.images)
         return row.input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -150,7 +153,7 @@ class AlignVLMCollator:
             "branch_ids": padded("branch_ids", 0),
             "prompt_mask": padded("prompt_mask", False),
         }
-        if cuts_images(self.processor):
+        if has_grids(self.processor):
             batch["image_ids"] = padded("image_ids", -1)
         images = [image for row in rows for image in row.images]
         if images:
@@ -173,21 +176,21 @@ class AlignVLMCollator:
             record_ids=torch.tensor([row.record_ids]),
             branch_ids=torch.tensor([row.branch_ids]),
             prompt_mask=torch.tensor([row.prompt_mask]),
-            image_ids=torch.tensor([row.image_ids]) if cuts_images(self.processor) else None,
+            image_ids=torch.tensor([row.image_ids]) if has_grids(self.processor) else None,
         )
         for mask_type in self.mask_types:
             check_no_leak(layout, mask_type, response_mask=torch.tensor([row.labels]) != IGNORED)
 
     def pixel_values(self, images: list) -> Tensor:
         """Prepares decoded images as the vision encoder wants them: `(images, channels, height, width)`."""
-        return pixel_values_of(self.processor, images)
+        return image_inputs_of(self.processor, images)["pixel_values"]
 
     def _image_inputs(self, images: list) -> dict[str, Tensor]:
         """Returns the kept features of a batch's images if all of them have some, else their pixel values."""
         if len(images) in self.sizes and all(isinstance(image, KeptImage) for image in images):
             return {"image_features": self.features.stacked([image.key for image in images])}
         decoded = [read_image(image.image) if isinstance(image, KeptImage) else image for image in images]
-        return {"pixel_values": self.pixel_values(decoded)}
+        return image_inputs_of(self.processor, decoded)
 
     def _read(self, image: Any) -> Any:
         """Decodes an image, unless its features are kept."""

@@ -13,8 +13,8 @@ from itertools import takewhile
 from typing import Any
 
 from alignvlm.data.record import Conversation
-from alignvlm.rows.tiles import Grid, cuts_images, grids_up_to
-from modeling_alignvlm import WHOLE, AlignVLMProcessor, number_images, tiles_of
+from alignvlm.rows.tiles import Grid, cuts_images, grids_up_to, has_grids, tokens_of
+from modeling_alignvlm import WHOLE, AlignVLMProcessor, number_images
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Branch:
 class Encoder:
     """Encodes conversations with a processor's chat template and tokenizer.
 
-    Where the processor cuts images into tiles, it takes the grid of each image beside the conversation.
+    Where the processor cuts images into tiles or takes them in native shape, it takes the grid of each image beside the conversation.
 
     Raises:
         ValueError: if the processor has no chat template.
@@ -124,16 +124,20 @@ class Encoder:
 
     @cached_property
     def most_image_tokens(self) -> int:
-        """The number of tokens of an image of the most tiles, with their marks."""
-        return max(len(self.image_tokens(grid)) for grid in grids_up_to(getattr(self.processor, "max_tiles", 1)))
+        """The number of tokens of an image of the most tiles, with their marks; in native shape the most that an image can have."""
+        if not cuts_images(self.processor):
+            return self.processor.image_seq_length
+        return max(len(self.image_tokens(grid)) for grid in grids_up_to(self.processor.max_tiles))
 
     def _checked(self, grids: Sequence[Grid] | None, image_count: int) -> tuple[Grid, ...]:
-        """Returns the grids of a conversation's images. Without tiles, none need be given."""
-        if grids is None and not cuts_images(self.processor):
+        """Returns the grids of a conversation's images. Where all images have as many tokens, none need be given."""
+        if grids is None and not has_grids(self.processor):
             return (WHOLE,) * image_count
         if image_count and (grids is None or len(grids) < image_count):
+            tiles = f"cuts images into up to {self.processor.max_tiles} tiles"
+            what = tiles if cuts_images(self.processor) else "takes images in their native shape"
             raise ValueError(
-                f"The processor cuts images into up to {self.processor.max_tiles} tiles, so {image_count} image(s) need as many `grids`; "
+                f"The processor {what}, so {image_count} image(s) need as many `grids`; "
                 f"got {grids}. Give `alignvlm.rows.tiles.grids_of(processor, images)`."
             )
         return tuple((grids or ())[:image_count])
@@ -141,12 +145,12 @@ class Encoder:
     def _image_tokens(self, grid: Grid) -> tuple[int, ...]:
         """Returns the tokens of an image of this grid. Marks stand between image tokens, so nothing before or behind the image changes
         how they are tokenised."""
-        if grid == WHOLE:
-            return (self.processor.image_token_id,) * self.processor.image_seq_length
+        if grid == WHOLE or not cuts_images(self.processor):
+            return (self.processor.image_token_id,) * tokens_of(self.processor, grid)
         return tuple(self.tokenizer(self.processor.image_text(grid), add_special_tokens=False)["input_ids"])
 
     def _image_ids(self, ids: list[int], grids: Sequence[Grid]) -> tuple[int, ...]:
-        lengths = (tiles_of(grid) * self.processor.image_seq_length for grid in grids)
+        lengths = (tokens_of(self.processor, grid) for grid in grids)
         return tuple(number_images(ids, self.processor.image_token_id, lengths))
 
     def _adds_special_tokens(self, text: str) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from alignvlm.data.mixture import RECORD_COLUMNS, Mixture, MixtureSampler, Part, tagged
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import best_fit
-from alignvlm.rows.tiles import cuts_images
+from alignvlm.rows.tiles import has_grids
 
 
 # Records among which rows are chosen. Four times as many fill rows by about 1% more (benchmarks/rows.py), and of a stream so many images
@@ -89,7 +89,7 @@ class _Sizes(torch.utils.data.Dataset):
     """The sizes of a mixture's records, which are read without their images, but where a record's tokens depend on their shapes."""
 
     def __init__(self, parts: list[Part], collator: AlignVLMCollator):
-        if not cuts_images(collator.processor):
+        if not has_grids(collator.processor):
             parts = [replace(part, source=part.source.without_images()) for part in parts]
         self.parts = parts
         self.ends = np.cumsum([len(part.source) for part in parts])

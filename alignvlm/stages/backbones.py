@@ -33,7 +33,14 @@ from alignvlm.stages.chat_templates import (
 )
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.command_line import parse_fields
-from alignvlm.stages.encoder_measure import EncoderMeasure, measure_encoder, set_image_size, without_timm
+from alignvlm.stages.encoder_measure import (
+    EncoderMeasure,
+    has_native_shapes,
+    measure_encoder,
+    set_image_size,
+    set_max_num_patches,
+    without_timm,
+)
 from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
 from alignvlm.stages.projector_checkpoint import SavedProjector, start_projector
 from alignvlm.stages.tiles import TileArguments, cut_images
@@ -103,6 +110,13 @@ class BackboneArguments(TileArguments):
             "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
         },
     )
+    max_num_patches: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most patches of an image, for an encoder that takes images in their native shape (SigLIP 2 NaFlex). Left out: as its "
+            "image processor says."
+        },
+    )
     image_begin: str | None = field(
         default=None,
         metadata={
@@ -166,9 +180,7 @@ def join(
         vision_config=vision.config,
         text_config=language.config,
         image_token_id=image_token_id,
-        image_size=list(measure.input_size),
-        image_grid=list(measure.grid),
-        vision_hidden_size=measure.hidden_size,
+        **measure.fields(),
         **fields,
     )
     if language.config.is_encoder_decoder:
@@ -296,7 +308,14 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)
     image_processor = without_timm(arguments.vision, image_processor)
     if arguments.image_size is not None:
+        if has_native_shapes(vision):
+            raise ValueError(
+                f"image_size={arguments.image_size} is the side of a square, and the encoder {arguments.vision!r} takes images in their native "
+                "shape. Leave it out; --max_num_patches sets how large they become."
+            )
         set_image_size(image_processor, arguments.image_size)
+    if arguments.max_num_patches is not None:
+        set_max_num_patches(arguments.vision, vision, image_processor, arguments.max_num_patches)
     measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32
@@ -336,6 +355,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         image_token=IMAGE_TOKEN,
         chat_template=template,
         template_writes_special_tokens=own_template,
+        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
     )
     cut_images(arguments, model.config, processor)
     if processor.max_tiles > 1:

@@ -7,6 +7,7 @@ windows merged several times over, or a map.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from modeling_alignvlm.configuration_alignvlm import NATIVE_SHAPES
 from modeling_alignvlm.modeling_alignvlm import chosen_layers
 
 
@@ -23,17 +25,50 @@ EXTRA_TOKENS = 16  # class and register tokens that may stand before the feature
 
 @dataclass
 class EncoderMeasure:
-    """Of one image: `input_size` is height and width in pixels, `grid` rows and columns of features of `hidden_size` values a layer."""
+    """Of one image: `input_size` is height and width in pixels, `grid` rows and columns of features of `hidden_size` values a layer.
 
-    input_size: tuple[int, int]
-    grid: tuple[int, int]
+    Of an encoder that takes images in their native shape, these two are None, and `max_num_patches` is the most features of an image.
+    """
+
+    input_size: tuple[int, int] | None
+    grid: tuple[int, int] | None
     hidden_size: int
+    max_num_patches: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Returns what it says in `AlignVLMConfig`."""
+        if self.max_num_patches is not None:
+            return {"vision_hidden_size": self.hidden_size, "max_num_patches": self.max_num_patches}
+        return {
+            "vision_hidden_size": self.hidden_size,
+            "image_size": list(self.input_size),
+            "image_grid": list(self.grid),
+        }
 
 
 def pictures() -> list[Image.Image]:
     """Noise in landscape, portrait and square form."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
+
+
+def has_native_shapes(encoder: nn.Module) -> bool:
+    """Whether images of an encoder have their native shape."""
+    return encoder.config.model_type in NATIVE_SHAPES
+
+
+def set_max_num_patches(name: str, encoder: nn.Module, image_processor, count: int) -> None:
+    """Lets an image processor make at most `count` patches of an image.
+
+    Raises:
+        ValueError: for an encoder that takes squares.
+    """
+    if not has_native_shapes(encoder):
+        raise ValueError(
+            f"max_num_patches={count} is for encoders that take images in their native shape ({', '.join(NATIVE_SHAPES)}), and {name!r} is "
+            f"of type {encoder.config.model_type!r}. Leave it out; --image_size sets the side of its squares."
+        )
+    image_processor.max_num_patches = count
 
 
 def set_image_size(image_processor, side: int) -> None:
@@ -87,6 +122,8 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layers: Sequ
         ValueError: if the encoder does not have these layers, or not all of one shape, if pictures of different forms do not become equally many features, if the encoder does not take what the
             image processor makes, or if its features are no positions of the image or not the same twice.
     """
+    if has_native_shapes(encoder):
+        return _measure_patches(name, encoder, image_processor, layers)
     training = encoder.training
     encoder.eval()
     try:
@@ -117,6 +154,23 @@ def measure_encoder(name: str, encoder: nn.Module, image_processor, layers: Sequ
             "with one feature per place."
         )
     return EncoderMeasure(size, grid, features.shape[2] // len(layers))
+
+
+def _measure_patches(name: str, encoder: nn.Module, image_processor, layers: Sequence[int]) -> EncoderMeasure:
+    """As `measure_encoder`, of an encoder that takes images in their native shape."""
+    kind, patch_size = type(image_processor).__name__, getattr(image_processor, "patch_size", None)
+    if "spatial_shapes" not in image_processor.model_input_names or patch_size != encoder.config.patch_size:
+        raise ValueError(
+            f"The image processor of {name!r} ({kind}, patch_size={patch_size}) does not make the patches that the encoder "
+            f"{encoder.config.model_type!r} takes, of {encoder.config.patch_size} x {encoder.config.patch_size} pixels. Use the image processor "
+            "that the encoder was trained with."
+        )
+    inputs = image_processor(pictures(), return_tensors="pt")
+    outputs = encoder(**inputs, output_hidden_states=list(layers) != [-1], return_dict=True)
+    features = chosen_layers(outputs, list(layers), f"{name} ({encoder.config.model_type})")
+    if not features[inputs["pixel_attention_mask"].bool()].isfinite().all():
+        raise ValueError(f"The features of the vision encoder {name!r} ({encoder.config.model_type}) are not finite.")
+    return EncoderMeasure(None, None, features.shape[-1] // len(layers), int(image_processor.max_num_patches))
 
 
 def _pixel_values(name: str, image_processor) -> Tensor:

@@ -24,6 +24,7 @@ from alignvlm.rows.collator import AlignVLMCollator, count_images
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
+from alignvlm.stages.tiles import check_not_native
 from alignvlm.stages.trainer import AlignVLMTrainer
 
 
@@ -76,6 +77,7 @@ class ProjectorStart(StageOption):
         return [cls(arguments, trainer, collator, mixture)] if arguments.projector_start else []
 
     def check(self, trainer: AlignVLMTrainer) -> None:
+        check_not_native(self.collator.processor, "projector_start takes images of as many tokens each")
         trainer.check_complete_weights("projector_start")
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
-from alignvlm.rows.tiles import cuts_images, set_max_tiles
+from alignvlm.rows.tiles import cuts_images, set_max_tiles, takes_native_shapes
 from modeling_alignvlm import IMAGE_BLOCKS, AlignVLMProcessor
 
 
@@ -55,8 +55,19 @@ def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: Al
     config.image_block = arguments.image_block or config.image_block
 
 
+def check_not_native(processor: AlignVLMProcessor, what: str) -> None:
+    """Raises a `ValueError` if images are taken in their native shape where something, in the words of `what`, needs one size."""
+    if takes_native_shapes(processor):
+        raise ValueError(
+            f"{what}, and {type(processor.image_processor).__name__} takes images in their native shape. Leave it out, or take an encoder of "
+            "squares."
+        )
+
+
 def check_not_cut(processor: AlignVLMProcessor, what: str) -> None:
-    """Raises a `ValueError` if images are cut into tiles where something, in the words of `what`, takes only complete ones."""
+    """Raises a `ValueError` if images are cut into tiles, or taken in their native shape, where something, in the words of `what`, takes only
+    complete ones of one size."""
+    check_not_native(processor, what)
     if cuts_images(processor):
         raise ValueError(
             f"{what}, and max_tiles={processor.max_tiles} cuts images into tiles. Leave out one of the two; max_tiles: 1 cuts none."

@@ -14,11 +14,13 @@ from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.mixture import Mixture, Part
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED, Row
+from alignvlm.rows.tiles import image_inputs_of
+from modeling_alignvlm import AlignVLMProcessor
 
 
 STYLE = """body { font: 14px/1.5 sans-serif; margin: 2em; max-width: 70em }
 article { display: flex; gap: 1em; margin: 1em 0; padding-top: 1em; border-top: 1px solid #ccc }
-img { width: 12em; height: 12em; image-rendering: pixelated } pre { white-space: pre-wrap; margin: 0 0 .5em }
+img { width: 12em; height: 12em; object-fit: contain; image-rendering: pixelated } pre { white-space: pre-wrap; margin: 0 0 .5em }
 b { font-weight: normal; background: #cde8c9 } i { font-style: normal; background: #e4e4e4; color: #666 }"""
 
 
@@ -107,9 +109,15 @@ def _branches(row: Row, collator: AlignVLMCollator) -> str:
     return "".join(pieces)
 
 
-def after_processing(picture: Image.Image, image_processor) -> Image.Image:
-    """Returns the image after resizing, cropping and normalisation, back in 8-bit values."""
-    values = np.asarray(image_processor([picture], return_tensors="np")["pixel_values"])[0].transpose(1, 2, 0)
+def after_processing(picture: Image.Image, processor: AlignVLMProcessor) -> Image.Image:
+    """Returns an RGB image (of one that is cut into tiles, its overview) after resizing, cropping and normalisation, back in 8-bit values."""
+    image_processor, inputs = processor.image_processor, image_inputs_of(processor, [picture])
+    values = inputs["pixel_values"][0].numpy()
+    if "spatial_shapes" in inputs:  # patches of an image in its native shape
+        (rows, columns), side = inputs["spatial_shapes"][0].tolist(), image_processor.patch_size
+        patches = values[: rows * columns].reshape(rows, columns, side, side, -1)
+        values = patches.swapaxes(1, 2).reshape(rows * side, columns * side, -1).transpose(2, 0, 1)
+    values = values.transpose(1, 2, 0)
     if getattr(image_processor, "do_normalize", False):
         values = values * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
     return Image.fromarray((values * 255).round().clip(0, 255).astype(np.uint8))
@@ -117,5 +125,5 @@ def after_processing(picture: Image.Image, image_processor) -> Image.Image:
 
 def _data_url(picture: Image.Image, collator: AlignVLMCollator) -> str:
     file = io.BytesIO()
-    after_processing(picture, collator.processor.image_processor).save(file, "PNG")
+    after_processing(picture, collator.processor).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -369,7 +369,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
             return gr.update(
-                value=heat_map(list(images), values),
+                value=heat_map(list(images), values, looked.grids),
                 visible=True,
                 label=f"Read for “{word}”",
                 alt_text=f"Heat map of the image for the word {word}",

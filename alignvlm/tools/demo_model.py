@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, Text
 
 from alignvlm.evaluation.attention import ImageAttention, attention_to_images
 from alignvlm.evaluation.load import with_tag
-from alignvlm.rows.tiles import grids_of
-from modeling_alignvlm import MASK_TYPES, tiles_of
+from alignvlm.rows.tiles import grids_of, tokens_of
+from modeling_alignvlm import MASK_TYPES
 
 
 ATTENTION_BYTES = 2 << 30  # the most memory that the attention of one answer may take while it is made
@@ -177,11 +177,10 @@ class DemoModel:
         float16; None if there is nothing to see: no image in the conversation, no word in the answer, or no memory for the attention."""
         config = self.model.config.text_config
         shown = sum(part["type"] == "image" for message in talk.messages for part in message["content"])
-        tiles = sum(map(tiles_of, grids_of(self.processor, images[:shown])))
         length = len(
             self.processor.tokenizer(str(talk.messages) + answer)["input_ids"]
         )  # at least as long as the texts
-        length += tiles * self.model.config.image_seq_length
+        length += sum(tokens_of(self.processor, grid) for grid in grids_of(self.processor, images[:shown]))
         needed = 4 * config.num_hidden_layers * config.num_attention_heads * length**2
         if shown == 0 or not answer.strip() or needed > ATTENTION_BYTES:
             return None
@@ -209,14 +208,21 @@ class DemoModel:
             config.attention_mask_type = before
 
 
-def heat_map(images: list[Image.Image], values: torch.Tensor) -> Image.Image:
+def heat_map(
+    images: list[Image.Image], values: torch.Tensor, grids: list[tuple[int, int]] | None = None
+) -> Image.Image:
     """Lays a word's heat maps over its images, side by side: bright where the model looked, dark where it did not.
 
     Args:
         values: `(images, rows, columns)`; the largest of all is brightest.
+        grids: of each image, the rows and columns that it has; left out: all.
     """
     largest = max(float(values.max()), 1e-9)
-    shown = [_heated(image, (each / largest).float().cpu().numpy()) for image, each in zip(images, values)]
+    own = [
+        each[:rows, :columns] / largest
+        for each, (rows, columns) in zip(values, grids or [values.shape[1:]] * len(values))
+    ]
+    shown = [_heated(image, each.float().cpu().numpy()) for image, each in zip(images, own)]
     gap = 8
     size = sum(each.width for each in shown) + gap * (len(shown) - 1), max(each.height for each in shown)
     joined, left = Image.new("RGB", size, "white"), 0

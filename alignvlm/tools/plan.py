@@ -34,7 +34,7 @@ from alignvlm.stages.mask_types import described
 from alignvlm.stages.projector_start import check_new_projector
 from alignvlm.stages.prompts import preferences, prompts
 from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, RewardArguments, parse_any_stage
-from alignvlm.stages.tiles import check_not_cut, cut_images
+from alignvlm.stages.tiles import check_not_cut, check_not_native, cut_images
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import run
@@ -66,8 +66,24 @@ class ImageCost:
     tokens: int
 
     @classmethod
-    def of(cls, vision: PreTrainedConfig, input_size: tuple[int, int], tokens: int) -> "ImageCost":
-        """Counts the cost with PyTorch, on an image of `input_size` pixels and an encoder without weights."""
+    def of(cls, config: PreTrainedConfig) -> "ImageCost":
+        """Counts the cost for a model of this config with PyTorch, on an encoder without weights. Of images in native shape it is that of the
+        most patches: others are padded to as many."""
+        vision, channels = config.vision_config, getattr(config.vision_config, "num_channels", 3)
+        if config.native_shapes:
+            patches = torch.empty(1, config.max_num_patches, channels * vision.patch_size**2, device="meta")
+            inputs = {
+                "pixel_values": patches,
+                "spatial_shapes": torch.tensor([[1, config.max_num_patches]]),
+                "pixel_attention_mask": None,
+            }
+        else:
+            inputs = {"pixel_values": torch.empty(1, channels, *config.input_size, device="meta")}
+        return cls.of_encoder(vision, inputs, config.image_seq_length)
+
+    @classmethod
+    def of_encoder(cls, vision: PreTrainedConfig, inputs: dict[str, Any], tokens: int) -> "ImageCost":
+        """Counts the cost of an encoder without weights, with inputs on the meta device."""
         values = 0
 
         def count(module, inputs, output):
@@ -80,7 +96,7 @@ class ImageCost:
                 if not list(module.children()):
                     module.register_forward_hook(count)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                encoder(torch.empty(1, getattr(vision, "num_channels", 3), *input_size))
+                encoder(**inputs)
         return cls(float(counter.get_total_flops()), values, tokens)
 
 
@@ -115,7 +131,9 @@ def step_flops(
         for module in modules[1:]
     )
     vision, text = modules[0].config, modules[2].config
-    image = image or ImageCost.of(vision, (vision.image_size,) * 2, (vision.image_size // vision.patch_size) ** 2)
+    if image is None:
+        square = torch.empty(1, vision.num_channels, vision.image_size, vision.image_size, device="meta")
+        image = ImageCost.of_encoder(vision, {"pixel_values": square}, (vision.image_size // vision.patch_size) ** 2)
     trained = "vision" in trains
     total = images * image.flops * (3 + recompute if trained else 1)
     total += images * image.tokens * 2 * projector_weights * (3 if "projector" in trains else 1 + trained)
@@ -191,9 +209,8 @@ class KeptSize:
             if arguments.max_steps > 0:
                 records = len(part.source)
             images += records * sum(counts) / len(counts)
-        height, width = config.feature_grid
         bytes_each = 2 if arguments.frozen_16_bit else 4
-        size = cls(round(images), height * width, config.feature_size, bytes_each, round(images) * image.flops)
+        size = cls(round(images), config.positions, config.feature_size, bytes_each, round(images) * image.flops)
         folder = features_folder(arguments)
         there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         check_room(folder, size.bytes - there)
@@ -294,8 +311,7 @@ def memory_of(
     every = sum(p.numel() for p in model.parameters())
     half = 2 if arguments.dtype_16_bit is not None else 4
     vision, text = model.config.vision_config, model.config.text_config
-    height, width = model.config.feature_grid
-    positions, trains_vision = height * width, "vision" in arguments.learning_rates
+    positions, trains_vision = model.config.positions, "vision" in arguments.learning_rates
     activations, largest = 0.0, 0.0
     towers = [(text, batch.rows * batch.length, batch.rows, batch.length, True)]
     sizes = (getattr(vision, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
@@ -354,6 +370,8 @@ def plan_stage(
         layer_of(config, arguments.embedding_loss_layer)
     if arguments.cache_features:
         check_not_cut(processor, "cache_features keeps one feature map an image")
+    if arguments.projector_start:
+        check_not_native(processor, "projector_start takes images of as many tokens each")
     with torch.device("meta"):
         model = AlignVLMForConditionalGeneration(config)
         check_row_length(arguments, model)
@@ -378,7 +396,7 @@ def plan_stage(
     if arguments.max_steps <= 0:
         examples = sum(mixture.draws) * arguments.num_train_epochs / records_per_example
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
-    image = ImageCost.of(config.vision_config, config.input_size, config.image_seq_length)
+    image = ImageCost.of(config)
     start_flops = 0.0
     if arguments.projector_start:
         encoded, images = (sum(getattr(batch, name) for batch in batches) for name in ("images", "whole_images"))

@@ -96,7 +96,7 @@ def test_tiles_are_the_whole_image_at_the_size_of_the_grid(processor, name):
     own = tiled(processor, image_processor=IMAGE_PROCESSORS[name])
     images = [picture((40, 70)), picture((16, 10)), picture((33, 16))]
     batch = own.process_images(images, return_tensors="np")
-    grids = [tuple(grid) for grid in batch["tile_grids"]]
+    grids = [tuple(grid) for grid in batch["image_grids"]]
     assert grids == [(2, 1), (1, 1), (1, 2)]
     values = np.asarray(batch["pixel_values"])
     assert values.shape == (3 + 1 + 3, 3, 16, 16)

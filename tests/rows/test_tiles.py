@@ -14,7 +14,7 @@ from alignvlm.data.record import Conversation
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.encode import Branch, Encoder
 from alignvlm.rows.packing import IGNORED, shortened, trunk_length
-from alignvlm.rows.tiles import grids_of, pixel_values_of
+from alignvlm.rows.tiles import grids_of, image_inputs_of
 from modeling_alignvlm import IMAGE_BLOCKS, AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests import examples
@@ -153,7 +153,7 @@ def test_counts_of_undecoded_images_are_those_of_decoded_ones(processor, tmp_pat
     for image in ({"bytes": None, "path": str(tmp_path / "0.png")}, picture((40, 20)), {"bytes": b"", "path": None}):
         counts.append(collator.token_counts(of_exchanges([image], [("a", "b")]))[0])
     assert counts == [12, 12, 4]
-    assert pixel_values_of(own, [picture((40, 20))]).shape[0] == 3
+    assert image_inputs_of(own, [picture((40, 20))])["pixel_values"].shape[0] == 3
 
 
 def test_conversations_with_the_same_words_and_other_shapes_have_other_tokens(processor):

@@ -71,6 +71,11 @@ def heat_maps(run: Run, answers: list[Answer]) -> tuple[list[HeatMaps], list[str
         except ValueError as error:
             notes.append(f"{answer.prompt!r}: {error}")
             continue
+        if len(set(looked.grids)) > 1:
+            notes.append(
+                f"{answer.prompt!r}: its images have grids of different shapes, which are not drawn beside each other."
+            )
+            continue
         words = looked.words[:MOST_WORDS]
         maps = torch.stack(
             [
@@ -93,7 +98,7 @@ def heat_maps(run: Run, answers: list[Answer]) -> tuple[list[HeatMaps], list[str
                 shape=tuple(maps.shape[2:]),
                 values=base64.b64encode((maps / most * 255).round().astype(np.uint8).tobytes()).decode(),
                 shares=(maps.sum(axis=(2, 3, 4)) * 100).round().astype(int).tolist(),
-                uris=[data_uri(as_seen(image, processor.image_processor)) for image in images[: maps.shape[2]]],
+                uris=[data_uri(as_seen(image, processor)) for image in images[: maps.shape[2]]],
             )
         )
     return found, notes

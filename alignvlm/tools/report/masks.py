@@ -8,11 +8,13 @@ from markupsafe import Markup
 
 from alignvlm.data.record import Conversation
 from alignvlm.rows.encode import Encoder
+from alignvlm.rows.tiles import takes_native_shapes, tokens_of
 from modeling_alignvlm import MASK_TYPES, WHOLE, AlignVLMConfig, AlignVLMProcessor, TokenLayout
 from modeling_alignvlm.masking_alignvlm import dense_mask
 
 
 MOST_IMAGE_TOKENS, MOST_TOKENS = 16, 64
+NATIVE = (3, 5)  # rows and columns of tokens of the example's images, where they have their native shape
 EXPLANATIONS = {
     "causal": "Every token sees only what stands before it: the top left of an image never learns what is at its bottom right.",
     "image": "Every token sees what stands before it, and the tokens of an image see all of that image.",
@@ -66,14 +68,20 @@ def mask_example(
     Args:
         stages: entries of the run record, for their mask types.
     """
-    whole = [WHOLE] * conversation.image_count  # tiles would be too many tokens to draw
+    # Tiles, or all patches, would be too many tokens to draw.
+    grid = NATIVE if takes_native_shapes(processor) else WHOLE
+    whole = [grid] * conversation.image_count
     branch = Encoder(processor).encode(conversation, whole)[0]
     input_ids = torch.tensor([branch.input_ids])
     prompt_mask = torch.arange(len(branch))[None] < branch.prompt_length
     layout = TokenLayout.from_input_ids(
-        input_ids, config.image_token_id, config.image_seq_length, prompt_mask=prompt_mask
+        input_ids,
+        config.image_token_id,
+        config.image_seq_length,
+        prompt_mask=prompt_mask,
+        image_ids=torch.tensor([branch.image_ids]),
     )
-    kept = _drawn(layout.image_ids[0].tolist(), config.image_seq_length)
+    kept = _drawn(layout.image_ids[0].tolist(), tokens_of(processor, grid))
     tokens = [_token(processor, branch, layout, config, position) for position in kept]
     used: dict[str, list] = {}
     for stage in stages:
@@ -108,7 +116,8 @@ def _token(processor, branch, layout: TokenLayout, config: AlignVLMConfig, posit
         first = layout.image_ids[0].tolist().index(int(layout.image_ids[0, position]))
         if config.merge_image_tokens is not None:
             return Token(f"token {position - first + 1} of the image", "image")
-        columns = config.feature_grid[1] // config.pixel_shuffle_factor
+        native = takes_native_shapes(processor)
+        columns = NATIVE[1] if native else config.feature_grid[1] // config.pixel_shuffle_factor
         row, column = divmod(position - first, columns)
         return Token(f"row {row + 1}, column {column + 1}", "image")
     text = processor.tokenizer.decode([branch.input_ids[position]])

@@ -18,6 +18,7 @@ from alignvlm.data.sources import Source
 from alignvlm.evaluation.questions import load_source
 from alignvlm.tools.contact_sheet import after_processing
 from alignvlm.tools.report.read import Result
+from modeling_alignvlm import AlignVLMProcessor
 
 
 LONGEST_SIDE = 320
@@ -108,8 +109,9 @@ def data_uri(image: Image.Image, longest_side: int = LONGEST_SIDE) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def as_seen(image: Image.Image, image_processor) -> Image.Image:
+def as_seen(image: Image.Image, processor: AlignVLMProcessor) -> Image.Image:
     """Returns what the model sees of an image: all of it, stretched to the encoder's input, or what cropping and padding make of it."""
+    image_processor = processor.image_processor
     if not getattr(image_processor, "do_center_crop", False) and not getattr(image_processor, "do_pad", False):
         return image
-    return after_processing(image, image_processor)
+    return after_processing(image, processor)
