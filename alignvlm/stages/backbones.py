@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -45,6 +46,7 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
+RESAMPLES = ("bilinear", "bicubic", "lanczos")  # names of `PIL.Image.Resampling`, in lower case
 logger = logging.get_logger(__name__)
 
 
@@ -103,6 +105,13 @@ class BackboneArguments(TileArguments):
             "help": "Side in pixels of the square that images become. Left out: as the encoder's image processor says."
         },
     )
+    image_resample: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How images are resized: {', '.join(RESAMPLES)}. Left out: as the encoder's image processor says. llama.cpp has "
+            "bilinear with the projector `pool`, bicubic with `mlp`."
+        },
+    )
     image_begin: str | None = field(
         default=None,
         metadata={
@@ -128,6 +137,8 @@ class BackboneArguments(TileArguments):
         self.check_tiles()
         if isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
+        if self.image_resample not in (None, *RESAMPLES):
+            raise ValueError(f"image_resample={self.image_resample!r} is unknown. Known: {', '.join(RESAMPLES)}.")
         pools = self.projector_type == "pool"
         for name, usual in (("image_begin", IMAGE_BEGIN), ("image_end", IMAGE_END)):
             token = getattr(self, name)
@@ -297,6 +308,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     image_processor = without_timm(arguments.vision, image_processor)
     if arguments.image_size is not None:
         set_image_size(image_processor, arguments.image_size)
+    if arguments.image_resample is not None:
+        image_processor.resample = Image.Resampling[arguments.image_resample.upper()]
     measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32
