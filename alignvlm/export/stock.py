@@ -291,10 +291,12 @@ def stock_model(model: AlignVLMForConditionalGeneration, home: Home) -> PreTrain
         stock = getattr(transformers, home.class_name)(config)
     weights, projector = {}, {}
     for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():  # batch norms count in integers
+            tensor = tensor.to(dtype)
         if name.startswith("model.projector."):
-            projector[name.removeprefix("model.projector.")] = tensor.to(dtype)
+            projector[name.removeprefix("model.projector.")] = tensor
         else:
-            weights[re.sub(r"^model\.vision_tower\.", f"model.{writer.vision_name}.", name)] = tensor.to(dtype)
+            weights[re.sub(r"^model\.vision_tower\.", f"model.{writer.vision_name}.", name)] = tensor
     for name, tensor in writer.projector(projector).items():
         weights[f"model.{writer.projector_name}.{name}"] = tensor
     try:
