@@ -2,11 +2,13 @@
 
     python benchmarks/llama_cpp.py build llama.cpp                            # a quarter of an hour on two cores
     python benchmarks/llama_cpp.py photos llama.cpp --language SMOLLM2 --photos FOLDER
+    python benchmarks/llama_cpp.py photos llama.cpp --checkpoint out/quickstart/stage4 --photos FOLDER
     python benchmarks/llama_cpp.py converter llama.cpp --language SMOLLM2
     python benchmarks/llama_cpp.py scenes llama.cpp --checkpoint out/quickstart/stage4
 
 `build` takes the sources from the archive of PyPI's `llama-cpp-python`. `photos` compares greedy texts about photos in 32 bit, for both of
-llama.cpp's projectors, with a small encoder of random weights before a language model, and files that are wrong on purpose.
+llama.cpp's projectors, with a small encoder of random weights before a language model, and files that are wrong on purpose; or of one
+trained checkpoint, for photos as they are and for photos of the encoder's size.
 `converter` compares the language model's file with the one that llama.cpp's own converter writes. `scenes` prints what each number format
 loses on the quickstart's scenes.
 """
@@ -228,12 +230,14 @@ def margin(model, processor, messages: list[dict], ours: str, theirs: str) -> fl
     return float(best[0] - best[1])
 
 
-def same_texts(model, processor, folder: Path, binaries: Path, images: list, max_tokens: int) -> str:
+def same_texts(
+    model, processor, folder: Path, binaries: Path, images: list, max_tokens: int, asked: str = "What is it?"
+) -> str:
     """Compares greedy texts with those of llama.cpp, in 32 bit."""
     texts, margins = [], []
     with Server(folder, binaries, *EXACT) as server:
         for image in images:
-            messages = question(image, "What is it?")
+            messages = question(image, asked)
             texts.append(our_text(model, processor, messages, max_tokens))
             if texts[-1] != (theirs := server.text(messages, max_tokens)):
                 margins.append(margin(model, processor, messages, texts[-1], theirs))
@@ -252,11 +256,28 @@ def size_and_speed(checkpoint: Path, outtype: str, binaries: Path, images: list)
     return f"{sizes} MB, {max(answer['timings']['predicted_per_second'] for answer in answers):.0f} tokens/s"
 
 
+def photos_of_trained(checkpoint: Path, binaries: Path, images: list, max_tokens: int) -> None:
+    """Compares greedy texts of a trained checkpoint: photos as they are, which llama.cpp resizes by itself, and resized before."""
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = AlignVLMProcessor.from_pretrained(checkpoint)
+    resample, (height, width) = processor.image_processor.resample, model.config.input_size
+    small = [image.resize((width, height), Image.Resampling(resample)) for image in images]
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "export"
+        home = export(str(checkpoint), out, "gguf", outtype="f32")
+        for asked in ("What is it?", "Write a short caption.", "Write a detailed caption."):
+            for name, given in (("as they are", images), (f"of {width} x {height} pixels", small)):
+                found = same_texts(model, processor, out, binaries, given, max_tokens, asked)
+                print(f"{home.class_name}, {asked!r}, photos {name}: {found}", flush=True)
+
+
 def photos(arguments: argparse.Namespace) -> None:
     binaries = arguments.folder / "build/bin"
     files = sorted(path for path in arguments.photos.rglob("*") if path.suffix in (".jpg", ".png"))
     images = [Image.open(path).convert("RGB") for path in files[:: max(1, len(files) // arguments.count)]]
     images = images[: arguments.count]
+    if arguments.checkpoint:
+        return photos_of_trained(arguments.checkpoint, binaries, images, arguments.max_tokens)
     cases = {
         "gemma3": {"projector_type": "pool", "pixel_shuffle_factor": 2},
         "mlp": {"attention_mask_type": "causal", "vision_feature_layer": -2},
@@ -357,7 +378,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="Where llama.cpp is, or is built.")
     parser.add_argument("--language", type=Path, help="Folder of a language model.")
     parser.add_argument("--photos", type=Path, help="Folder of square photos.")
-    parser.add_argument("--checkpoint", type=Path, help="A checkpoint of the quickstart.")
+    parser.add_argument("--checkpoint", type=Path, help="A trained checkpoint; for `scenes` of the quickstart.")
     parser.add_argument("--count", type=int, default=20, help="Photos or scenes.")
     parser.add_argument("--max_tokens", type=int, default=32)
     arguments = parser.parse_args()

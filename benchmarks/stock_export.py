@@ -5,7 +5,8 @@
 `--language` is a folder or Hub id, or a GGUF file (which needs the package `gguf`); `--vision` a folder with a configuration and an
 image processor's, which gets random weights. Every projector is random, scaled so that photos change the text; how many texts differ
 from the one about a blank image is in the table. Checkpoint and export are asked by the same code in two processes that cannot import this
-package, the checkpoint with `trust_remote_code`, the export without. What is there already is not made again, so a run that was stopped
+package, the checkpoint with `trust_remote_code`, the export without. Logits are compared at the positions that the class counts: PaliGemma
+begins with 1, and rotary angles round otherwise there. What is there already is not made again, so a run that was stopped
 goes on; remove `--folder` to start anew.
 """
 
@@ -33,6 +34,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/stock_export.py`
 
 from alignvlm.export.export import export
+from alignvlm.export.stock import WRITERS
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.checkpoint import save_checkpoint
 from hub_upload.run_record import library_versions, read_run_record, write_json
@@ -94,6 +96,8 @@ with torch.inference_mode():
         if begin == 0:
             prompt_mask = getattr(model.config, "attention_mask_type", None) == "prefix"
             more = {"prompt_mask": inputs["attention_mask"].bool()} if prompt_mask else {}
+            if given["first_position"]:
+                more["position_ids"] = given["first_position"] + torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
             few = {name: value[: given["compared"]] for name, value in {**inputs, **more}.items()}
             torch.save({"input_ids": few["input_ids"], "logits": model(**few).logits}, given["output"] + ".pt")
         with open(file + ".new", "w") as written:
@@ -171,8 +175,19 @@ def make_checkpoint(vision: Path, language: str, fields: dict, photos: list[Path
     return output
 
 
-def ask(model: Path, with_code: bool, photos: list[Path], output: Path, arguments: argparse.Namespace) -> dict:
-    """What a folder answers, asked by a process without this package; what was asked in the same way before is read."""
+def ask(
+    model: Path,
+    with_code: bool,
+    photos: list[Path],
+    output: Path,
+    arguments: argparse.Namespace,
+    first_position: int = 0,
+) -> dict:
+    """What a folder answers, asked by a process without this package; what was asked in the same way before is read.
+
+    Args:
+        first_position: counts the positions from there for the logits, if it is not 0.
+    """
     given = {
         "model": str(model.resolve()),
         "with_code": with_code,
@@ -181,6 +196,7 @@ def ask(model: Path, with_code: bool, photos: list[Path], output: Path, argument
         "batch": arguments.batch_size,
         "compared": arguments.compared,
         "new_tokens": arguments.new_tokens,
+        "first_position": first_position,
         "threads": arguments.threads,
         "output": str(output.resolve()),
     }
@@ -206,7 +222,8 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
         found = export(str(checkpoint), folder / "exported")
         if found.name != home:
             raise SystemExit(f"error: {checkpoint} became {found}, not {home}.")
-    ours = ask(checkpoint, True, photos, folder / "checkpoint_said", arguments)
+    first_position = WRITERS[home].first_position
+    ours = ask(checkpoint, True, photos, folder / "checkpoint_said", arguments, first_position)
     stock = ask(folder / "exported", False, photos, folder / "exported_said", arguments)
     tokens, logits = zip(
         *(torch.load(folder / f"{side}_said.pt").values() for side in ("checkpoint", "exported")), strict=True

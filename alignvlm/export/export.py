@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
@@ -144,7 +145,10 @@ def export(
     config = read_config(checkpoint, revision)
     processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
     home = choose_home(config, form, processor)
-    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto").eval()
+    # In float32 whatever the checkpoint has: in 16 bit what a language model computes when it is made is rounded, such as Gemma's scale.
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=torch.float32).eval()
+    for part in (model.config, model.config.vision_config, model.config.text_config):
+        part.dtype = config.dtype or torch.float32
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
         folder = Path(workspace) / out.name

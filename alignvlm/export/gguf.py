@@ -186,7 +186,7 @@ def write(
         height, width = config.input_size
         logger.warning(
             f"llama.cpp makes images smaller by {name} interpolation, and this image processor by another: what it sees differs a little "
-            f"unless images have {width} x {height} pixels."
+            f"unless images have {width} x {height} pixels. One change before training mends it: image_resample: {name}"
         )
     if home.class_name == "gemma3" and config.image_seq_length > 512:
         logger.warning(

@@ -98,7 +98,7 @@ def _frequency_factors(config: PreTrainedConfig) -> torch.Tensor | None:
 
 
 def tensors(model: AlignVLMForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The weights by llama.cpp's names, in the checkpoint's dtype.
+    """The weights by llama.cpp's names.
 
     Raises:
         ValueError: for a weight that llama.cpp has no name for.

@@ -44,7 +44,7 @@ def add_keys(writer, config: AlignVLMConfig, processor: AlignVLMProcessor, proje
 
 
 def tensors(model: AlignVLMForConditionalGeneration, projector_type: str) -> dict[str, torch.Tensor]:
-    """The weights by llama.cpp's names, in the checkpoint's dtype, without layers and norms that the features do not go through.
+    """The weights by llama.cpp's names, without layers and norms that the features do not go through.
 
     Raises:
         ValueError: for a weight that llama.cpp has no name for.

@@ -207,6 +207,8 @@ def run(arguments: QuickstartArguments, output: Path) -> dict:
             language=str(language),
             output_dir=str(output / "stage0"),
             projector_type=arguments.projector_type,
+            # As llama.cpp resizes, for photos; a scene has the encoder's size.
+            image_resample="bilinear" if arguments.projector_type == "pool" else None,
             seed=arguments.seed,
         )
     )

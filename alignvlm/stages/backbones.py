@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -52,6 +53,7 @@ from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, 
 from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
+RESAMPLES = ("bilinear", "bicubic", "lanczos")  # names of `PIL.Image.Resampling`, in lower case
 logger = logging.get_logger(__name__)
 
 
@@ -117,6 +119,13 @@ class BackboneArguments(TileArguments):
             "image processor says."
         },
     )
+    image_resample: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How images are resized: {', '.join(RESAMPLES)}. Left out: as the encoder's image processor says. llama.cpp has "
+            "bilinear with the projector `pool`, bicubic with `mlp`."
+        },
+    )
     image_begin: str | None = field(
         default=None,
         metadata={
@@ -142,6 +151,8 @@ class BackboneArguments(TileArguments):
         self.check_tiles()
         if isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
+        if self.image_resample not in (None, *RESAMPLES):
+            raise ValueError(f"image_resample={self.image_resample!r} is unknown. Known: {', '.join(RESAMPLES)}.")
         pools = self.projector_type == "pool"
         for name, usual in (("image_begin", IMAGE_BEGIN), ("image_end", IMAGE_END)):
             token = getattr(self, name)
@@ -316,6 +327,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         set_image_size(image_processor, arguments.image_size)
     if arguments.max_num_patches is not None:
         set_max_num_patches(arguments.vision, vision, image_processor, arguments.max_num_patches)
+    if arguments.image_resample is not None:
+        image_processor.resample = Image.Resampling[arguments.image_resample.upper()]
     measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32

@@ -381,7 +381,8 @@ def test_another_interpolation_is_said(given, tmp_path, caplog):
     values["image_processor"]["resample"] = 3
     settings.write_text(json.dumps(values))
     export(str(tmp_path / "given"), tmp_path / "other", "gguf")
-    assert any("smaller by bilinear interpolation" in message and "16 x 16" in message for message in caplog.messages)
+    (said,) = [message for message in caplog.messages if "smaller by bilinear interpolation" in message]
+    assert "16 x 16" in said and said.endswith("One change before training mends it: image_resample: bilinear")
 
 
 def test_bad_input_gets_a_sentence_and_leaves_nothing(given, tmp_path, monkeypatch):

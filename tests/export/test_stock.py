@@ -252,6 +252,43 @@ def test_a_padded_batch_gets_the_same_texts(given, tmp_path, home):
     assert torch.equal(*found) and len(set(map(tuple, found[0][:, -8:].tolist()))) == 2
 
 
+def in_64_bit(model) -> torch.nn.Module:
+    """The model with the parts too that transformers computes in 32 bit whatever the weights have: norms and rotary angles."""
+
+    def normed(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+    def rotary(self, x, position_ids):
+        angles = position_ids[..., None].double() * self.inv_freq.double()
+        return angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
+
+    for module in model.double().modules():
+        kind = type(module).__name__
+        if kind.endswith(("RMSNorm", "RotaryEmbedding")):
+            module.forward = (normed if kind.endswith("RMSNorm") else rotary).__get__(module)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES["PaliGemma"])
+@torch.no_grad()
+def test_paligemma_differs_by_the_rounding_of_its_angles_alone(given, exported, case):
+    """It counts positions from 1. At the same positions its logits are ours bit for bit, and in 64 bit it does not matter."""
+    ours = AlignVLMForConditionalGeneration.from_pretrained(given("PaliGemma", case)).eval()
+    theirs = AutoModelForImageTextToText.from_pretrained(exported["PaliGemma", case]).eval()
+    processor = AutoProcessor.from_pretrained(exported["PaliGemma", case])
+    text = f"{processor.image_token} " + "What is it? " * 100
+    inputs = processor(images=Image.effect_noise((40, 30), 80).convert("RGB"), text=text, return_tensors="pt")
+    prompt = {"prompt_mask": inputs["attention_mask"].bool()}
+    positions = WRITERS["PaliGemma"].first_position + torch.arange(inputs["input_ids"].shape[1])[None]
+    types = {"token_type_ids": inputs.pop("token_type_ids")}
+    stock = theirs(**inputs, **types).logits
+    assert torch.equal(ours(**inputs, **prompt, position_ids=positions).logits, stock)
+    assert not torch.equal(ours(**inputs, **prompt).logits, stock)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    exact = [in_64_bit(model)(**inputs, **more).logits for model, more in ((ours, prompt), (theirs, types))]
+    torch.testing.assert_close(*exact, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("home", ["LLaVA", "PaliGemma"])
 def test_the_processor_counts_an_images_tokens_for_vllm(given, tmp_path, home):
     checkpoint = given(home, next(iter(CASES[home])))
@@ -287,13 +324,23 @@ def test_the_folder_has_the_licence_and_the_backbones_of_the_checkpoint(given, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_16_bit_weights_stay_so(given, tmp_path):
+@pytest.mark.parametrize("home, case", [("LLaVA", "siglip"), ("FastVLM", "resnet"), ("Gemma 3", "every patch")])
+def test_16_bit_weights_stay_so(given, tmp_path, home, case):
     folder = tmp_path / "half"
-    model = AlignVLMForConditionalGeneration.from_pretrained(given("LLaVA", "siglip"), dtype=torch.bfloat16)
-    shutil.copytree(given("LLaVA", "siglip"), folder)
+    model = AlignVLMForConditionalGeneration.from_pretrained(given(home, case), dtype=torch.bfloat16)
+    shutil.copytree(given(home, case), folder)
     model.save_pretrained(folder)
     export(str(folder), tmp_path / "out")
-    assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    weights = load_file(tmp_path / "out/model.safetensors")
+    kept = load_file(folder / "model.safetensors")
+    assert sum(not value.is_floating_point() for value in weights.values()) == sum(
+        not value.is_floating_point() for value in kept.values()
+    )
+    wide = {name for name, value in weights.items() if value.is_floating_point() and value.dtype != torch.bfloat16}
+    # One less than a norm's weight may need more digits.
+    assert {name.rpartition("multi_modal_projector.")[2] for name in wide} <= {"mm_soft_emb_norm.weight"}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {config["dtype"], config["text_config"]["dtype"], config["vision_config"]["dtype"]} == {"bfloat16"}
 
 
 def test_one_changed_weight_is_noticed(given, processor, tmp_path):

@@ -1,7 +1,10 @@
 """The model: every attention kernel and way of decoding gives the same numbers, and every bad input a clear error."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma3Config, SiglipVisionConfig, StaticCache
 from transformers.exporters.utils import decompose_multimodal
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
@@ -344,6 +347,29 @@ def test_exporters_of_transformers_find_every_part(make_model, rows):
     assert parts["image_encoder"][0] is model.model.vision_tower
     assert parts["language_model"][0] is model.model.language_model and parts["lm_head"][0] is model.lm_head
     assert not any("multi_modal" in name for name in model.state_dict())  # the name in checkpoints stays
+
+
+@pytest.mark.parametrize(
+    "projector_type, names",
+    [
+        ("linear", {"weight", "bias"}),
+        ("mlp", {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        ("pool", {"0.weight", "1.weight"}),
+    ],
+)
+def test_weights_have_the_names_of_format_2(make_model, tmp_path, projector_type, names):
+    """Code of any release with this format finds them in what this code saves, and this code in what that one saved."""
+    model = make_model(projector_type=projector_type)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
+    stored = load_file(tmp_path / "model.safetensors")
+    others = ("model.vision_tower.", "model.language_model.", "lm_head.")
+    assert {name for name in stored if not name.startswith(others)} == {
+        f"model.projector.layers.{name}" for name in names
+    }
+    again, info = AlignVLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in stored.items())
 
 
 def test_loss_is_that_of_the_labels_and_honours_num_items_in_batch(make_model, rows):

@@ -95,6 +95,24 @@ def test_tokens_around_images_are_single_and_the_usual_ones_with_pool(vision, la
             BackboneArguments(vision, str(language), str(tmp_path), **{name: token})
 
 
+def test_images_are_resized_as_asked_for(vision, language, tmp_path):
+    photo = Image.effect_noise((37, 23), 80).convert("RGB")
+    found = {}
+    for name in (None, "bilinear", "bicubic"):
+        folder = tmp_path / str(name)
+        assemble(BackboneArguments(vision, str(language), str(folder), image_resample=name))
+        images = AlignVLMProcessor.from_pretrained(folder).image_processor
+        side = images.size["height"]
+        found[name] = images(photo, return_tensors="pt")["pixel_values"][0]
+        if name is not None:
+            resized = np.asarray(photo.resize((side, side), Image.Resampling[name.upper()]), np.float32)
+            expected = torch.tensor(resized).permute(2, 0, 1) / 127.5 - 1
+            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
+    assert torch.equal(found[None], found["bicubic"]) and not torch.equal(found["bilinear"], found["bicubic"])
+    with pytest.raises(ValueError, match=r"image_resample='cubic' is unknown\. Known: bilinear, bicubic, lanczos"):
+        BackboneArguments(vision, str(language), str(tmp_path), image_resample="cubic")
+
+
 @pytest.mark.parametrize("kind", ["siglip", "clip"])
 def test_the_vision_half_of_an_image_text_model_is_taken(kind, language, tmp_path):
     vision_config = {**SIZES, "image_size": 16, "patch_size": 8}
