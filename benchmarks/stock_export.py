@@ -1,6 +1,7 @@
 """Whether an export at true size answers as the checkpoint does: tokens, logits and greedy texts about photos, home by home.
 
     python benchmarks/stock_export.py --language SmolLM2-135M-Instruct.Q4_1.gguf --vision CONFIG_FOLDER --photos FOLDER
+    python benchmarks/stock_export.py --checkpoint FOLDER --photos FOLDER       # a trained one
 
 `--language` is a folder or Hub id, or a GGUF file (which needs the package `gguf`); `--vision` a folder with a configuration and an
 image processor's, which gets random weights. Every projector is random, scaled so that photos change the text; how many texts differ
@@ -34,6 +35,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/stock_export.py`
 
 from alignvlm.export.export import export
+from alignvlm.export.homes import HOMES
 from alignvlm.export.stock import WRITERS
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.checkpoint import save_checkpoint
@@ -209,26 +211,36 @@ def ask(
     return json.loads(file.read_text())
 
 
-def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Namespace) -> dict:
-    """One row of the table."""
-    home, kind, fields = CASES[name]
-    folder = arguments.folder / name.replace(" ", "_").replace(",", "")
-    folder.mkdir(parents=True, exist_ok=True)
+def make_case(name: str, vision: Path, photos: list[Path], arguments: argparse.Namespace, folder: Path) -> Path:
+    """The checkpoint of one of `CASES`."""
+    _, kind, fields = CASES[name]
     language = make_language(arguments.language, arguments.folder / "language")
     if kind == "gemma3_text":
         language = make_gemma(language, arguments.folder / "gemma")
-    checkpoint = make_checkpoint(vision, language, fields, photos, folder / "checkpoint")
+    return make_checkpoint(vision, language, fields, photos, folder / "checkpoint")
+
+
+def measure(
+    name: str, home: str | None, checkpoint: Path, photos: list[Path], arguments: argparse.Namespace, folder: Path
+) -> dict:
+    """One row of the table.
+
+    Args:
+        home: which class it is to become; None: whichever it does.
+    """
     if not (folder / "exported").is_dir():
         found = export(str(checkpoint), folder / "exported")
-        if found.name != home:
+        if home not in (None, found.name):
             raise SystemExit(f"error: {checkpoint} became {found}, not {home}.")
-    first_position = WRITERS[home].first_position
+    class_name = json.loads((folder / "exported/config.json").read_text())["architectures"][0]
+    (writer,) = (WRITERS[each.name] for each in HOMES if each.name in WRITERS and each.class_name == class_name)
+    first_position = writer.first_position
     ours = ask(checkpoint, True, photos, folder / "checkpoint_said", arguments, first_position)
     stock = ask(folder / "exported", False, photos, folder / "exported_said", arguments)
     tokens, logits = zip(
         *(torch.load(folder / f"{side}_said.pt").values() for side in ("checkpoint", "exported")), strict=True
     )
-    config = json.loads((folder / "checkpoint/config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
     blank = ours["texts"][-1]
     return {
         "case": name,
@@ -250,10 +262,9 @@ def measure(name: str, vision: Path, photos: list[Path], arguments: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--language", required=True, help="A causal language model: folder, Hub id or GGUF file.")
-    parser.add_argument(
-        "--vision", required=True, help="Folder with the configurations of encoder and image processor."
-    )
+    parser.add_argument("--language", help="A causal language model: folder, Hub id or GGUF file.")
+    parser.add_argument("--vision", help="Folder with the configurations of encoder and image processor.")
+    parser.add_argument("--checkpoint", type=Path, help="A trained checkpoint, measured instead of the cases.")
     parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--count", type=int, default=100, help="Photos to ask about.")
@@ -269,11 +280,20 @@ def main() -> None:
             f"error: {arguments.photos} holds {len(photos)} JPEG files, and --count asks for {arguments.count}."
         )
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    vision = make_vision(arguments.vision, arguments.folder / "vision")
+    if arguments.checkpoint is None and None in (arguments.language, arguments.vision):
+        parser.error("--language and --vision name backbones, or --checkpoint a trained checkpoint.")
+    names = arguments.cases if arguments.checkpoint is None else [arguments.checkpoint.resolve().name]
     rows = []
-    for name in arguments.cases:
-        rows.append(row := measure(name, vision, photos, arguments))
-        if name == arguments.cases[0]:
+    for name in names:
+        folder = arguments.folder / name.replace(" ", "_").replace(",", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.checkpoint is None:
+            vision = make_vision(arguments.vision, arguments.folder / "vision")
+            home, checkpoint = CASES[name][0], make_case(name, vision, photos, arguments, folder)
+        else:
+            home, checkpoint = None, arguments.checkpoint
+        rows.append(row := measure(name, home, checkpoint, photos, arguments, folder))
+        if name == names[0]:
             print(
                 f"{'case':<22} {'tokens':>7} {'logits differ':>14} {'same texts':>11} {'unlike blank':>13} {'texts':>6}"
             )
