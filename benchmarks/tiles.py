@@ -26,7 +26,13 @@ from benchmarks.sign_backbones import SIDE, train_sign_backbones
 from benchmarks.tokens import Arm, Frontier, run_from_command_line
 
 
-METRICS = {"reading": "reading", "finding": "finding", "counting": "counting", "training_seconds": "training, s", "answering_seconds": "answering, s", "step_mb": "step, MB"}  # fmt: skip
+METRICS = {
+    "reading": "reading",
+    "finding": "finding",
+    "counting": "counting",
+    "kilopixels": "thousand pixels encoded",
+    "step_mb": "step, MB",
+}
 HELD_OUT = 250
 
 
@@ -53,10 +59,11 @@ ARMS = {
 class Signs(Frontier):
     """Drawn scenes of signs, and backbones that can read."""
 
-    sizes = (4000,)
+    sizes = (1600,)
     results, task, batch_size = "tiles", "scene_signs", 125
+    turns, in_process = 0, True
     metrics = METRICS
-    backbone_sizes = {"scene_count": 2000, "vision_steps": 700, "language_steps": 60}
+    backbone_sizes = {"scene_count": 2000, "vision_steps": 700, "language_steps": 150}
 
     def start(self, seed: int, name: str, arm: Arm) -> Path:
         backbones = self.output / "backbones"
@@ -69,7 +76,9 @@ class Signs(Frontier):
 
     def stages(self, count: int, **changes: Any) -> list[tuple[int, dict]]:
         source = {"name": "scene_signs", "count": count, "seed": 1, "image_size": SIDE}
-        return [(3, {**UNMEASURED, "sources": [source], **changes})]
+        return [
+            (3, {**UNMEASURED, "sources": [source], "per_device_train_batch_size": 16, "logging_steps": 10, **changes})
+        ]
 
     def held_out(self, seed: int) -> Dataset:
         return signs.make_signs(tokens.ANSWERED, "test", seed, SIDE)

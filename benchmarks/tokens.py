@@ -45,7 +45,13 @@ from hub_upload.run_record import RUN_RECORD, write_json
 
 
 METRICS = {"accuracy": "accuracy", "CIDEr": "CIDEr", "training_seconds": "training, s", "answering_seconds": "answering, s", "step_mb": "step, MB"}  # fmt: skip
-DIGITS = {"CIDEr": 2, "training_seconds": 1, "answering_seconds": 1, "step_mb": 0}  # of all others three
+DIGITS = {
+    "CIDEr": 2,
+    "training_seconds": 1,
+    "answering_seconds": 1,
+    "step_mb": 0,
+    "kilopixels": 1,
+}  # of all others three
 ANSWERED, STEP_RECORDS, TURNS = 100, 32, 3
 
 
@@ -87,6 +93,7 @@ class Frontier(Scenes):
 
     sizes = (1536, 1536, 4000)  # scenes of stages 1, 2 and 3
     results, task, batch_size = "tokens", "scenes", 250
+    turns, in_process = TURNS, False
     metrics = METRICS
 
     def start(self, seed: int, name: str, arm: Arm) -> Path:
@@ -121,23 +128,22 @@ def run_arm(world: Frontier, name: str, seed: int, arms: dict[str, Arm]) -> dict
     start = world.start(seed, arm.trained or name, arms[arm.trained or name])
     seconds = 0.0
     for number, changes in world.stages(*world.sizes):
-        seconds += train(stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes))[
-            "seconds"
-        ]
+        values = stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes)
+        seconds += train(values, world.in_process)["seconds"]
         start = trained / f"stage{number}"
     options = [] if arm.merged is None else ["--merge_image_tokens", str(arm.merged)]
     options += [] if arm.max_tiles is None else ["--max_tiles", str(arm.max_tiles)]
     data = world.output / f"seed{seed}"
     options += ["--task", world.task, "--data", str(data), "--batch_size", str(world.batch_size)]
     found = evaluate(start, [*options, "--bootstrap_samples", "10"], folder / "results")
-    cost = costs(start, arm, world.held_out(seed), folder / "costs.json")
-    values = world.values(found["metrics"])
-    return {"tokens": cost.pop("tokens"), "values": {**values, "training_seconds": seconds, **cost}}
+    cost = costs(start, arm, world.held_out(seed), world.turns, folder / "costs.json")
+    tokens = cost.pop("tokens")
+    return {"tokens": tokens, "values": {**world.values(found["metrics"]), "training_seconds": seconds, **cost}}
 
 
-def costs(checkpoint: Path, arm: Arm, rows: Dataset, file: Path) -> dict[str, float]:
-    """Returns the tokens of an image, the mean over the images of `rows`, and what they cost: seconds of answering, the median of some
-    turns, and megabytes of a step. Keeps it in a file."""
+def costs(checkpoint: Path, arm: Arm, rows: Dataset, turns: int, file: Path) -> dict[str, float]:
+    """Returns the tokens of an image, the mean over the images of `rows`, and what they cost: pixels encoded of
+    an image, seconds of answering, the median of some turns, and megabytes of a step. Keeps it in a file."""
     if file.is_file():
         return json.loads(file.read_text())
     model, processor, _ = load_checkpoint(
@@ -149,16 +155,16 @@ def costs(checkpoint: Path, arm: Arm, rows: Dataset, file: Path) -> dict[str, fl
     images = [[read_image(image) for image in record.images] for record in records]
     prompts = [[conversation.messages for conversation in record.conversations] for record in records]
     encoder, seconds = Encoder(processor), []
-    for _ in range(TURNS):
+    for _ in range(turns):
         begun = time.perf_counter()
         answer(model, processor, images, prompts, max_new_tokens=8)
         seconds.append(time.perf_counter() - begun)
-    batch = AlignVLMCollator(processor, model.config.attention_mask_type)(
-        [rows[i] for i in range(min(STEP_RECORDS, len(rows)))]
-    )
+    records_of_step = [rows[i] for i in range(min(STEP_RECORDS, len(rows)))]
+    batch = AlignVLMCollator(processor, model.config.attention_mask_type)(records_of_step)
     cost = {
         "tokens": mean(len(encoder.image_tokens(grid)) for grid in grids_of(processor, [each for (each,) in images])),
-        "answering_seconds": median(seconds),
+        **({"answering_seconds": median(seconds)} if turns else {}),
+        "kilopixels": batch["pixel_values"][:, 0].numel() / len(records_of_step) / 1000,
         "step_mb": kept_bytes(model, batch) / 1e6,
     }
     write_json(file, cost)
