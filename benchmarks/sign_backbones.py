@@ -4,11 +4,13 @@ The encoder is a small ResNet: a convolutional one learns to read in minutes of 
 any size. It learns from what an encoder sees of a scene with and without tiles, so that no way of showing scenes is new to it.
 """
 
+import io
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from transformers import ResNetConfig, ResNetModel, set_seed
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from alignvlm.data import scenes, signs
+from alignvlm.data.record import Record, one_turn
 from alignvlm.quickstart.nano import train_language_model, train_loop
 from modeling_alignvlm.processing_alignvlm import best_grid
 
@@ -78,6 +81,34 @@ def views(scene: signs.SignScene, rng: np.random.Generator) -> list[tuple[np.nda
                 if labels[places_of].any() or rng.random() < 0.3:  # of empty tiles a few are enough
                     shown.append((tile, labels[places_of]))
     return shown
+
+
+def view_records(count: int, seed: int, views_per_scene: int = 6) -> Dataset:
+    """Makes records of single views, of each scene the overview and some others, with the questions about the signs that are not cut."""
+    rng = np.random.default_rng([seed, 21])
+    records: list[dict] = []
+    while len(records) < count:
+        overview, *others = views(signs.random_signs(rng, "train"), rng)
+        for index in rng.permutation(len(others))[: views_per_scene - 1]:
+            records += view_record(*others[index])
+        records += view_record(*overview)
+    return Dataset.from_list(records[:count], features=scenes.RECORD_FEATURES)
+
+
+def view_record(tile: np.ndarray, labels: np.ndarray) -> list[dict]:
+    """The record of a view; none if it shows no complete sign."""
+    found = np.unique(labels.reshape(-1, 1 + MOST), axis=0)
+    seen = [
+        signs.Sign(list(scenes.COLOURS)[colour - 1], "".join(LETTERS[letter - 1] for letter in letters if letter), (0, 0))
+        for colour, *letters in found[(found[:, 0] > 0) & (found[:, 1] != UNREADABLE)].tolist()
+    ]  # fmt: skip
+    asked = signs.sign_questions(signs.SignScene((1, 1), tuple(seen))) if seen else []
+    if (found == UNREADABLE).any():
+        asked = [each for each in asked if each[2] != "count"]
+    image = io.BytesIO()
+    Image.fromarray(tile).save(image, "BMP")
+    turns = [one_turn(question, [answer], 1, kind) for question, answer, kind in asked]
+    return [Record([{"bytes": image.getvalue()}], turns).to_row()] if seen else []
 
 
 def _overlap(start: float, end: float, features: int) -> np.ndarray:

@@ -57,10 +57,11 @@ ANSWERED, STEP_RECORDS, TURNS = 100, 32, 3
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm: `assembly` are fields of `BackboneArguments`; or the checkpoint of the arm `trained`, merging to `merged` tokens or cutting
-    images into at most `max_tiles`."""
+    """An arm: `assembly` are fields of `BackboneArguments`, `stage` of its stages; or the checkpoint of the arm `trained`, merging to
+    `merged` tokens or cutting images into at most `max_tiles`."""
 
     assembly: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
     trained: str | None = None
     merged: int | None = None
     max_tiles: int | None = None
@@ -127,7 +128,8 @@ def run_arm(world: Frontier, name: str, seed: int, arms: dict[str, Arm]) -> dict
     trained = folder if arm.trained is None else world.output / f"seed{seed}" / folder_name(arm.trained)
     start = world.start(seed, arm.trained or name, arms[arm.trained or name])
     seconds = 0.0
-    for number, changes in world.stages(*world.sizes):
+    changes_of_arm = arms[arm.trained or name].stage
+    for number, changes in world.stages(*world.sizes, **changes_of_arm):
         values = stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes)
         seconds += train(values, world.in_process)["seconds"]
         start = trained / f"stage{number}"

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 
 from alignvlm.data import scenes, signs
+from alignvlm.data.record import Record
 from alignvlm.stages.backbones import BackboneArguments
 from benchmarks import tokens
-from benchmarks.sign_backbones import GRID, LETTERS, MOST, SIDE, UNREADABLE, sign_dialogue, views
+from benchmarks.sign_backbones import (
+    GRID,
+    LETTERS,
+    MOST,
+    SIDE,
+    UNREADABLE,
+    sign_dialogue,
+    view_record,
+    view_records,
+    views,
+)
 from benchmarks.tiles import ARMS, Signs
 from benchmarks.tokens import folder_name, run, table
 
@@ -51,6 +62,27 @@ def test_letters_of_a_sign_that_is_cut_are_not_asked_for():
     assert found
 
 
+def test_questions_of_a_view_are_about_the_complete_signs_in_it():
+    """Every answer can be read in the labels of the same view; how many signs there are is asked where none is cut."""
+    rng, kinds = np.random.default_rng(1), set()
+    for _ in range(30):
+        for tile, labels in views(signs.random_signs(rng, "train"), rng):
+            there = {tuple(found) for found in labels.reshape(-1, 1 + MOST).tolist() if found[0]}
+            whole = [found for found in there if UNREADABLE not in found]
+            row = next(iter(view_record(tile, labels)), None)
+            assert (row is None) == (not whole)
+            for conversation in Record.from_row(row).conversations if row else []:
+                words, answer = conversation.messages[-1]["content"][-1]["text"].split(), conversation.responses[0]
+                kinds.add(conversation.kind)
+                if conversation.kind == "count":
+                    assert answer == signs.COUNTS[len(there)] and len(there) == len(whole)
+                else:
+                    colour, text = (answer, words[-1][:-1]) if conversation.kind == "find" else (words[-2], answer)
+                    assert tuple(label(signs.Sign(colour, text, (0, 0)))) in whole
+    assert kinds == {"read_number", "read_word", "find", "count"}
+    assert len(view_records(7, 0)) == 7
+
+
 def test_a_dialogue_describes_what_it_asks_for():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -64,13 +96,13 @@ def test_every_arm_of_signs_can_be_assembled_or_has_another_s_checkpoint():
     for name, arm in ARMS.items():
         assert (arm.trained is None) == (arm.max_tiles is None) and not (arm.assembly and arm.trained), name
         assert arm.trained is None or list(ARMS).index(arm.trained) < list(ARMS).index(name)
-        BackboneArguments("vision", "language", "out", **arm.assembly)
+        BackboneArguments("vision", "language", "out", **arm.assembly, **arm.stage)
 
 
 class FewSigns(Signs):
-    """Backbones that have seen next to nothing."""
+    """A checkpoint that has seen next to nothing."""
 
-    sizes = (4,)
+    sizes, view_count = (4,), 4
     backbone_sizes = {"scene_count": 2, "vision_steps": 1, "language_steps": 1}
 
 
@@ -82,7 +114,7 @@ def test_arms_with_and_without_tiles_run_and_tell_their_tokens(tmp_path, monkeyp
     names = (
         "whole, 64 pixels",
         "whole, 128 pixels",
-        "6 tiles, pixel shuffle 4",
+        "6 tiles, merged to 4",
         "6 tiles",
         "6 tiles, the overview alone",
     )
@@ -96,7 +128,7 @@ def test_arms_with_and_without_tiles_run_and_tell_their_tokens(tmp_path, monkeyp
     pixels = [values[name]["kilopixels"] for name in names]
     assert pixels[0] == pixels[4] == SIDE**2 / 1000 and pixels[1] == 4 * pixels[0]
     assert pixels[2] == pixels[3] == pytest.approx(pixels[0] * counts[3] / 16, rel=0.01)
-    assert values["6 tiles"]["step_mb"] > values["6 tiles, pixel shuffle 4"]["step_mb"] > values[names[0]]["step_mb"]
+    assert values["6 tiles"]["step_mb"] > values["6 tiles, merged to 4"]["step_mb"] > values[names[0]]["step_mb"]
     assert {"reading", "finding", "counting"} < values["6 tiles"].keys()
     lines = table(found, world.metrics).splitlines()
     assert lines[2].startswith("| whole, 64 pixels | 16 | ") and len({line.count("|") for line in lines}) == 1
