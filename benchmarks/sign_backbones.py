@@ -37,7 +37,7 @@ def train_sign_backbones(
     vision, language = Path(folder) / "vision", Path(folder) / "language"
     if not vision.is_dir():
         train_reader(vision, seed, scene_count, vision_steps)
-    train_language_model(language, seed, language_steps, draw_dialogue=sign_dialogue)
+    train_language_model(language, seed, language_steps, draw_dialogue=sign_dialogue, split_digits=True)
     return vision, language
 
 

@@ -35,6 +35,8 @@ from hub_upload.run_record import RUN_RECORD, read_run_record
 
 METRICS = {
     "reading": "reading",
+    "numbers": "numbers",
+    "words": "words",
     "finding": "finding",
     "counting": "counting",
     "kilopixels": "thousand pixels encoded",
@@ -65,7 +67,7 @@ class Signs(Frontier):
     """Drawn scenes of signs, and a checkpoint that can read them in single views."""
 
     sizes = (640,)
-    results, task, batch_size = "tiles", "scene_signs", 100
+    results, task, batch_size = "tiles", "scene_signs", 50
     turns, in_process = 0, True
     metrics = METRICS
     backbone_sizes = {"scene_count": 2000, "vision_steps": 700, "language_steps": 150}
@@ -118,11 +120,13 @@ class Signs(Frontier):
         return signs.make_signs(tokens.ANSWERED, "test", seed, SIDE)
 
     def values(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """Shares of right answers to what a sign says, which sign says it, and how many signs there are."""
-        of_kind = metrics["pathvqa_accuracy"]["by_kind"]
-        read = [of_kind[kind] for kind in ("read_number", "read_word")]
-        right = sum(found["accuracy"] * found["count"] for found in read) / sum(found["count"] for found in read)
-        return {"reading": right, "finding": of_kind["find"]["accuracy"], "counting": of_kind["count"]["accuracy"]}
+        """Shares of right answers to what a sign says (`reading`; of it `numbers` and `words`), which sign says it, and how many there are."""
+        kinds = metrics["pathvqa_accuracy"]["by_kind"]
+        names = {"numbers": "read_number", "words": "read_word", "finding": "find", "counting": "count"}
+        of_kind = {name: kinds[kind]["accuracy"] for name, kind in names.items()}
+        asked = {name: kinds[kind]["count"] for name, kind in names.items()}
+        right = sum(of_kind[name] * asked[name] for name in ("numbers", "words"))
+        return {"reading": right / (asked["numbers"] + asked["words"]), **of_kind}
 
 
 if __name__ == "__main__":

@@ -113,12 +113,13 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
     _write_card(folder, "image-feature-extraction", "A nano vision encoder, trained from nothing on drawn scenes.")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer: complete words for the scenes, smaller pieces for any other text, a token for each digit."""
+def train_tokenizer(texts: list[str], vocab_size: int = 512, split_digits: bool = False) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer: complete words for the scenes, smaller pieces for any other text; with `split_digits`, a token
+    for each digit of a number."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digits, by_bytes]) if split_digits else by_bytes
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -145,8 +146,10 @@ def train_language_model(
     steps: int,
     batch_size: int = 24,
     draw_dialogue: Callable[[np.random.Generator], list[tuple[str, str]]] = scene_dialogue,
+    split_digits: bool = False,
 ) -> None:
-    """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
+    """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers.
+    `split_digits` is as for `train_tokenizer`."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
 
@@ -156,7 +159,7 @@ def train_language_model(
         for prompt, response in draw_dialogue(rng)
         for text in (f"User: {prompt}\n", f"Assistant: {response}")
     ]
-    tokenizer = train_tokenizer(sample)
+    tokenizer = train_tokenizer(sample, split_digits=split_digits)
     tokenizer.chat_template = PLAIN_TEMPLATE
     config = Qwen2Config(
         vocab_size=len(tokenizer),
