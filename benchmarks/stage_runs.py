@@ -15,6 +15,7 @@ from alignvlm.evaluation.evaluate_model import evaluate_checkpoint
 from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
 from alignvlm.evaluation.precision import choose_precision
 from alignvlm.stages.checkpoint import last_complete_checkpoint
+from alignvlm.stages.stage import main as run_stage_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
 
 
@@ -54,18 +55,26 @@ def stage_values(recipe: Path, number: int, start: Path, folder: Path, **changes
     return {name: value for name, value in values.items() if value is not None}
 
 
-def train(values: dict[str, Any]) -> dict[str, Any]:
-    """Runs a stage of these fields by its script, or goes on with it; returns its entry in the run record."""
+def train(values: dict[str, Any], in_process: bool = False) -> dict[str, Any]:
+    """Runs a stage of these fields by its script, or goes on with it; returns its entry in the run record.
+
+    Args:
+        in_process: without a process of its own, whose start takes longer than a small stage, and without a report.
+    """
     folder = Path(values["output_dir"])
     if not (folder / RUN_RECORD).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         config = folder.with_name(folder.name + ".yaml")
         config.write_text(yaml.safe_dump(values, sort_keys=False))
-        command = [sys.executable, str(ROOT / f"training/stage{values['stage']}.py"), "--config", str(config)]
+        options = ["--config", str(config)]
         if last_complete_checkpoint(folder) is not None:
-            command.append("--resume_from_checkpoint")
-        print(f"== {' '.join(command[1:])}", flush=True)
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            options.append("--resume_from_checkpoint")
+        script = str(ROOT / f"training/stage{values['stage']}.py")
+        print(f"== {' '.join([script, *options])}", flush=True)
+        if in_process:
+            run_stage_of(options)
+        else:
+            subprocess.run([sys.executable, script, *options], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return read_run_record(folder)["stages"][-1]
 
 

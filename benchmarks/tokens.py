@@ -20,10 +20,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/tokens.py`
@@ -34,6 +35,8 @@ from alignvlm.data.record import Record
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.encode import Encoder
+from alignvlm.rows.tiles import grids_of, set_max_tiles
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.trainer import freeze_all_but
 from benchmarks.findings import Scenes, summarise
@@ -42,16 +45,26 @@ from hub_upload.run_record import RUN_RECORD, write_json
 
 
 METRICS = {"accuracy": "accuracy", "CIDEr": "CIDEr", "training_seconds": "training, s", "answering_seconds": "answering, s", "step_mb": "step, MB"}  # fmt: skip
+DIGITS = {
+    "CIDEr": 2,
+    "training_seconds": 1,
+    "answering_seconds": 1,
+    "step_mb": 0,
+    "kilopixels": 1,
+}  # of all others three
 ANSWERED, STEP_RECORDS, TURNS = 100, 32, 3
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm: `assembly` are fields of `BackboneArguments`; or the checkpoint of the arm `trained`, merging to `merged` tokens."""
+    """An arm: `assembly` are fields of `BackboneArguments`, `stage` of its stages; or the checkpoint of the arm `trained`, merging to
+    `merged` tokens or cutting images into at most `max_tiles`."""
 
     assembly: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
     trained: str | None = None
     merged: int | None = None
+    max_tiles: int | None = None
 
 
 def _pool(side: int) -> Arm:
@@ -72,7 +85,7 @@ ARMS = {
     "layers -3, -2, -1": Arm({"vision_feature_layer": [-3, -2, -1]}),
     "layers -3, -1, added up": Arm({"vision_feature_layer": [-3, -1], "vision_layer_fusion": "weighted_sum"}),
     "calibrated layers": Arm({"modality_calibration": True}),
-    # Tiles have their place here: an arm for each number of tiles.
+    # Tiles are arms of benchmarks/tiles.py: these scenes are no larger than a tile.
 }
 
 
@@ -80,17 +93,29 @@ class Frontier(Scenes):
     """Drawn scenes and nano backbones, assembled as each arm asks."""
 
     sizes = (1536, 1536, 4000)  # scenes of stages 1, 2 and 3
+    results, task, batch_size = "tokens", "scenes", 250
+    turns, in_process = TURNS, False
+    metrics = METRICS
 
     def start(self, seed: int, name: str, arm: Arm) -> Path:
         """The checkpoint with the arm's untrained projector; makes backbones and held-out scenes of the seed if they are missing."""
         plain = self.assembled(seed)
-        if not arm.assembly:
-            return plain
+        return self.assemble_arm(seed, name, arm, plain.parent / "backbones") if arm.assembly else plain
+
+    def assemble_arm(self, seed: int, name: str, arm: Arm, backbones: Path) -> Path:
         folder = self.output / f"seed{seed}" / folder_name(name) / "stage0"
         if not (folder / RUN_RECORD).is_file():
-            vision, language = (str(plain.parent / "backbones" / part) for part in ("vision", "language"))
+            vision, language = (str(backbones / part) for part in ("vision", "language"))
             assemble(BackboneArguments(vision, language, str(folder), seed=seed, **arm.assembly))
         return folder
+
+    def held_out(self, seed: int) -> Dataset:
+        """The records whose answering is timed."""
+        return scenes.make_scenes(ANSWERED, "test", seed=seed, annotations=("questions",))
+
+    def values(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """The values of an evaluation's metrics, the shown one first."""
+        return {"accuracy": metrics["pathvqa_accuracy"]["accuracy"], "CIDEr": metrics["cider"]["cider"]}
 
 
 def folder_name(name: str) -> str:
@@ -103,43 +128,45 @@ def run_arm(world: Frontier, name: str, seed: int, arms: dict[str, Arm]) -> dict
     trained = folder if arm.trained is None else world.output / f"seed{seed}" / folder_name(arm.trained)
     start = world.start(seed, arm.trained or name, arms[arm.trained or name])
     seconds = 0.0
-    for number, changes in world.stages(*world.sizes):
-        seconds += train(stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes))[
-            "seconds"
-        ]
+    changes_of_arm = arms[arm.trained or name].stage
+    for number, changes in world.stages(*world.sizes, **changes_of_arm):
+        values = stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes)
+        seconds += train(values, world.in_process)["seconds"]
         start = trained / f"stage{number}"
     options = [] if arm.merged is None else ["--merge_image_tokens", str(arm.merged)]
+    options += [] if arm.max_tiles is None else ["--max_tiles", str(arm.max_tiles)]
     data = world.output / f"seed{seed}"
-    options += ["--task", "scenes", "--data", str(data), "--batch_size", "250", "--bootstrap_samples", "10"]
-    metrics = evaluate(start, options, folder / "results")["metrics"]
-    values = {"accuracy": metrics["pathvqa_accuracy"]["accuracy"], "CIDEr": metrics["cider"]["cider"]}
-    cost = costs(start, arm.merged, seed, folder / "costs.json")
-    return {"tokens": cost.pop("tokens"), "values": {**values, "training_seconds": seconds, **cost}}
+    options += ["--task", world.task, "--data", str(data), "--batch_size", str(world.batch_size)]
+    found = evaluate(start, [*options, "--bootstrap_samples", "10"], folder / "results")
+    cost = costs(start, arm, world.held_out(seed), world.turns, folder / "costs.json")
+    tokens = cost.pop("tokens")
+    return {"tokens": tokens, "values": {**world.values(found["metrics"]), "training_seconds": seconds, **cost}}
 
 
-def costs(checkpoint: Path, merged: int | None, seed: int, file: Path) -> dict[str, float]:
-    """Returns the tokens of an image and what they cost: seconds of answering, the median of some turns, and megabytes of a step. Keeps
-    it in a file."""
+def costs(checkpoint: Path, arm: Arm, rows: Dataset, turns: int, file: Path) -> dict[str, float]:
+    """Returns the tokens of an image, the mean over the images of `rows`, and what they cost: pixels encoded of
+    an image, seconds of answering, the median of some turns, and megabytes of a step. Keeps it in a file."""
     if file.is_file():
         return json.loads(file.read_text())
     model, processor, _ = load_checkpoint(
-        str(checkpoint), torch.device("cpu"), dtype="fp32", attn_implementation="eager", merge_image_tokens=merged
+        str(checkpoint), torch.device("cpu"), dtype="fp32", attn_implementation="eager", merge_image_tokens=arm.merged
     )
-    rows = scenes.make_scenes(ANSWERED, "test", seed=seed, annotations=("questions",))
+    if arm.max_tiles is not None:
+        set_max_tiles(model.config, processor, arm.max_tiles)
     records = [Record.from_row(row) for row in rows]
     images = [[read_image(image) for image in record.images] for record in records]
     prompts = [[conversation.messages for conversation in record.conversations] for record in records]
-    seconds = []
-    for _ in range(TURNS):
+    encoder, seconds = Encoder(processor), []
+    for _ in range(turns):
         begun = time.perf_counter()
         answer(model, processor, images, prompts, max_new_tokens=8)
         seconds.append(time.perf_counter() - begun)
-    batch = AlignVLMCollator(processor, model.config.attention_mask_type)(
-        [rows[i] for i in range(min(STEP_RECORDS, len(rows)))]
-    )
+    records_of_step = [rows[i] for i in range(min(STEP_RECORDS, len(rows)))]
+    batch = AlignVLMCollator(processor, model.config.attention_mask_type)(records_of_step)
     cost = {
-        "tokens": model.config.image_seq_length,
-        "answering_seconds": median(seconds),
+        "tokens": mean(len(encoder.image_tokens(grid)) for grid in grids_of(processor, [each for (each,) in images])),
+        **({"answering_seconds": median(seconds)} if turns else {}),
+        "kilopixels": batch["pixel_values"][:, 0].numel() / len(records_of_step) / 1000,
         "step_mb": kept_bytes(model, batch) / 1e6,
     }
     write_json(file, cost)
@@ -166,32 +193,36 @@ def kept_bytes(model: torch.nn.Module, batch: dict[str, Any]) -> int:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The arms as Markdown, with the paired difference of the accuracy to the first one."""
-    lines = [f"| arm | tokens | {' | '.join(METRICS.values())} | accuracy, difference | 95% interval |", "|---" * (len(METRICS) + 4) + "|"]  # fmt: skip
-    for name, metrics in found["summary"].items():
-        digits = {"accuracy": 3, "CIDEr": 2, "step_mb": 0}
-        means = [f"{metrics[metric]['mean']:.{digits.get(metric, 1)}f}" for metric in METRICS]
-        accuracy = metrics["accuracy"]
-        difference = f"{accuracy['difference']:+.3f}" if "difference" in accuracy else ""
-        interval = "{:+.3f} to {:+.3f}".format(*accuracy["interval"]) if accuracy.get("interval") else ""
+def table(found: dict[str, Any], metrics: dict[str, str] = METRICS) -> str:
+    """The arms as Markdown, with the paired difference of the first metric to the first arm.
+
+    Args:
+        metrics: the columns, with their heads.
+    """
+    shown, *_ = metrics
+    lines = [f"| arm | tokens | {' | '.join(metrics.values())} | {metrics[shown]}, difference | 95% interval |", "|---" * (len(metrics) + 4) + "|"]  # fmt: skip
+    for name, values in found["summary"].items():
+        means = [f"{values[metric]['mean']:.{DIGITS.get(metric, 3)}f}" for metric in metrics]
+        difference = f"{values[shown]['difference']:+.3f}" if "difference" in values[shown] else ""
+        interval = "{:+.3f} to {:+.3f}".format(*values[shown]["interval"]) if values[shown].get("interval") else ""
         lines.append(f"| {name} | {found['tokens'][name]} | {' | '.join(means)} | {difference} | {interval} |")
     return "\n".join(lines)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Draws accuracy against tokens per image: a mark for each arm, its seeds as small ones."""
+def draw(found: dict[str, Any], path: Path, metrics: dict[str, str] = METRICS) -> None:
+    """Draws the first metric against tokens per image: a mark for each arm, its seeds as small ones."""
     from matplotlib import pyplot
 
+    shown, *_ = metrics
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for index, (name, metrics) in enumerate(found["summary"].items()):
-        tokens, accuracy = found["tokens"][name], metrics["accuracy"]
+    for index, (name, values) in enumerate(found["summary"].items()):
+        tokens, accuracy = found["tokens"][name], values[shown]
         (line,) = axes.plot([tokens], [accuracy["mean"]], "os^Dv"[index % 5], markersize=7, label=name)
         axes.plot([tokens] * len(accuracy["values"]), accuracy["values"], ".", markersize=3, color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("image tokens per image")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel(metrics[shown])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90)
@@ -205,28 +236,30 @@ def run(world: Frontier, arms: dict[str, Arm], seeds: int, results: Path) -> dic
     for seed in range(seeds):
         for name in arms:
             runs.setdefault(name, {})[seed] = run_arm(world, name, seed, arms)
-            tokens = {arm: next(iter(of_seeds.values()))["tokens"] for arm, of_seeds in runs.items()}
+            tokens = {arm: round(mean(each["tokens"] for each in of_seeds.values())) for arm, of_seeds in runs.items()}
             found = {"machine": machine(), "tokens": tokens, "summary": summarise(runs), "runs": runs}
-            update_results(results, "tokens", found)
+            update_results(results, world.results, found)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), help="These arms alone.")
+def run_from_command_line(world: type[Frontier], arms: dict[str, Arm], description: str) -> None:
+    """Runs the arms that the command line asks for, prints their table and draws their plot."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="+", choices=arms, default=list(arms), help="These arms alone.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("out/tokens"))
+    parser.add_argument("--output", type=Path, default=Path("out") / world.results)
     parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
     arguments = parser.parse_args()
-    missing = {ARMS[name].trained for name in arguments.only} - {None, *arguments.only}
+    missing = {arms[name].trained for name in arguments.only} - {None, *arguments.only}
     if missing:
         parser.error(f"--only: arms at inference evaluate the arm {', '.join(missing)}: name it, too.")
     output = arguments.output.resolve()
-    arms = {name: ARMS[name] for name in ARMS if name in arguments.only}
-    found = run(Frontier(output), arms, arguments.seeds, arguments.results or output / "results.json")
-    draw(found, output / "tokens.png")
-    print(f"\n{table(found)}\n\n{output / 'tokens.png'}")
+    chosen = {name: arm for name, arm in arms.items() if name in arguments.only}
+    found = run(world(output), chosen, arguments.seeds, arguments.results or output / "results.json")
+    picture = output / f"{world.results}.png"
+    draw(found, picture, world.metrics)
+    print(f"\n{table(found, world.metrics)}\n\n{picture}")
 
 
 if __name__ == "__main__":
-    main()
+    run_from_command_line(Frontier, ARMS, __doc__.split("\n")[0])

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and of docs/performance.md and draws their plots, from docs/results.json.
+"""Writes the tables of docs/results.md, docs/performance.md and docs/tiles.md and draws their plots, from docs/results.json.
 
     python docs/write_results_page.py
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 
 from matplotlib import pyplot
 
-from benchmarks import all_tasks, findings, real_photos, tokens
+from benchmarks import all_tasks, findings, real_photos, tiles, tokens
 
 
 DOCS = Path(__file__).parent
@@ -154,12 +154,15 @@ def main() -> None:
         if worlds:
             print(draw_finding(name, worlds))
     print(page)
-    if found := results.get("tokens"):
-        page, picture = DOCS / "performance.md", DOCS / "tokens.png"
-        tokens.draw(found, picture)
-        block = f"![Accuracy against image tokens per image]({picture.name})\n\n{tokens.table(found)}"
-        page.write_text(fill(page.read_text(), {"tokens": block}))
-        print(f"{picture}\n{page}")
+    for world, name in ((tokens.Frontier, "performance.md"), (tiles.Signs, "tiles.md")):
+        if found := results.get(world.results):
+            page, picture = DOCS / name, DOCS / f"{world.results}.png"
+            tokens.draw(found, picture, world.metrics)
+            shown = next(iter(world.metrics.values()))
+            picture_line = f"![{shown.capitalize()} against image tokens per image]({picture.name})"
+            block = f"{picture_line}\n\n{tokens.table(found, world.metrics)}"
+            page.write_text(fill(page.read_text(), {world.results: block}))
+            print(f"{picture}\n{page}")
     if found := results.get("reward"):
         page = DOCS / "reward.md"
         page.write_text(fill(page.read_text(), {"reward": findings.summary_table(found["summary"])}))

@@ -76,7 +76,15 @@ def random_signs(rng: np.random.Generator, split: Split) -> SignScene:
 
 def draw_signs(scene: SignScene, rng: np.random.Generator, image_size: int = 64) -> Image.Image:
     """Draws a scene whose cells are squares of `image_size` pixels: a grey ground with noise, and plates with white text."""
+    return draw_signs_at(scene, rng, image_size)[0]
+
+
+def draw_signs_at(
+    scene: SignScene, rng: np.random.Generator, image_size: int = 64
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """As `draw_signs`, and where each sign is: `(left, top, right, bottom)` in pixels."""
     rows, columns = scene.grid
+    places = []
     ground = (int(rng.integers(90, 170)),) * 3
     image = Image.new("RGB", (columns * image_size, rows * image_size), ground)
     canvas = ImageDraw.Draw(image)
@@ -85,6 +93,7 @@ def draw_signs(scene: SignScene, rng: np.random.Generator, image_size: int = 64)
         row, column = sign.cell
         left = column * image_size + int(rng.integers(1, image_size - width))
         top = row * image_size + int(rng.integers(1, image_size - height))
+        places.append((left, top, left + width, top + height))
         canvas.rectangle((left, top, left + width - 1, top + height - 1), fill=COLOURS[sign.colour])
         for place, letter in enumerate(sign.text):
             for y, dots in enumerate(_DOTS[letter]):
@@ -96,7 +105,7 @@ def draw_signs(scene: SignScene, rng: np.random.Generator, image_size: int = 64)
                         )
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels + rng.normal(0, 8, pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), places
 
 
 def sign_questions(scene: SignScene) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ to answer questions about them. Neither has met the other: the four stages bring
 `alignvlm.stages.backbones` takes them.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
     return vision, language
 
 
-def _train(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
+def train_loop(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
     """Runs a plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
     precision = choose_precision()
     named = [named for module in modules for named in module.named_parameters()]
@@ -109,16 +110,19 @@ def train_vision_encoder(folder: Path, seed: int, steps: int, batch_size: int = 
         wanted = torch.cat([seen, quadrant_of_patch.expand(batch_size, -1).unsqueeze(-1)], dim=-1)
         return sum(F.cross_entropy(p.flatten(0, 1), wanted[..., i].flatten()) for i, p in enumerate(predictions))
 
-    _train("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
+    train_loop("vision encoder", [encoder, head], 5e-3, steps, loss_of_step)
     encoder.save_pretrained(folder)
     processor.save_pretrained(folder)
     _write_card(folder, "image-feature-extraction", "A nano vision encoder, trained from nothing on drawn scenes.")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer: complete words for the scenes, smaller pieces for any other text."""
+def train_tokenizer(texts: list[str], vocab_size: int = 512, split_digits: bool = False) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer: complete words for the scenes, smaller pieces for any other text; with `split_digits`, a token
+    for each digit of a number."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    by_digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digits, by_bytes]) if split_digits else by_bytes
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -130,25 +134,35 @@ def train_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
-def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 24) -> None:
-    """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers."""
+def scene_dialogue(rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Prompts and responses about a scene that is not drawn; the first prompt describes it."""
+    scene = scenes.random_scene(rng, "train")
+    asked = scenes.annotate(scene, ("short_caption", "detailed_caption", "questions"), rng)
+    turns = [asked[i][:2] for i in rng.permutation(len(asked))]
+    first, response = turns[0]
+    return [(f"{scenes.detailed_caption(scene)} {first}", response), *turns[1:]]
+
+
+def train_language_model(
+    folder: Path,
+    seed: int,
+    steps: int,
+    batch_size: int = 24,
+    draw_dialogue: Callable[[np.random.Generator], list[tuple[str, str]]] = scene_dialogue,
+    split_digits: bool = False,
+) -> None:
+    """Trains the LM on dialogues: a description of a scene, then questions about it; the loss is on descriptions and answers.
+    `split_digits` is as for `train_tokenizer`."""
     set_seed(seed)
     rng = np.random.default_rng([seed, 11])
-
-    def dialogue() -> list[tuple[str, str]]:
-        scene = scenes.random_scene(rng, "train")
-        asked = scenes.annotate(scene, ("short_caption", "detailed_caption", "questions"), rng)
-        turns = [asked[i][:2] for i in rng.permutation(len(asked))]
-        first, response = turns[0]
-        return [(f"{scenes.detailed_caption(scene)} {first}", response), *turns[1:]]
 
     sample = [
         text
         for _ in range(2000)
-        for prompt, response in dialogue()
+        for prompt, response in draw_dialogue(rng)
         for text in (f"User: {prompt}\n", f"Assistant: {response}")
     ]
-    tokenizer = train_tokenizer(sample)
+    tokenizer = train_tokenizer(sample, split_digits=split_digits)
     tokenizer.chat_template = PLAIN_TEMPLATE
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -172,7 +186,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
 
     def tokens_and_labels() -> tuple[list[int], list[int]]:
         input_ids, labels = [], []
-        for asked, answered in dialogue():
+        for asked, answered in draw_dialogue(rng):
             prompt = encode(f"User: {asked}\nAssistant:")
             response = encode(f" {answered}{tokenizer.eos_token}")
             line_end = encode("\n")
@@ -187,7 +201,7 @@ def train_language_model(folder: Path, seed: int, steps: int, batch_size: int = 
         labels = torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows])
         return model(input_ids=input_ids, labels=labels).loss
 
-    _train("language model", [model], 5e-3, steps, loss_of_step)
+    train_loop("language model", [model], 5e-3, steps, loss_of_step)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_card(folder, "text-generation", "A nano language model, trained from nothing on texts about drawn scenes.")
