@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/resolutions.py`
@@ -47,7 +46,7 @@ def count(shape: str, pixels: int, factor: int) -> dict[str, float]:
         model = AlignVLMForConditionalGeneration(config)
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     tokens = config.image_seq_length
-    image = ImageCost.of(AutoConfig.for_model(**vision), (pixels, pixels), tokens)
+    image = ImageCost.of(config)
     flops = {
         f"stage {stage}": step_flops(modules, trains, 1, 1, tokens + TEXT_TOKENS, LABELS, image=image)
         for stage, trains in TRAINS.items()

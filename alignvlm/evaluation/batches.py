@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 
@@ -53,10 +54,34 @@ def run_batches(work: Work, batch_size: int, folder: Path, state: PartialState, 
 
     Returns:
         All outputs in order, on the main process; None on the others.
+
+    Raises:
+        ValueError: if another program is at the same work.
     """
+    lock = FileLock(folder / "lock")
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        _take(lock, folder)
         _drop_unfinished_lines(folder)
+    try:
+        return _run_missing(work, batch_size, folder, state, title)
+    finally:
+        lock.release()
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    """Takes the lock of a folder, which ends with the process. Processes of a launcher that was killed may still be at work there."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another program is at this work, in {folder}: wait until it ends, or stop it. Processes of a launcher that was killed go on."
+        ) from error
+    except NotImplementedError:  # a file system without locks
+        pass
+
+
+def _run_missing(work: Work, batch_size: int, folder: Path, state: PartialState, title: str) -> list | None:
     state.wait_for_everyone()
     batches = {
         start: range(start, min(start + batch_size, work.length)) for start in range(0, work.length, batch_size)

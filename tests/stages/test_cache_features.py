@@ -108,9 +108,9 @@ def test_losses_and_weights_are_those_without_it(
         save_checkpoint(make_model(**values), processor, checkpoint, {"stages": []})
     encode_images = AlignVLMModel.encode_images
 
-    def counted(self, pixel_values):
+    def counted(self, pixel_values, *others):
         encoded.append(len(pixel_values))
-        found = encode_images(self, pixel_values)
+        found = encode_images(self, pixel_values, *others)
         assert found.is_contiguous()  # as kept ones are: kernels differ
         return found
 
@@ -252,8 +252,8 @@ def rounding_by(batch_sizes):
     """An encoder whose kernels round otherwise in batches of some sizes."""
     encode_images = AlignVLMModel.encode_images
 
-    def encode(self, pixel_values):
-        found = encode_images(self, pixel_values)
+    def encode(self, pixel_values, *others):
+        found = encode_images(self, pixel_values, *others)
         return found * (1 + 1e-6) if len(pixel_values) in batch_sizes else found
 
     return encode
@@ -271,7 +271,9 @@ def test_batches_in_which_the_encoder_rounds_otherwise_are_encoded(checkpoint, d
     monkeypatch.setattr(
         AlignVLMModel,
         "encode_images",
-        lambda self, pixels: encode_images(self, pixels) + (torch.arange(len(pixels)) * 1e-3)[:, None, None],
+        lambda self, pixels, *others: (
+            encode_images(self, pixels, *others) + (torch.arange(len(pixels)) * 1e-3)[:, None, None]
+        ),
     )
     with pytest.raises(
         ValueError, match=r"in fp32, the encoder 'siglip_vision_model' gives an image other last bits in"
