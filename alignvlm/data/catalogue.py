@@ -272,7 +272,7 @@ CATALOGUE: dict[str, DataSet] = {
         data="lmms-lab/MME",
         group_by="question_id",
         metric="mme",
-        licence="unknown: for research, see its page",
+        licence="academic research only; no copy or change without Xiamen University's leave",
         note="Two questions about each image.",
     ),
     "chartqa": DataSet(

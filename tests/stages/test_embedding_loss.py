@@ -176,6 +176,7 @@ def test_two_processes_and_micro_batches_train_what_one_batch_trains(checkpoint,
         "language_learning_rate": 0.05,
         "save_strategy": "steps",
         "save_steps": 3,
+        "activation_checkpointing": True,
     }
     one = run(checkpoint, tmp_path / "one", **fields, per_device_train_batch_size=8)
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
