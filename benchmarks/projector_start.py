@@ -1,22 +1,29 @@
-"""How many steps of stage 1 `projector_start: least_squares` saves: steps to a given training loss, with and without it.
+"""How many steps of stage 1 a start of the projector saves: steps to a given training loss, beside those of a new projector.
 
     make quickstart
-    python benchmarks/projector_start.py out/quickstart/stage0 --output_dir out/projector_start [--seeds 0 1 2] [--max_steps N]
+    python benchmarks/projector_start.py out/quickstart [--output_dir out/projector_start] [--seeds 0 1 2] [--max_steps N]
 
-Stage 1 of the recipe `nano`, by its script, from one checkpoint of stage 0; a seed is another order of the records. The given losses are
-those that the run without the option has after a quarter, half and all of its steps, each the mean of five steps. An unfinished
-measurement goes on where it stopped.
+The starts: `least squares` (`projector_start: least_squares`), and what `--projector` makes of a projector that stage 1 has trained with
+another language model: a `version` of this one (the same first weights, trained half as long again), or `another`, of the same width but
+other first weights, taken `as it is` or followed by the word converter. Stage 1 of the recipe `nano`, by its script, on the quickstart's
+backbones; a seed is another order of the records. The given losses are those that the new projector has after a quarter, half and
+all of its steps, each the mean of five steps. An unfinished measurement goes on where it stopped.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from statistics import mean
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/projector_start.py`
 
+from alignvlm.quickstart.nano import train_language_model
+from alignvlm.quickstart.quickstart import QuickstartArguments
+from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.stages.projector_checkpoint import export_projector
 from benchmarks.stage_runs import ROOT, machine, stage_values, train
-from hub_upload.run_record import write_json
+from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
 
 
 WINDOW = 5
@@ -33,44 +40,89 @@ def steps_to(losses: list[float], target: float) -> int | None:
     return next((step for step, loss in enumerate(smooth(losses), 1) if loss <= target), None)
 
 
-def compare(plain: dict, started: dict) -> list[dict]:
-    """For each given loss the steps that the two runs, entries of run records, need."""
-    rows = []
-    for part in PARTS:
-        target = smooth(plain["logged_losses"])[max(0, round(part * len(plain["logged_losses"])) - 1)]
-        rows.append(
-            {
-                "loss": target,
-                "without": steps_to(plain["logged_losses"], target),
-                "with": steps_to(started["logged_losses"], target),
-            }
-        )
-    return rows
+def compare(runs: dict[str, dict]) -> list[dict]:
+    """For each given loss the steps that the runs, entries of run records by their start, need; the first is that of the new projector."""
+    new, *_ = (run["logged_losses"] for run in runs.values())
+    targets = [smooth(new)[max(0, round(part * len(new)) - 1)] for part in PARTS]
+    return [
+        {"loss": target, "steps": {start: steps_to(run["logged_losses"], target) for start, run in runs.items()}}
+        for target in targets
+    ]
+
+
+def trained_elsewhere(backbones: Path, language: Path, output: Path) -> Path:
+    """Trains a projector in stage 1 with another language model; returns that checkpoint."""
+    start = output / "stage0"
+    if not (start / RUN_RECORD).is_file():
+        assemble(BackboneArguments(str(backbones / "vision"), str(language), str(start)))
+    train(stage_values(ROOT / "training/recipes/nano", 1, start, output / "stage1", report=False))
+    return output / "stage1"
+
+
+def starts_of(quickstart: Path, output: Path) -> dict[str, Path]:
+    """The checkpoints of stage 0 by the start of their projector; makes what is missing."""
+    steps, backbones = QuickstartArguments.language_steps, quickstart / "backbones"
+    starts = {"new": quickstart / "stage0"}
+    for name, seed, more in (("version", 0, steps // 2), ("another", 100, 0)):
+        language = output / name / "language"
+        if not (language / "README.md").is_file():  # written last
+            train_language_model(language, seed, steps + more)
+        trained = trained_elsewhere(backbones, language, output / name)
+        if not (output / name / "projector").is_dir():
+            export_projector(str(trained), output / name / "projector")
+        kinds = {name: trained} if name == "version" else {f"{name}, as it is": output / name / "projector", f"{name}, converted": trained}  # fmt: skip
+        for kind, projector in kinds.items():
+            folder = output / "starts" / kind.replace(", ", "_").replace(" ", "_")
+            if not (folder / RUN_RECORD).is_file():
+                given = {"projector": str(projector), "output_dir": str(folder)}
+                assemble(BackboneArguments(str(backbones / "vision"), str(backbones / "language"), **given))
+            starts[kind] = folder
+    return starts
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage0", type=Path, help="A nano checkpoint of stage 0, as the quickstart writes it.")
+    parser.add_argument("quickstart", type=Path, help="What `make quickstart` wrote.")
     parser.add_argument("--output_dir", type=Path, default=Path("out/projector_start"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_steps", type=int, help="For a trial.")
     options = parser.parse_args(argv)
+    starts = starts_of(options.quickstart, options.output_dir)
+    starts = {"new": starts.pop("new"), "least squares": options.quickstart / "stage0", **starts}
     results = []
-    print("| seed | loss | steps without | steps with | seconds of the start |\n|---|---|---|---|---|")
     for seed in options.seeds:
         runs = {}
-        for name, start in (("without", None), ("with", "least_squares")):
-            changes = {"seed": seed, "logging_steps": 1, "projector_start": start, "max_steps": options.max_steps}
-            folder = options.output_dir / f"{name}-{seed}"
-            values = stage_values(ROOT / "training/recipes/nano", 1, options.stage0, folder, report=False, **changes)
+        for name, start in starts.items():
+            changes = {"seed": seed, "logging_steps": 1, "max_steps": options.max_steps}
+            changes["projector_start"] = "least_squares" if name == "least squares" else None
+            folder = options.output_dir / f"seed{seed}" / name.replace(", ", "_").replace(" ", "_")
+            values = stage_values(ROOT / "training/recipes/nano", 1, start, folder, report=False, **changes)
             runs[name] = train(values)
-        rows = compare(runs["without"], runs["with"])
-        seconds = runs["with"]["projector_start"]["seconds"]
-        before = {name: run["eval_loss_before"] for name, run in runs.items()}
-        results.append({"seed": seed, "targets": rows, "start_seconds": seconds, "eval_loss_before": before})
-        for row in rows:
-            print(f"| {seed} | {row['loss']:.3f} | {row['without']} | {row['with'] or '-'} | {seconds} |", flush=True)
-    write_json(options.output_dir / "projector_start.json", {"machine": machine(), "runs": results})
+        losses = {name: [run["eval_loss_before"], run["eval_loss_after"]] for name, run in runs.items()}
+        seconds = runs["least squares"]["projector_start"]["seconds"]
+        results.append({"seed": seed, "targets": compare(runs), "held_out": losses, "least_squares_seconds": seconds})
+    converted = {
+        name: read_run_record(start)["projector"]["converted"]
+        for name, start in starts.items()
+        if start.parent.name == "starts"
+    }
+    found = {"machine": machine(), "converted": converted, "runs": results}
+    write_json(options.output_dir / "projector_start.json", found)
+    print(table(results))
+
+
+def table(results: list[dict]) -> str:
+    """The starts as Markdown: the steps of each seed to each given loss, and the mean loss of held-out captions before and after."""
+    parts = " | ".join(f"steps to the loss after {part:.0%}" for part in PARTS)
+    lines = [f"| start | {parts} | held-out loss before | after |", "|---" * (len(PARTS) + 3) + "|"]
+    for start in results[0]["held_out"]:
+        steps = [
+            ", ".join(str(result["targets"][part]["steps"][start] or "-") for result in results)
+            for part in range(len(PARTS))
+        ]
+        before, after = (mean(result["held_out"][start][moment] for result in results) for moment in (0, 1))
+        lines.append(f"| {start} | {' | '.join(steps)} | {before:.3f} | {after:.3f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

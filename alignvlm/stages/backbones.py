@@ -359,7 +359,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         attention_mask_type=arguments.attention_mask_type,
     )
     choose_mask_type(model, arguments.language)
-    started = start_projector(model, tokenizer, saved) if saved else None
+    started = start_projector(model, tokenizer, saved, _recorded_name(arguments.language)) if saved else None
 
     processor = AlignVLMProcessor(
         image_processor,

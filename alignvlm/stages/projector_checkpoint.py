@@ -4,8 +4,9 @@
     alignvlm assemble --vision ... --language ... --projector out/projector --output_dir out/stage0
 
 A projector that was trained with one language model starts that of another: "VPGTrans: Transfer Visual Prompt Generator across LLMs",
-arXiv 2305.01278. Where the language models' widths differ, it is followed by the paper's word converter, a linear map from the embeddings
-of the one to those of the other, here solved for by least squares on the tokens that both vocabularies have; the two maps make one layer.
+arXiv 2305.01278. It is followed by the paper's word converter, a linear map from the embeddings of the one to those of the other, here
+solved for by least squares on the tokens that both vocabularies have; the two maps make one layer. Between versions of one language
+model, whose embeddings are nearly the same, it is taken as it is.
 """
 
 import hashlib
@@ -49,6 +50,8 @@ SHAPED_BY = (
     "modality_calibration",
 )
 RIDGE = 1e-4  # of the word converter
+VERSION = 0.5  # the share of the embeddings' variance that equal tokens have in common, from which on two language models are versions of one
+CHUNK = 8192  # embeddings computed with in float64 at once
 # What of an encoder's config says nothing about its features, or is the image processor's business.
 PASSING = (
     "_name_or_path",
@@ -188,23 +191,27 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def start_projector(
-    model: AlignVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, saved: SavedProjector
+    model: AlignVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, saved: SavedProjector, language: str
 ) -> dict[str, Any]:
-    """Puts a saved projector into a model that it fits (`SavedProjector.check_fits`), converted if the widths differ.
+    """Puts a saved projector into a model that it fits (`SavedProjector.check_fits`), as it is or followed by a word converter.
+
+    Args:
+        language: what the model's run record calls its language model.
 
     Returns:
         what the run record says of it.
 
     Raises:
-        ValueError: if the vocabularies have too few tokens in common for a converter.
+        ValueError: if widths differ and the vocabularies have too few tokens in common for a converter.
     """
-    projector, converted = model.model.projector, None
-    if saved.config.text_config.hidden_size == model.config.text_config.hidden_size:
+    projector = model.model.projector
+    layer = last_linear_layer(projector)
+    converter = _word_converter(model, tokenizer, saved, language, with_bias=layer.bias is not None)
+    if converter is None:
         projector.load_state_dict(saved.weights)
     else:
-        layer = last_linear_layer(projector)
         last = next(name for name, module in projector.named_modules() if module is layer)
-        weight, bias, converted = _word_converter(model, tokenizer, saved, with_bias=layer.bias is not None)
+        weight, bias, _ = converter
         for name, parameter in projector.named_parameters():
             value = saved.weights[name].double()
             if name == f"{last}.weight":
@@ -225,7 +232,7 @@ def start_projector(
         "revision": commit_of(saved.name, saved.revision),
         "backbones": saved.record.get("backbones", {}),
         "stages": [stage["stage"] for stage in saved.record["stages"]],
-        "converted": converted,
+        "converted": converter[2] if converter else None,
     }
 
 
@@ -233,33 +240,51 @@ def _word_converter(
     model: AlignVLMForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     saved: SavedProjector,
+    language: str,
     with_bias: bool,
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+) -> tuple[Tensor, Tensor | None, dict[str, Any]] | None:
     """Solves for the map `(hidden, hidden of saved)` from embeddings of the saved projector's language model to those of `model`.
 
     Returns:
         weight and bias in float64, and what the run record says: the `tokens`, and the share of the embeddings' variance `explained`.
+        None if there is nothing to convert: the two are versions of one language model. A projector alone, without embeddings, is taken for that.
     """
+    width = saved.config.text_config.hidden_size
+    same_width = width == model.config.text_config.hidden_size
+    if not saved.complete:  # of the same width, or it would not fit
+        origin = saved.record.get("backbones", {}).get("language")
+        if origin != language:
+            logger.warning(
+                f"The projector of {saved.name!r} was trained with the language model {origin!r}, without whose embeddings it is taken as it is. "
+                f"That is right if {language!r} is a version of it; if not, name the complete checkpoint in --projector."
+            )
+        return None
     source = AlignVLMForConditionalGeneration.from_pretrained(saved.name, revision=saved.revision, dtype=torch.float32)
     processor = AlignVLMProcessor.from_pretrained(saved.name, revision=saved.revision)
     theirs, ours = (_tokens_of(each) for each in (processor.tokenizer, tokenizer))
     shared = sorted(theirs.keys() & ours.keys())
-    width = source.config.text_config.hidden_size
+    x, t = (
+        of.get_input_embeddings()(torch.tensor([tokens[token] for token in shared], dtype=torch.long)).float()
+        for of, tokens in ((source, theirs), (model, ours))
+    )
+    if same_width and len(shared) > 1 and _explained(x, t) > VERSION:
+        return None
     if len(shared) <= width:
         raise ValueError(
             f"The vocabularies of {saved.name!r} and of this language model have {len(shared)} tokens in common, and a converter between "
             f"embeddings of width {width} needs more than that. Leave out --projector, or use --projector_start in stage 1."
         )
-    x, t = (
-        of.get_input_embeddings()(torch.tensor([tokens[token] for token in shared])).double()
-        for of, tokens in ((source, theirs), (model, ours))
-    )
     equations = NormalEquations(x.shape[1], t.shape[1])
-    equations.add(x, t)
+    for inputs, targets in zip(x.split(CHUNK), t.split(CHUNK)):
+        equations.add(inputs, targets)
     weight, bias = equations.solve(RIDGE, with_bias)
-    missed = t - x @ weight.T - (0 if bias is None else bias)
-    explained = 1 - (missed.square().sum() / (t - t.mean(0)).square().sum()).item()
-    return weight, bias, {"tokens": len(shared), "explained": round(explained, 4)}
+    converted = x @ weight.T.float() + (0 if bias is None else bias.float())
+    return weight, bias, {"tokens": len(shared), "explained": round(_explained(converted, t), 4)}
+
+
+def _explained(predicted: Tensor, embeddings: Tensor) -> float:
+    """The share of the variance of `embeddings` `(tokens, hidden)` that `predicted`, of the same shape, explains."""
+    return 1 - ((embeddings - predicted).square().sum() / (embeddings - embeddings.mean(0)).square().sum()).item()
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignvlm.stages.loading import as_the_stage_merges, make_collator, make_mixture
-from alignvlm.stages.reward_arguments import parse_any_stage
-from alignvlm.stages.tiles import cut_images
+from alignvlm.stages.reward_arguments import WHOLE_IMAGES, RewardArguments, parse_any_stage
+from alignvlm.stages.tiles import check_not_cut, cut_images
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
 from hub_upload.command_line import run
 from hub_upload.repository import check_model
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
     config, processor = as_the_stage_merges(arguments, config, processor)
     cut_images(arguments, config, processor)
+    if isinstance(arguments, RewardArguments):
+        check_not_cut(processor, WHOLE_IMAGES)
     collator = make_collator(arguments, processor, config)
     stages = read_run_record(arguments.model, arguments.model_revision)["stages"]
     mixture = make_mixture(arguments, collator, stages)

@@ -1,4 +1,4 @@
-"""A projector taken from another model: as it is, apart, and converted to another language model's width."""
+"""A projector taken from another model: as it is, apart, and converted to another language model's embeddings."""
 
 import json
 
@@ -39,6 +39,12 @@ def narrow(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> str:
     return language_of_width(tmp_path_factory.mktemp("wide"), 48, (), seed=2)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """As wide as `narrow`, but not a version of it."""
+    return language_of_width(tmp_path_factory.mktemp("other"), 32, (), seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +95,14 @@ def test_a_projector_apart_is_small_and_tells_where_it_comes_from(trained):
 FUSED = {"vision_feature_layer": [-2, -1], "vision_layer_fusion": "weighted_sum"}
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear", "pool", "fused"])
-def test_another_width_gets_the_word_converter(vision, narrow, wide, trained, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["mlp", "linear", "pool", "fused", "same width"])
+def test_another_language_model_gets_the_word_converter(vision, narrow, wide, other, trained, tmp_path, kind):
     """The new projector is the old one followed by the linear map between the embeddings of equal tokens that numpy finds."""
     folders = (trained / "stage1", tmp_path / "converted")
     made_with = {"projector_type": "linear", **FUSED} if kind == "fused" else {"projector_type": kind}
-    if kind != "mlp":
+    if kind == "same width":
+        made_with, wide = {}, other
+    elif kind != "mlp":
         folders = (tmp_path / "old", folders[1])
         assemble(BackboneArguments(vision, narrow, str(folders[0]), **made_with))
     assemble(BackboneArguments(vision, wide, str(folders[1]), projector=str(folders[0]), **made_with))
@@ -211,6 +219,31 @@ def test_what_does_not_fit_is_refused_before_backbones_are_loaded(
     vision_config = type(saved.config.vision_config)(**{**SIZES, "num_hidden_layers": 3}, patch_size=8)
     with pytest.raises(ValueError, match="belongs to another vision encoder: num_hidden_layers was 2 and is 3"):
         saved.check_fits(vision_config, saved.config.text_config)
+
+
+def test_a_version_of_the_language_model_takes_the_projector_as_it_is(vision, narrow, trained, tmp_path):
+    """As after training: every weight has moved, embeddings by a third of their spread."""
+    language = LlamaForCausalLM.from_pretrained(narrow)
+    with torch.no_grad():
+        for parameter in language.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.33 * parameter.std().item())
+    language.save_pretrained(tmp_path / "version")
+    make_tokenizer(("<one>", "<two>", "<three>")).save_pretrained(tmp_path / "version")
+    given = {"projector": str(trained / "stage1"), "output_dir": str(tmp_path / "out")}
+    assemble(BackboneArguments(vision, str(tmp_path / "version"), **given))
+    found, expected = projector_of(tmp_path / "out"), projector_of(trained / "stage1")
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert read_run_record(tmp_path / "out")["projector"]["converted"] is None
+
+
+@pytest.mark.parametrize("language", ["narrow", "other"])
+def test_without_embeddings_the_projector_is_taken_as_it_is_and_this_is_told(
+    request, vision, trained, tmp_path, caplog, language
+):
+    folder = request.getfixturevalue(language)
+    assemble(BackboneArguments(vision, folder, str(tmp_path), projector=str(trained / "projector")))
+    assert torch.equal(projector_of(tmp_path)["layers.2.bias"], projector_of(trained / "stage1")["layers.2.bias"])
+    assert ("if not, name the complete checkpoint" in caplog.text) == (language == "other")
 
 
 def test_too_few_common_tokens_are_refused(vision, wide, trained, tmp_path, monkeypatch):

@@ -1,0 +1,81 @@
+"""What two options of alignment bring and cost on drawn scenes: several mask types in one training, and `embedding_loss`.
+
+    python benchmarks/alignment_options.py --seeds 3                          # an hour of one core
+    python benchmarks/alignment_options.py --seeds 3 --output out/findings  # goes on from what benchmarks/findings.py trained there
+
+The arms go through stages 1 to 3 as the arms of the finding about masks in `benchmarks/findings.py` do, and two of them are those: all steps
+under `image`, or under `causal`. The others draw each step's mask type, half `image` and half `causal`, or add `embedding_loss: 0.1` to all stages. Every
+checkpoint answers the questions about held-out scenes under both masks. A seed is as there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/alignment_options.py`
+
+from benchmarks.findings import Finding, Scenes, run_arm, summarise, summary_table
+from benchmarks.stage_runs import machine, update_results
+from hub_upload.run_record import write_json
+
+
+ASKED = ("image", "causal")
+SIZES = (1536, 1536, 4000)  # scenes of stages 1, 2 and 3
+
+
+def findings_of(world: Scenes, seed: int) -> dict[str, tuple[str, Finding]]:
+    """The arms, each with the name of its folder and the finding that it is an arm of; the first is the baseline."""
+    masks = world.findings(seed)["masks"]
+    options = {
+        "image and causal": {"attention_mask_type": json.dumps({"image": 0.5, "causal": 0.5})},
+        "embedding_loss": {"embedding_loss": 0.1},
+    }
+    own = Finding({arm: world.stages(*SIZES, **changes) for arm, changes in options.items()}, masks.tasks)
+    return {"image": ("masks", masks), "causal": ("masks", masks)} | dict.fromkeys(options, ("options", own))
+
+
+def under(mask: str, checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint with another mask type, as a folder of links and a configuration of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.name != "config.json" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    config = json.loads((checkpoint / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "attention_mask_type": mask})
+    return folder
+
+
+def values_of(world: Scenes, name: str, finding: Finding, arm: str, seed: int) -> dict[str, float]:
+    """Runs an arm and asks its checkpoint under both masks; accuracies, CIDEr under `image`, and the minutes of training."""
+    run = run_arm(world, name, finding, arm, seed)
+    folder = world.output / f"seed{seed}" / name / arm.replace(" ", "_")
+    values = {}
+    for mask in ASKED:
+        checkpoint = under(mask, folder / "stage3", folder / f"under_{mask}")
+        found = world.evaluate("scenes", seed, checkpoint, folder / f"asked_under_{mask}")
+        values[f"accuracy under {mask}"] = found["accuracy"]
+        values[f"CIDEr under {mask}"] = found["CIDEr"]
+    return {**values, "minutes": sum(run["seconds"]) / 60}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("out/alignment_options"))
+    parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
+    arguments = parser.parse_args()
+    world = Scenes(arguments.output.resolve() / "scenes")
+    runs: dict[str, dict[int, dict]] = {}
+    found = {}
+    for seed in range(arguments.seeds):
+        for arm, (name, finding) in findings_of(world, seed).items():
+            runs.setdefault(arm, {})[seed] = {"values": values_of(world, name, finding, arm, seed)}
+            found = {"machine": machine(), "summary": summarise(runs), "runs": runs}
+            update_results(arguments.results or arguments.output / "alignment_options.json", "options", found)
+    print(summary_table(found["summary"]))
+
+
+if __name__ == "__main__":
+    main()
