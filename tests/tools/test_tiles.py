@@ -33,5 +33,5 @@ def test_what_stage_5_refuses_to_train_on_is_not_shown_for_it(checkpoint, tmp_pa
     fields = {"sources": SOURCES, "stage": 5, "method": "grpo", "language_learning_rate": 1e-3, "max_tiles": 4}
     given = arguments_for(checkpoint, tmp_path / "out", **fields, num_generations=2)
     with pytest.raises(ValueError, match="stage 5 shows complete images, and max_tiles=4 cuts"):
-        show_data([*given, "--show", "1", "--sheet", str(tmp_path / "sheet.html")])
+        show_data([*given, "--rewards", "cider", "--show", "1", "--sheet", str(tmp_path / "sheet.html")])
     assert not (tmp_path / "sheet.html").exists()
