@@ -176,12 +176,12 @@ def _local(
         rows = load_dataset("webdataset", data_files=names, split="train", streaming=streaming)
         place: Callable[[int], str] = partial(_place_of_sample, rows)
     elif streaming:
-        place = _place_in_files(files, keep_bad_lines)
+        place = _PlaceInFiles(files, keep_bad_lines)
         given = {"files": files, "splits": _names(split), "keep_bad_lines": keep_bad_lines}
         rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
         has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
     else:
-        place = _place_in_files(files, keep_bad_lines)
+        place = _PlaceInFiles(files, keep_bad_lines)
         rows = load_files(files, keep_bad_lines)
         if has_splits := "split" in rows.column_names:
             wanted = (*_names(split), None) if NOT_A_ROW in rows.column_names else _names(split)
@@ -338,19 +338,19 @@ def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
         ) from error
 
 
-def _place_in_files(files: list[Path], keep_bad_lines: bool) -> Callable[[int], str]:
-    """Returns a function from a row's index to its place in files read one after the other. It reads the files at its first call."""
+class _PlaceInFiles:
+    """Tells where the row of an index stands in files read one after the other. It reads the files at its first call, in each process."""
 
-    places: list[str] = []
+    def __init__(self, files: list[Path], keep_bad_lines: bool):
+        self.files, self.keep_bad_lines = files, keep_bad_lines
+        self.places: list[str] = []
 
-    def place(index: int) -> str:
-        if not places:
-            for file in files:
+    def __call__(self, index: int) -> str:
+        if not self.places:
+            for file in self.files:
                 if file.suffix == ".parquet":  # not read for this: it may hold images
                     count = pq.read_metadata(file).num_rows
-                    places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
+                    self.places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
                 else:
-                    places.extend(place for place, _ in read_file(file, keep_bad_lines))
-        return places[index]
-
-    return place
+                    self.places.extend(place for place, _ in read_file(file, self.keep_bad_lines))
+        return self.places[index]

@@ -110,7 +110,13 @@ def _place(ends: np.ndarray, index: int) -> tuple[int, int]:
     return part, int(index - (ends[part - 1] if part else 0))
 
 
-def measure(mixture: Mixture, collator: AlignVLMCollator, records: list[int], workers: int = 0) -> Pieces:
+def measure(
+    mixture: Mixture,
+    collator: AlignVLMCollator,
+    records: list[int],
+    workers: int = 0,
+    context: str | None = None,
+) -> Pieces:
     """Counts tokens and images of records of a mixture; several processes, which must all call this, divide the work."""
     state = PartialState()
     own = records[state.process_index :: state.num_processes]
@@ -119,6 +125,7 @@ def measure(mixture: Mixture, collator: AlignVLMCollator, records: list[int], wo
         batch_size=64,
         collate_fn=list,
         num_workers=workers,
+        multiprocessing_context=context,
         generator=torch.Generator().manual_seed(0),  # leaves the random numbers of training alone
     )
     found = dict(zip(own, (sizes for batch in loader for sizes in batch), strict=True))
@@ -225,6 +232,7 @@ def fill_rows(
     epochs: float = 1,
     steps: int | None = None,
     workers: int = 0,
+    context: str | None = None,
 ) -> TrainingRows:
     """Fills the rows of a mixture that is no stream.
 
@@ -233,7 +241,7 @@ def fill_rows(
         batch_size, rows_per_step: see `RowSampler`.
         epochs: of the stage.
         steps: of the stage, if they end it instead.
-        workers: of the data loader that counts tokens.
+        workers, context: of the data loader that counts tokens, and how it starts them (`fork`, `spawn` or `forkserver`).
     """
     sampler, parts = mixture.sampler, mixture.parts
     read = np.arange(sum(sampler.sizes))
@@ -241,7 +249,7 @@ def fill_rows(
         drawn = (np.fromiter(_epoch(sampler, epoch), np.int64) for epoch in range(int(np.ceil(epochs))))
         read = np.unique(np.concatenate(list(drawn)))
         sampler.set_epoch(0)
-    pieces = measure(mixture, collator, read.tolist(), workers)
+    pieces = measure(mixture, collator, read.tolist(), workers, context)
     needed = None if steps is None else steps * rows_per_step
     of_epochs = rows_of_epochs(sampler, pieces, row_length, int(np.ceil(epochs)), needed)
     count = len(of_epochs[0])

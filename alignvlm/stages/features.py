@@ -217,9 +217,13 @@ class KeptFeatures(StageOption):
 
     def _loader(self, dataset: Any, collate: Any, batch_size: int) -> DataLoader:
         """Loads without touching the random numbers of training."""
-        workers = self.arguments.dataloader_num_workers
         return DataLoader(
-            dataset, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator().manual_seed(0)
+            dataset,
+            batch_size,
+            collate_fn=collate,
+            num_workers=self.arguments.dataloader_num_workers,
+            multiprocessing_context=self.arguments.dataloader_multiprocessing_context,
+            generator=torch.Generator().manual_seed(0),
         )
 
     def _noise(self, count: int) -> Tensor:

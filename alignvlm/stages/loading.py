@@ -121,6 +121,7 @@ def make_rows(arguments: StageArguments, mixture: Mixture, collator: AlignVLMCol
         epochs=arguments.num_train_epochs,
         steps=arguments.max_steps if arguments.max_steps > 0 else None,
         workers=arguments.dataloader_num_workers,
+        context=arguments.dataloader_multiprocessing_context,
     )
 
 

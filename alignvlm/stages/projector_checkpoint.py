@@ -51,6 +51,7 @@ SHAPED_BY = (
 )
 RIDGE = 1e-4  # of the word converter
 VERSION = 0.5  # the share of the embeddings' variance that equal tokens have in common, from which on two language models are versions of one
+LITTLE = 0.1  # the share that a word converter explains, below which the start is worth little
 CHUNK = 8192  # embeddings computed with in float64 at once
 # What of an encoder's config says nothing about its features, or is the image processor's business.
 PASSING = (
@@ -246,8 +247,8 @@ def _word_converter(
     """Solves for the map `(hidden, hidden of saved)` from embeddings of the saved projector's language model to those of `model`.
 
     Returns:
-        weight and bias in float64, and what the run record says: the `tokens`, and the share of the embeddings' variance `explained`.
-        None if there is nothing to convert: the two are versions of one language model. A projector alone, without embeddings, is taken for that.
+        weight and bias in float64, and what the run record says: the `tokens`, and the share of the embeddings' variance `explained`, of each token by a
+        map solved on the others. None if there is nothing to convert: the two are versions of one language model. A projector alone, without embeddings, is taken for that.
     """
     width = saved.config.text_config.hidden_size
     same_width = width == model.config.text_config.hidden_size
@@ -267,7 +268,7 @@ def _word_converter(
         of.get_input_embeddings()(torch.tensor([tokens[token] for token in shared], dtype=torch.long)).float()
         for of, tokens in ((source, theirs), (model, ours))
     )
-    if same_width and len(shared) > 1 and _explained(x, t) > VERSION:
+    if same_width and len(shared) > 1 and _explained(t - x, t) > VERSION:
         return None
     if len(shared) <= width:
         raise ValueError(
@@ -278,13 +279,20 @@ def _word_converter(
     for inputs, targets in zip(x.split(CHUNK), t.split(CHUNK)):
         equations.add(inputs, targets)
     weight, bias = equations.solve(RIDGE, with_bias)
-    converted = x @ weight.T.float() + (0 if bias is None else bias.float())
-    return weight, bias, {"tokens": len(shared), "explained": round(_explained(converted, t), 4)}
+    missed = t - x @ weight.T.float() - (0 if bias is None else bias.float())
+    alone = torch.cat([equations.leverages(inputs, RIDGE, with_bias) for inputs in x.split(CHUNK)]).float()
+    explained = _explained(missed / (1 - alone).unsqueeze(-1), t)
+    if explained < LITTLE:
+        logger.warning(
+            f"Of the embeddings of {language!r}, those of {saved.name!r} explain {explained:.0%} of the variance of tokens that the map was not "
+            "solved on: its projector may be no better a start than a new one. Leave out --projector, and try --projector_start in stage 1."
+        )
+    return weight, bias, {"tokens": len(shared), "explained": round(explained, 4)}
 
 
-def _explained(predicted: Tensor, embeddings: Tensor) -> float:
-    """The share of the variance of `embeddings` `(tokens, hidden)` that `predicted`, of the same shape, explains."""
-    return 1 - ((embeddings - predicted).square().sum() / (embeddings - embeddings.mean(0)).square().sum()).item()
+def _explained(missed: Tensor, embeddings: Tensor) -> float:
+    """The share of the variance of `embeddings` `(tokens, hidden)` that is explained by what misses them by `missed`, of the same shape."""
+    return 1 - (missed.square().sum() / (embeddings - embeddings.mean(0)).square().sum()).item()
 
 
 def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

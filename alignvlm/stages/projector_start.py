@@ -53,11 +53,22 @@ class NormalEquations:
         The bias is not penalised. Where columns of x depend on each other, `ridge` must be positive.
         """
         count, size = self.gram[-1, -1], len(self.gram) - 1
-        gram, cross = (self.gram, self.cross) if bias else (self.gram[:size, :size], self.cross[:size])
-        penalty = torch.zeros(len(gram), dtype=torch.float64, device=gram.device)
-        penalty[:size] = ridge * self.gram.diagonal()[:size].mean() / count
-        solution = torch.linalg.solve(gram / count + penalty.diag(), cross / count)
+        solution = torch.linalg.solve(self._penalised(ridge, bias), self.cross[: size + bias] / count)
         return solution[:size].T, solution[size] if bias else None
+
+    def leverages(self, x: Tensor, ridge: float, bias: bool) -> Tensor:
+        """Returns of each input `(pairs, inputs)` how much its own target weighs in what is predicted for it, `(pairs,)`: the error of a
+        solution without the pair is its error in `solve`'s, divided by 1 minus that (Allen, 1974, doi 10.1080/00401706.1974.10489157)."""
+        x = x.to(self.gram.device).double()
+        x = nn.functional.pad(x, (0, 1), value=1.0) if bias else x
+        return (torch.linalg.solve(self._penalised(ridge, bias), x.T).T * x).sum(-1) / self.gram[-1, -1]
+
+    def _penalised(self, ridge: float, bias: bool) -> Tensor:
+        """Returns the matrix of the normal equations, a mean over the pairs."""
+        count, size = self.gram[-1, -1], len(self.gram) - 1
+        penalty = torch.zeros(size + bias, dtype=torch.float64, device=self.gram.device)
+        penalty[:size] = ridge * self.gram.diagonal()[:size].mean() / count
+        return self.gram[: size + bias, : size + bias] / count + penalty.diag()
 
 
 class ProjectorStart(StageOption):

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -574,6 +576,10 @@ def test_a_data_set_of_the_hubs_schema_becomes_records(fixture, folder, streamin
         assert turns[0].lower() in map(str.lower, answers) and len(turns) == count
     assert written(Record.from_row(records[1]).conversations[0].messages)[0] == prompt
     assert source.identity["data"]
+    sent = pickle.loads(pickle.dumps(source))  # to a data worker that is not forked
+    again = next(islice(sent.rows, 2, None)) if streaming else sent[2]
+    assert Record.from_row(again).conversations == record.conversations
+    assert read_image(again["images"][0]).getpixel((0, 0)) == (2, 10, 20)
     batch = AlignVLMCollator(processor)(records)
     assert len(batch["pixel_values"]) == 3 and (batch["labels"] != -100).any(1).all()
 

@@ -14,7 +14,7 @@ from PIL import Image
 from alignvlm.data.mixture import Mixture, MixtureSampler, load_mixture
 from alignvlm.rows import filling
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.rows.filling import Pieces, RowSampler, fill, fill_rows, level, rows_of_epochs, sizes_of
+from alignvlm.rows.filling import Pieces, RowSampler, fill, fill_rows, level, measure, rows_of_epochs, sizes_of
 from alignvlm.rows.packing import IGNORED
 from benchmarks import models
 from benchmarks import rows as benchmark
@@ -217,6 +217,19 @@ def test_filled_rows_train_what_records_train_in_rows_of_their_own(processor, ma
     expected_loss, expected = loss_and_gradients(model, separate)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
     assert_same(gradients, expected, tolerance=2e-5)
+
+
+def test_a_worker_need_not_be_forked_from_its_parent(processor, tmp_path):
+    """As on macOS and Windows, and with Python 3.14: data and collator are sent to it."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "captions": ["A circle. " * count]} for count in range(1, 5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collator = AlignVLMCollator(processor)
+    sources = [{"data": "rows.jsonl"}, {"name": "scenes", "count": 2}]
+    mixture = load_mixture(sources, collator.token_counts, tmp_path)
+    here, there = (measure(mixture, collator, [2, 0, 1], *own) for own in ((), (1, "spawn")))
+    assert len(here.record) == 3 and here.tokens.min() > 0
+    assert all(np.array_equal(getattr(here, name), getattr(there, name)) for name in ("record", "tokens", "images"))
 
 
 def test_a_record_in_several_rows_is_counted_once(processor):
