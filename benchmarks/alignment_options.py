@@ -1,11 +1,11 @@
-"""What two options of alignment bring and cost on drawn scenes: several mask types in one training, and `embedding_loss`.
+"""What options of alignment bring and cost on drawn scenes: several mask types in one training, `embedding_loss`, `projector_start`.
 
     python benchmarks/alignment_options.py --seeds 3                          # an hour of one core
     python benchmarks/alignment_options.py --seeds 3 --output out/findings  # goes on from what benchmarks/findings.py trained there
 
 The arms go through stages 1 to 3 as the arms of the finding about masks in `benchmarks/findings.py` do, and two of them are those: all steps
-under `image`, or under `causal`. The others draw each step's mask type, half `image` and half `causal`, or add `embedding_loss: 0.1` to all stages. Every
-checkpoint answers the questions about held-out scenes under both masks. A seed is as there.
+under `image`, or under `causal`. The others draw each step's mask type, half `image` and half `causal`; add `embedding_loss: 0.1` to all stages; or begin
+stage 1 with `projector_start: least_squares`. Every checkpoint answers the questions about held-out scenes under both masks. A seed is as there.
 """
 
 import argparse
@@ -32,8 +32,11 @@ def findings_of(world: Scenes, seed: int) -> dict[str, tuple[str, Finding]]:
         "image and causal": {"attention_mask_type": json.dumps({"image": 0.5, "causal": 0.5})},
         "embedding_loss": {"embedding_loss": 0.1},
     }
-    own = Finding({arm: world.stages(*SIZES, **changes) for arm, changes in options.items()}, masks.tasks)
-    return {"image": ("masks", masks), "causal": ("masks", masks)} | dict.fromkeys(options, ("options", own))
+    arms = {arm: world.stages(*SIZES, **changes) for arm, changes in options.items()}
+    (_, first), *later = world.stages(*SIZES)
+    arms["least squares"] = [(1, {**first, "projector_start": "least_squares"}), *later]
+    own = Finding(arms, masks.tasks)
+    return {"image": ("masks", masks), "causal": ("masks", masks)} | dict.fromkeys(arms, ("options", own))
 
 
 def under(mask: str, checkpoint: Path, folder: Path) -> Path:

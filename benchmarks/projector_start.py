@@ -4,8 +4,8 @@
     python benchmarks/projector_start.py out/quickstart [--output_dir out/projector_start] [--seeds 0 1 2] [--max_steps N]
 
 The starts: `least squares` (`projector_start: least_squares`), and what `--projector` makes of a projector that stage 1 has trained with
-another language model: a `version` of this one (the same first weights, trained half as long again), or `another`, of the same width but
-other first weights, taken `as it is` or followed by the word converter. Stage 1 of the recipe `nano`, by its script, on the quickstart's
+another language model: a `version` of this one (the same first weights, trained half as long again), or `another`, of the same width and
+other first weights. Stage 1 of the recipe `nano`, by its script, on the quickstart's
 backbones; a seed is another order of the records. The given losses are those that the new projector has after a quarter, half and
 all of its steps, each the mean of five steps. An unfinished measurement goes on where it stopped.
 """
@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 from alignvlm.quickstart.nano import train_language_model
 from alignvlm.quickstart.quickstart import QuickstartArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from alignvlm.stages.projector_checkpoint import export_projector
 from benchmarks.stage_runs import ROOT, machine, stage_values, train
-from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
+from hub_upload.run_record import RUN_RECORD, write_json
 
 
 WINDOW = 5
@@ -62,21 +61,15 @@ def trained_elsewhere(backbones: Path, language: Path, output: Path) -> Path:
 def starts_of(quickstart: Path, output: Path) -> dict[str, Path]:
     """The checkpoints of stage 0 by the start of their projector; makes what is missing."""
     steps, backbones = QuickstartArguments.language_steps, quickstart / "backbones"
-    starts = {"new": quickstart / "stage0"}
+    starts = {"new": quickstart / "stage0", "least squares": quickstart / "stage0"}
     for name, seed, more in (("version", 0, steps // 2), ("another", 100, 0)):
-        language = output / name / "language"
+        language, start = output / name / "language", output / name / "start"
         if not (language / "README.md").is_file():  # written last
             train_language_model(language, seed, steps + more)
-        trained = trained_elsewhere(backbones, language, output / name)
-        if not (output / name / "projector").is_dir():
-            export_projector(str(trained), output / name / "projector")
-        kinds = {name: trained} if name == "version" else {f"{name}, as it is": output / name / "projector", f"{name}, converted": trained}  # fmt: skip
-        for kind, projector in kinds.items():
-            folder = output / "starts" / kind.replace(", ", "_").replace(" ", "_")
-            if not (folder / RUN_RECORD).is_file():
-                given = {"projector": str(projector), "output_dir": str(folder)}
-                assemble(BackboneArguments(str(backbones / "vision"), str(backbones / "language"), **given))
-            starts[kind] = folder
+        if not (start / RUN_RECORD).is_file():
+            given = {"projector": str(trained_elsewhere(backbones, language, output / name)), "output_dir": str(start)}
+            assemble(BackboneArguments(str(backbones / "vision"), str(backbones / "language"), **given))
+        starts[name] = start
     return starts
 
 
@@ -88,26 +81,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, help="For a trial.")
     options = parser.parse_args(argv)
     starts = starts_of(options.quickstart, options.output_dir)
-    starts = {"new": starts.pop("new"), "least squares": options.quickstart / "stage0", **starts}
     results = []
     for seed in options.seeds:
         runs = {}
         for name, start in starts.items():
             changes = {"seed": seed, "logging_steps": 1, "max_steps": options.max_steps}
             changes["projector_start"] = "least_squares" if name == "least squares" else None
-            folder = options.output_dir / f"seed{seed}" / name.replace(", ", "_").replace(" ", "_")
+            folder = options.output_dir / f"seed{seed}" / name.replace(" ", "_")
             values = stage_values(ROOT / "training/recipes/nano", 1, start, folder, report=False, **changes)
             runs[name] = train(values)
         losses = {name: [run["eval_loss_before"], run["eval_loss_after"]] for name, run in runs.items()}
         seconds = runs["least squares"]["projector_start"]["seconds"]
         results.append({"seed": seed, "targets": compare(runs), "held_out": losses, "least_squares_seconds": seconds})
-    converted = {
-        name: read_run_record(start)["projector"]["converted"]
-        for name, start in starts.items()
-        if start.parent.name == "starts"
-    }
-    found = {"machine": machine(), "converted": converted, "runs": results}
-    write_json(options.output_dir / "projector_start.json", found)
+    write_json(options.output_dir / "projector_start.json", {"machine": machine(), "runs": results})
     print(table(results))
 
 

@@ -6,7 +6,7 @@
 A projector that was trained with one language model starts that of another: "VPGTrans: Transfer Visual Prompt Generator across LLMs",
 arXiv 2305.01278. It is followed by the paper's word converter, a linear map from the embeddings of the one to those of the other, here
 solved for by least squares on the tokens that both vocabularies have; the two maps make one layer. Between versions of one language
-model, whose embeddings are nearly the same, it is taken as it is.
+model, whose embeddings are nearly the same, it is taken as it is; and between models of one width whose embeddings tell nothing of each other.
 """
 
 import hashlib
@@ -248,7 +248,8 @@ def _word_converter(
 
     Returns:
         weight and bias in float64, and what the run record says: the `tokens`, and the share of the embeddings' variance `explained`, of each token by a
-        map solved on the others. None if there is nothing to convert: the two are versions of one language model. A projector alone, without embeddings, is taken for that.
+        map solved on the others. None if there is nothing to convert: the two are versions of one language model, as is supposed of a projector alone, without embeddings;
+        or widths are equal and the map would explain next to nothing.
     """
     width = saved.config.text_config.hidden_size
     same_width = width == model.config.text_config.hidden_size
@@ -287,6 +288,8 @@ def _word_converter(
             f"Of the embeddings of {language!r}, those of {saved.name!r} explain {explained:.0%} of the variance of tokens that the map was not "
             "solved on: its projector may be no better a start than a new one. Leave out --projector, and try --projector_start in stage 1."
         )
+        if same_width:
+            return None
     return weight, bias, {"tokens": len(shared), "explained": round(explained, 4)}
 
 

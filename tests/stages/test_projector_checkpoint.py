@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionModel, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionModel, set_seed
 
 from alignvlm import cli
 from alignvlm.stages.arguments import parse_anywhere
@@ -42,8 +42,24 @@ def wide(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def turned(narrow, tmp_path_factory) -> str:
+    """As wide as `narrow`, with the same embeddings but for a rotation and some noise, of tokens with other ids."""
+    folder = language_of_width(tmp_path_factory.mktemp("turned"), 32, (), seed=4)
+    theirs, ours = (LlamaForCausalLM.from_pretrained(each) for each in (narrow, folder))
+    tokens, ids = (AutoTokenizer.from_pretrained(each) for each in (narrow, folder))
+    shared = sorted(tokens.get_vocab().keys() & ids.get_vocab().keys())
+    rotation, _ = torch.linalg.qr(torch.randn(32, 32))
+    with torch.no_grad():
+        known = theirs.get_input_embeddings().weight[tokens.convert_tokens_to_ids(shared)] @ rotation
+        noise = 0.3 * known.std() * torch.randn(known.shape)
+        ours.get_input_embeddings().weight[ids.convert_tokens_to_ids(shared)] = known + noise
+    ours.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def other(tmp_path_factory) -> str:
-    """As wide as `narrow`, but not a version of it."""
+    """As wide as `narrow`, and of nothing else in common with it."""
     return language_of_width(tmp_path_factory.mktemp("other"), 32, (), seed=4)
 
 
@@ -96,12 +112,12 @@ FUSED = {"vision_feature_layer": [-2, -1], "vision_layer_fusion": "weighted_sum"
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "pool", "fused", "same width"])
-def test_another_language_model_gets_the_word_converter(vision, narrow, wide, other, trained, tmp_path, caplog, kind):
+def test_another_language_model_gets_the_word_converter(vision, narrow, wide, turned, trained, tmp_path, caplog, kind):
     """The new projector is the old one followed by the linear map between the embeddings of equal tokens that numpy finds."""
     folders = (trained / "stage1", tmp_path / "converted")
     made_with = {"projector_type": "linear", **FUSED} if kind == "fused" else {"projector_type": kind}
     if kind == "same width":
-        made_with, wide = {}, other
+        made_with, wide = {}, turned
     elif kind != "mlp":
         folders = (tmp_path / "old", folders[1])
         assemble(BackboneArguments(vision, narrow, str(folders[0]), **made_with))
@@ -129,9 +145,8 @@ def test_another_language_model_gets_the_word_converter(vision, narrow, wide, ot
         others = solved_by_numpy(*(np.delete(each, token, 0) for each in (x, t)), ridge=1e-4, bias=kind != "pool")
         missed.append(t[token] - x[token] @ others[:32] - (0 if kind == "pool" else others[32]))
     explained = 1 - (np.square(missed)).sum() / ((t - t.mean(0)) ** 2).sum()
-    assert (
-        explained < 0.1 and "may be no better a start than a new one" in caplog.text
-    )  # they were drawn independently
+    assert (explained > 0.8) == (kind == "same width")  # all others were drawn independently
+    assert ("may be no better a start than a new one" in caplog.text) == (explained < 0.1)
     assert recorded == {"tokens": len(shared), "explained": pytest.approx(explained, abs=1e-3)}
 
 
@@ -240,6 +255,13 @@ def test_a_version_of_the_language_model_takes_the_projector_as_it_is(vision, na
     found, expected = projector_of(tmp_path / "out"), projector_of(trained / "stage1")
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert read_run_record(tmp_path / "out")["projector"]["converted"] is None
+
+
+def test_embeddings_that_tell_nothing_of_each_other_are_not_converted(vision, other, trained, tmp_path, caplog):
+    assemble(BackboneArguments(vision, other, str(tmp_path), projector=str(trained / "stage1")))
+    assert torch.equal(projector_of(tmp_path)["layers.2.bias"], projector_of(trained / "stage1")["layers.2.bias"])
+    assert "may be no better a start than a new one" in caplog.text
+    assert read_run_record(tmp_path)["projector"]["converted"] is None
 
 
 @pytest.mark.parametrize("language", ["narrow", "other"])
