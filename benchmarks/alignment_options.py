@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/alignment_options.py`
 
-from benchmarks.findings import Finding, Scenes, run_arm, summarise, summary_table
+from benchmarks.findings import Finding, Scenes, run_arm, summarise
 from benchmarks.stage_runs import machine, update_results
 from hub_upload.run_record import write_json
 
@@ -63,6 +63,21 @@ def values_of(world: Scenes, name: str, finding: Finding, arm: str, seed: int) -
     return values
 
 
+def table(summary: dict) -> str:
+    """The means of all seeds as Markdown, with the paired differences to the first arm and their 95% intervals."""
+    metrics = list(next(iter(summary.values())))
+    lines = [f"| training | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for arm, values in summary.items():
+        cells = []
+        for value in (values[metric] for metric in metrics):
+            cells.append(f"{value['mean']:.3f}")
+            if value.get("interval"):
+                low, high = value["interval"]
+                cells[-1] += f" ({value['difference']:+.3f}: {low:+.3f} to {high:+.3f})"
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -76,8 +91,8 @@ def main() -> None:
         for arm, (name, finding) in findings_of(world, seed).items():
             runs.setdefault(arm, {})[seed] = {"values": values_of(world, name, finding, arm, seed)}
             found = {"machine": machine(), "summary": summarise(runs), "runs": runs}
-            update_results(arguments.results or arguments.output / "alignment_options.json", "options", found)
-    print(summary_table(found["summary"]))
+            update_results(arguments.results or arguments.output / "results.json", "options", found)
+    print(table(found["summary"]))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 from alignvlm.quickstart.nano import train_language_model
 from alignvlm.quickstart.quickstart import QuickstartArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from benchmarks.stage_runs import ROOT, machine, stage_values, train
-from hub_upload.run_record import RUN_RECORD, write_json
+from benchmarks.stage_runs import ROOT, machine, stage_values, train, update_results
+from hub_upload.run_record import RUN_RECORD
 
 
 WINDOW = 5
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("out/projector_start"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_steps", type=int, help="For a trial.")
+    parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
     options = parser.parse_args(argv)
     starts = starts_of(options.quickstart, options.output_dir)
     results = []
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         losses = {name: [run["eval_loss_before"], run["eval_loss_after"]] for name, run in runs.items()}
         seconds = runs["least squares"]["projector_start"]["seconds"]
         results.append({"seed": seed, "targets": compare(runs), "held_out": losses, "least_squares_seconds": seconds})
-    write_json(options.output_dir / "projector_start.json", {"machine": machine(), "runs": results})
+    file = options.results or options.output_dir / "results.json"
+    update_results(file, "projector_start", {"machine": machine(), "runs": results})
     print(table(results))
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md, docs/performance.md and docs/tiles.md and draws their plots, from docs/results.json.
+"""Writes the tables of docs/results.md and other pages, and draws their plots, from docs/results.json.
 
     python docs/write_results_page.py
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 
 from matplotlib import pyplot
 
-from benchmarks import all_tasks, findings, real_photos, tiles, tokens
+from benchmarks import alignment_options, all_tasks, findings, projector_start, real_photos, tiles, tokens
 
 
 DOCS = Path(__file__).parent
@@ -163,10 +163,15 @@ def main() -> None:
             block = f"{picture_line}\n\n{tokens.table(found, world.metrics)}"
             page.write_text(fill(page.read_text(), {world.results: block}))
             print(f"{picture}\n{page}")
-    if found := results.get("reward"):
-        page = DOCS / "reward.md"
-        page.write_text(fill(page.read_text(), {"reward": findings.summary_table(found["summary"])}))
-        print(page)
+    for name, file, table in (
+        ("reward", "reward.md", lambda found: findings.summary_table(found["summary"])),
+        ("options", "alignment.md", lambda found: alignment_options.table(found["summary"])),
+        ("projector_start", "alignment.md", lambda found: projector_start.table(found["runs"])),
+    ):
+        if found := results.get(name):
+            page = DOCS / file
+            page.write_text(fill(page.read_text(), {name: table(found)}))
+            print(page)
 
 
 if __name__ == "__main__":
