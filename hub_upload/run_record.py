@@ -3,6 +3,7 @@
 It is written last, so a folder with a run record is complete.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -59,12 +60,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def library_versions() -> dict[str, str]:
     """The installed versions of the libraries that a result depends on."""
-    found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
-        found.setdefault(
-            distribution.metadata["Name"].lower(), distribution.version
-        )  # the first on the path is imported
-    return {name: found[name] for name in VERSIONED_PACKAGES if name in found}
+    found = {}
+    for name in VERSIONED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)  # of the first on the path, which is imported
+    return found
 
 
 def sha256_of(files: list[Path]) -> str:

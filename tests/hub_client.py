@@ -5,6 +5,7 @@ The client of the Hub freezes its environment when it is imported, so one such p
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -74,6 +75,13 @@ def quick() -> None:
     """From now on nobody in this process sleeps for long, neither we nor the client between two tries."""
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+
+
+def log_in(token: str | None) -> None:
+    """From now on this process has this token, or none."""
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Stages in child processes that are killed: by the parent, or by themselves at a certain write.
-
-The children are forked from a server that has imported everything once.
-"""
+"""Stages in child processes that are killed: by the parent, or by themselves at a certain write."""
 
 import multiprocessing
 import os
@@ -11,22 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.killing", "alignvlm.stages.stage"])
+from tests import forked
 
 
 def _run(arguments: list[str], log: Path, folder: Path, kill_at: int | None, limit: tuple[str, int] | None) -> None:
-    import torch
     from transformers.utils import logging
 
     from alignvlm.stages.stage import main
 
-    os.setsid()  # a group of its own, for signals to it and its data workers
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
+    forked.prepare(log)
     logging.set_verbosity_error()
     writes = 0
 
@@ -65,6 +55,6 @@ def start(
         kill_at: it kills itself when it opens its so-manieth file of the folder for writing.
         limit: from the first file whose path holds `limit[0]` on, no file may be larger than `limit[1]` bytes.
     """
-    process = CONTEXT.Process(target=_run, args=(arguments, folder.with_suffix(".log"), folder, kill_at, limit))
+    process = forked.CONTEXT.Process(target=_run, args=(arguments, folder.with_suffix(".log"), folder, kill_at, limit))
     process.start()
     return process

@@ -78,10 +78,15 @@ class CopyOfSources:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    def command(self, line: str, *options: str) -> str:
-        """What a command line of the page prints: pytest or alignvlm."""
+    def pytest(self, line: str, *options: str) -> str:
+        """What a command line of the page prints, `pytest ...`."""
+        return self.run("-m", *shlex.split(line), *options)
+
+    def alignvlm(self, line: str, before: str = "", after: str = "") -> str:
+        """What a command line of the page prints, `alignvlm ...`, between other code in the same process, which imports libraries once."""
         name, *words = shlex.split(line)
-        return self.run("-m", {"alignvlm": "alignvlm.cli", "pytest": "pytest"}[name], *words, *options)
+        assert name == "alignvlm"
+        return self.run("-c", f"{before}\nfrom alignvlm import cli\n\ncli.main({words})\n{after}")
 
 
 def section_of_extending(title: str) -> dict[str, list[str]]:
@@ -107,7 +112,7 @@ def test_the_mask_type_of_the_page_on_extending_works(tmp_path):
     sources.insert("tests/modeling_alignvlm/test_masking.py", "LOOKS_AHEAD = {\n", definition)
     # Kernels are compiled for a minute; the other tests compare with the same dense mask.
     slow = "tests/modeling_alignvlm/test_modeling.py::test_attention_kernels_agree_and_apply_the_dense_mask"
-    printed = sources.command(command, "--verbose", "--verbose", "--deselect", slow)
+    printed = sources.pytest(command, "--verbose", "--verbose", "--deselect", slow)
     for name in (
         "test_mask_equals_the_written_definition",
         "test_a_packed_row_gives_loss_and_gradients",
@@ -138,7 +143,7 @@ def test_the_data_set_of_the_page_on_extending_works(tmp_path, checkpoint):
     sources = CopyOfSources(tmp_path)
     code = add_the_data_set(sources, checkpoint)
     tests, evaluation = code["bash"]
-    printed = sources.command(tests, "--verbose", "--verbose")
+    printed = sources.pytest(tests, "--verbose", "--verbose")
     for streaming in ("indexed", "streaming"):
         assert f"becomes_records[cell_counts-{streaming}] PASSED" in printed
     assert "test_every_data_set_of_the_catalogue_is_tested PASSED" in printed
@@ -147,10 +152,10 @@ import pytest
 with pytest.raises(ValueError, match="The options given leave out all 1 rows of counts.jsonl"):
     read_source({"name": "cell_counts", "data": "counts.jsonl", "highest": 2})
 """
-    conversations, loss = sources.run("-c", code["python"][-1] + left_out).rsplit(maxsplit=1)
+    batch = f"{code['python'][-1]}{left_out}print('RESULT')"
+    conversations, loss = sources.alignvlm(evaluation, before=batch).split("RESULT")[0].rsplit(maxsplit=1)
     assert "'How many cells are there?'" in conversations and "'responses': ['3']" in conversations
     assert 0 < float(loss) < 100
-    sources.command(evaluation)
     result = json.loads((tmp_path / "out/stage3/results/cell_counts.json").read_text())
     (prediction,) = result["predictions"]
     assert (prediction["prompt"], prediction["references"]) == ("How many cells are there?", ["3"])
@@ -175,14 +180,14 @@ def test_the_metric_of_the_page_on_extending_works(tmp_path, checkpoint):
     assert row.count(before) == 1
     sources.replace("alignvlm/data/catalogue.py", row, row.replace(before, named))
     sources.write("tests/evaluation/test_off_by_one.py", test)
-    assert "test_counts_may_be_wrong_by_one PASSED" in sources.command(tests, "--verbose", "--verbose")
-    sources.command(evaluation)
+    assert "test_counts_may_be_wrong_by_one PASSED" in sources.pytest(tests, "--verbose", "--verbose")
+    packaged = 'from hub_upload import package\n\npackage.main(["out/stage3", "out/clean"])'
+    sources.alignvlm(evaluation, after=packaged)
     result = json.loads((tmp_path / "out/stage3/results/cell_counts.json").read_text())
     numbers = result["metrics"]["off_by_one"]
     assert numbers["off_by_one"] in (0, 1) and numbers["intervals"]["off_by_one"] == [numbers["off_by_one"]] * 2
     assert set(numbers["by_prompt"]) == {"How many cells are there?"}
     assert set(result["predictions"][0]["scores"]) == {"number", "near"}
-    sources.run("-m", "hub_upload.package", "out/stage3", "out/clean")
     (headline,) = yaml.safe_load((tmp_path / "out/clean/README.md").read_text().split("---")[1])["model-index"]
     assert headline["results"][0]["metrics"][0]["type"] == "off_by_one"
 
@@ -200,6 +205,6 @@ def test_the_stage_option_of_the_page_on_extending_works(tmp_path):
     sources.replace(weights, held, f"{option}\n\n{held}")
     sources.replace(weights, "WRITTEN = (KeepLanguage, Average)\n", named)
     sources.write("tests/stages/test_start_share.py", test)
-    printed = sources.command(tests, "--verbose", "--verbose")
+    printed = sources.pytest(tests, "--verbose", "--verbose")
     assert "test_the_start_keeps_its_share PASSED" in printed
     assert "test_only_what_is_asked_for_is_an_option_and_needs_complete_weights PASSED" in printed

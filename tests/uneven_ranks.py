@@ -1,7 +1,6 @@
-"""Trains a few steps whose batches are all text on every second rank: `uneven_ranks.py CHECKPOINT OUTPUT`."""
+"""Trains a few steps whose batches are all text on every second rank."""
 
 import os
-import sys
 
 from datasets import concatenate_datasets
 from torch.utils.data import SequentialSampler
@@ -40,7 +39,3 @@ def main(checkpoint: str, output: str) -> None:
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
     trainer.accelerator.wait_for_everyone()  # as a stage does: a thread of gloo may still hold what the last step gathered
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -9,6 +9,7 @@ parser has taken the words.
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -58,6 +59,7 @@ def preload() -> None:
 
     for module in (*PRELOADED, *(module for module, _ in cli.COMMANDS.values())):
         importlib.import_module(module)
+    gc.freeze()
 
 
 def stop_behind_parsers() -> None:

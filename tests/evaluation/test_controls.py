@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from alignvlm.evaluation.controls import needed, table
 from alignvlm.evaluation.evaluate_model import main, parser
 from alignvlm.evaluation.judge import compare, judge
 from alignvlm.evaluation.task_list import evaluate_several
+from tests import forked
 
 
 CONTROLS = ("blank_image", "shuffle_images", "question_only", "most_frequent_answer")
@@ -196,25 +195,21 @@ def test_two_sets_of_ones_own_are_two_tasks_of_a_list(checkpoint, data_dir, tmp_
 def test_a_list_that_was_killed_goes_on_to_the_same_files(checkpoint, data_dir, tmp_path):
     """By one process, and by two: in the middle of a control, with a task before it finished and a task after it not begun."""
     arguments = options(checkpoint, data_dir, tmp_path / "killed", "--controls", "--batch_size", "1")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "alignvlm.evaluation.evaluate_model", *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    evaluate = "alignvlm.evaluation.evaluate_model:main"
+    process = forked.start(evaluate, arguments, log=tmp_path / "log")
     deadline = time.time() + 300
-    while process.poll() is None and time.time() < deadline:
+    while process.is_alive() and time.time() < deadline:
         done = (tmp_path / "killed/scenes.json").exists()
         if done and any(file.read_text() for file in (tmp_path / "killed").glob(".scenes-*/0.jsonl")):
             break
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     left = set(os.listdir(tmp_path / "killed"))
     assert "scenes.json" in left and not left & {"ai2d.json", "tasks.md"}
     shutil.copytree(tmp_path / "killed", tmp_path / "one")
 
-    config = str(Path(__file__).parents[2] / "training/accelerate/cpu_2_processes.yaml")
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command[1:]]
-    done = subprocess.run(two, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    forked.run(evaluate, arguments, log=tmp_path / "log", processes=2)
     for name in ("one", "whole"):
         main(options(checkpoint, data_dir, tmp_path / name, "--controls", "--batch_size", "1"))
     expected = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,11 +21,12 @@ from alignvlm.evaluation.judge import compare
 from alignvlm.evaluation.one_task import report
 from alignvlm.evaluation.perplexity import text_perplexity
 from hub_upload.run_record import RUN_RECORD
+from tests import forked
 
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "alignvlm/evaluation/evaluate_model.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+MAIN = "alignvlm.evaluation.evaluate_model:main"
 
 
 @pytest.fixture(scope="module")
@@ -160,37 +160,34 @@ def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data,
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(checkpoint, data, tmp_path):
     config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    for name, command in (("one", [sys.executable]), ("two", launch)):
-        arguments = [*command, SCRIPT, *options(checkpoint, data, tmp_path / name)]
-        done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, SCRIPT]
+    command += options(checkpoint, data, tmp_path / "two")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    main(options(checkpoint, data, tmp_path / "one"))
     assert (tmp_path / "one/scenes.json").read_bytes() == (tmp_path / "two/scenes.json").read_bytes()
 
 
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(checkpoint, data, tmp_path):
-    command = [sys.executable, SCRIPT, *options(checkpoint, data, tmp_path / "killed", "--batch_size", "1")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = options(checkpoint, data, tmp_path / "killed", "--batch_size", "1")
+    process = forked.start(MAIN, arguments, log=tmp_path / "log")
     deadline = time.time() + 120
     lines = 0
-    while lines < 2 and process.poll() is None and time.time() < deadline:
+    while lines < 2 and process.is_alive() and time.time() < deadline:
         lines = sum(file.read_text().count("\n") for file in (tmp_path / "killed").glob(".scenes-*/*.jsonl"))
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert 2 <= lines < 14 and not (tmp_path / "killed/scenes.json").exists()
     (progress,) = (tmp_path / "killed").glob(".scenes-*/0.jsonl")
     with progress.open("a") as file:
         file.write('{"start": 9, "outp')  # as if killed in the middle of a line
 
-    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command[1:]]
-    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True)  # by more processes than began it
-    assert done.returncode == 0, done.stderr
-    assert "Going on with" in done.stdout
-    command[command.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
-    subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+    printed = forked.run(MAIN, arguments, log=tmp_path / "log", processes=2)  # by more processes than began it
+    assert "Going on with" in printed
+    main(options(checkpoint, data, tmp_path / "whole", "--batch_size", "1"))
     assert (tmp_path / "killed/scenes.json").read_bytes() == (tmp_path / "whole/scenes.json").read_bytes()
 
 
@@ -204,9 +201,7 @@ def test_other_settings_do_not_go_on_with_a_half_done_evaluation(checkpoint, dat
 
 
 def test_the_checkpoints_own_code_finds_the_same(checkpoint, data, tmp_path, result):
-    arguments = options(checkpoint, data, tmp_path, "--trust_remote_code")
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    forked.run(MAIN, options(checkpoint, data, tmp_path, "--trust_remote_code"), log=tmp_path / "log")
     assert json.loads((tmp_path / "scenes.json").read_text())["predictions"] == result["predictions"]
 
 

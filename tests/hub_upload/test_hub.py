@@ -442,18 +442,19 @@ def test_someone_pushed_meanwhile(lfs_hub, lfs_client, staged, tmp_path, fault):
         (None, "user/x", "The Hub does not know who you are"),
     ],
 )
-def test_who_may_not_write_is_told(lfs_hub, staged, tmp_path, token, name, message):
+def test_who_may_not_write_is_told(lfs_hub, lfs_client, staged, token, name, message):
     lfs_hub.faults.clear()
-    client = connect(lfs_hub, tmp_path, token=token)
+    writer = lfs_hub.environment(staged)["HF_TOKEN"]
+    lfs_client("hub_client:log_in", token)
     with pytest.raises(ClientError, match=message):
-        client("hub_upload.push:send", staged, name)
-    client.close()
+        lfs_client("hub_upload.push:send", staged, name)
+    lfs_client("hub_client:log_in", writer)
     assert name not in lfs_hub.repositories
-    assert "hf_" not in (tmp_path / "client.log").read_text()
+    assert "hf_" not in lfs_client.log.read_text()
 
 
 @pytest.mark.slow
-def test_killed_half_way(lfs_hub, staged, tmp_path):
+def test_killed_half_way(lfs_hub, lfs_client, staged, tmp_path):
     """While a large file is on its way, and after it: the branch is as before, and no blob that arrived is sent again."""
     mine = shutil.copytree(staged, tmp_path / "mine")
     lfs_hub.faults.clear()
@@ -476,9 +477,7 @@ def test_killed_half_way(lfs_hub, staged, tmp_path):
         client.process.wait()
         assert repository.refs["main"] == before
     asked = len(lfs_hub.requests)
-    last = connect(lfs_hub, tmp_path)
-    last("hub_upload.push:send", mine, "user/killed")
-    last.close()
+    lfs_client("hub_upload.push:send", mine, "user/killed")
     assert holds(lfs_hub, "user/killed", mine)
     assert not [r for r in lfs_hub.requests[asked:] if r["method"] == "PUT"]
 
@@ -527,39 +526,51 @@ class NotHere:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotHere())
-import torch
-from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from pathlib import Path
 
-name, revision = sys.argv[1:3]
-options = {"revision": revision, "trust_remote_code": True}
-config = AutoConfig.from_pretrained(name, **options)
-processor = AutoProcessor.from_pretrained(name, **options)
-model = AutoModel.from_pretrained(name, **options)
-messages = [
-    {"role": "user", "content": [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is it?"}]}
-]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-answers = pipeline("image-text-to-text", model=name, **options)(
-    text=messages, generate_kwargs={"max_new_tokens": 5, "do_sample": False}, return_full_text=False
-)
-assert answers[0]["generated_text"] == text, (answers, text)
-total = sum(parameter.double().sum().item() for parameter in model.parameters())
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+from transformers.utils.hub import HF_MODULES_CACHE, cached_file, extract_commit_hash
 
-commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-model.save_pretrained("resaved")
-processor.save_pretrained("resaved")
-print("RESULT", json.dumps({"text": text, "total": total, "commit": commit}))
+
+def load(name, revision):
+    options = {"revision": revision, "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(name, **options)
+    processor = AutoProcessor.from_pretrained(name, **options)
+    model = AutoModel.from_pretrained(name, **options)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is it?"}]}
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = pipeline("image-text-to-text", model=name, **options)(
+        text=messages, generate_kwargs={"max_new_tokens": 5, "do_sample": False}, return_full_text=False
+    )
+    assert answers[0]["generated_text"] == text, (answers, text)
+    total = sum(parameter.double().sum().item() for parameter in model.parameters())
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    model.save_pretrained("resaved")
+    processor.save_pretrained("resaved")
+    return {"text": text, "total": total, "commit": commit}
+
+
+given = [each.split("@") for each in sys.argv[2:]]
+refused = None
+if sys.argv[1] == "distrust":
+    try:
+        AutoModel.from_pretrained(given[0][0])
+    except ValueError as error:
+        refused = str(error)
+    assert not list(Path(HF_MODULES_CACHE).rglob("modeling_alignvlm.py"))
+print("RESULT", json.dumps([refused, *(load(*each) for each in given)]))
 """
 
 
-def load(hub: LoopbackHub, folder: Path, name: str, revision: str, **environment: str) -> dict:
-    output = run(hub, folder, "-I", "-c", LOADING, name, revision, **environment)
+def load(hub: LoopbackHub, folder: Path, begin: str, *named: str, **environment: str) -> list:
+    """What a process without our packages finds in each `name@revision`, behind how it was refused, if it is to begin with "distrust"."""
+    output = run(hub, folder, "-I", "-c", LOADING, begin, *named, **environment)
     return json.loads(re.search(r"RESULT (.*)", output)[1])
 
 
@@ -572,21 +583,18 @@ def test_loading_from_the_hub(hub, client, checkpoint, tmp_path):
     second = client("hub_upload.push:send", staged, "user/loaded")
     Image.new("RGB", (20, 12), (200, 30, 60)).save(tmp_path / "picture.png")
     asked = len(hub.requests)
-    old = load(hub, tmp_path, "user/loaded", first["commit"])
-    assert load(hub, tmp_path, "user/loaded", first["commit"], HF_HUB_OFFLINE="1") == old  # from the cache
-    new = load(hub, tmp_path, "user/loaded", "main")
+    first_commit = f"user/loaded@{first['commit']}"
+    refused, old, new = load(hub, tmp_path, "distrust", first_commit, "user/loaded@main")
+    assert "trust_remote_code=True" in refused
     assert new["total"] == pytest.approx(old["total"] + 1, abs=1e-4) and new["commit"] == second["commit"]
     assert not [r for r in hub.requests[asked:] if r["path"].startswith("/large") and r["token"]], "the token followed"
     # Saved again, it is still a repository of its own.
     config = json.loads((tmp_path / "resaved/config.json").read_text())
     assert config["auto_map"]["AutoModel"] == "modeling_alignvlm.AlignVLMForConditionalGeneration"
     assert (tmp_path / "resaved/modeling_alignvlm.py").read_text() == (checkpoint / "modeling_alignvlm.py").read_text()
-    again = load(hub, tmp_path, "./resaved", "main", HF_HUB_OFFLINE="1")
+    _, again, cached = load(hub, tmp_path, "trust", "./resaved@main", first_commit, HF_HUB_OFFLINE="1")
     assert again["text"] == new["text"] and again["total"] == pytest.approx(new["total"])
-    # Without trust, nothing runs.
-    code = "from transformers import AutoModel; AutoModel.from_pretrained('user/loaded')"
-    refusal = run(hub, tmp_path, "-I", "-c", code, code=1, HF_HOME=str(tmp_path / "fresh"))
-    assert "trust_remote_code=True" in refusal and not list((tmp_path / "fresh").rglob("modeling_alignvlm.py"))
+    assert cached == old
     shutil.rmtree(tmp_path / "home")
 
 
@@ -603,6 +611,13 @@ def test_the_hf_command_downloads_what_was_pushed(hub, client, staged, tmp_path)
 @pytest.mark.slow
 def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client, checkpoint, staged, tmp_path):
     lfs_hub.faults.clear()
+
+    def train(model, output: Path, **fields) -> str:
+        """What a stage prints in the process of the client."""
+        before = lfs_client.log.stat().st_size
+        lfs_client("alignvlm.stages.stage:main", arguments_for(model, output, **fields))
+        return lfs_client.log.read_bytes()[before:].decode()
+
     pushed = lfs_client("hub_upload.push:send", staged, "user/start")
     fields = {
         "model_revision": pushed["commit"],
@@ -612,8 +627,7 @@ def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client
     }
     for stage, model in ((3, "user/start"), (4, str(tmp_path / "3"))):
         fields = fields if stage == 3 else {**fields, "model_revision": None}
-        given = arguments_for(model, tmp_path / str(stage), stage=stage, **fields)
-        output = run(lfs_hub, tmp_path, ROOT / f"training/stage{stage}.py", *given)
+        output = train(model, tmp_path / str(stage), stage=stage, **fields)
         assert 'from_pretrained("user/trained", revision=' in output, output[-3000:]
     repository = lfs_hub.repositories["user/trained"]
     assert set(repository.tags) == {"stage3", "stage4"} and repository.tags["stage4"] == repository.refs["main"]
@@ -622,8 +636,7 @@ def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client
     assert record["stages"][0]["model"] == "user/start" and record["stages"][0]["model_revision"] == pushed["commit"]
     # A Hub that is down costs no training.
     lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "status": 403, "times": 9}]
-    given = arguments_for(checkpoint, tmp_path / "down", stage=1, **{**fields, "model_revision": None})
-    output = run(lfs_hub, tmp_path, ROOT / "training/stage1.py", *given)
+    output = train(checkpoint, tmp_path / "down", stage=1, **{**fields, "model_revision": None})
     assert "The push did not succeed: Your token may not write" in output and "python hub_upload/push.py" in output
     assert read_run_record(tmp_path / "down")["stages"][-1]["steps"] == 1
     lfs_hub.faults.clear()

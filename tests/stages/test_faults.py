@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from alignvlm.stages.checkpoint import complete_checkpoints, is_complete, last_complete_checkpoint, save_checkpoint
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
+from tests import forked, uneven_ranks
 from tests.killing import start
 from tests.running import arguments_for
 
@@ -217,24 +218,34 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_path):
-    folder = tmp_path / "run"
-    fields = {**SAVING, "max_steps": 4000, "num_train_epochs": 1000, "per_device_train_batch_size": 2}
-    process = launch(["training/stage3.py", *arguments_for(checkpoint, folder, **fields)])
+TWO = {**SAVING, "max_steps": 4000, "num_train_epochs": 1000, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def with_a_dead_rank(checkpoint, tmp_path_factory):
+    """The folder of a run by two processes, one of which died, the exit status, and what was printed; `modules` beside it would hold
+    remote code."""
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    given = arguments_for(checkpoint, folder, **TWO)
+    process = launch(["training/stage3.py", *given], HF_MODULES_CACHE=str(folder.with_name("modules")))
     while process.poll() is None and last_complete_checkpoint(folder) is None:
         time.sleep(0.02)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     assert ranks
     ranks[0].kill()
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    return folder, process.returncode, output
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, with_a_dead_rank, tmp_path):
+    folder, status, output = with_a_dead_rank
+    assert status != 0
     assert "Signal 9 (SIGKILL)" in output and "rank" in output
     step = int(last_complete_checkpoint(folder).name.split("-")[1])
-    fields["max_steps"] = step + 2
-    process = launch(["training/stage3.py", *arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+    fields = {**TWO, "max_steps": step + 2}
+    given = [*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"]
+    forked.run("alignvlm.stages.stage:main", given, log=tmp_path / "log", processes=2)
     assert read_run_record(folder)["stages"][-1]["steps"] == step + 2
     fields["max_steps"] = step + 4
     with pytest.raises(ValueError, match="global_batch_size was 4 and is 2"):  # with one process less
@@ -243,22 +254,17 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(checkpoint, tmp_pa
 
 @pytest.mark.slow
 def test_images_on_one_rank_and_text_on_the_other(checkpoint, tmp_path):
-    process = launch(["--module", "tests.uneven_ranks", str(checkpoint), str(tmp_path / "two")])
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output[-3000:]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.uneven_ranks", str(checkpoint), str(tmp_path / "one")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    given = str(checkpoint), str(tmp_path / "two")
+    forked.run("tests.uneven_ranks:main", *given, log=tmp_path / "log", processes=2)
+    uneven_ranks.main(str(checkpoint), str(tmp_path / "one"))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
-def test_no_remote_code_is_loaded_in_training(checkpoint, tmp_path):
+def test_no_remote_code_is_loaded_in_training(with_a_dead_rank):
     """So several processes cannot race for the modules cache."""
-    fields = arguments_for(checkpoint, tmp_path / "run", **RATES, max_steps=1, per_device_train_batch_size=2)
-    process = launch(["training/stage3.py", *fields], HF_MODULES_CACHE=str(tmp_path / "modules"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
-    assert not list((tmp_path / "modules").rglob("*alignvlm*"))
+    folder, _, _ = with_a_dead_rank
+    assert last_complete_checkpoint(folder) is not None
+    assert not list(folder.with_name("modules").rglob("*alignvlm*"))

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
+from tests import forked
 from tests.running import SOURCES, arguments_for
-from tests.stages.test_stages import launch
 
 
 OPTIONS = {
@@ -30,11 +30,8 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     """Counted tokens, filled rows, the projector's normal equations, drawn mask types, the untouched language model's share."""
     AcceleratorState._reset_state(reset_partial_state=True)
     one = main(arguments_for(checkpoint, tmp_path / "one", **OPTIONS, per_device_train_batch_size=4))
-    launch(
-        "stage3.py",
-        *arguments_for(checkpoint, tmp_path / "two", **OPTIONS, per_device_train_batch_size=2),
-        processes=2,
-    )
+    given = arguments_for(checkpoint, tmp_path / "two", **OPTIONS, per_device_train_batch_size=2)
+    forked.run("alignvlm.stages.stage:main", given, log=tmp_path / "log", processes=2)
     two = read_run_record(tmp_path / "two")["stages"][-1]
     assert two["processes"] == 2 and two["projector_start"]["images"] == one["projector_start"]["images"] == 32
     assert two["rows"] == {**one["rows"], "padding_share": two["rows"]["padding_share"]}

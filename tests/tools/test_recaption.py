@@ -1,11 +1,8 @@
 """`alignvlm recaption` with real tiny models: ours, LLaVA, BLIP-2, GIT, BLIP; what it writes is a source that trains."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -57,6 +54,7 @@ from alignvlm.stages.stage import run_stage
 from alignvlm.tools.caption_filters import Limits, measure, most_agreed, rejection, repetition, similarity
 from alignvlm.tools.captioner import Caption, Captioner
 from alignvlm.tools.recaption import main
+from tests import forked
 from tests.conftest import TEXT, make_tokenizer
 from tests.running import arguments_for
 
@@ -460,26 +458,22 @@ def test_a_bad_image_stops_or_is_left_out_and_nothing_is_captioned_twice(models,
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_in_two_processes_to_the_same_files(models, photos, tmp_path):
-    def command(output: Path) -> list[str]:
+    def arguments(output: Path) -> list[str]:
         few = [*FEW, "--samples", "2", "--batch_size", "1"]
-        return ["-m", "alignvlm.tools.recaption", str(models["ours"]), str(photos), str(output), *few]
+        return [str(models["ours"]), str(photos), str(output), *few]
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed, whole = tmp_path / "killed/captions.jsonl", tmp_path / "whole/captions.jsonl"
-    process = subprocess.Popen([sys.executable, *command(killed)], env=environment, stdout=subprocess.DEVNULL)
+    process = forked.start("alignvlm.tools.recaption:main", arguments(killed), log=tmp_path / "log")
     lines, deadline = 0, time.time() + 150
-    while lines < 2 and process.poll() is None and time.time() < deadline:
+    while lines < 2 and process.is_alive() and time.time() < deadline:
         lines = sum(file.read_text().count("\n") for file in killed.parent.glob(".captions-*/*.jsonl"))
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert 2 <= lines < 7 and not killed.exists()
-    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *command(killed)]
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "of 7 batches are done" in done.stdout and done.stdout.count("sources:") == 1
-    main(command(whole)[2:])
+    printed = forked.run("alignvlm.tools.recaption:main", arguments(killed), log=tmp_path / "log", processes=2)
+    assert "of 7 batches are done" in printed and printed.count("sources:") == 1
+    main(arguments(whole))
     for ending in (".jsonl", ".rejected.jsonl", ".summary.json"):
         assert killed.with_suffix(ending).read_bytes() == whole.with_suffix(ending).read_bytes()
 
