@@ -333,7 +333,7 @@ def test_two_processes_share_the_work_and_give_the_same_losses(checkpoint, data,
     (tmp_path / "two_stages.py").write_text(TWO_STAGES)
     folders = [tmp_path / "plain", tmp_path / "kept"]
     given = arguments_for(checkpoint, tmp_path, **fields, per_device_train_batch_size=2)
-    launch(tmp_path / "two_stages.py", *map(str, folders), *given, processes=2)
+    launch(tmp_path / "two_stages.py", *map(str, folders), *given)
     plain, kept = (read_run_record(folder)["stages"][-1] for folder in folders)
     assert kept["cache_features"]["encoded"] == 7 and kept["processes"] == 2
     assert kept["cache_features"]["share_of_batches"] == 1

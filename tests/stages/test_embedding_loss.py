@@ -17,10 +17,10 @@ from alignvlm.tools.plan import plan_stages
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.modeling_alignvlm import similar_groups
+from tests import forked
 from tests.conftest import PLAIN_TEMPLATE
 from tests.modeling_alignvlm.test_tiles import tiled
 from tests.running import arguments_for
-from tests.stages.test_stages import launch
 from tests.stages.test_weights import parsed
 
 
@@ -180,7 +180,8 @@ def test_two_processes_and_micro_batches_train_what_one_batch_trains(checkpoint,
     }
     one = run(checkpoint, tmp_path / "one", **fields, per_device_train_batch_size=8)
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    launch("stage3.py", *arguments_for(checkpoint, tmp_path / "two", **fields, **batches), processes=2)
+    given = arguments_for(checkpoint, tmp_path / "two", **fields, **batches)
+    forked.run("alignvlm.stages.stage:main", given, log=tmp_path / "log", processes=2)
     two = read_run_record(tmp_path / "two")["stages"][-1]
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in ("loss", "embedding_loss"):

@@ -22,6 +22,7 @@ from alignvlm.stages.reward_stage import main, make_trainer
 from alignvlm.stages.trainer import module_of
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMProcessor, TokenLayout, dense_mask
+from tests import forked
 from tests.running import arguments_for
 
 
@@ -464,13 +465,12 @@ def test_a_prompt_and_its_answer_must_have_positions(absolute, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", "dpo"])
-def test_two_processes_share_prompts_and_rewards(checkpoint, pairs, method):
-    from tests.stages.test_stages import launch
-
+def test_two_processes_share_prompts_and_rewards(checkpoint, pairs, method, tmp_path):
     held_out = [{"name": "scenes", "annotations": ["questions"], "count": 3, "split": "test"}]
     fields = {"rewards": ["accuracy"], "eval_sources": held_out, "max_completion_length": 6}
     fields |= {"per_device_train_batch_size": {"grpo": 4, "dpo": 1}[method]}
-    launch("stage5.py", *given(checkpoint, pairs / "two", method, **fields), "--report", "false", processes=2)
+    stage = given(checkpoint, pairs / "two", method, **fields)
+    forked.run("alignvlm.stages.reward_stage:main", stage, log=tmp_path / "log", processes=2)
     entry = read_run_record(pairs / "two")["stages"][-1]
     assert entry["processes"] == 2 and entry["steps"] == 2 and len(entry["logged_losses"]) == 2
     assert entry["eval_accuracy_before"] is not None
