@@ -8,7 +8,8 @@ the projector's last linear layer and t that mean, the layer becomes the W, b th
 What is before that layer (of an MLP its first layer) stays as it was drawn: fixed random features with a linear fit on top, as in extreme
 learning machines (Huang et al., 2006, doi 10.1016/j.neucom.2005.12.126). The target, the place of a caption in the language model's
 embedding space, is ours; a linear map from image features into that space as all the alignment there is has been learned by
-LiMBeR (arXiv 2209.15162). One pass over the records sums the normal equations in float64; processes add theirs up.
+LiMBeR (arXiv 2209.15162). One pass over the records sums the normal equations in float64; processes add theirs up. The loss of the first
+records tells whether the start is a better one than the projector as it was drawn; it need not be.
 """
 
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
 from alignvlm.rows.collator import AlignVLMCollator, count_images
@@ -26,6 +28,11 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
 from alignvlm.stages.tiles import check_not_native
 from alignvlm.stages.trainer import AlignVLMTrainer
+
+
+logger = logging.get_logger(__name__)
+
+TRIED = 32  # records of each process whose loss is computed before and after
 
 
 class NormalEquations:
@@ -79,6 +86,7 @@ class ProjectorStart(StageOption):
     ):
         self.arguments, self.trainer, self.collator, self.mixture = arguments, trainer, collator, mixture
         self.recorded: dict[str, Any] = {}
+        self.tried: list[dict[str, Tensor]] = []
 
     @classmethod
     def of(
@@ -102,7 +110,6 @@ class ProjectorStart(StageOption):
         for pixel_values, targets, count in self._batches(model):
             equations.add(*self._pairs(model, layer, pixel_values, targets))
             images += count
-        model.train(was_training)
         accelerator = self.trainer.accelerator
         equations.gram, equations.cross = (
             accelerator.reduce(each, "sum") for each in (equations.gram, equations.cross)
@@ -111,17 +118,28 @@ class ProjectorStart(StageOption):
         if not images:
             raise ValueError("projector_start: none of the stage's records has an image to start from. Leave it out.")
         weight, bias = equations.solve(self.arguments.projector_start_ridge, layer.bias is not None)
+        loss_before = self._loss(model)
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
+        loss_after = self._loss(model)
+        self.tried.clear()
+        model.train(was_training)
         self.recorded = {
             "method": self.arguments.projector_start,
             "images": images,
             "ridge": self.arguments.projector_start_ridge,
+            "loss_before": round(loss_before, 4),
+            "loss_after": round(loss_after, 4),
             "seconds": round(time.perf_counter() - began, 1),
         }
         if self.trainer.is_world_process_zero():
             print(f"projector_start: {self.recorded}", flush=True)
+            if loss_after > loss_before:
+                logger.warning(
+                    f"projector_start={self.arguments.projector_start!r} raised the loss of the first records from {loss_before:.2f} to "
+                    f"{loss_after:.2f}. Training is likely to go better without it: leave it out."
+                )
 
     def record(self) -> dict[str, Any]:
         return {"projector_start": self.recorded}
@@ -145,11 +163,24 @@ class ProjectorStart(StageOption):
                 if "pixel_values" not in batch or not trained.any():
                     continue
                 ids = batch["input_ids"][trained].to(model.device)
+                if len(self.tried) < TRIED:
+                    self.tried.append({name: value for name, value in batch.items() if isinstance(value, Tensor)})
                 pixels.append(batch["pixel_values"])
                 count += count_images(batch)
                 targets.append(embed(ids).double().mean(0).expand(len(batch["pixel_values"]), -1))
             if pixels:
                 yield torch.cat(pixels).to(model.device), torch.cat(targets), count
+
+    def _loss(self, model: nn.Module) -> float:
+        """The mean loss of the labels of the first records of all processes, in the precision of training."""
+        total, count = torch.zeros(2, device=model.device)
+        for batch in self.tried:
+            labels = int((batch["labels"] != IGNORED).sum())
+            with self.trainer.accelerator.autocast():
+                loss = model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+            total, count = total + labels * loss.float(), count + labels
+        total, count = (self.trainer.accelerator.reduce(each, "sum") for each in (total, count))
+        return (total / count).item()
 
     def _pairs(
         self, model: nn.Module, layer: nn.Linear, pixel_values: Tensor, targets: Tensor

@@ -96,6 +96,47 @@ def test_a_stage_begins_where_least_squares_on_the_true_features_ends(make_model
             torch.testing.assert_close(value, model.model.projector.state_dict()[name], rtol=0, atol=1e-29, msg=name)
 
 
+@torch.no_grad()
+def mean_loss(checkpoint, processor, sources: list[dict]) -> float:
+    model, collator, total, count = (
+        AlignVLMForConditionalGeneration.from_pretrained(checkpoint),
+        AlignVLMCollator(processor),
+        0.0,
+        0,
+    )
+    for record in make_scenes(**{name: value for name, value in sources[0].items() if name != "name"}):
+        batch = collator([record])
+        labels = int((batch["labels"] != IGNORED).sum())
+        total, count = total + labels * model(**batch).loss.item(), count + labels
+    return total / count
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_loss_tells_whether_the_start_is_a_better_one(make_model, processor, tmp_path, caplog, worse):
+    """It is worse than what training has made of the projector; and better than any other, if the language model was trained on it."""
+    model, sources = make_model(seed=4, projector_type="linear"), [{**SCENES, "count": 12}]
+    save_checkpoint(model, processor, tmp_path / "new", {"stages": []})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fields = (
+        {"projector_learning_rate": 0.1}
+        if worse
+        else {"projector_start": "least_squares", "language_learning_rate": 0.02}
+    )
+    fields |= {"max_steps": 30, "per_device_train_batch_size": 12, "sources": sources}
+    run_stage(arguments_for(tmp_path / "new", tmp_path / "trained", **{"projector_learning_rate": 1e-30, **fields}))
+    trained = AlignVLMForConditionalGeneration.from_pretrained(tmp_path / "trained")
+    if not worse:
+        trained.model.projector.load_state_dict(model.model.projector.state_dict())
+    save_checkpoint(trained, processor, tmp_path / "stage0", {"stages": []})
+    caplog.clear()
+    entry = start(tmp_path / "stage0", tmp_path / "stage1", sources=sources)["projector_start"]
+    for moment, folder in (("before", "stage0"), ("after", "stage1")):
+        expected = mean_loss(tmp_path / folder, processor, sources)
+        assert entry[f"loss_{moment}"] == pytest.approx(expected, abs=2e-4)
+    assert (entry["loss_after"] > entry["loss_before"]) == worse
+    assert ("raised the loss of the first records" in caplog.text) == worse
+
+
 FUSED = {"vision_feature_layer": [-2, -1], "vision_layer_fusion": "weighted_sum"}
 OTHERS = {"tiles": {}, "merged": {"merge_image_tokens": 2}, "fused": FUSED}
 

@@ -34,6 +34,8 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     forked.run("alignvlm.stages.stage:main", given, log=tmp_path / "log", processes=2)
     two = read_run_record(tmp_path / "two")["stages"][-1]
     assert two["processes"] == 2 and two["projector_start"]["images"] == one["projector_start"]["images"] == 32
+    for moment in ("loss_before", "loss_after"):
+        assert two["projector_start"][moment] == pytest.approx(one["projector_start"][moment], abs=2e-3)
     assert two["rows"] == {**one["rows"], "padding_share": two["rows"]["padding_share"]}
     assert len(set(one["logged_losses"])) == 5
     assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)
