@@ -50,13 +50,15 @@ class Finding:
     """A comparison: `arms` maps each name to its stages, pairs of a number and changes to the recipe; the first arm is the baseline.
 
     The stages start from assembled backbones, those of an arm named in `starts` from the checkpoint there. With `curve` the checkpoint
-    before the last stage and those that it keeps on its way are evaluated too.
+    before the last stage and those that it keeps on its way are evaluated too. With `level` the steps are counted until a logged training
+    loss is at most that, over all stages; of a run that never gets there, all its steps.
     """
 
     arms: dict[str, list[tuple[int, dict]]]
     tasks: tuple[str, ...]
     starts: dict[str, Path] | None = None
     curve: bool = False
+    level: float | None = None
 
 
 class Scenes:
@@ -218,6 +220,7 @@ class Photos:
                     for name in ("human", "BLIP-2", "BLIP-2 tuned")
                 },
                 ("captions",),
+                level=3.0,
             ),
             "alignment": Finding({"short": divided(80, 80, 800), "long": divided(320, 320, 320)}, ("captions",)),
         }
@@ -263,6 +266,8 @@ def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed:
     values = {}
     if entries[-1].get("eval_loss_after") is not None:
         values["loss"] = entries[-1]["eval_loss_after"]
+    if finding.level is not None:
+        values[f"steps to a training loss of {finding.level:g}"] = steps_to(entries, finding.level)
     for task in finding.tasks:
         values |= world.evaluate(task, seed, start, folder / "results" / task)
     return {
@@ -272,6 +277,17 @@ def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed:
         "steps": [entry["steps"] for entry in entries],
         "seconds": [entry["seconds"] for entry in entries],
     }
+
+
+def steps_to(entries: list[dict], level: float) -> int:
+    """The steps of stages, entries of run records, until a logged training loss is at most `level`, or all of them."""
+    done = 0
+    for entry in entries:
+        for line in entry["log"]:
+            if line["loss"] <= level:
+                return done + line["step"]
+        done += entry["steps"]
+    return done
 
 
 def curve(

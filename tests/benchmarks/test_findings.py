@@ -11,7 +11,7 @@ from scipy import stats
 
 from alignvlm.data import scenes
 from benchmarks import findings
-from benchmarks.findings import Finding, Scenes, band, run, summarise, t_interval
+from benchmarks.findings import Finding, Scenes, band, run, steps_to, summarise, t_interval
 from docs.write_results_page import fill
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 
@@ -43,6 +43,13 @@ def test_differences_are_paired_by_seed():
     assert "difference" not in found["first"]["loss"]
     assert found["other"]["loss"]["difference"] == pytest.approx(0.6)
     assert found["other"]["loss"]["interval"] == pytest.approx(t_interval([0.5, 0.7]))
+
+
+def test_steps_to_a_training_loss_go_on_over_stages():
+    first = {"steps": 8, "log": [{"step": 5, "loss": 4.0}]}
+    second = {"steps": 12, "log": [{"step": 5, "loss": 3.5}, {"step": 10, "loss": 3.0}]}
+    entries = [first, second]
+    assert [steps_to(entries, level) for level in (4.5, 4.0, 3.9, 3.0, 2.9)] == [5, 5, 13, 18, 20]
 
 
 def test_arms_differ_only_in_what_they_are_named_after(tmp_path):
