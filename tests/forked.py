@@ -37,6 +37,7 @@ def prepare(log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.environ["OMP_NUM_THREADS"] = "1"  # which accelerate sets the threads of ranks by
     torch.set_num_threads(1)
 
 
