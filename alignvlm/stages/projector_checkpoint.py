@@ -203,7 +203,7 @@ def start_projector(
         what the run record says of it.
 
     Raises:
-        ValueError: if widths differ and the vocabularies have too few tokens in common for a converter.
+        ValueError: if the vocabularies have too few tokens in common for a converter that is needed.
     """
     projector = model.model.projector
     layer = last_linear_layer(projector)
@@ -285,7 +285,7 @@ def _word_converter(
     explained = _explained(missed / (1 - alone).unsqueeze(-1), t)
     if explained < LITTLE:
         logger.warning(
-            f"Of the embeddings of {language!r}, those of {saved.name!r} explain {explained:.0%} of the variance of tokens that the map was not "
+            f"Of the embeddings of {language!r}, those of {saved.name!r} explain {max(explained, 0):.0%} of the variance of tokens that the map was not "
             "solved on: its projector may be no better a start than a new one. Leave out --projector, and try --projector_start in stage 1."
         )
         if same_width:
