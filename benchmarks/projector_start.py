@@ -5,9 +5,9 @@
 
 The starts: `least squares` (`projector_start: least_squares`), and what `--projector` makes of a projector that stage 1 has trained with
 another language model: a `version` of this one (the same first weights, trained half as long again), or `another`, of the same width and
-other first weights. Stage 1 of the recipe `nano`, by its script, on the quickstart's
-backbones; a seed is another order of the records. The given losses are those that the new projector has after a quarter, half and
-all of its steps, each the mean of five steps. An unfinished measurement goes on where it stopped.
+other first weights. Stage 1 of the recipe `nano`, by its script, on the quickstart's backbones; a seed is another order of the records. The
+given losses are those that the new projector has after a quarter, half and all of its steps, each the mean of five steps. An unfinished
+measurement goes on where it stopped.
 """
 
 import argparse
