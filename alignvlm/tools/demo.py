@@ -327,15 +327,23 @@ def build(demo: Demo, title: str = "AlignVLM"):
         outputs = [state, layer, *(part for panel in panels for part in panel)]
 
         def page(results: list[tuple]) -> list:
-            """The updates of `outputs`."""
-            updates = [results, gr.update(visible=any(looked is not None for _, looked in results))]
-            for (talk, looked), model in zip(results, models):
-                choices = [] if looked is None else [(word.text, place) for place, word in enumerate(looked.words)]
+            """The updates of `outputs` while an answer is written: its words cannot be chosen yet."""
+            updates = [results, gr.update(visible=False)]
+            for (talk, _), model in zip(results, models):
                 updates += [
                     demo.shown(talk, model),
-                    gr.update(choices=choices, value=None, visible=bool(choices)),
+                    gr.update(choices=[], value=None, visible=False),
                     gr.update(value=None, visible=False),
                 ]
+            return updates
+
+        # A step of its own: when a generator ends, Gradio sends its last updates once more, and these would put away
+        # the heat map of a word that a visitor has chosen meanwhile.
+        def on_answered(results):
+            updates = [gr.update(visible=any(looked is not None for _, looked in results))]
+            for _, looked in results:
+                choices = [] if looked is None else [(word.text, place) for place, word in enumerate(looked.words)]
+                updates.append(gr.update(choices=choices, visible=bool(choices)))
             return updates
 
         def on_images(files, before, *given):
@@ -352,8 +360,10 @@ def build(demo: Demo, title: str = "AlignVLM"):
 
         def on_question(text, results, *given):
             try:
+                emptied = ""  # once: meanwhile the visitor may write the next question
                 for answered in demo.ask(text, [talk for talk, _ in results], *given):
-                    yield ["", *page(answered)]
+                    yield [emptied, *page(answered)]
+                    emptied = gr.skip()
             except ValueError as error:
                 raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
 
@@ -381,15 +391,22 @@ def build(demo: Demo, title: str = "AlignVLM"):
         files = gr.State([], time_to_live=KEEP_SECONDS)
         showing = {"fn": on_images, "inputs": [uploads, files, *settings], "outputs": [files, *outputs], **works}
         # Gradio tells of no change where the app itself sets the images first.
+        answered = {
+            "fn": on_answered,
+            "inputs": state,
+            "outputs": [layer, *(words for _, words, _ in panels)],
+            **private,
+        }
         for shown in (
             uploads.change(**showing),
             examples.select(on_example, None, uploads, **private).then(**showing),
         ):
+            shown.success(**answered)
             shown.failure(lambda: None, None, uploads, **private)
         for chat in chats:
             chat.clear(lambda: None, None, uploads, **private)
         asking = {"fn": on_question, "inputs": [question, state, *settings], "outputs": [question, *outputs]}
-        gr.on([question.submit, button.click], **asking, **works)
+        gr.on([question.submit, button.click], **asking, **works).success(**answered)
         for index, (_, words, looked) in enumerate(panels):
             gr.on(
                 [words.input, layer.input],

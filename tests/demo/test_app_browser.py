@@ -6,6 +6,7 @@ folder that ALIGNVLM_NODE_MODULES names, what `npm install axe-core` made.
 
 import argparse
 import importlib.util
+import time
 
 import pytest
 
@@ -89,6 +90,31 @@ def test_a_visitor_adds_an_image_asks_twice_and_sees_where_the_model_looked(visi
     visit.click("#words0 label >> nth=0")
     visit.wait_for_selector("#looked0 img")
     assert visit.get_attribute("#looked0 img", "alt").startswith("Heat map of the image for the word")
+
+
+@pytest.mark.parametrize("visit", [(1280, "light")], indirect=True, ids=["desk"])
+def test_what_a_visitor_does_while_an_answer_ends_is_kept(visit, monkeypatch):
+    ask = page.Demo.ask
+
+    def slow(*given):
+        for results in ask(*given):
+            yield results
+            time.sleep(0.05)
+        time.sleep(1)  # after its last results
+
+    visit.click("#examples button >> nth=0")
+    answers(visit, 2)
+    monkeypatch.setattr(page.Demo, "ask", slow)
+    visit.fill("#question textarea, #question input", "Why?")
+    visit.click("#ask")
+    visit.wait_for_function(f"document.querySelectorAll(`{MESSAGES}`).length > 3")
+    visit.fill("#question textarea, #question input", "And why that?")
+    answers(visit, 4)
+    visit.click("#words0 label >> nth=0")
+    visit.wait_for_selector("#looked0 img")
+    visit.wait_for_timeout(1500)
+    assert visit.is_visible("#looked0 img") and visit.is_checked("#words0 label >> nth=0")
+    assert visit.input_value("#question textarea, #question input") == "And why that?"
 
 
 def test_an_example_begins_a_conversation(visit):
