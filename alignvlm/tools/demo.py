@@ -386,7 +386,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
             )
 
         def on_example(event: gr.SelectData):
-            return [demo.examples[event.index][0]]
+            return [demo.examples[event.index][0]], []  # of no files before: the same example begins anew
 
         files = gr.State([], time_to_live=KEEP_SECONDS)
         showing = {"fn": on_images, "inputs": [uploads, files, *settings], "outputs": [files, *outputs], **works}
@@ -399,12 +399,12 @@ def build(demo: Demo, title: str = "AlignVLM"):
         }
         for shown in (
             uploads.change(**showing),
-            examples.select(on_example, None, uploads, **private).then(**showing),
+            examples.select(on_example, None, [uploads, files], **private).then(**showing),
         ):
             shown.success(**answered)
-            shown.failure(lambda: None, None, uploads, **private)
+            shown.failure(lambda: (None, []), None, [uploads, files], **private)
         for chat in chats:
-            chat.clear(lambda: None, None, uploads, **private)
+            chat.clear(lambda: None, None, uploads, **private).then(**showing)
         asking = {"fn": on_question, "inputs": [question, state, *settings], "outputs": [question, *outputs]}
         gr.on([question.submit, button.click], **asking, **works).success(**answered)
         for index, (_, words, looked) in enumerate(panels):

@@ -117,9 +117,24 @@ def test_what_a_visitor_does_while_an_answer_ends_is_kept(visit, monkeypatch):
     assert visit.input_value("#question textarea, #question input") == "And why that?"
 
 
-def test_an_example_begins_a_conversation(visit):
+def test_an_example_begins_a_conversation_each_time_and_a_cleared_one_is_over(visit):
     visit.click("#examples button >> nth=1")
-    assert answers(visit, 2)[0] == CAPTION_PROMPT
+    begun = answers(visit, 2)
+    assert begun[0] == CAPTION_PROMPT
+    visit.fill("#question textarea, #question input", "Why?")
+    visit.click("#ask")
+    assert len(answers(visit, 4)) == 4
+    visit.click("#examples button >> nth=1")
+    visit.wait_for_function(f"document.querySelectorAll(`{MESSAGES}`).length < 3")
+    assert answers(visit, 2) == begun
+    visit.click("#words0 label >> nth=0")
+    visit.wait_for_selector("#looked0 img")
+
+    visit.click("#chat0 button[aria-label=Clear]")
+    visit.wait_for_function("document.querySelectorAll('#words0 label, #looked0 img').length === 0")
+    visit.fill("#question textarea, #question input", "Why?")
+    visit.click("#ask")
+    visit.wait_for_selector("text=Add an image first")
 
 
 COPY_AN_IMAGE = """async () => {
