@@ -182,21 +182,21 @@ class Photos:
             **changes,
         }
 
+    def photos(self, first: int, last: int) -> dict:
+        """Training photos of these positions, with their five captions."""
+        name = f"train-{first}-{last}"
+        lines = (self.output / "data/train.jsonl").read_text().splitlines(keepends=True)[first:last]
+        (self.output / "data" / f"{name}.jsonl").write_text("".join(lines))
+        return self.captions(name)
+
+    def divided(self, first: int, second: int, third: int, **changes) -> list[tuple[int, dict]]:
+        """Stages 1 to 3, or 1 and 3, on these numbers of photos, each photo once."""
+        ends = [first, first + second, first + second + third]
+        stages = [self.stage(1, self.photos(0, ends[0]), **changes)]
+        stages += [self.stage(2, self.photos(ends[0], ends[1]), **changes)] if second else []
+        return [*stages, self.stage(3, self.photos(ends[1], ends[2]), measured=True, **changes)]
+
     def findings(self, seed: int) -> dict[str, Finding]:
-        def photos(first: int, last: int) -> dict:
-            """Training photos of these positions, with their five captions."""
-            name = f"train-{first}-{last}"
-            lines = (self.output / "data/train.jsonl").read_text().splitlines(keepends=True)[first:last]
-            (self.output / "data" / f"{name}.jsonl").write_text("".join(lines))
-            return self.captions(name)
-
-        def divided(first: int, second: int, third: int, **changes) -> list[tuple[int, dict]]:
-            """Stages 1 to 3, or 1 and 3, on these numbers of photos, each photo once."""
-            ends = [first, first + second, first + second + third]
-            stages = [self.stage(1, photos(0, ends[0]), **changes)]
-            stages += [self.stage(2, photos(ends[0], ends[1]), **changes)] if second else []
-            return [*stages, self.stage(3, photos(ends[1], ends[2]), measured=True, **changes)]
-
         questions = {"data": "pathvqa/train.jsonl", "split": "train", "image_dir": "pathvqa", "limit": 480}
         # Stage 1's rate: without it a projector that nobody has trained would be held back.
         downstream = self.stage(
@@ -209,7 +209,7 @@ class Photos:
         )
         found = {
             "masks": Finding(
-                {mask: divided(320, 0, 480, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
+                {mask: self.divided(320, 0, 480, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
             ),
             "captions": Finding(
                 {
@@ -222,7 +222,9 @@ class Photos:
                 ("captions",),
                 level=3.0,
             ),
-            "alignment": Finding({"short": divided(80, 80, 800), "long": divided(320, 320, 320)}, ("captions",)),
+            "alignment": Finding(
+                {"short": self.divided(80, 80, 800), "long": self.divided(320, 320, 320)}, ("captions",)
+            ),
         }
         if self.stage3 is not None:
             found["downstream"] = Finding(
@@ -233,16 +235,17 @@ class Photos:
             )
         return found
 
-    def evaluate(self, task: str, seed: int, checkpoint: Path, folder: Path) -> dict[str, float]:
-        data = self.output / "data"
+    def options_of(self, task: str) -> list[str]:
+        """The options of the evaluation."""
+        data, options = self.output / "data", ["--task", "local", "--batch_size", "32"]
         if task == "captions":
-            options = ["--data", str(data / "test.jsonl"), "--image_dir", str(data / "flickr8k"), "--max_new_tokens", "24"]  # fmt: skip
-            options += ["--prompt", "Write a short caption."]
-        else:
-            options = ["--data", str(data / "pathvqa/dev.jsonl"), "--split", "dev", "--image_dir", str(data / "pathvqa")]  # fmt: skip
-            options += ["--max_new_tokens", "16", "--limit", "100"]
-        options += ["--task", "local", "--batch_size", "32", "--bootstrap_samples", "10"]
-        metrics = evaluate(checkpoint, options, folder)["metrics"]
+            options += ["--data", str(data / "test.jsonl"), "--image_dir", str(data / "flickr8k"), "--max_new_tokens", "24"]  # fmt: skip
+            return [*options, "--prompt", "Write a short caption."]
+        options += ["--data", str(data / "pathvqa/dev.jsonl"), "--split", "dev", "--image_dir", str(data / "pathvqa")]
+        return [*options, "--max_new_tokens", "16", "--limit", "100"]
+
+    def evaluate(self, task: str, seed: int, checkpoint: Path, folder: Path) -> dict[str, float]:
+        metrics = evaluate(checkpoint, [*self.options_of(task), "--bootstrap_samples", "10"], folder)["metrics"]
         if task == "captions":
             return {"CIDEr": metrics["cider"]["cider"]}
         names = {"accuracy": "accuracy", "yes/no": "yes_no_accuracy", "open, F1": "free_form_f1"}

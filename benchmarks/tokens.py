@@ -2,6 +2,7 @@
 
     python benchmarks/tokens.py --seeds 3                       # every arm; an hour or more on two cores
     python benchmarks/tokens.py --only mlp "merged to 8"        # some arms
+    python benchmarks/tokens_photos.py --photos FOLDER --language SMOLLM2 --vision MOBILENET    # the best of them, on real photos
     python docs/write_results_page.py                           # the table and the plot of docs/performance.md, from docs/results.json
 
 An arm is an option of `alignvlm assemble` that changes how many tokens an image takes, or what they are made of: nano backbones, the same
@@ -109,7 +110,12 @@ class Frontier(Scenes):
             assemble(BackboneArguments(vision, language, str(folder), seed=seed, **arm.assembly))
         return folder
 
-    def held_out(self, seed: int) -> Dataset:
+    def options(self, seed: int) -> list[str]:
+        """The options of the evaluation."""
+        data = self.output / f"seed{seed}"
+        return ["--task", self.task, "--data", str(data), "--batch_size", str(self.batch_size)]
+
+    def held_out(self, seed: int) -> Dataset | list[dict]:
         """The records whose answering is timed."""
         return scenes.make_scenes(ANSWERED, "test", seed=seed, annotations=("questions",))
 
@@ -131,19 +137,21 @@ def run_arm(world: Frontier, name: str, seed: int, arms: dict[str, Arm]) -> dict
     changes_of_arm = arms[arm.trained or name].stage
     for number, changes in world.stages(*world.sizes, **changes_of_arm):
         values = stage_values(world.recipe, number, start, trained / f"stage{number}", seed=seed, **changes)
-        seconds += train(values, world.in_process)["seconds"]
+        entry = train(values, world.in_process)
+        seconds += entry["seconds"]
         start = trained / f"stage{number}"
     options = [] if arm.merged is None else ["--merge_image_tokens", str(arm.merged)]
     options += [] if arm.max_tiles is None else ["--max_tiles", str(arm.max_tiles)]
-    data = world.output / f"seed{seed}"
-    options += ["--task", world.task, "--data", str(data), "--batch_size", str(world.batch_size)]
-    found = evaluate(start, [*options, "--bootstrap_samples", "10"], folder / "results")
+    found = evaluate(start, [*options, *world.options(seed), "--bootstrap_samples", "10"], folder / "results")
+    values = world.values(found["metrics"])
+    if "loss" in world.metrics and arm.trained is None:
+        values["loss"] = entry["eval_loss_after"]
     cost = costs(start, arm, world.held_out(seed), world.turns, folder / "costs.json")
     tokens = cost.pop("tokens")
-    return {"tokens": tokens, "values": {**world.values(found["metrics"]), "training_seconds": seconds, **cost}}
+    return {"tokens": tokens, "values": {**values, "training_seconds": seconds, **cost}}
 
 
-def costs(checkpoint: Path, arm: Arm, rows: Dataset, turns: int, file: Path) -> dict[str, float]:
+def costs(checkpoint: Path, arm: Arm, rows: Dataset | list[dict], turns: int, file: Path) -> dict[str, float]:
     """Returns the tokens of an image, the mean over the images of `rows`, and what they cost: pixels encoded of
     an image, seconds of answering, the median of some turns, and megabytes of a step. Keeps it in a file."""
     if file.is_file():
@@ -242,9 +250,12 @@ def run(world: Frontier, arms: dict[str, Arm], seeds: int, results: Path) -> dic
     return found
 
 
-def run_from_command_line(world: type[Frontier], arms: dict[str, Arm], description: str) -> None:
-    """Runs the arms that the command line asks for, prints their table and draws their plot."""
-    parser = argparse.ArgumentParser(description=description)
+def run_from_command_line(
+    world: type[Frontier], arms: dict[str, Arm], description: str, parser: argparse.ArgumentParser | None = None
+) -> None:
+    """Runs the arms that the command line asks for, prints their table and draws their plot; `parser` may know options of the world."""
+    parser = parser or argparse.ArgumentParser()
+    parser.description = description
     parser.add_argument("--only", nargs="+", choices=arms, default=list(arms), help="These arms alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out") / world.results)
@@ -255,7 +266,7 @@ def run_from_command_line(world: type[Frontier], arms: dict[str, Arm], descripti
         parser.error(f"--only: arms at inference evaluate the arm {', '.join(missing)}: name it, too.")
     output = arguments.output.resolve()
     chosen = {name: arm for name, arm in arms.items() if name in arguments.only}
-    found = run(world(output), chosen, arguments.seeds, arguments.results or output / "results.json")
+    found = run(world(output, arguments), chosen, arguments.seeds, arguments.results or output / "results.json")
     picture = output / f"{world.results}.png"
     draw(found, picture, world.metrics)
     print(f"\n{table(found, world.metrics)}\n\n{picture}")

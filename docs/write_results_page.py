@@ -17,7 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python docs
 
 from matplotlib import pyplot
 
-from benchmarks import alignment_options, all_tasks, findings, projector_start, real_photos, tiles, tokens
+from benchmarks import (
+    alignment_options,
+    all_tasks,
+    findings,
+    projector_start,
+    real_photos,
+    tiles,
+    tokens,
+    tokens_photos,
+)
 
 
 DOCS = Path(__file__).parent
@@ -164,6 +173,7 @@ def main() -> None:
             page.write_text(fill(page.read_text(), {world.results: block}))
             print(f"{picture}\n{page}")
     for name, file, table in (
+        ("tokens_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
         ("reward", "reward.md", lambda found: findings.summary_table(found["summary"])),
         ("options", "alignment.md", lambda found: alignment_options.table(found["summary"])),
         ("projector_start", "alignment.md", lambda found: projector_start.table(found["runs"])),
