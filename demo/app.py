@@ -19,7 +19,7 @@ def checkpoints() -> list[str]:
     """
     named = os.environ.get("ALIGNVLM_MODEL", "").split()
     if not named:
-        metadata = (Path(__file__).parent / "README.md").read_text().split("---")[1]
+        metadata = (Path(__file__).parent / "README.md").read_text(encoding="utf-8").split("---")[1]
         named = yaml.safe_load(metadata).get("models") or []
     if not named:
         raise SystemExit("error: set ALIGNVLM_MODEL to the repository of a checkpoint, user/name.")

@@ -112,7 +112,7 @@ def _check_manifest(folder: Path) -> list[str]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return [f"{MANIFEST}: missing; make the folder by hub_upload.package"]
-    listed = read_manifest(manifest.read_text())
+    listed = read_manifest(manifest.read_text(encoding="utf-8"))
     present = set(files_of(folder)) - {MANIFEST}
     problems = [f"{name}: in {MANIFEST}, but not in the folder" for name in sorted(set(listed) - present)]
     problems += [f"{name}: not in {MANIFEST}" for name in sorted(present - set(listed))]
@@ -134,7 +134,7 @@ def _check_weights(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            listed = json.loads(index.read_text())["weight_map"]
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError):
             return [*problems, f"{index.name}: no weight map"]
         if sorted(listed) != sorted(names) or set(listed.values()) != {file.name for file in files}:
@@ -146,7 +146,7 @@ def _check_weights(folder: Path) -> list[str]:
 
 def _read_json(folder: Path, name: str, problems: list[str]) -> dict:
     try:
-        return json.loads((folder / name).read_text())
+        return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         problems.append(f"{name}: {error}")
         return {}
@@ -164,7 +164,9 @@ def _check_auto_map(folder: Path) -> list[str]:
             path = folder / f"{module}.py"
             if "--" in str(target):
                 problems.append(f"{file}: auto_map sends {auto_class} to another repository, {target}")
-            elif not path.is_file() or not re.search(rf"^class {re.escape(name)}\b", path.read_text(), re.MULTILINE):
+            elif not path.is_file() or not re.search(
+                rf"^class {re.escape(name)}\b", path.read_text(encoding="utf-8"), re.MULTILINE
+            ):
                 problems.append(f"{file}: auto_map sends {auto_class} to {target}, which is not in the folder")
     return problems
 

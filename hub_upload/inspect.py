@@ -79,7 +79,7 @@ def inspect(name: str, revision: str | None = None) -> Inspection:
         if file not in paths:
             continue
         try:
-            content = json.loads(paths[file].read_text())
+            content = json.loads(paths[file].read_text(encoding="utf-8"))
         except ValueError as error:
             found.warnings.append(f"{file} is not JSON: {error}")
             continue

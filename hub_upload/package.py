@@ -72,7 +72,7 @@ def results_of(folder: Path) -> list[dict]:
     digest = sha256_of(weights_of(folder))
     found = []
     for path in sorted((folder / "results").glob("*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         same = result.get("model", {}).get("weights_sha256") == digest
         if same and not result.get("control") and result.get("limit") is None:
             found.append({name: value for name, value in result.items() if name != "predictions"})
@@ -151,7 +151,11 @@ def package(
     shard(output, max_shard_size)
     if server == "vllm":
         prepare_for_vllm(output)
-    there = None if overwrite_card or not (folder / "README.md").is_file() else (folder / "README.md").read_text()
+    there = (
+        None
+        if overwrite_card or not (folder / "README.md").is_file()
+        else (folder / "README.md").read_text(encoding="utf-8")
+    )
     _write_texts(output, record, repository, there, license_given=bool(given))
     return output
 
@@ -168,15 +172,19 @@ def _check_weights(folder: Path) -> None:
 def note_releases(output: Path, releases: dict[str, str], repository: str = PLACEHOLDER) -> None:
     """Writes the releases that loaded a packaged folder into its run record and card."""
     record = read_run_record(output)
-    _write_texts(output, {**record, "loaded_with": releases}, repository, (output / "README.md").read_text())
+    _write_texts(
+        output, {**record, "loaded_with": releases}, repository, (output / "README.md").read_text(encoding="utf-8")
+    )
 
 
 def _write_texts(output: Path, record: dict, repository: str, there: str | None, license_given: bool = False) -> None:
     """Writes run record, card and manifest. An existing card keeps text edited by hand, and metadata of its own."""
     write_run_record(output, record)
-    config = json.loads((output / "config.json").read_text())
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     card = make_card(record, config, parameter_count(output), repository)
-    (output / "README.md").write_text(card if there is None else renewed_card(there, card, repository, license_given))
+    (output / "README.md").write_text(
+        card if there is None else renewed_card(there, card, repository, license_given), encoding="utf-8"
+    )
     write_manifest(output, changed=(RUN_RECORD, "README.md"))
 
 
@@ -199,11 +207,11 @@ def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_g
 
 def write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
     """Writes the hash of every other file of a packaged folder; takes that of files not in `changed` from the existing manifest."""
-    known = read_manifest((folder / MANIFEST).read_text()) if (folder / MANIFEST).is_file() else {}
+    known = read_manifest((folder / MANIFEST).read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() else {}
     known = {name: digest for name, digest in known.items() if name not in changed}
     names = [name for name in files_of(folder) if name != MANIFEST]
     lines = [f"{known.get(name) or sha256_of([folder / name])}  {name}\n" for name in names]
-    (folder / MANIFEST).write_text("".join(lines))
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
 def read_manifest(text: str) -> dict[str, str]:
@@ -229,7 +237,7 @@ def _merge_lora(lora: Path, output: Path) -> None:
 
     Loading a repository would not look for them.
     """
-    config = json.loads((lora / "adapter_config.json").read_text())
+    config = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))
     apart = load_file(lora / "adapter_model.safetensors")
     prefixes = {name.removesuffix(".lora_A.weight") for name in apart if name.endswith(".lora_A.weight")}
     found = set()
@@ -260,7 +268,7 @@ def shard(folder: Path, max_shard_size: str) -> None:
     for name, members in plan.filename_to_tensors.items():
         save_file({member: tensors[member] for member in members}, folder / name, metadata={"format": "pt"})
     index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     file.unlink()
 
 

@@ -193,13 +193,13 @@ def _compare(
         if name not in there:
             return None
         if same_content(staged / name, there[name]):
-            return (staged / name).read_text()
+            return (staged / name).read_text(encoding="utf-8")
         return read_at(api, repository, commit, name)
 
     listed = read_manifest(read(MANIFEST) or "")
     is_ours = _check_kind(repository, read("config.json"), there, staged, pushed_by_us="config.json" in listed)
     contents: dict[str, Path | bytes] = {name: staged / name for name in files_of(staged)}
-    card, whose = (staged / CARD).read_text(), None
+    card, whose = (staged / CARD).read_text(encoding="utf-8"), None
     if author_of(card) == FOLDER:
         whose = "was edited in the folder (or written by an older release)"
     if not overwrite_card and (on_the_hub := read(CARD)) is not None:
@@ -251,7 +251,7 @@ def _check_kind(
         kind = json.loads(config).get("model_type")
     except (ValueError, AttributeError):
         kind = None
-    if kind != json.loads((staged / "config.json").read_text())["model_type"]:
+    if kind != json.loads((staged / "config.json").read_text(encoding="utf-8"))["model_type"]:
         raise PushError(
             f"{repository} holds a model of another kind (model_type {kind!r} in its config.json). {advice}"
         )
@@ -275,7 +275,7 @@ def _card_for(ours: str, on_the_hub: str, license_given: bool) -> tuple[str, boo
 
 def _with_hash(staged: Path, card: bytes) -> bytes:
     """Makes the manifest of a packaged folder, with the hash of another card."""
-    listed = read_manifest((staged / MANIFEST).read_text()) | {CARD: hashlib.sha256(card).hexdigest()}
+    listed = read_manifest((staged / MANIFEST).read_text(encoding="utf-8")) | {CARD: hashlib.sha256(card).hexdigest()}
     return "".join(f"{digest}  {name}\n" for name, digest in listed.items()).encode()
 
 

@@ -23,7 +23,7 @@ def is_for_vllm(config: dict) -> bool:
 
 def check_for_vllm(folder: Path) -> None:
     """Raises a `ValueError` if vLLM could not run the checkpoint in `folder`, or would compute something else."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     mask_type = config.get("attention_mask_type", "image")
     if mask_type not in MASK_TYPES:
         raise ValueError(
@@ -39,7 +39,7 @@ def check_for_vllm(folder: Path) -> None:
             f"vLLM cannot serve {folder}: it was not tried with images in their native shape. Use `transformers`, or an encoder of squares."
         )
     window = config.get("text_config", {}).get("sliding_window")
-    processor = json.loads((folder / "processor_config.json").read_text())
+    processor = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     tokens, block = processor.get("image_seq_length", 1), config.get("image_block")
     if mask_type == "image" and block is not None:
         made = "tile" if processor.get("tile_marks") else "image"  # image tokens without text between them are a block
@@ -55,7 +55,7 @@ def check_for_vllm(folder: Path) -> None:
             f"tokens, the window {window}. Use `transformers`, or fewer tokens an image (pixel_shuffle_factor, merge_image_tokens)."
         )
     for name, called in CALLED.items():
-        if not (folder / name).is_file() or called not in (folder / name).read_text():
+        if not (folder / name).is_file() or called not in (folder / name).read_text(encoding="utf-8"):
             raise ValueError(
                 f"vLLM cannot serve {folder}: its {name} is of an older release and has no `{called}`. Copy the four code files of the "
                 "installed `modeling_alignvlm` over those in the folder."
@@ -64,7 +64,7 @@ def check_for_vllm(folder: Path) -> None:
 
 def prepare_for_vllm(folder: Path) -> None:
     """Makes `AutoModel` name the base model in the config.json of `folder`, and the language model tie its head as the model does."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["auto_map"]["AutoModel"] = BASE_MODEL
     config["text_config"]["tie_word_embeddings"] = config["tie_word_embeddings"]  # vLLM ties if either says so
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ def modules_of_the_app() -> list[Path]:
         found.add(file)
         package = name if path.is_dir() else name.rpartition(".")[0]
         waiting += [name.rpartition(".")[0]] if "." in name else []
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 waiting += [each.name for each in node.names if each.name.split(".")[0] in OURS]
             elif isinstance(node, ast.ImportFrom):
@@ -102,8 +102,8 @@ def package_space(output: str | Path, models: list[str]) -> Path:
     for file in modules_of_the_app():
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PACKAGES / file, output / file)
-    data, body = split_card((output / CARD).read_text())
-    (output / CARD).write_text(_card({**data, "models": models}, body))
+    data, body = split_card((output / CARD).read_text(encoding="utf-8"))
+    (output / CARD).write_text(_card({**data, "models": models}, body), encoding="utf-8")
     write_manifest(output, changed=())
     return output
 
@@ -112,13 +112,13 @@ def check_space(folder: str | Path) -> list[str]:
     """Lists everything wrong with a packaged Space, one sentence each; runs the app's imports in a process of its own."""
     folder, problems = Path(folder), []
     for name in files_of(folder):
-        text = (folder / name).read_text()
+        text = (folder / name).read_text(encoding="utf-8")
         problems += [f"{name}: looks like it holds {kind}" for kind, rule in SECRETS.items() if re.search(rule, text)]
         if found := re.search(LOCAL_PATH, text):
             problems.append(f"{name}: holds the local path {found[0]!r}")
-    lines = (folder / "requirements.txt").read_text().split()
+    lines = (folder / "requirements.txt").read_text(encoding="utf-8").split()
     problems += [f"requirements.txt: {line} is not pinned by ==" for line in lines if "==" not in line]
-    data, _ = split_card((folder / CARD).read_text())
+    data, _ = split_card((folder / CARD).read_text(encoding="utf-8"))
     lacking = [name for name in ("title", "sdk", "sdk_version", "app_file", "license", "models") if not data.get(name)]
     problems += [f"README.md: its metadata lack {name}" for name in lacking]
     if f"gradio=={data.get('sdk_version')}" not in lines:
@@ -191,7 +191,7 @@ def _compare(api: SpaceApi, repository: str, commit: str, staged: Path, delete_o
     whose = None
     if listed and CARD in there:
         on_the_hub = read_at(api, repository, commit, CARD)
-        ours = (staged / CARD).read_text()
+        ours = (staged / CARD).read_text(encoding="utf-8")
         data, body = split_card(on_the_hub)
         renewed = _card({**data, **{name: split_card(ours)[0][name] for name in RENEWED}}, body)
         if renewed != ours:

@@ -20,7 +20,7 @@ NEEDED = ("README.md", "config.json", "processor_config.json", "tokenizer.json",
 def is_stock(folder: str | Path) -> bool:
     """Whether a folder's configuration is of another class than AlignVLM's and names no code of its own."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") not in (None, "alignvlm") and "auto_map" not in config
@@ -51,7 +51,7 @@ def package_stock(
         raise FileNotFoundError(
             f"{folder} is not a complete export: {', '.join(missing) or 'its weights'} missing. Give a folder of `alignvlm export`."
         )
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     try:
         data, _ = split_card(text)
     except ValueError as error:
@@ -65,7 +65,9 @@ def package_stock(
         if is_allowed(name) and name != RUN_RECORD and not name.endswith(".py") and not (folder / name).is_symlink():
             shutil.copyfile(folder / name, output / name)
     author = GENERATED if author_of(text) == GENERATED else FOLDER
-    (output / "README.md").write_text(join_card(data, body_of(text).replace(PLACEHOLDER, repository), author))
+    (output / "README.md").write_text(
+        join_card(data, body_of(text).replace(PLACEHOLDER, repository), author), encoding="utf-8"
+    )
     shard(output, max_shard_size)
     write_manifest(output, changed=tuple(files_of(output)))
     return output

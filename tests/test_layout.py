@@ -57,6 +57,26 @@ def of(imports: set[str], *tops: str) -> set[str]:
     return {each for each in imports if each.split(".")[0] in tops}
 
 
+def opens_text(call: ast.AST) -> bool:
+    """Tells whether a call opens, reads or writes a file as text in the encoding that the system prefers."""
+    if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    function = call.func
+    if isinstance(function, ast.Name):
+        return function.id == "open" and "b" not in ast.unparse(call.args[1:])
+    if not isinstance(function, ast.Attribute) or ast.unparse(function.value) in ("Image", "tarfile"):
+        return False
+    return function.attr in ("read_text", "write_text") or (
+        function.attr == "open" and "b" not in ast.unparse(call.args)
+    )
+
+
+def test_texts_are_read_and_written_as_utf8():
+    files = [*FILES.values(), *(ROOT / "training").rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    nodes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    assert [f"{file}:{node.lineno}" for file, node in nodes if opens_text(node)] == []
+
+
 def test_what_travels_with_a_checkpoint_imports_only_its_neighbours_by_name():
     for name in (name for name in FILES if name.split(".")[0] == "modeling_alignvlm"):
         assert not of(imports_of(name), "alignvlm", "hub_upload", *LAUNCHED), name

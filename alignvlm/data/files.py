@@ -241,7 +241,7 @@ def _file_identity(file: Path, hashed: bool) -> dict:
 
 def _is_karpathy(file: Path) -> bool:
     """Tells whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
-    with file.open() as stream:
+    with file.open(encoding="utf-8") as stream:
         return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
 
 
@@ -261,7 +261,7 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
         for number, paragraph in enumerate(_paragraphs(file), 1):
             yield f"{file.name}, paragraph {number}", {"text": paragraph}
     elif file.suffix == ".csv":
-        with file.open(newline="") as stream:
+        with file.open(newline="", encoding="utf-8") as stream:
             for number, row in enumerate(csv.DictReader(stream), 1):
                 yield f"{file.name}, row {number}", row
     elif _is_one_value(file):
@@ -269,7 +269,7 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
         for number, row in enumerate(content["images"] if isinstance(content, dict) else content, 1):
             yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
     else:
-        with file.open() as stream:
+        with file.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 place = f"{file.name}, line {number}"
                 line = line.strip()
@@ -300,12 +300,12 @@ def _mapping(row: Any, place: str) -> dict:
 
 def _is_one_value(file: Path) -> bool:
     """Tells whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
-    with file.open() as stream:
+    with file.open(encoding="utf-8") as stream:
         return stream.read(64).lstrip().startswith("[") or (file.suffix == ".json" and _is_karpathy(file))
 
 
 def _paragraphs(file: Path) -> list[str]:
-    return [part for part in (part.strip("\n") for part in file.read_text().split("\n\n")) if part]
+    return [part for part in (part.strip("\n") for part in file.read_text(encoding="utf-8").split("\n\n")) if part]
 
 
 def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
@@ -319,7 +319,7 @@ def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
     if suffix == ".json" and _is_karpathy(files[0]):
         options["field"] = "images"
     if suffix == ".csv":  # every value as it is written: "None" and "3" are answers
-        with files[0].open(newline="") as stream:
+        with files[0].open(newline="", encoding="utf-8") as stream:
             columns = next(csv.reader(stream), [])
         options |= {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
     try:

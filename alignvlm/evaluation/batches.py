@@ -94,7 +94,7 @@ def _run_missing(work: Work, batch_size: int, folder: Path, state: PartialState,
         print(f"Going on with {folder}: {len(done)} of {len(batches)} batches are done.")
     if missing and work.prepare is not None:
         work.prepare()
-    with (folder / f"{state.process_index}.jsonl").open("a") as file:
+    with (folder / f"{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
         outputs = _run(work, [batches[start] for start in mine])
         for start, found in tqdm(outputs, desc=title, total=len(mine), disable=not state.is_main_process):
             file.write(json.dumps({"start": start, "outputs": found}) + "\n")
@@ -133,12 +133,12 @@ def _run(work: Work, batches: Iterable[range]) -> Iterator[tuple[int, list]]:
 def _drop_unfinished_lines(folder: Path) -> None:
     """Removes a last line that a crash cut short, so that the next line does not continue it."""
     for file in folder.glob("*.jsonl"):
-        whole, _, rest = file.read_text().rpartition("\n")
+        whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
         if rest:
-            file.write_text(whole + "\n" if whole else "")
+            file.write_text(whole + "\n" if whole else "", encoding="utf-8")
 
 
 def _finished_batches(folder: Path) -> dict[int, list]:
     """Returns the outputs of finished batches by their first unit, whichever process wrote them."""
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()]
     return {entry["start"]: entry["outputs"] for entry in map(json.loads, lines)}

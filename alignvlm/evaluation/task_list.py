@@ -54,7 +54,7 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
     if not results:
         return None
     text = table(results)
-    (output_dir / "tasks.md").write_text(text + "\n")
+    (output_dir / "tasks.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n{output_dir / 'tasks.md'}")
     return text
 

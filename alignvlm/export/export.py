@@ -103,7 +103,7 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
     """A card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is."""
     found = file_of(checkpoint, "README.md", revision)
     try:
-        kept = split_card(Path(found).read_text())[0] if found else {}
+        kept = split_card(Path(found).read_text(encoding="utf-8"))[0] if found else {}
     except ValueError:
         kept = {}
     names = (*FIELDS, "language", "base_model", "base_model_relation", "datasets")
@@ -117,7 +117,7 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
     body = FORMS[home.form].card.format(
         title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name
     )
-    (folder / "README.md").write_text(join_card(data.to_dict(), body, GENERATED))
+    (folder / "README.md").write_text(join_card(data.to_dict(), body, GENERATED), encoding="utf-8")
 
 
 def export(

@@ -326,7 +326,7 @@ def write_javascript_files(
     among the tokenizer's settings."""
 
     def dump(name: str, values: dict) -> None:
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     dump(
         "config.json",
@@ -344,7 +344,7 @@ def write_javascript_files(
     kind = type(processor.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
     values = processor.image_processor.to_dict() | {"image_processor_type": kind, "processor_class": "LlavaProcessor"}
     dump("preprocessor_config.json", values)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     template = processor.chat_template.replace("dict(message, content=joined.text)", PLAIN_MESSAGE)
     dump("tokenizer_config.json", settings | {"chat_template": template})
 

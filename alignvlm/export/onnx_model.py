@@ -30,8 +30,8 @@ class OnnxModel:
             InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", **options)
             for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         )
-        self.image_token_id: int = json.loads((folder / "config.json").read_text())["image_token_id"]
-        stops = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+        self.image_token_id: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_id"]
+        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
         self.eos_token_ids: list[int] = [stops] if isinstance(stops, int) else stops or []
         self.layers = [value for value in self.decoder.get_inputs() if value.name.startswith("past_key_values.")]
 

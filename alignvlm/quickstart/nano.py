@@ -210,4 +210,4 @@ def train_language_model(
 def _write_card(folder: Path, task: str, text: str) -> None:
     """Writes a README.md that states the licence, so that models made of these weights may be as free as they are."""
     metadata = f"license: apache-2.0\nlibrary_name: transformers\npipeline_tag: {task}"
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{text}\n")
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{text}\n", encoding="utf-8")

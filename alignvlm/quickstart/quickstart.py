@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
     with FlopCounter() as counter:
         summary = run(arguments, output)
     summary["flops"] = counter.total
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(
         f"\n{summary['seconds']:.0f} seconds, {summary['flops'] / 1e12:.1f} TFLOP in {summary['precision']}. Checkpoints: {output}/stage0 ... stage4. "
         f"Summary: {output / 'summary.json'}"

@@ -30,7 +30,7 @@ PROGRESS = "alignvlm_progress.json"  # in each checkpoint-N: what the run had re
 def read_progress(checkpoint: str | os.PathLike) -> dict | None:
     """Reads what `AlignVLMTrainer.progress` was when a `checkpoint-N` folder was written; None if it does not say."""
     path = Path(checkpoint) / PROGRESS
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -47,7 +47,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 def is_complete(checkpoint: Path) -> bool:
     """Tells whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return True
@@ -88,10 +88,12 @@ def save_checkpoint(
     model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
     shutil.copyfile(_licence_file(), folder / "LICENSE")
-    card = make_card(record, json.loads((folder / "config.json").read_text()), parameter_count(folder))
+    card = make_card(record, json.loads((folder / "config.json").read_text(encoding="utf-8")), parameter_count(folder))
     readme = folder / "README.md"
     try:
-        readme.write_text(renewed_card(readme.read_text(), card) if readme.is_file() else card)
+        readme.write_text(
+            renewed_card(readme.read_text(encoding="utf-8"), card) if readme.is_file() else card, encoding="utf-8"
+        )
     except ValueError as error:  # too late to stop; packaging will ask for it to be mended
         logger.warning(f"{readme} was left as it is: {error}")
     write_run_record(folder, record)

@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         SystemExit: with one sentence that names the line, for a file that is not YAML or no mapping.
     """
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = str(error) if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"

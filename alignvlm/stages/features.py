@@ -145,7 +145,7 @@ class KeptFeatures(StageOption):
         name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         store = FeatureStore(features_folder(self.arguments) / name)
         file = store.folder / DESCRIPTION
-        known = json.loads(file.read_text()) if file.is_file() else {}
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
         images, sizes = self._survey()
         if not images:

@@ -332,7 +332,7 @@ def export_projector(checkpoint: str, out: str | Path, revision: str | None = No
         config["alignvlm_config"] = json.loads(saved.config.to_json_string())
         write_json(folder / "config.json", config)
         (folder / "README.md").write_text(
-            join_card(card.to_dict(), CARD.format(title=out.name, **names).lstrip(), GENERATED)
+            join_card(card.to_dict(), CARD.format(title=out.name, **names).lstrip(), GENERATED), encoding="utf-8"
         )
         write_run_record(folder, saved.record)
         if out.exists():

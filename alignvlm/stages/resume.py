@@ -133,4 +133,4 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _step_of(checkpoint: str) -> int:
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

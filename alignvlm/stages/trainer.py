@@ -334,7 +334,7 @@ class StageTrainer:
         super()._save_rng_state(output_dir)
         progress = self.progress()
         if self.is_world_process_zero():
-            (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+            (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def evaluate(self, *args, **kwargs):

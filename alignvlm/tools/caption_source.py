@@ -134,5 +134,5 @@ def _quantiles(judged: list[Judged]) -> dict[str, list[float]]:
 def _write_rows(file: Path, rows: list[dict]) -> None:
     """Writes a jsonl file completely or not at all."""
     unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     unfinished.replace(file)

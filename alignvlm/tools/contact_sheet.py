@@ -70,7 +70,8 @@ def write_contact_sheet(mixture: Mixture, collator: AlignVLMCollator, count: int
     path.write_text(
         f"<!doctype html><meta charset=utf-8><title>Training data</title><style>{STYLE}</style><h1>Training data</h1>"
         f"<p>As the model gets them: images after the image processor, tokens as text; <b>coloured</b> tokens are trained, "
-        f"<i>grey</i> ones stand for the image.</p>{body}\n"
+        f"<i>grey</i> ones stand for the image.</p>{body}\n",
+        encoding="utf-8",
     )
 
 

@@ -32,7 +32,7 @@ VARIABLES = (
 def processor_name() -> str:
     """The processor as the operating system names it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

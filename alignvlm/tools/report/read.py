@@ -169,7 +169,7 @@ def _is_result(content: dict) -> bool:
 
 def _read_json(path: Path, notes: list[str]) -> dict | None:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} could not be read: {error}")
         return None
