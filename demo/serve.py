@@ -79,9 +79,15 @@ class Gate:
                 return bytes(content)
 
 
+def explained(status: int, sentence: str) -> dict:
+    """The body of an answer with this status, in the form from which OpenAI's clients show the sentence."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": sentence, "type": kind, "param": None, "code": status}}
+
+
 async def refuse(send, status: int, sentence: str) -> None:
     """Answers a request with a sentence, as JSON."""
-    body = json.dumps({"error": sentence}).encode()
+    body = json.dumps(explained(status, sentence)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
@@ -106,6 +112,7 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
     """The application of `transformers serve` behind the gate. A `ValueError` (a damaged image, a typed placeholder, a part of a
     message that has no place) is answered with status 400 and its sentence instead of a bare 500."""
     from fastapi.responses import JSONResponse  # the command has said by now what to install if it is missing
+    from starlette.exceptions import HTTPException
 
     name = manager.force_model
     if name is None:
@@ -129,14 +136,19 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
     @app.exception_handler(ValueError)
     async def explain(request, error: ValueError) -> JSONResponse:
         logger.warning(f"Refused {request.method} {request.url.path}: {error}", exc_info=error)
-        return JSONResponse({"error": str(error)}, status_code=400)
+        return JSONResponse(explained(400, str(error)), status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def reword(request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(explained(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     app.add_middleware(Gate, limits=limits)
     return app
 
 
 def with_room(generate):
-    """A manager's method that refuses a prompt that leaves the model no room for the answer."""
+    """A manager's method that refuses a prompt that leaves the model no room for the answer. It also hands on the tokenizer:
+    `transformers serve` gives `generate` the processor, which knows nothing of `stop` texts."""
 
     @functools.wraps(generate)
     def checked_generate(self, model, processor, inputs, gen_config, *args, **kwargs):
@@ -148,7 +160,7 @@ def with_room(generate):
             )
         if most is not None:
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - length)
-        return generate(self, model, processor, inputs, gen_config, *args, **kwargs)
+        return generate(self, model, getattr(processor, "tokenizer", processor), inputs, gen_config, *args, **kwargs)
 
     return checked_generate
 

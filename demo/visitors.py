@@ -184,7 +184,8 @@ def _parts(body: dict) -> Iterator[dict]:
 
 
 def check_request(body: dict, limits: Limits, max_tokens_field: str) -> dict:
-    """Checks a request's fields, and decodes its images in place: `image_url` holds a PIL image from then on.
+    """Checks a request's fields, and decodes its images in place: `image_url` holds a PIL image from then on. What a client leaves out
+    becomes OpenAI's default: no stream (`transformers serve` streams responses unasked).
 
     Args:
         max_tokens_field: set to the most tokens, where the request says nothing.
@@ -201,6 +202,8 @@ def check_request(body: dict, limits: Limits, max_tokens_field: str) -> dict:
             raise ValueError(f"{name} is {value!r:.50}. Give a number from 1 to {limits.new_tokens}.")
     if all(body.get(name) is None for name in TOKEN_FIELDS):
         body[max_tokens_field] = limits.new_tokens
+    if body.get("stream") is None:
+        body["stream"] = False
     for name, (low, high) in NUMBERS.items():
         value = body.get(name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -281,7 +284,10 @@ def messages_with_images(messages: list[dict]) -> list[dict]:
                     f"Message {index} has parts of the types {types:.300}, not all of which this model takes. Give 'text' with a text "
                     "and 'image_url' with a data: URI (of /v1/responses: 'input_text' and 'input_image')."
                 )
-        # Other fields, such as tool_calls, go on to the processor, which refuses what the chat template does not read.
-        further = {name: value for name, value in message.items() if name not in ("role", "content")}
-        converted.append({**further, "role": message["role"], "content": parts})
+        # Other fields, such as tool_calls, go on to the processor, which refuses what the chat template does not read. Clients send
+        # the server's own messages back with fields that are null, and may name who speaks.
+        further = {name: value for name, value in message.items() if name not in ("role", "content", "name")}
+        further = {name: value for name, value in further.items() if value is not None}
+        role = "system" if message["role"] == "developer" else message["role"]  # its name since 2024
+        converted.append({**further, "role": role, "content": parts})
     return converted

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def serving(checkpoint: Path, folder: Path, *options: str):
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             answer = error.read().decode()
-            return error.code, json.loads(answer) if answer.startswith("{") else {"error": answer}
+            return error.code, json.loads(answer) if answer.startswith("{") else {"error": {"message": answer}}
 
     post.url = f"http://127.0.0.1:{port}"
     try:
@@ -190,7 +191,7 @@ def test_no_file_of_the_server_is_opened(ask, tmp_path):
     ):
         for endpoint, body in both_forms(url):
             status, answer = ask(endpoint, body)
-            assert status == 400 and "data: URI" in answer["error"], (url, answer)
+            assert status == 400 and "data: URI" in answer["error"]["message"], (url, answer)
     for part in (
         *({"type": "image", name: path} for name in ("path", "url", "image", "base64")),
         {"type": "image_url", "url": path},
@@ -204,7 +205,7 @@ def test_no_file_of_the_server_is_opened(ask, tmp_path):
         {"type": "input_file", "file_url": path},
     ):
         status, answer = ask("/v1/chat/completions", {"messages": [user(part, QUESTION)], "max_tokens": 2})
-        assert status == 400 and len(answer["error"]) > 30, (part, answer)
+        assert status == 400 and len(answer["error"]["message"]) > 30, (part, answer)
 
 
 def test_nothing_is_fetched_from_inside_the_network(ask, ask_with_urls):
@@ -213,13 +214,13 @@ def test_nothing_is_fetched_from_inside_the_network(ask, ask_with_urls):
             url = f"http://{host}:{port}/a.png"
             for post in (ask, ask_with_urls):
                 status, answer = post(*both_forms(url)[0])
-                assert status == 400 and "image" in answer["error"], (url, answer)
+                assert status == 400 and "image" in answer["error"]["message"], (url, answer)
             with pytest.raises(ValueError, match=r"not fetched|unknown"):
                 fetch(url, 1000, 1)
         for endpoint, body in both_forms(f"https://127.0.0.1:{port}/a.png"):
-            assert "not at a public address" in ask_with_urls(endpoint, body)[1]["error"]
+            assert "not at a public address" in ask_with_urls(endpoint, body)[1]["error"]["message"]
         status, answer = ask_with_urls(*both_forms("ftp://8.8.8.8/a.png")[0])
-        assert status == 400 and "http" in answer["error"]
+        assert status == 400 and "http" in answer["error"]["message"]
         assert not asked
 
 
@@ -299,22 +300,22 @@ def test_limits_hold(ask):
         ({"messages": [{"role": "user", "content": {"text": "Why?"}}]}, "a dict as its content"),
     ):
         status, answer = ask("/v1/chat/completions", {"messages": messages, "max_tokens": 2, **wrong})
-        assert status == 400 and sentence in answer["error"], (wrong.keys(), answer)
+        assert status == 400 and sentence in answer["error"]["message"], (wrong.keys(), answer)
     status, answer = ask("/v1/chat/completions", b" " * (33 << 20))
-    assert status == 413 and "Make its images smaller" in answer["error"]
+    assert status == 413 and "Make its images smaller" in answer["error"]["message"]
     status, answer = ask("/v1/completions", {"prompt": "What is <image>?", "max_tokens": 2})
-    assert status == 400 and "image" in answer["error"], answer
+    assert status == 400 and "image" in answer["error"]["message"], answer
 
 
 def test_a_visitor_can_name_no_other_model(ask, checkpoint, tmp_path):
     for path in ("/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
         status, answer = ask(path, {"model": str(tmp_path)})
-        assert status == 404 and "/v1/chat/completions" in answer["error"], (path, answer)
+        assert status == 404 and "/v1/chat/completions" in answer["error"]["message"], (path, answer)
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         body = {"model": str(tmp_path), "prompt": "a", "messages": [user(QUESTION)], "input": "a"}
         allowed = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}[path]
         status, answer = ask(path, {"model": body["model"], allowed: body[allowed]})
-        assert status == 400 and "pinned" in answer["detail"], answer
+        assert status == 400 and "pinned" in answer["error"]["message"], answer
     with urllib.request.urlopen(f"{ask.url}/v1/models", timeout=10) as response:
         assert [model["id"] for model in json.load(response)["data"]] == [str(checkpoint)]
 
@@ -326,7 +327,7 @@ def test_a_full_server_says_so_and_goes_on(ask):
         each.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
     time.sleep(0.5)
     status, answer = ask("/v1/completions", {"prompt": "a", "max_tokens": 2})
-    assert status == 503 and "busy" in answer["error"], answer
+    assert status == 503 and "busy" in answer["error"]["message"], answer
     for each in waiting:
         each.close()
     time.sleep(0.5)
@@ -351,18 +352,18 @@ def test_a_full_server_says_so_and_goes_on(ask):
 def test_what_cannot_be_served_is_answered_with_400_and_a_sentence(ask, messages, sentence, stream):
     body = {"messages": messages, "max_tokens": 2, "stream": stream}
     status, answer = ask("/v1/chat/completions", body)
-    assert status == 400 and sentence in answer["error"], answer
+    assert status == 400 and sentence in answer["error"]["message"], answer
 
 
 def test_tools_are_refused_and_the_server_goes_on(ask):
     function = {"name": "zoom", "parameters": {"type": "object", "properties": {}}}
     messages, tools = [user(IMAGE, QUESTION)], [{"type": "function", "function": function}]
     status, answer = ask("/v1/chat/completions", {"messages": messages, "tools": tools})
-    assert status == 400 and "does not read `tools`" in answer["error"]
+    assert status == 400 and "does not read `tools`" in answer["error"]["message"]
     call = {"id": "a", "type": "function", "function": {"name": "zoom", "arguments": "{}"}}
     called = [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
     status, answer = ask("/v1/chat/completions", {"messages": called})
-    assert status == 400 and "'tool_calls'" in answer["error"]
+    assert status == 400 and "'tool_calls'" in answer["error"]["message"]
     status, answer = ask("/v1/chat/completions", {"messages": messages, "max_tokens": 2})
     assert status == 200 and answer["choices"][0]["message"]["role"] == "assistant"
 
@@ -375,4 +376,35 @@ def test_the_responses_endpoint_explains_too(ask):
         body = {"input": [{"role": "user", "content": content(url)}], "max_output_tokens": 2, "stream": False}
         status, answer = ask("/v1/responses", body)
         assert status == expected, answer
-    assert "truncated" in answer["error"]
+    assert "truncated" in answer["error"]["message"]
+
+
+def test_what_openai_s_client_sends_unasked_is_taken(ask, checkpoint):
+    """Texts to stop at, an answer sent back with its null fields, names, the newer name of the system; no stream unless asked for."""
+    import openai
+
+    messages = [user(IMAGE, QUESTION)]
+    with openai.OpenAI(base_url=f"{ask.url}/v1", api_key="none", max_retries=0) as client:
+
+        def answer(messages: list, **options):
+            given = {"model": str(checkpoint), "max_tokens": 16, "temperature": 0, **options}
+            return client.chat.completions.create(messages=messages, **given)
+
+        first = answer(messages).choices[0].message
+        stop = re.search("[a-z]{2}", first.content[:-10]).group()
+        stopped = answer(messages, stop=[stop]).choices[0]
+        assert stopped.finish_reason == "stop" and first.content.startswith(stopped.message.content)
+        assert stop in stopped.message.content and len(stopped.message.content) < len(first.content)
+        chunks = answer(messages, stop=stop, stream=True)
+        assert "".join(each.choices[0].delta.content or "" for each in chunks) == stopped.message.content
+        system = [{"role": "developer", "content": "Be brief."}]
+        named = [{**messages[0], "name": "Ada"}]
+        again = [*system, *named, first.model_dump(), user(QUESTION)]
+        plain = [{**system[0], "role": "system"}, *messages, {"role": "assistant", "content": first.content}]
+        assert answer(again).choices[0].message == answer([*plain, user(QUESTION)]).choices[0].message
+        response = client.responses.create(model=str(checkpoint), input="Why?", max_output_tokens=2)
+        assert response.status == "completed"  # an object, no stream
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 0"):
+            answer(messages, max_tokens=0)
+        with pytest.raises(openai.BadRequestError, match="pinned to"):
+            answer(messages, model="another")
