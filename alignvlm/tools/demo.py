@@ -322,6 +322,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
                                 elem_id=f"looked{index}",
                             )
                             panels.append((chat, words, looked))
+        works["show_progress_on"] = chats
         state = gr.State([(Talk(), None)] * len(models), time_to_live=KEEP_SECONDS)
         settings = [mask, how, temperature, beams, tokens]
         outputs = [state, layer, *(part for panel in panels for part in panel)]
@@ -364,8 +365,9 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 for answered in demo.ask(text, [talk for talk, _ in results], *given):
                     yield [emptied, *page(answered)]
                     emptied = gr.skip()
-            except ValueError as error:
-                raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
+            except ValueError as error:  # a warning, since an error would cover the conversation with the word "Error"
+                gr.Warning(str(error), duration=None, title="Sorry")
+                yield [gr.skip()] * (len(outputs) + 1)
 
         def on_word(place, chosen_layer, results, index):
             talk, looked = results[index]

@@ -135,6 +135,7 @@ def test_an_example_begins_a_conversation_each_time_and_a_cleared_one_is_over(vi
     visit.fill("#question textarea, #question input", "Why?")
     visit.click("#ask")
     visit.wait_for_selector("text=Add an image first")
+    assert visit.input_value("#question textarea, #question input") == "Why?"  # kept
 
 
 COPY_AN_IMAGE = """async () => {
