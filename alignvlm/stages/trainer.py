@@ -514,8 +514,6 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
 
         With a `token_weighting`, the sum of the weighted losses of all labels, divided by their number.
         """
-        if return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         # At each position, the token that comes next.
         labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
@@ -523,7 +521,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         keep[0, 0] |= ~keep.any()  # a batch without labels still needs a graph to go backward through
         inputs |= {"shift_labels": labels[keep].unsqueeze(0), "positions_to_keep": keep}
         if self.token_weighting == "none" or not self.model.training:
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         found = []
 
