@@ -318,23 +318,32 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Finds image tokens, `(batch, length)`, by their id or, without ids, by their embedding, as transformers' own classes do."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
+
     def encode_images(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         """Encodes images `(images, channels, height, width)` to features `(images, positions, feature_size)`: class and register
         tokens dropped, feature maps flattened row by row, contiguous, so that kept features go through the same kernels.
 
         Images in native shape are patches, see `forward`, and become one sequence `(1, positions of all images, feature_size)`.
         """
+        return self._encode(pixel_values, spatial_shapes)[0]
+
+    def _encode(self, pixel_values: Tensor, spatial_shapes: Tensor | None, **asked: bool):
+        """Returns what `encode_images` does, and the encoder's outputs with what is `asked` of it."""
+        asked["output_hidden_states"] = asked.get("output_hidden_states", False) or self.config.feature_layers != [-1]
         if self.config.native_shapes:
-            return self._encode_patches(pixel_values, spatial_shapes)
+            return self._encode_patches(pixel_values, spatial_shapes, **asked)
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (images, channels, height, width)."
             )
-        layers = self.config.feature_layers
-        outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=layers != [-1], return_dict=True
-        )
-        features = chosen_layers(outputs, layers, self.config.vision_config.model_type)
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **asked)
+        features = chosen_layers(outputs, self.config.feature_layers, self.config.vision_config.model_type)
         if features.ndim == 4:  # a map (images, feature_size, height, width)
             features = features.flatten(2).transpose(1, 2)
         height, width = self.config.feature_grid
@@ -344,9 +353,9 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"The encoder {self.config.vision_config.model_type!r} made features of shape {tuple(features.shape)} of pixel "
                 f"values of shape {tuple(pixel_values.shape)}; expected (images, at least {height * width} positions, hidden)."
             )
-        return features[:, extra_tokens:].contiguous()
+        return features[:, extra_tokens:].contiguous(), outputs
 
-    def _encode_patches(self, pixel_values: Tensor, spatial_shapes: Tensor | None) -> Tensor:
+    def _encode_patches(self, pixel_values: Tensor, spatial_shapes: Tensor | None, **asked: bool):
         """Encodes images in native shape. Padding is neither seen by patches nor returned; positions come square by square."""
         given = () if spatial_shapes is None else tuple(spatial_shapes.shape)
         if pixel_values.ndim != 3 or given != (len(pixel_values), 2):
@@ -360,20 +369,20 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"`spatial_shapes` is {grids}; expected rows and columns that pixel_shuffle_factor={factor} divides, and at most {most} "
                 "patches an image."
             )
-        layers, positions = self.config.feature_layers, torch.arange(most, device=spatial_shapes.device)
+        positions = torch.arange(most, device=spatial_shapes.device)
         outputs = self.vision_tower(
             pixel_values.to(self.vision_tower.dtype),
             pixel_attention_mask=positions < spatial_shapes.prod(-1, keepdim=True),
             spatial_shapes=spatial_shapes,
-            output_hidden_states=layers != [-1],
             return_dict=True,
+            **asked,
         )
-        features = chosen_layers(outputs, layers, self.config.vision_config.model_type)
+        features = chosen_layers(outputs, self.config.feature_layers, self.config.vision_config.model_type)
         images = [
             by_squares(own[None, : rows * columns], (rows, columns), factor)
             for own, (rows, columns) in zip(features, grids)
         ]
-        return torch.cat(images, dim=1).flatten(1, 2)
+        return torch.cat(images, dim=1).flatten(1, 2), outputs
 
     @can_return_tuple
     def get_image_features(
@@ -383,13 +392,20 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
         Args:
             pixel_values, spatial_shapes: as in `forward`.
+            **kwargs: `output_hidden_states` and `output_attentions` return those of the encoder too.
 
         Returns:
             `last_hidden_state`: features `(images, positions, feature_size)`, as `encode_images` returns them;
             `pooler_output`: image tokens `(images, image_seq_length, hidden)`, with native shapes `(1, tokens of all images, hidden)`.
         """
-        features = self.encode_images(pixel_values, spatial_shapes)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
+        asked = {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+        features, outputs = self._encode(pixel_values, spatial_shapes, **asked)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=self.projector(features),
+            hidden_states=outputs.get("hidden_states") if "output_hidden_states" in asked else None,
+            attentions=outputs.get("attentions"),
+        )
 
     def _weightless_image(self) -> Tensor:
         """Returns zero, computed from a blank image: it keeps the image side in the graph of a training batch without images. If
@@ -447,7 +463,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`):
                 instead of `input_ids`; without `pixel_values` the image features are taken to be in place.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`):
-                1 at image tokens; needed for images among `inputs_embeds`, else read off `input_ids`.
+                1 at image tokens; else read off `input_ids`, or off `inputs_embeds` with `pixel_values`. Needed where the image
+                features are in place.
             image_ids, record_ids, branch_ids, prompt_mask (`(batch, length)`):
                 the fields of `TokenLayout`, all optional. Without them a row is one record whose images are found by
                 their tokens; where they are cut into tiles (`config.image_block`), the processor gives `image_ids`. Some mask
@@ -479,13 +496,18 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         is_image = None
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-        elif input_ids is not None and (gives_images or begins_rows):
-            is_image = input_ids == self.config.image_token_id  # behind a cache: text, whatever a model has written
+        elif gives_images or (
+            input_ids is not None and begins_rows
+        ):  # behind a cache: text, whatever a model has written
+            is_image = self.find_image_tokens(input_ids, inputs_embeds)
+        if is_image is not None and is_image.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"`mm_token_type_ids` has shape {tuple(is_image.shape)}, but the tokens have {tuple(tokens.shape[:2])}. With `pixel_values` it "
+                "can be left out."
+            )
         has_images = image_ids is not None if is_image is None else bool(is_image.any())
         features = None
         if gives_images:
-            if is_image is None:
-                raise ValueError("Images with `inputs_embeds` need `mm_token_type_ids` (1 at image tokens).")
             if image_features is None:
                 image_features = self.encode_images(pixel_values, spatial_shapes)
             positions = image_features.shape[1] if self.config.native_shapes else self.config.positions
@@ -564,7 +586,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
     def _layout(self, inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs) -> TokenLayout:
         """Builds the layout of this call's tokens, `(batch, length)`, from the given inputs and the image tokens."""
         shape = inputs_embeds.shape[:2]
-        for name, value in {"image_ids": image_ids, "mm_token_type_ids": is_image, **layout_inputs}.items():
+        for name, value in {"image_ids": image_ids, **layout_inputs}.items():
             if value is not None and value.shape != shape:
                 raise ValueError(f"`{name}` has shape {tuple(value.shape)}, but the tokens have {tuple(shape)}.")
         if attention_mask is not None:
@@ -805,8 +827,13 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Notes once where the prompt's images are, and that an uncached prompt comes before the first response."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if name == "input_ids" and model_kwargs.get("mm_token_type_ids") is None:
-            model_kwargs["mm_token_type_ids"] = (inputs == self.config.image_token_id).long()
+        ids = inputs if name == "input_ids" else model_kwargs.get("input_ids")
+        knows_ids = ids is not None and ids.shape[:2] == inputs.shape[:2]
+        if model_kwargs.get("mm_token_type_ids") is None and (
+            knows_ids or model_kwargs.get("pixel_values") is not None
+        ):
+            tokens = self.model.find_image_tokens(ids if knows_ids else None, inputs)
+            model_kwargs["mm_token_type_ids"] = tokens.long()
         needs_prompt = get_mask_type(self.config.attention_mask_type).needs_prompt
         if (
             needs_prompt

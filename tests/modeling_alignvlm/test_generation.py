@@ -80,6 +80,40 @@ def test_given_embeddings_have_the_mask_of_their_tokens(model, inputs_of, kernel
     model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.parametrize("given", ["pixel values", "pixel values and ids", "image features in place and ids"])
+@torch.no_grad()
+def test_images_are_found_among_embeddings_without_token_types(model, inputs_of, given):
+    """As transformers' own classes do: by the ids, if they are given too, else by the embedding of the image token."""
+    inputs = inputs_of([5, IMAGE, IMAGE, 6], [IMAGE, 7])
+    embedded = as_embeddings(model, inputs, merged=given.startswith("image features"))
+    del embedded["mm_token_type_ids"]
+    ids, skip = (
+        ({}, inputs["input_ids"].shape[1]) if given == "pixel values" else ({"input_ids": inputs["input_ids"]}, 0)
+    )
+    for options in (GREEDY, {**GREEDY, "num_beams": 2}):
+        expected = model.generate(**inputs, **options)
+        found = model.generate(**ids, **embedded, **options)
+        assert torch.equal(found.sequences, expected.sequences[:, skip:])
+    if given == "pixel values":
+        prompt = {"prompt_mask": inputs["attention_mask"].bool()}
+        real = inputs["attention_mask"].bool()
+        logits = model(**embedded, **prompt).logits[real]
+        torch.testing.assert_close(logits, model(**inputs, **prompt).logits[real], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_token_types_of_another_length_are_refused_in_a_sentence(model, inputs_of):
+    """As prompt tuning leaves them, which puts embeddings of its own before those of the prompt."""
+    embedded = as_embeddings(model, inputs_of([5, IMAGE, 6]), merged=False)
+    embedded["inputs_embeds"] = torch.cat([embedded["inputs_embeds"][:, :1]] * 2 + [embedded["inputs_embeds"]], dim=1)
+    embedded["attention_mask"] = torch.ones(1, 8, dtype=torch.long)
+    embedded["prompt_mask"] = embedded["attention_mask"].bool()
+    with pytest.raises(ValueError, match=r"`mm_token_type_ids` has shape \(1, 6\), but the tokens have \(1, 8\)"):
+        model(**embedded)
+    del embedded["mm_token_type_ids"]
+    assert torch.isfinite(model(**embedded).logits).all()
+
+
 @torch.no_grad()
 def test_embeddings_without_a_cache_are_refused(model, inputs_of):
     """`generate` gives the embeddings to the first step only, so later ones would not see the prompt."""

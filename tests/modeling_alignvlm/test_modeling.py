@@ -191,8 +191,6 @@ def test_inputs_embeds_with_token_types_equal_input_ids(make_model, rows):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     actual = model(inputs_embeds=embeds, mm_token_type_ids=types, pixel_values=inputs["pixel_values"]).logits
     torch.testing.assert_close(actual, expected)
-    with pytest.raises(ValueError, match="mm_token_type_ids"):
-        model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
 
 
 def test_text_alone_is_the_language_model(make_model, rows):
@@ -235,6 +233,20 @@ def test_vision_encoders_yield_one_token_per_patch(make_model, rows, model_type,
     whole = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     assert torch.equal(features.last_hidden_state, whole[:, -4:])
     assert model(**inputs).logits.shape[:2] == (1, 6)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@torch.no_grad()
+def test_image_features_come_with_the_states_that_are_asked_for(make_model, rows, layer):
+    model = make_model(vision_feature_layer=layer, attn_implementation="eager")
+    pixels = rows([5, IMAGE, IMAGE])["pixel_values"]
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    features, encoder = model.get_image_features(pixels, **asked), model.model.vision_tower(pixels, **asked)
+    for name in ("hidden_states", "attentions"):
+        assert len(features[name]) == len(encoder[name]) > 0
+        for actual, expected in zip(features[name], encoder[name]):
+            torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+    assert set(model.get_image_features(pixels)) == {"last_hidden_state", "pooler_output"}
 
 
 LANGUAGE_MODELS = {
