@@ -496,9 +496,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         is_image = None
         if mm_token_type_ids is not None:
             is_image = mm_token_type_ids == 1
-        elif gives_images or (
-            input_ids is not None and begins_rows
-        ):  # behind a cache: text, whatever a model has written
+        elif gives_images or (input_ids is not None and begins_rows):  # else text, whatever a model has written
             is_image = self.find_image_tokens(input_ids, inputs_embeds)
         if is_image is not None and is_image.shape != tokens.shape[:2]:
             raise ValueError(
@@ -857,6 +855,14 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
                 f"mask type {mask_type!r} lets text do so. Leave it out."
             )
         return generation_config, model_kwargs
+
+    def _get_candidate_generator(self, assistant_model=None, model_kwargs=None, **kwargs):
+        """Gives an assistant that takes no images the text alone."""
+        if assistant_model is not None and "image" not in assistant_model.input_modalities:
+            model_kwargs = {
+                name: value for name, value in model_kwargs.items() if name not in (*ROW_INPUTS, *IMAGE_INPUTS)
+            }
+        return super()._get_candidate_generator(assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs

@@ -187,7 +187,7 @@ class AlignVLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"The tokenizer does not know the image token {image_token!r}. Add it as a special token."
             )
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what gets saved
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if self.native_shapes and max_tiles > 1:
             raise ValueError(

@@ -5,7 +5,7 @@ Exactness is compared in float64, where the order of sums does not matter.
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_alignvlm import CACHE_NAME
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, get_mask_type
@@ -159,6 +159,22 @@ def test_an_assistant_proposes_and_changes_nothing(model, inputs_of, make_model)
     expected = model.generate(**inputs, **GREEDY)
     for seed in (0, 1):  # one that is always right, and one that never is
         assistant = make_model(model.config.attention_mask_type, seed=seed).double()
+        seen = []
+        hook = assistant.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        found = model.generate(**inputs, **GREEDY, assistant_model=assistant)
+        hook.remove()
+        assert seen and torch.equal(found.sequences, expected.sequences)
+
+
+@torch.no_grad()
+def test_a_language_model_without_images_can_be_the_assistant(model, inputs_of):
+    """It proposes from the text alone, and every proposal is checked: the same language model's, and those of another."""
+    inputs = inputs_of([5, IMAGE, 6, 7])
+    expected = model.generate(**inputs, **GREEDY)
+    for same in (True, False):
+        assistant = AutoModelForCausalLM.from_config(model.config.text_config).double().eval()
+        if same:
+            assistant.model.load_state_dict(model.model.language_model.state_dict())
         seen = []
         hook = assistant.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         found = model.generate(**inputs, **GREEDY, assistant_model=assistant)

@@ -93,6 +93,7 @@ def test_a_pipeline_with_batches_answers_as_one_without(processor, make_model, m
 
 def test_padding_is_on_the_left_whatever_an_older_checkpoint_says(processor, tmp_path):
     processor.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"  # for those who load the tokenizer alone
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "right"}))
     assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "right"
