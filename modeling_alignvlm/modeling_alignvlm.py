@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
 
 from .configuration_alignvlm import AlignVLMConfig
@@ -26,6 +27,10 @@ IMAGE_INPUTS = ("pixel_values", "spatial_shapes")  # one entry per image or tile
 WITHOUT_IMAGE_IDS = (
     "The encoder {!r} takes images in native shape, of different numbers of tokens: it needs `image_ids`, of shape (batch, length), the "
     "image of each token, as the processor gives it beside `input_ids`. Pass it on."
+)
+UNKNOWN_TILES = (
+    "image_block='image' needs `image_ids`, of shape (batch, length): the image of each token, as the processor gives it beside `input_ids`. "
+    "Pass it on; or set `config.image_block = None` if no image is cut into tiles."
 )
 MOST_JOINING = 1 / 8  # of the groups of an image, in a round of `similar_groups`
 # What this release of transformers calls a cache: `cache` since 5.24, `past_key_values` before.
@@ -421,12 +426,14 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
 
     def _merge_image_features(self, inputs_embeds: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
         """Puts image features `(images, image_seq_length, hidden)` at the image tokens of `inputs_embeds`, in order."""
-        found, given = int(is_image.sum()), features.shape[0] * features.shape[1]
-        if found != given:
-            raise ValueError(
-                f"Image features and image tokens do not match: `input_ids` holds {found} image tokens, and "
-                f"{features.shape[0]} image(s) of {features.shape[1]} tokens need {given}. Every image needs one placeholder."
-            )
+        found, given = is_image.sum(), features.shape[0] * features.shape[1]
+        torch_compilable_check(
+            found == given,
+            lambda: (
+                f"Image features and image tokens do not match: `input_ids` holds {int(found)} image tokens, and {features.shape[0]} image(s) "
+                f"of {features.shape[1]} tokens need {given}. Every image needs one placeholder."
+            ),
+        )
         return inputs_embeds.masked_scatter(
             is_image.unsqueeze(-1), features.to(inputs_embeds.device, inputs_embeds.dtype)
         )
@@ -485,7 +492,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and image_features is not None:
             raise ValueError("Give only one of `pixel_values` and `image_features`, which the encoder made of them.")
-        gives_images = pixel_values is not None or image_features is not None
+        given_images = image_features if pixel_values is None else pixel_values
+        gives_images = given_images is not None
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens.shape[0] == 0 or tokens.shape[1] == 0:
             raise ValueError(f"The batch is empty: the input has shape {tuple(tokens.shape)}.")
@@ -503,7 +511,18 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"`mm_token_type_ids` has shape {tuple(is_image.shape)}, but the tokens have {tuple(tokens.shape[:2])}. With `pixel_values` it "
                 "can be left out."
             )
-        has_images = image_ids is not None if is_image is None else bool(is_image.any())
+        if is_image is None:
+            has_images = image_ids is not None
+        elif gives_images:
+            has_images = len(given_images) > 0  # with the tokens of each: see `_merge_image_features`
+        elif input_ids is not None:
+            has_images = False
+            torch_compilable_check(
+                ~is_image.any(),
+                lambda: f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given.",
+            )
+        else:
+            has_images = bool(is_image.any())
         features = None
         if gives_images:
             if image_features is None:
@@ -516,10 +535,6 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 )
             features = self.projector(image_features)
             inputs_embeds = self._merge_image_features(inputs_embeds, is_image, features)
-        elif input_ids is not None and is_image is not None and has_images:
-            raise ValueError(
-                f"`input_ids` holds {int(is_image.sum())} image tokens, but no `pixel_values` were given."
-            )
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._weightless_image()
 
@@ -601,20 +616,17 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                     "image_block='tile' needs `mm_token_type_ids` (1 at image tokens) with `inputs_embeds`."
                 )
             is_image = torch.zeros(shape, dtype=torch.bool, device=inputs_embeds.device)
-        counts = is_image.sum(-1)
-        if image_ids is None and self.config.native_shapes and bool(counts.any()):
-            raise ValueError(WITHOUT_IMAGE_IDS.format(self.config.vision_config.model_type))
-        if image_ids is None and self.config.image_block == "image" and bool(counts.any()):
-            raise ValueError(
-                "image_block='image' needs `image_ids`, of shape (batch, length): the image of each token, as the processor gives it "
-                "beside `input_ids`. Pass it on; or set `config.image_block = None` if no image is cut into tiles."
-            )
-        if (image_ids is None or self.config.image_block == "tile") and bool(
-            (counts % self.config.image_seq_length).any()
-        ):
-            raise ValueError(
-                f"Rows hold {', '.join(map(str, counts.tolist()))} image tokens, and an image takes "
-                f"{self.config.image_seq_length}: part of an image is missing. Truncate before or behind images."
+        if image_ids is None and (self.config.native_shapes or self.config.image_block == "image"):
+            message = WITHOUT_IMAGE_IDS if self.config.native_shapes else UNKNOWN_TILES
+            torch_compilable_check(~is_image.any(), message.format(self.config.vision_config.model_type))
+        if image_ids is None or self.config.image_block == "tile":
+            counts = is_image.sum(-1)
+            torch_compilable_check(
+                counts % self.config.image_seq_length == 0,
+                lambda: (
+                    f"Rows hold {', '.join(map(str, counts.tolist()))} image tokens, and an image takes "
+                    f"{self.config.image_seq_length}: part of an image is missing. Truncate before or behind images."
+                ),
             )
         return TokenLayout.from_image_mask(
             is_image,

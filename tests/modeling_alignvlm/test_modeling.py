@@ -54,6 +54,18 @@ def with_prompt_mask(inputs, mask_type):
     return inputs | (prompt_mask if MASK_TYPES[mask_type].needs_prompt else {})
 
 
+@pytest.mark.parametrize(
+    "mask_type, row", [("image", [5, IMAGE, IMAGE, 6]), ("image", [5, 6, 7]), ("mutual", [5, IMAGE, 6])]
+)
+@torch.no_grad()
+def test_a_forward_pass_can_be_exported(make_model, rows, mask_type, row):
+    """As those of transformers' own classes can: no step of it depends on what the tokens are."""
+    model = make_model(mask_type)
+    inputs = {**with_prompt_mask(rows(row), mask_type), "use_cache": False}
+    exported = torch.export.export(model, (), kwargs=inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits, atol=0, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
 @pytest.mark.parametrize("side", ["left", "right"])
