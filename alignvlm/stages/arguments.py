@@ -7,14 +7,15 @@ Stage 5 joins the same parts to the configs of other trainers (`alignvlm/stages/
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from alignvlm.data.record import ON_BAD_ROW
+from alignvlm.data.record import ON_BAD_ROW, shown
 from alignvlm.evaluation.precision import Precision, choose_precision
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
@@ -105,9 +106,9 @@ class ModelArguments(TileArguments):
         super().__post_init__()
         for module in MODULES:
             rate = getattr(self, f"{module}_learning_rate")
-            if rate is not None and rate <= 0:
+            if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(
-                    f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
+                    f"{module}_learning_rate={rate} must be a positive number. To freeze the module, leave the field out."
                 )
         if not self.learning_rates:
             raise ValueError(
@@ -122,7 +123,14 @@ class ModelArguments(TileArguments):
             raise ValueError(
                 f"attn_implementation={self.attn_implementation!r} knows the mask type 'causal' alone. Take sdpa, flex_attention or eager."
             )
-        self.learning_rate = max(self.learning_rates.values())  # what the log shows first
+        highest = max(self.learning_rates.values())
+        own_default = next(given.default for given in fields(self) if given.name == "learning_rate")
+        if self.learning_rate not in (own_default, highest):
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} is not read: each module has its own. Set projector_learning_rate, "
+                "vision_learning_rate and language_learning_rate, and leave it out."
+            )
+        self.learning_rate = highest  # what the log shows first
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -173,7 +181,12 @@ class OptimizationArguments:
         self.chosen_precision = self._choose_precision()
         self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        _read_json(self, "infinite_schedule")
+        _check_numbers(self, "num_train_epochs", above=True)
+        _check_numbers(self, "gradient_accumulation_steps", lowest=1)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a number from 0 to {2**32 - 1}.")
+        self._check_schedule()
+        _read_json(self, "infinite_schedule", like={"cooldown": 0.25})
         _check_choice(self, "token_weighting", TOKEN_WEIGHTINGS)
         if self.label_smoothing_factor > 0:
             raise ValueError(
@@ -191,6 +204,19 @@ class OptimizationArguments:
             )
         if self.infinite_schedule is not None:
             check_phases(**self.infinite_schedule)
+
+    def _check_schedule(self) -> None:
+        """Makes the schedule once, so that one that `lr_scheduler_kwargs` does not fit is told of before anything is read."""
+        if self.infinite_schedule is not None:
+            return
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        name = SchedulerType(self.lr_scheduler_type).value
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, self.get_warmup_steps(100), 100, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error}"
+            ) from error
 
     def _choose_precision(self) -> Precision:
         """What `precision` or the flags ask for; `bf16` is None where nobody set it."""
@@ -301,7 +327,10 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _read_json(self, "lora_target_modules")
+        _check_numbers(self, "lora_r", "average_last")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is a probability: give a number from 0 to below 1.")
+        _read_json(self, "lora_target_modules", like=["q_proj", "v_proj"])
         if self.cache_features and self.vision_learning_rate is not None:
             raise ValueError(
                 f"cache_features keeps features of a frozen encoder, and vision_learning_rate={self.vision_learning_rate} trains it: leave "
@@ -421,9 +450,13 @@ class DataArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        _read_json(self, "sources", "eval_sources", "text_sources")
+        _read_json(self, "sources", "eval_sources", "text_sources", like=[{"name": "scenes", "count": 16}])
         if not self.sources:
             raise ValueError(NEEDED)
+        _check_numbers(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "row_length", lowest=1
+        )
+        _check_numbers(self, "alignment_records", "data_seed", "image_start_fraction", "dataloader_num_workers")
         _check_choice(self, "on_bad_image", ("raise", "skip"))
         _check_choice(self, "on_bad_row", ON_BAD_ROW)
         if self.streaming and self.max_steps <= 0:
@@ -513,12 +546,20 @@ class RecordArguments:
             )
         if self.show_every < 0:
             raise ValueError(f"show_every={self.show_every} must be a number of steps; 0 shows nothing.")
+        self.report_to = [name for name in self.report_to if name not in (None, "none")]
         for name in self.report_to:
-            if name not in get_available_reporting_integrations():
-                raise ValueError(f"report_to: {name!r} is not installed, or is none of transformers' trackers.")
+            if name not in (installed := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"report_to: {name!r} is not installed, or is none of transformers' trackers. Valid here: "
+                    f"{', '.join(['none', *installed])}; several as a list."
+                )
         if self.push_to:
             check_name(self.push_to)
-        self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
+        if self.push_to_hub or (self.hub_model_id and not self.push_to):
+            raise ValueError(
+                "push_to_hub and hub_model_id would upload everything in output_dir, optimizer states too: leave them out. push_to: user/name "
+                "pushes the finished stage."
+            )
 
 
 @dataclass
@@ -573,19 +614,41 @@ def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tu
     return parse_fields(["--use_cpu", "true", *argv], ArgumentsForAGPU, *more, also=also)
 
 
-def _read_json(arguments: Any, *names: str) -> None:
-    """Decodes fields that came from the command line as JSON."""
+def _read_json(arguments: Any, *names: str, like: list | dict) -> None:
+    """Decodes fields that came from the command line as JSON, and checks that they hold what `like`, an example, holds.
+
+    Raises:
+        ValueError: for what is not JSON, no such list or mapping, or holds something else.
+    """
+    example = f"Expected {'a list' if isinstance(like, list) else 'a mapping'} such as {json.dumps(like)}."
+    item = type((like if isinstance(like, list) else list(like.values()))[0])
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str):
             try:
-                setattr(arguments, name, json.loads(value))
+                value = json.loads(value)
             except json.JSONDecodeError as error:
                 rest = value[error.pos : error.pos + 30]
                 where = f"at {rest!r}" if rest else "at the end"
                 raise ValueError(
-                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}."
+                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}. {example}"
                 ) from error
+            setattr(arguments, name, value)
+        if value is None:
+            continue
+        items = list(value.values()) if isinstance(value, dict) else value
+        kinds = (int, float) if item is float else item
+        fits = isinstance(value, type(like)) and all(isinstance(each, kinds) for each in items)
+        if not fits or any(isinstance(each, bool) for each in items):
+            raise ValueError(f"{name}={shown(value)}. {example}")
+
+
+def _check_numbers(arguments: Any, *names: str, lowest: float = 0, above: bool = False) -> None:
+    """Refuses numbers below `lowest`, or with `above` also this one, and what is no number at all (NaN); None is left alone."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not (value > lowest if above else value >= lowest):
+            raise ValueError(f"{name}={value} must be {'above' if above else 'at least'} {lowest}.")
 
 
 def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:

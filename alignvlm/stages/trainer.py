@@ -13,6 +13,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import default_logdir
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -114,6 +115,7 @@ class StageTrainer:
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
         super().__init__(model=model, **kwargs)
+        self._check_optimizer()
         # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
         self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
         if getattr(self.args, "muon", False):
@@ -185,6 +187,13 @@ class StageTrainer:
             "losses_of_data": {**counts, **lists},
             "order": self.order,
         }
+
+    def _check_optimizer(self) -> None:
+        """Raises a `ValueError` for an `optim` whose library is missing, before anything is measured or trained."""
+        try:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"optim={OptimizerNames(self.args.optim).value!r}: {error}") from error
 
     @property
     def is_sharded(self) -> bool:
