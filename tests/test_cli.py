@@ -16,6 +16,7 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.reward_arguments import GRPOArguments
+from alignvlm.stages.stage import main as run_stage
 from hub_upload import command_line
 from hub_upload.command_line import ArgumentParser, Ended, sentence_of
 from hub_upload.run_record import read_json
@@ -164,6 +165,20 @@ def test_a_value_of_a_recipe_that_its_field_does_not_take_is_named(line, message
     recipe.write_text(line + "\n")
     with pytest.raises(SystemExit, match=f"^error: .*stage3.yaml.*{message}"):
         parse_fields(["--config", str(recipe)], StageArguments)
+
+
+def test_a_choice_of_a_recipe_that_trl_and_torch_do_not_know_is_a_mistake(checkpoint, tmp_path):
+    """argparse checks choices on the command line only."""
+    recipe = tmp_path / "stage3.yaml"
+    given = arguments_for(checkpoint, tmp_path / "out", projector_learning_rate=1e-3)
+    for line, message in (
+        ("loss_type: focal", "Invalid `loss_type` focal"),
+        ("dataloader_multiprocessing_context: spwan", "'spwan'. Valid values: .*spawn"),
+    ):
+        recipe.write_text(line + "\n")
+        with pytest.raises(ValueError, match=message) as found:
+            run_stage(["--config", str(recipe), *given])
+        assert "error:" in sentence_of(found.value)
 
 
 def test_values_of_a_recipe_that_mean_what_the_field_takes_are_taken(tmp_path):

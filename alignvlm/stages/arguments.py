@@ -8,6 +8,7 @@ Stage 5 joins the same parts to the configs of other trainers (`alignvlm/stages/
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import torch
@@ -27,6 +28,23 @@ from hub_upload.commit import check_name
 from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
+KERNELS = ("sdpa", "flex_attention", "eager")
+# Fields of TRL that stages 1 to 4 do not read, or that would change a checkpoint behind its back, and what there is instead.
+REFUSED = {
+    "packing": "row_length fills rows with several records",
+    "padding_free": "row_length fills rows with several records",
+    "eval_packing": "held-out records have rows of their own",
+    "assistant_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
+    "completion_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
+    "chat_template_path": "the chat template is the checkpoint's",
+    "eos_token": "the special tokens are the checkpoint's",
+    "pad_token": "the special tokens are the checkpoint's",
+    "model_init_kwargs": "the model is the checkpoint's; see precision and attn_implementation",
+    "group_by_length": "the order of records is that of the mixture",
+    "train_sampling_strategy": "the order of records is that of the mixture",
+    "optim_target_modules": "each module has its own learning rate",
+}
+HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
 
 
@@ -119,6 +137,13 @@ class ModelArguments(TileArguments):
         self.check_tiles()
         self.mask_type_shares = mask_type_shares(self.attention_mask_type)
         self.attention_mask_type = next(iter(self.mask_type_shares))
+        if self.attn_implementation not in KERNELS and "flash" not in self.attn_implementation:
+            raise ValueError(
+                f"Unknown attn_implementation {self.attn_implementation!r}. Valid values: {', '.join(KERNELS)}; for causal masks also "
+                "those of transformers with `flash` in their names."
+            )
+        if self.attn_implementation == "flex_attention" and self._device_type() == "cpu":
+            raise ValueError("attn_implementation='flex_attention' trains on GPUs only. Take sdpa or eager on a CPU.")
         if len(self.mask_type_shares) > 1 and self.attn_implementation.startswith("flash"):
             raise ValueError(
                 f"attn_implementation={self.attn_implementation!r} knows the mask type 'causal' alone. Take sdpa, flex_attention or eager."
@@ -457,6 +482,11 @@ class DataArguments:
             self, "per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "row_length", lowest=1
         )
         _check_numbers(self, "alignment_records", "data_seed", "image_start_fraction", "dataloader_num_workers")
+        _check_numbers(self, "dataloader_prefetch_factor", lowest=1)
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError("dataloader_persistent_workers keeps workers: set dataloader_num_workers, too.")
+        if self.dataloader_multiprocessing_context is not None:
+            _check_choice(self, "dataloader_multiprocessing_context", get_all_start_methods())
         _check_choice(self, "on_bad_image", ("raise", "skip"))
         _check_choice(self, "on_bad_row", ON_BAD_ROW)
         if self.streaming and self.max_steps <= 0:
@@ -567,7 +597,9 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
 
     def __post_init__(self):
+        self._refuse_what_nothing_reads()
         super().__post_init__()
+        self._check_evaluation()
         if self.cache_features and self.streaming:
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
         if self.row_length is not None:
@@ -581,14 +613,30 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
                 "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."
             )
 
+    def _refuse_what_nothing_reads(self) -> None:
+        defaults = {given.name: given.default for given in fields(self)}
+        for name, instead in REFUSED.items():
+            if name in defaults and getattr(self, name) not in (defaults[name], False):
+                raise ValueError(f"{name}: leave it out; {instead}.")
+
+    def _check_evaluation(self) -> None:
+        """Refuses evaluations on the way that would have nothing to measure, or not what is asked for."""
+        if not self.eval_sources and (self.eval_strategy != "no" or self.eval_on_start):
+            name = "eval_strategy" if self.eval_strategy != "no" else "eval_on_start"
+            raise ValueError(f"{name} measures on eval_sources: name some, or leave {name} out.")
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in HELD_OUT_METRICS:
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is not measured while a stage trains. Valid values: "
+                f"{', '.join(HELD_OUT_METRICS)}."
+            )
+
     def _check_rows(self) -> None:
         if self.max_length is None or self.max_length > self.row_length:
             raise ValueError(
                 f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
                 f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
             )
-        if self.packing or self.padding_free:
-            raise ValueError("packing and padding_free are TRL's, for texts: leave them out. row_length packs rows.")
         if self.streaming and self.image_start_fraction:
             raise ValueError(
                 "image_start_fraction counts records, and how many of them the rows of a stream hold is not known: leave out streaming, "

@@ -324,6 +324,17 @@ def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
         call()
 
 
+def test_a_folder_of_models_is_told_from_a_model(tmp_path):
+    for name in ("stage1", "stage2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no model.*in its folders stage1, stage2: name one"):
+        main(arguments_for(tmp_path, tmp_path / "out", projector_learning_rate=1e-3))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no model.*Name a folder that has one"):
+        main(arguments_for(tmp_path / "empty", tmp_path / "out", projector_learning_rate=1e-3))
+
+
 def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):
     runs = {}
     for name, fields in {
@@ -386,6 +397,15 @@ def test_recipes_are_valid(path):
         ({"infinite_schedule": '{"cooldown": "half"}'}, "Expected a mapping such as .*cooldown"),
         ({"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit': .*bitsandbytes"),
         ({"report_to": "tensorbord"}, "'tensorbord' is not installed.*Valid here: none"),
+        ({"padding_free": True}, "padding_free: leave it out; row_length fills rows"),
+        ({"eos_token": "</s>"}, "eos_token: leave it out; the special tokens are the checkpoint's"),
+        ({"eval_strategy": "epoch"}, "eval_strategy measures on eval_sources: name some"),
+        ({"eval_on_start": True}, "eval_on_start measures on eval_sources: name some"),
+        ({"metric_for_best_model": "cider"}, "'cider' is not measured .* Valid values: loss"),
+        ({"attn_implementation": "sdap"}, "'sdap'. Valid values: sdpa, flex_attention, eager"),
+        ({"attn_implementation": "flex_attention"}, "'flex_attention' trains on GPUs only"),
+        ({"dataloader_persistent_workers": True}, "set dataloader_num_workers, too"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 999}, "drops all 32 records"),
         ({"push_to_hub": True}, "push_to: user/name pushes the finished stage"),
         ({"sources": '["scenes"]'}, r"\['scenes'\]. Expected a list such as"),
         ({"sources": "scenes"}, "not valid JSON.*Expected a list such as"),
