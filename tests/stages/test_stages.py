@@ -23,7 +23,7 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import PROGRESS, read_progress
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import AlignVLMTrainer, module_of
-from hub_upload.run_record import RUN_RECORD, read_run_record
+from hub_upload.run_record import RUN_RECORD, read_run_record, write_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import SOURCES, arguments_for
 
@@ -277,6 +277,38 @@ def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, cha
         fields["sources"] = [{**source, "share": 0.5} for source in fields["sources"]]
     with pytest.raises(ValueError, match=f"read other data: .*{message}.*--allow_other_data true"):
         main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"language_learning_rate": 1e-5}, r"learning_rates.language was .* and is 1e-05"),
+        ({"vision_learning_rate": 1e-5}, r"learning_rates.vision was None and is 1e-05"),
+        ({"attention_mask_type": "causal"}, r"mask_type_shares.image was 1.0 and is None"),
+        ({"optim": "sgd"}, "optim was 'adamw_torch_fused' and is 'sgd'"),
+        ({"weight_decay": 0.1}, r"weight_decay was 0.0 and is 0.1"),
+        ({"lora_r": 2}, "lora_r was 0 and is 2"),
+        ({"stage": 4}, "stage was 3 and is 4"),
+    ],
+    ids=["rate", "module", "mask", "optimizer", "decay", "lora", "stage"],
+)
+def test_resuming_with_other_settings_is_refused(checkpoint, streamed, tmp_path, change, message):
+    """An optimizer keeps the learning rates of its checkpoint, and the run record would claim the new ones."""
+    folder = copied(streamed, tmp_path / "run", 2)
+    fields = {**SAVING, "sources": STREAM, "streaming": True, **change}
+    with pytest.raises(ValueError, match=f"with other settings: .*{message}.*Give the stage what it had"):
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+def test_resuming_on_another_model_is_refused_and_the_same_model_may_have_moved(checkpoint, streamed, tmp_path):
+    folder = copied(streamed, tmp_path / "run", 5)
+    moved, other = shutil.copytree(checkpoint, tmp_path / "moved"), shutil.copytree(checkpoint, tmp_path / "other")
+    write_run_record(other, {**read_run_record(other), "stages": [{"stage": 2, "sources": []}]})
+    fields = {**SAVING, "sources": STREAM, "streaming": True, "save_strategy": "no"}
+    with pytest.raises(ValueError, match="with other settings: run_record_of_model was"):
+        main([*arguments_for(other, folder, **fields), "--resume_from_checkpoint"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments_for(moved, folder, **fields), "--resume_from_checkpoint"])["steps"] == 6
 
 
 def test_resuming_with_other_data_can_be_allowed_and_the_same_batch_may_be_cut_otherwise(
