@@ -23,7 +23,14 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import TrainingRows
 from alignvlm.rows.tiles import describe_tiles
 from alignvlm.stages.arguments import StageArguments
-from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
+from alignvlm.stages.checkpoint import (
+    INTERRUPTED,
+    check_no_other_model,
+    check_writable,
+    last_complete_checkpoint,
+    only_writer,
+    save_checkpoint,
+)
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import (
@@ -107,11 +114,17 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     Args:
         make_trainer: makes the stage's trainer and options, as the function of this name does.
     """
-    # Load
-    set_seed(arguments.seed)
     check_model(arguments.model, arguments.model_revision)
+    check_no_other_model(arguments.output_dir)
     check_writable(arguments.output_dir)
     warn_if_emulated(arguments.chosen_precision, arguments.device)
+    with only_writer(arguments.output_dir):
+        return _run_stage(arguments, make_trainer)
+
+
+def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, Any]:
+    # Load
+    set_seed(arguments.seed)
     resume_from = checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
     _check_push(arguments, record)

@@ -1,6 +1,7 @@
 """What goes wrong in long runs: kills, full disks, dead workers and ranks, numbers that are not finite."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -15,7 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignvlm.stages.checkpoint import complete_checkpoints, is_complete, last_complete_checkpoint, save_checkpoint
+from alignvlm.stages.checkpoint import (
+    complete_checkpoints,
+    is_complete,
+    last_complete_checkpoint,
+    only_writer,
+    save_checkpoint,
+)
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from tests import forked, uneven_ranks
@@ -149,6 +156,33 @@ def test_an_output_folder_nobody_can_write_to(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run' cannot be written to: .*Name another folder"):
         main(arguments_for(checkpoint, tmp_path / "file/run", **RATES))
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # of Python 3.12: it has threads
+def test_a_second_run_does_not_write_into_the_folder_of_the_first(checkpoint, tmp_path):
+    """Nor does a data worker that outlives its run, which may have been killed, keep the next one out."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with only_writer(folder):
+        with pytest.raises(ValueError, match=r"Another run is writing into .*Wait for its end, or name another"):
+            main(arguments_for(checkpoint, folder, **RATES))
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        worker = context.Process(target=lambda: (started.set(), time.sleep(60)))
+        worker.start()
+        assert started.wait(60)
+    try:
+        with only_writer(folder):
+            assert list(folder.iterdir()) == []
+    finally:
+        worker.kill()
+
+
+def test_another_model_is_not_written_over(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="holds a model of type 'qwen2', which would be written over"):
+        main(arguments_for(checkpoint, tmp_path, **RATES))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow
