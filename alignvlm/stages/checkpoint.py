@@ -131,6 +131,26 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return max(found, key=_step_of, default=None)
 
 
+def how_to_go_on(output_dir: str | os.PathLike) -> str:
+    """Says what to do after a write that failed."""
+    last = last_complete_checkpoint(output_dir)
+    if last is None:
+        return "No checkpoint is complete: make room, and start again."
+    return f"The last complete checkpoint is {last}. Make room, and go on with --resume_from_checkpoint."
+
+
+def check_room(folder: str | os.PathLike, model: torch.nn.Module) -> None:
+    """Raises an `OSError` if the disk has less room than the weights that a stage writes in the end, which nothing else would hold then."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if needed > free + there:
+        raise OSError(
+            f"output_dir {str(folder)!r} has room for {free / 1e6:,.0f} MB, and the weights of the stage have {needed / 1e6:,.0f} MB. Make "
+            "room, or name another folder."
+        )
+
+
 def save_checkpoint(
     model: AlignVLMForConditionalGeneration,
     processor: AlignVLMProcessor,

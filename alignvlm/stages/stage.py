@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -26,7 +27,9 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import (
     INTERRUPTED,
     check_no_other_model,
+    check_room,
     check_writable,
+    how_to_go_on,
     last_complete_checkpoint,
     only_writer,
     save_checkpoint,
@@ -132,6 +135,8 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    if PartialState().is_main_process:
+        check_room(arguments.output_dir, model)
     cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
 
@@ -164,7 +169,12 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        try:
+            save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(
+                f"The stage is trained, but {arguments.output_dir} could not be written: {error}. {how_to_go_on(arguments.output_dir)}"
+            ) from error
         shutil.rmtree(Path(arguments.output_dir) / INTERRUPTED, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():  # nobody has to wait for it

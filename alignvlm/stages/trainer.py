@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
-from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
+from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint
 from alignvlm.stages.embedding_loss import HEAD, with_head
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
@@ -344,8 +344,7 @@ class StageTrainer:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
-                f"{folder} could not be written: {error}. The last complete checkpoint is "
-                f"{last_complete_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+                f"{folder} could not be written: {error}. {how_to_go_on(self.args.output_dir)}"
             ) from error
         if self.args.should_save:  # what an earlier interruption left is not needed any more
             for path in (Path(self.args.output_dir) / INTERRUPTED).glob("*"):

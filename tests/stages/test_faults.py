@@ -152,6 +152,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, whole, tmp_path, kin
             subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_a_full_disk_at_the_end_is_told_and_leaves_no_finished_run(checkpoint, tmp_path):
+    folder = tmp_path / "run"
+    fields = {**RATES, "max_steps": 1, "save_strategy": "no"}
+    process = start(arguments_for(checkpoint, folder, **fields), folder, limit=("run/config.json", 20_000))
+    assert finish(process) == 1
+    log = folder.with_suffix(".log").read_text()
+    assert "The stage is trained, but" in log and "File too large" in log
+    assert "No checkpoint is complete: make room, and start again." in log
+    assert not (folder / "alignvlm_run.json").exists()
+
+
+def test_a_disk_without_room_for_the_weights_is_found_before_training(checkpoint, tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        with pytest.raises(OSError, match=r"has room for 0 MB, and the weights of the stage have \d+ MB"):
+            main(arguments_for(checkpoint, tmp_path, **RATES))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_an_output_folder_nobody_can_write_to(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run' cannot be written to: .*Name another folder"):
