@@ -1,5 +1,4 @@
-"""Dataclasses from a command line and a YAML file, as TRL reads them; a mistyped name is refused with the nearest valid one, and a value of
-YAML that its field does not take with what it takes."""
+"""Dataclasses from a command line and a YAML file, as TRL reads them; mistyped names and values of a wrong type are refused."""
 
 import re
 from collections.abc import Iterable
