@@ -18,8 +18,14 @@ def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
     Raises:
         FileNotFoundError: if `name` is neither a folder nor a readable model of the Hub; the message says which of them it can be.
     """
-    if Path(name).is_dir():
+    if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
         return
+    if Path(name).is_dir():
+        below = sorted(path.parent.name for path in Path(name).glob("*/config.json"))
+        raise FileNotFoundError(
+            f"{str(name)!r} holds no model: it has no config.json. "
+            + (f"Models lie in its folders {', '.join(below)}: name one." if below else "Name a folder that has one.")
+        )
     try:
         validate_repo_id(str(name))
     except HFValidationError as error:

@@ -15,6 +15,8 @@ from alignvlm.data.images import read_image
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
 from alignvlm.stages.command_line import parse_fields
+from alignvlm.stages.reward_arguments import GRPOArguments
+from alignvlm.stages.stage import main as run_stage
 from hub_upload import command_line
 from hub_upload.command_line import ArgumentParser, Ended, sentence_of
 from hub_upload.run_record import read_json
@@ -139,6 +141,61 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             parse_fields(given, StageArguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("save_strategy: no", "save_strategy=False: expected a text, not true or false. YAML reads no without quotes"),
+        ("eval_strategy: off", "write eval_strategy: 'no', or leave the line out"),
+        ("max_steps:", "max_steps has no value"),
+        ("max_steps: true", "expected a whole number, not true or false"),
+        ("num_train_epochs: [1]", r"num_train_epochs=\[1\]: expected a number, not a list"),
+        ("projector_learning_rate: {a: 1}", "expected a number, not a mapping"),
+        ("per_device_train_batch_size: 4.5", "expected a whole number, not a fraction"),
+        ("run_name: 2026-11-29", "not a date. Write it in quotes: run_name: '2026-11-29'"),
+        ("output_dir: 7", "Write it in quotes: output_dir: '7'"),
+        ("sources: {name: scenes}", "expected a text or a list, not a mapping"),
+        ("stage: 2\nmodel: a\nstage: 3", "line 3, column 1: 'stage' stands here for the second time"),
+        ("sources:\n  - {name: scenes, count: 4, name: scenes}", "line 2.*'name' stands here for the second time"),
+    ],
+)
+def test_a_value_of_a_recipe_that_its_field_does_not_take_is_named(line, message, tmp_path):
+    recipe = tmp_path / "stage3.yaml"
+    recipe.write_text(line + "\n")
+    with pytest.raises(SystemExit, match=f"^error: .*stage3.yaml.*{message}"):
+        parse_fields(["--config", str(recipe)], StageArguments)
+
+
+def test_a_choice_of_a_recipe_that_trl_and_torch_do_not_know_is_a_mistake(checkpoint, tmp_path):
+    """argparse checks choices on the command line only."""
+    recipe = tmp_path / "stage3.yaml"
+    given = arguments_for(checkpoint, tmp_path / "out", projector_learning_rate=1e-3)
+    for line, message in (
+        ("loss_type: focal", "Invalid `loss_type` focal"),
+        ("dataloader_multiprocessing_context: spwan", "'spwan'. Valid values: .*spawn"),
+    ):
+        recipe.write_text(line + "\n")
+        with pytest.raises(ValueError, match=message) as found:
+            run_stage(["--config", str(recipe), *given])
+        assert "error:" in sentence_of(found.value)
+
+
+def test_values_of_a_recipe_that_mean_what_the_field_takes_are_taken(tmp_path):
+    recipe = tmp_path / "stage3.yaml"
+    recipe.write_text(
+        "max_steps: 10.0\nprojector_learning_rate: 1e-4\nnum_train_epochs: 2\nsave_strategy: 'no'\nreport_to:\nmuon: 1\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\nresume_from_checkpoint: false\n"
+    )
+    given = arguments_for(tmp_path, tmp_path / "out", max_steps=None, save_strategy=None, report_to=None)
+    (found,) = parse_fields(["--config", str(recipe), *given], StageArguments)
+    assert (found.max_steps, found.projector_learning_rate, found.num_train_epochs) == (10, 1e-4, 2)
+    assert type(found.max_steps) is int and found.lr_scheduler_kwargs == {"min_lr": 1e-5} and found.muon is True
+    assert found.save_strategy == "no" and found.report_to == [] and found.resume_from_checkpoint is False
+    recipe.write_text("stage: 5\nrewards: cider\nlanguage_learning_rate: 1.0e-4\n")
+    given = arguments_for(tmp_path, tmp_path / "out", per_device_train_batch_size=8, stage=None)
+    (found,) = parse_fields(["--config", str(recipe), *given], GRPOArguments)
+    assert found.rewards == ["cider"]
 
 
 def test_what_is_right_is_read_as_trl_reads_it(tmp_path):

@@ -4,12 +4,14 @@ import csv
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
@@ -64,6 +66,21 @@ class Rows:
         return list(first.get("row", first))
 
 
+@contextmanager
+def _naming_the_cache() -> Iterator[None]:
+    """Says of a cache of `datasets` that cannot be written to that it is one, and how to have another."""
+    try:
+        yield
+    except OSError as error:
+        cache, there = Path(datasets.config.HF_DATASETS_CACHE), Path(error.filename or ".")
+        if not (there.is_absolute() and (cache.is_relative_to(there) or there.is_relative_to(cache))):
+            raise
+        raise OSError(
+            f"The cache of data sets, {cache}, cannot be written to: {error}. Set HF_HOME in the environment to a folder that can."
+        ) from error
+
+
+@_naming_the_cache()
 def read_rows(
     data: str,
     split: str = "train",

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
-from alignvlm.data.record import Record
+from alignvlm.data.record import Record, shown
 from alignvlm.data.sources import Source, read_source
 
 
@@ -292,6 +292,10 @@ def read_parts(
     for entry in sources:
         options = dict(entry)
         share, tag = options.pop("share", None), options.pop("tag", "")
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float)):
+            raise ValueError(
+                f"share={shown(share)} of source {shown(entry)} is no number. Write it with a point: 0.1."
+            )
         if options.get("name") != "rehearsal":
             source = read_source(options, data_dir, streaming, max_bad_rows)
             parts.append(Part(options.get("name") or str(options.get("data")), source, share, tag))

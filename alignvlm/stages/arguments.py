@@ -7,14 +7,16 @@ Stage 5 joins the same parts to the configs of other trainers (`alignvlm/stages/
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import torch
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from alignvlm.data.record import ON_BAD_ROW
+from alignvlm.data.record import ON_BAD_ROW, shown
 from alignvlm.evaluation.precision import Precision, choose_precision
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS
@@ -26,6 +28,23 @@ from hub_upload.commit import check_name
 from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
+KERNELS = ("sdpa", "flex_attention", "eager")
+# Fields of TRL that stages 1 to 4 do not read, or that would change a checkpoint behind its back, and what there is instead.
+REFUSED = {
+    "packing": "row_length fills rows with several records",
+    "padding_free": "row_length fills rows with several records",
+    "eval_packing": "held-out records have rows of their own",
+    "assistant_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
+    "completion_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
+    "chat_template_path": "the chat template is the checkpoint's",
+    "eos_token": "the special tokens are the checkpoint's",
+    "pad_token": "the special tokens are the checkpoint's",
+    "model_init_kwargs": "the model is the checkpoint's; see precision and attn_implementation",
+    "group_by_length": "the order of records is that of the mixture",
+    "train_sampling_strategy": "the order of records is that of the mixture",
+    "optim_target_modules": "each module has its own learning rate",
+}
+HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
 
 
@@ -105,9 +124,9 @@ class ModelArguments(TileArguments):
         super().__post_init__()
         for module in MODULES:
             rate = getattr(self, f"{module}_learning_rate")
-            if rate is not None and rate <= 0:
+            if rate is not None and not 0 < rate < float("inf"):
                 raise ValueError(
-                    f"{module}_learning_rate={rate} must be positive. To freeze the module, leave the field out."
+                    f"{module}_learning_rate={rate} must be a positive number. To freeze the module, leave the field out."
                 )
         if not self.learning_rates:
             raise ValueError(
@@ -118,11 +137,25 @@ class ModelArguments(TileArguments):
         self.check_tiles()
         self.mask_type_shares = mask_type_shares(self.attention_mask_type)
         self.attention_mask_type = next(iter(self.mask_type_shares))
+        if self.attn_implementation not in KERNELS and "flash" not in self.attn_implementation:
+            raise ValueError(
+                f"Unknown attn_implementation {self.attn_implementation!r}. Valid values: {', '.join(KERNELS)}; for causal masks also "
+                "those of transformers with `flash` in their names."
+            )
+        if self.attn_implementation == "flex_attention" and self._device_type() == "cpu":
+            raise ValueError("attn_implementation='flex_attention' trains on GPUs only. Take sdpa or eager on a CPU.")
         if len(self.mask_type_shares) > 1 and self.attn_implementation.startswith("flash"):
             raise ValueError(
                 f"attn_implementation={self.attn_implementation!r} knows the mask type 'causal' alone. Take sdpa, flex_attention or eager."
             )
-        self.learning_rate = max(self.learning_rates.values())  # what the log shows first
+        highest = max(self.learning_rates.values())
+        own_default = next(given.default for given in fields(self) if given.name == "learning_rate")
+        if self.learning_rate not in (own_default, highest):
+            raise ValueError(
+                f"learning_rate={self.learning_rate:g} is not read: each module has its own. Set projector_learning_rate, "
+                "vision_learning_rate and language_learning_rate, and leave it out."
+            )
+        self.learning_rate = highest  # what the log shows first
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -173,7 +206,12 @@ class OptimizationArguments:
         self.chosen_precision = self._choose_precision()
         self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
-        _read_json(self, "infinite_schedule")
+        _check_numbers(self, "num_train_epochs", above=True)
+        _check_numbers(self, "gradient_accumulation_steps", lowest=1)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a number from 0 to {2**32 - 1}.")
+        self._check_schedule()
+        _read_json(self, "infinite_schedule", like={"cooldown": 0.25})
         _check_choice(self, "token_weighting", TOKEN_WEIGHTINGS)
         if self.label_smoothing_factor > 0:
             raise ValueError(
@@ -191,6 +229,19 @@ class OptimizationArguments:
             )
         if self.infinite_schedule is not None:
             check_phases(**self.infinite_schedule)
+
+    def _check_schedule(self) -> None:
+        """Makes the schedule once, so that one that `lr_scheduler_kwargs` does not fit is told of before anything is read."""
+        if self.infinite_schedule is not None:
+            return
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        name = SchedulerType(self.lr_scheduler_type).value
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, self.get_warmup_steps(100), 100, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error}"
+            ) from error
 
     def _choose_precision(self) -> Precision:
         """What `precision` or the flags ask for; `bf16` is None where nobody set it."""
@@ -301,7 +352,10 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        _read_json(self, "lora_target_modules")
+        _check_numbers(self, "lora_r", "average_last")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is a probability: give a number from 0 to below 1.")
+        _read_json(self, "lora_target_modules", like=["q_proj", "v_proj"])
         if self.cache_features and self.vision_learning_rate is not None:
             raise ValueError(
                 f"cache_features keeps features of a frozen encoder, and vision_learning_rate={self.vision_learning_rate} trains it: leave "
@@ -421,9 +475,18 @@ class DataArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        _read_json(self, "sources", "eval_sources", "text_sources")
+        _read_json(self, "sources", "eval_sources", "text_sources", like=[{"name": "scenes", "count": 16}])
         if not self.sources:
             raise ValueError(NEEDED)
+        _check_numbers(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "max_length", "row_length", lowest=1
+        )
+        _check_numbers(self, "alignment_records", "data_seed", "image_start_fraction", "dataloader_num_workers")
+        _check_numbers(self, "dataloader_prefetch_factor", lowest=1)
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError("dataloader_persistent_workers keeps workers: set dataloader_num_workers, too.")
+        if self.dataloader_multiprocessing_context is not None:
+            _check_choice(self, "dataloader_multiprocessing_context", get_all_start_methods())
         _check_choice(self, "on_bad_image", ("raise", "skip"))
         _check_choice(self, "on_bad_row", ON_BAD_ROW)
         if self.streaming and self.max_steps <= 0:
@@ -513,12 +576,20 @@ class RecordArguments:
             )
         if self.show_every < 0:
             raise ValueError(f"show_every={self.show_every} must be a number of steps; 0 shows nothing.")
+        self.report_to = [name for name in self.report_to if name not in (None, "none")]
         for name in self.report_to:
-            if name not in get_available_reporting_integrations():
-                raise ValueError(f"report_to: {name!r} is not installed, or is none of transformers' trackers.")
+            if name not in (installed := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"report_to: {name!r} is not installed, or is none of transformers' trackers. Valid here: "
+                    f"{', '.join(['none', *installed])}; several as a list."
+                )
         if self.push_to:
             check_name(self.push_to)
-        self.push_to_hub = False  # it would upload optimizer states; see hub_upload/
+        if self.push_to_hub or (self.hub_model_id and not self.push_to):
+            raise ValueError(
+                "push_to_hub and hub_model_id would upload everything in output_dir, optimizer states too: leave them out. push_to: user/name "
+                "pushes the finished stage."
+            )
 
 
 @dataclass
@@ -526,7 +597,9 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
     """The fields of TRL's `SFTConfig`, and what makes a stage of AlignVLM."""
 
     def __post_init__(self):
+        self._refuse_what_nothing_reads()
         super().__post_init__()
+        self._check_evaluation()
         if self.cache_features and self.streaming:
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
         if self.row_length is not None:
@@ -540,14 +613,30 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
                 "cache_features: a compiled encoder rounds otherwise. Leave out torch_compile, or cache_features."
             )
 
+    def _refuse_what_nothing_reads(self) -> None:
+        defaults = {given.name: given.default for given in fields(self)}
+        for name, instead in REFUSED.items():
+            if name in defaults and getattr(self, name) not in (defaults[name], False):
+                raise ValueError(f"{name}: leave it out; {instead}.")
+
+    def _check_evaluation(self) -> None:
+        """Refuses evaluations on the way that would have nothing to measure, or not what is asked for."""
+        if not self.eval_sources and (self.eval_strategy != "no" or self.eval_on_start):
+            name = "eval_strategy" if self.eval_strategy != "no" else "eval_on_start"
+            raise ValueError(f"{name} measures on eval_sources: name some, or leave {name} out.")
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in HELD_OUT_METRICS:
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is not measured while a stage trains. Valid values: "
+                f"{', '.join(HELD_OUT_METRICS)}."
+            )
+
     def _check_rows(self) -> None:
         if self.max_length is None or self.max_length > self.row_length:
             raise ValueError(
                 f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
                 f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
             )
-        if self.packing or self.padding_free:
-            raise ValueError("packing and padding_free are TRL's, for texts: leave them out. row_length packs rows.")
         if self.streaming and self.image_start_fraction:
             raise ValueError(
                 "image_start_fraction counts records, and how many of them the rows of a stream hold is not known: leave out streaming, "
@@ -573,19 +662,41 @@ def parse_anywhere(argv: list[str], *more: type, also: Iterable[str] = ()) -> tu
     return parse_fields(["--use_cpu", "true", *argv], ArgumentsForAGPU, *more, also=also)
 
 
-def _read_json(arguments: Any, *names: str) -> None:
-    """Decodes fields that came from the command line as JSON."""
+def _read_json(arguments: Any, *names: str, like: list | dict) -> None:
+    """Decodes fields that came from the command line as JSON, and checks that they hold what `like`, an example, holds.
+
+    Raises:
+        ValueError: for what is not JSON, no such list or mapping, or holds something else.
+    """
+    example = f"Expected {'a list' if isinstance(like, list) else 'a mapping'} such as {json.dumps(like)}."
+    item = type((like if isinstance(like, list) else list(like.values()))[0])
     for name in names:
         value = getattr(arguments, name)
         if isinstance(value, str):
             try:
-                setattr(arguments, name, json.loads(value))
+                value = json.loads(value)
             except json.JSONDecodeError as error:
                 rest = value[error.pos : error.pos + 30]
                 where = f"at {rest!r}" if rest else "at the end"
                 raise ValueError(
-                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}."
+                    f"{name} is not valid JSON: {error.msg} {where}, character {error.pos + 1}. {example}"
                 ) from error
+            setattr(arguments, name, value)
+        if value is None:
+            continue
+        items = list(value.values()) if isinstance(value, dict) else value
+        kinds = (int, float) if item is float else item
+        fits = isinstance(value, type(like)) and all(isinstance(each, kinds) for each in items)
+        if not fits or any(isinstance(each, bool) for each in items):
+            raise ValueError(f"{name}={shown(value)}. {example}")
+
+
+def _check_numbers(arguments: Any, *names: str, lowest: float = 0, above: bool = False) -> None:
+    """Refuses numbers below `lowest`, or with `above` also this one, and what is no number at all (NaN); None is left alone."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not (value > lowest if above else value >= lowest):
+            raise ValueError(f"{name}={value} must be {'above' if above else 'at least'} {lowest}.")
 
 
 def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:

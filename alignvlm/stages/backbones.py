@@ -32,7 +32,7 @@ from alignvlm.stages.chat_templates import (
     chat_template,
     end_of_turn_ids,
 )
-from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.checkpoint import check_no_other_model, check_writable, save_checkpoint
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.encoder_measure import (
     EncoderMeasure,
@@ -48,7 +48,7 @@ from alignvlm.stages.tiles import TileArguments, cut_images
 from hub_upload.command_line import run
 from hub_upload.licences import read_licence
 from hub_upload.repository import check_model, commit_of
-from hub_upload.run_record import library_versions
+from hub_upload.run_record import library_versions, read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
@@ -314,6 +314,13 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         (arguments.language, arguments.language_revision),
     ):
         check_model(name, revision)
+    check_no_other_model(arguments.output_dir)
+    if stages := read_run_record(arguments.output_dir)["stages"] if Path(arguments.output_dir).is_dir() else []:
+        raise ValueError(
+            f"output_dir {arguments.output_dir!r} holds a model that stage {stages[-1]['stage']} has trained, which would be written over. "
+            "Name another folder."
+        )
+    check_writable(arguments.output_dir)
     saved = _projector_to_start_with(arguments)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)

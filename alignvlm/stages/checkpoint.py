@@ -8,16 +8,24 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging
 
 from hub_upload.card import make_card
 from hub_upload.package import parameter_count, renewed_card
 from hub_upload.run_record import RUN_RECORD, write_run_record
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +52,60 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise OSError(f"output_dir {str(folder)!r} cannot be written to: {error}. Name another folder.") from error
 
 
+def check_no_other_model(folder: str | os.PathLike) -> None:
+    """Raises a `ValueError` if `folder` holds a model of another type, such as a backbone, which writing a checkpoint would destroy."""
+    try:
+        found = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return
+    if found not in (None, AlignVLMConfig.model_type):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds a model of type {found!r}, which would be written over. Name another folder."
+        )
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Lets no other run write into `folder` while the block runs, in the main process of each; the lock leaves nothing on the disk and ends
+    with the process, however that ends. Where the file system or the operating system has no locks, there is none.
+
+    Raises:
+        ValueError: if another run has it.
+    """
+    if fcntl is None or not PartialState().is_main_process:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _LOCKS.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another run is writing into {str(folder)!r}. Wait for its end, or name another output_dir."
+            ) from error
+        except OSError:  # a network file system without locks
+            pass
+        yield
+    finally:
+        if descriptor in _LOCKS:
+            _LOCKS.remove(descriptor)
+            os.close(descriptor)
+
+
+_LOCKS: set[int] = set()
+
+
+def _leave_locks_to_the_parent() -> None:
+    """Runs in a forked child, such as a data worker, which may outlive its parent for seconds."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Tells whether a `checkpoint-N` folder of the trainer was written to its end: `trainer_state.json` is what it writes last."""
     try:
@@ -67,6 +129,26 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """Finds the last of `complete_checkpoints` and of those that an interruption left; None if there is none."""
     found = [*complete_checkpoints(output_dir), *complete_checkpoints(Path(output_dir) / INTERRUPTED)]
     return max(found, key=_step_of, default=None)
+
+
+def how_to_go_on(output_dir: str | os.PathLike) -> str:
+    """Says what to do after a write that failed."""
+    last = last_complete_checkpoint(output_dir)
+    if last is None:
+        return "No checkpoint is complete: make room, and start again."
+    return f"The last complete checkpoint is {last}. Make room, and go on with --resume_from_checkpoint."
+
+
+def check_room(folder: str | os.PathLike, model: torch.nn.Module) -> None:
+    """Raises an `OSError` if the disk has less room than the weights that a stage writes in the end, which nothing else would hold then."""
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    there = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if needed > free + there:
+        raise OSError(
+            f"output_dir {str(folder)!r} has room for {free / 1e6:,.0f} MB, and the weights of the stage have {needed / 1e6:,.0f} MB. Make "
+            "room, or name another folder."
+        )
 
 
 def save_checkpoint(

@@ -1,7 +1,8 @@
-"""Resumes a stage: finds its checkpoint, and compares the data it has read with those it would read now."""
+"""Resumes a stage: finds its checkpoint, and compares its settings and the data it has read with those of now."""
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from hub_upload.package import RUN_RECORD
 
 
 logger = logging.get_logger(__name__)
+
+# What a run cannot change on the way: the optimizer's state keeps its own, or one checkpoint would be of two recipes.
+SETTINGS = (
+    *("stage", "method", "rewards", "reward_weights", "beta"),
+    *("learning_rates", "optim", "optim_args", "muon", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("mask_type_shares", "merge_image_tokens", "max_tiles", "tile_marks", "image_block"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("loss_type", "token_weighting", "embedding_loss", "embedding_loss_layer"),
+)
 
 
 def checkpoint_to_resume(arguments: StageArguments) -> str | None:
@@ -79,8 +89,14 @@ def _is_finished(arguments: StageArguments) -> bool:
     return (Path(arguments.output_dir) / RUN_RECORD).is_file()
 
 
-def order_of_records(arguments: StageArguments, mixture: Mixture, rows: TrainingRows) -> dict[str, Any]:
-    """Collects what decides which record is read when, as JSON decodes it: the contents of files count, not their paths."""
+def order_of_records(
+    arguments: StageArguments, mixture: Mixture, rows: TrainingRows, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Collects what decides which record is read when, and `settings`, as JSON decodes it: the contents of files count, not their paths.
+
+    Args:
+        record: the run record of the model that the stage starts from.
+    """
     order = {
         "global_batch_size": arguments.records_per_step(),
         "sources": [{k: v for k, v in entry.items() if k not in ("data", "image_dir")} for entry in arguments.sources],
@@ -91,6 +107,9 @@ def order_of_records(arguments: StageArguments, mixture: Mixture, rows: Training
         "texts_first": None if mixture.sampler is None else mixture.sampler.texts_first,
     }
     order |= {"rows": rows.description} if rows.description else {}
+    given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
+    model = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]  # which it is, wherever it lies
+    order["settings"] = {**given, "run_record_of_model": model}
     return json.loads(json.dumps(order))
 
 
@@ -98,7 +117,7 @@ def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: d
     """Reads how far the run had come at its checkpoint, as `AlignVLMTrainer.progress` tells it; {} for a new run.
 
     Raises:
-        ValueError: if the run read other data, or in another order or batch size; the message says what differs.
+        ValueError: if the run had other settings, or read other data, or in another order or batch size; the message says what differs.
     """
     if checkpoint is None:
         return {}
@@ -109,7 +128,14 @@ def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: d
             "checked, and seconds, train_loss and losses_of_data in the run record are those from here on."
         )
         return {"resumed_at": [step]}
-    others = list(differences(progress["order"], order))
+    before, now = dict(progress["order"]), dict(order)
+    settings, given = before.pop("settings", {}), now.pop("settings")  # earlier versions did not write all of them
+    if others := list(differences(settings, {name: given.get(name) for name in settings})):
+        raise ValueError(
+            f"{checkpoint} was written by a run with other settings: {'; '.join(others[:5])}. Its weights and its optimizer go with what they "
+            "were. Give the stage what it had, or begin anew in another output_dir."
+        )
+    others = list(differences(before, now))
     if others and not arguments.allow_other_data:
         raise ValueError(
             f"{checkpoint} was written by a run that read other data: {'; '.join(others[:5])}. To go on from step {step} would skip "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -23,7 +24,16 @@ from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import TrainingRows
 from alignvlm.rows.tiles import describe_tiles
 from alignvlm.stages.arguments import StageArguments
-from alignvlm.stages.checkpoint import INTERRUPTED, check_writable, last_complete_checkpoint, save_checkpoint
+from alignvlm.stages.checkpoint import (
+    INTERRUPTED,
+    check_no_other_model,
+    check_room,
+    check_writable,
+    how_to_go_on,
+    last_complete_checkpoint,
+    only_writer,
+    save_checkpoint,
+)
 from alignvlm.stages.command_line import parse_fields
 from alignvlm.stages.features import KeptFeatures
 from alignvlm.stages.loading import (
@@ -107,11 +117,17 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     Args:
         make_trainer: makes the stage's trainer and options, as the function of this name does.
     """
-    # Load
-    set_seed(arguments.seed)
     check_model(arguments.model, arguments.model_revision)
+    check_no_other_model(arguments.output_dir)
     check_writable(arguments.output_dir)
     warn_if_emulated(arguments.chosen_precision, arguments.device)
+    with only_writer(arguments.output_dir):
+        return _run_stage(arguments, make_trainer)
+
+
+def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, Any]:
+    # Load
+    set_seed(arguments.seed)
     resume_from = checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
     _check_push(arguments, record)
@@ -119,6 +135,8 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     model = load_model(arguments)
+    if PartialState().is_main_process:
+        check_room(arguments.output_dir, model)
     cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
 
@@ -130,7 +148,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
         mixture = make_mixture(arguments, collator, record["stages"])
         held_out = make_held_out(arguments, collator)
     rows = make_rows(arguments, mixture, collator)
-    order = order_of_records(arguments, mixture, rows)
+    order = order_of_records(arguments, mixture, rows, record)
     earlier = earlier_progress(arguments, resume_from, order)
     trainer, own = make_trainer(arguments, model, collator, mixture, rows, held_out, order=order, earlier=earlier)
     samples = SampleAnswers.of(arguments, trainer, collator, mixture, held_out)
@@ -151,7 +169,12 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        try:
+            save_checkpoint(model, processor, arguments.output_dir, record, state_dict)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(
+                f"The stage is trained, but {arguments.output_dir} could not be written: {error}. {how_to_go_on(arguments.output_dir)}"
+            ) from error
         shutil.rmtree(Path(arguments.output_dir) / INTERRUPTED, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():  # nobody has to wait for it

@@ -13,12 +13,14 @@ from accelerate import ParallelismConfig
 from accelerate.utils import gather_object, parse_flag_from_env
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import default_logdir
+from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
-from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, last_complete_checkpoint
+from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint
 from alignvlm.stages.embedding_loss import HEAD, with_head
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
@@ -113,7 +115,11 @@ class StageTrainer:
         self.infinite_schedule = infinite_schedule
         self.learning_rates = learning_rates
         self.parameter_counts = freeze_all_but(model, learning_rates)
-        super().__init__(model=model, **kwargs)
+        try:
+            super().__init__(model=model, **kwargs)
+        except (ValueError, ImportError) as error:  # of TRL's and transformers' checks of arguments
+            raise ValueError(str(error)) from error
+        self._check_optimizer()
         # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
         self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
         if getattr(self.args, "muon", False):
@@ -186,6 +192,13 @@ class StageTrainer:
             "order": self.order,
         }
 
+    def _check_optimizer(self) -> None:
+        """Raises a `ValueError` for an `optim` whose library is missing, before anything is measured or trained."""
+        try:
+            self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"optim={OptimizerNames(self.args.optim).value!r}: {error}") from error
+
     @property
     def is_sharded(self) -> bool:
         """Whether a process may hold only its share of the weights."""
@@ -201,8 +214,18 @@ class StageTrainer:
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
 
     def total_steps(self) -> int:
-        """Counts the steps the run will have in the end."""
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        """Counts the steps the run will have in the end.
+
+        Raises:
+            ValueError: if there are too few records for a step.
+        """
+        loader = self.get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ValueError(
+                f"dataloader_drop_last drops all {len(self.train_dataset)} records: they do not fill a batch of "
+                f"{self.args.per_device_train_batch_size} on each of {self.args.world_size} processes. Leave it out, or take a smaller batch."
+            )
+        return self.set_initial_training_values(self.args, loader)[-1]
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         """Leaves no epoch to a run that has taken all its steps; transformers' own would take one step more."""
@@ -321,8 +344,7 @@ class StageTrainer:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise RuntimeError(
-                f"{folder} could not be written: {error}. The last complete checkpoint is "
-                f"{last_complete_checkpoint(self.args.output_dir)}. Make room, and go on with --resume_from_checkpoint."
+                f"{folder} could not be written: {error}. {how_to_go_on(self.args.output_dir)}"
             ) from error
         if self.args.should_save:  # what an earlier interruption left is not needed any more
             for path in (Path(self.args.output_dir) / INTERRUPTED).glob("*"):

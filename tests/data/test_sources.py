@@ -11,6 +11,7 @@ import tarfile
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
@@ -960,3 +961,14 @@ def test_a_name_that_no_hub_answers_for_is_told(tmp_path):
     assert told.startswith("FileNotFoundError: No such file or folder: user/nothing, and the Hub gives no data set"), (
         told
     )
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    """As with a home folder that is read-only."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "A ship came in."}\n')
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home/.cache")
+    with pytest.raises(OSError, match=r"cache of data sets, .*home/.cache, cannot be written to: .*Set HF_HOME"):
+        read_source({"data": str(tmp_path / "rows.jsonl")})
+    monkeypatch.undo()
+    assert len(read_source({"data": str(tmp_path / "rows.jsonl")})) == 1

@@ -23,6 +23,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE
+from hub_upload.run_record import write_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
 from tests.stages.conftest import SIZES
@@ -49,6 +50,14 @@ def test_any_mask_type_can_be_assembled(vision, language, tmp_path, mask_type):
     model, _ = assemble(BackboneArguments(vision, str(language), str(tmp_path), attention_mask_type=mask_type))
     assert model.config.attention_mask_type == mask_type
     assert AlignVLMForConditionalGeneration.from_pretrained(tmp_path).config.attention_mask_type == mask_type
+
+
+def test_a_model_that_is_there_is_not_written_over(vision, language, tmp_path):
+    with pytest.raises(ValueError, match=r"holds a model of type .* Name another folder"):
+        assemble(BackboneArguments(vision, str(language), str(language)))
+    write_run_record(tmp_path, {"backbones": {}, "stages": [{"stage": 3}]})
+    with pytest.raises(ValueError, match="holds a model that stage 3 has trained"):
+        assemble(BackboneArguments(vision, str(language), str(tmp_path)))
 
 
 def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):

@@ -1,6 +1,7 @@
 """What goes wrong in long runs: kills, full disks, dead workers and ranks, numbers that are not finite."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -15,7 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignvlm.stages.checkpoint import complete_checkpoints, is_complete, last_complete_checkpoint, save_checkpoint
+from alignvlm.stages.checkpoint import (
+    complete_checkpoints,
+    is_complete,
+    last_complete_checkpoint,
+    only_writer,
+    save_checkpoint,
+)
 from alignvlm.stages.stage import main
 from hub_upload.run_record import read_run_record
 from tests import forked, uneven_ranks
@@ -145,10 +152,59 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, whole, tmp_path, kin
             subprocess.run(["umount", str(folder)], check=True)
 
 
+def test_a_full_disk_at_the_end_is_told_and_leaves_no_finished_run(checkpoint, tmp_path):
+    folder = tmp_path / "run"
+    fields = {**RATES, "max_steps": 1, "save_strategy": "no"}
+    process = start(arguments_for(checkpoint, folder, **fields), folder, limit=("run/config.json", 20_000))
+    assert finish(process) == 1
+    log = folder.with_suffix(".log").read_text()
+    assert "The stage is trained, but" in log and "File too large" in log
+    assert "No checkpoint is complete: make room, and start again." in log
+    assert not (folder / "alignvlm_run.json").exists()
+
+
+def test_a_disk_without_room_for_the_weights_is_found_before_training(checkpoint, tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        with pytest.raises(OSError, match=r"has room for 0 MB, and the weights of the stage have \d+ MB"):
+            main(arguments_for(checkpoint, tmp_path, **RATES))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_an_output_folder_nobody_can_write_to(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run' cannot be written to: .*Name another folder"):
         main(arguments_for(checkpoint, tmp_path / "file/run", **RATES))
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # of Python 3.12: it has threads
+def test_a_second_run_does_not_write_into_the_folder_of_the_first(checkpoint, tmp_path):
+    """Nor does a data worker that outlives its run, which may have been killed, keep the next one out."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with only_writer(folder):
+        with pytest.raises(ValueError, match=r"Another run is writing into .*Wait for its end, or name another"):
+            main(arguments_for(checkpoint, folder, **RATES))
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        worker = context.Process(target=lambda: (started.set(), time.sleep(60)))
+        worker.start()
+        assert started.wait(60)
+    try:
+        with only_writer(folder):
+            assert list(folder.iterdir()) == []
+    finally:
+        worker.kill()
+
+
+def test_another_model_is_not_written_over(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="holds a model of type 'qwen2', which would be written over"):
+        main(arguments_for(checkpoint, tmp_path, **RATES))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow

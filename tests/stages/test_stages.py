@@ -23,7 +23,7 @@ from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import PROGRESS, read_progress
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import AlignVLMTrainer, module_of
-from hub_upload.run_record import RUN_RECORD, read_run_record
+from hub_upload.run_record import RUN_RECORD, read_run_record, write_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import SOURCES, arguments_for
 
@@ -279,6 +279,38 @@ def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, cha
         main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"language_learning_rate": 1e-5}, r"learning_rates.language was .* and is 1e-05"),
+        ({"vision_learning_rate": 1e-5}, r"learning_rates.vision was None and is 1e-05"),
+        ({"attention_mask_type": "causal"}, r"mask_type_shares.image was 1.0 and is None"),
+        ({"optim": "sgd"}, "optim was 'adamw_torch_fused' and is 'sgd'"),
+        ({"weight_decay": 0.1}, r"weight_decay was 0.0 and is 0.1"),
+        ({"lora_r": 2}, "lora_r was 0 and is 2"),
+        ({"stage": 4}, "stage was 3 and is 4"),
+    ],
+    ids=["rate", "module", "mask", "optimizer", "decay", "lora", "stage"],
+)
+def test_resuming_with_other_settings_is_refused(checkpoint, streamed, tmp_path, change, message):
+    """An optimizer keeps the learning rates of its checkpoint, and the run record would claim the new ones."""
+    folder = copied(streamed, tmp_path / "run", 2)
+    fields = {**SAVING, "sources": STREAM, "streaming": True, **change}
+    with pytest.raises(ValueError, match=f"with other settings: .*{message}.*Give the stage what it had"):
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+def test_resuming_on_another_model_is_refused_and_the_same_model_may_have_moved(checkpoint, streamed, tmp_path):
+    folder = copied(streamed, tmp_path / "run", 5)
+    moved, other = shutil.copytree(checkpoint, tmp_path / "moved"), shutil.copytree(checkpoint, tmp_path / "other")
+    write_run_record(other, {**read_run_record(other), "stages": [{"stage": 2, "sources": []}]})
+    fields = {**SAVING, "sources": STREAM, "streaming": True, "save_strategy": "no"}
+    with pytest.raises(ValueError, match="with other settings: run_record_of_model was"):
+        main([*arguments_for(other, folder, **fields), "--resume_from_checkpoint"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments_for(moved, folder, **fields), "--resume_from_checkpoint"])["steps"] == 6
+
+
 def test_resuming_with_other_data_can_be_allowed_and_the_same_batch_may_be_cut_otherwise(
     checkpoint, streamed, tmp_path, caplog
 ):
@@ -322,6 +354,17 @@ def test_a_missing_model_folder_is_named(command, model, tmp_path, monkeypatch):
     }[command]
     with pytest.raises((FileNotFoundError, ValueError), match=f"No such folder: '{model}'"):
         call()
+
+
+def test_a_folder_of_models_is_told_from_a_model(tmp_path):
+    for name in ("stage1", "stage2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"holds no model.*in its folders stage1, stage2: name one"):
+        main(arguments_for(tmp_path, tmp_path / "out", projector_learning_rate=1e-3))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no model.*Name a folder that has one"):
+        main(arguments_for(tmp_path / "empty", tmp_path / "out", projector_learning_rate=1e-3))
 
 
 def test_gradient_accumulation_gives_the_same_weights(checkpoint, tmp_path):
@@ -372,9 +415,33 @@ def test_recipes_are_valid(path):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        ({"projector_learning_rate": 0}, "must be positive. To freeze"),
+        ({"projector_learning_rate": 0}, "must be a positive number. To freeze"),
         ({"projector_learning_rate": None}, "Nothing trains"),
         ({"attention_mask_type": "sideways"}, "'sideways'. Valid values: causal, image, prefix, mutual"),
+        ({"projector_learning_rate": "nan"}, "nan must be a positive number"),
+        ({"learning_rate": 1e-4}, "learning_rate=0.0001 is not read: each module has its own"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
+        ({"gradient_accumulation_steps": -2}, "gradient_accumulation_steps=-2 must be at least 1"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
+        ({"seed": -1}, "seed=-1 must be a number from 0 to 4294967295"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' cannot be made .*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "'cosine_with_min_lr' cannot be made .*min_lr"),
+        ({"infinite_schedule": '{"cooldown": "half"}'}, "Expected a mapping such as .*cooldown"),
+        ({"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit': .*bitsandbytes"),
+        ({"report_to": "tensorbord"}, "'tensorbord' is not installed.*Valid here: none"),
+        ({"padding_free": True}, "padding_free: leave it out; row_length fills rows"),
+        ({"eos_token": "</s>"}, "eos_token: leave it out; the special tokens are the checkpoint's"),
+        ({"eval_strategy": "epoch"}, "eval_strategy measures on eval_sources: name some"),
+        ({"eval_on_start": True}, "eval_on_start measures on eval_sources: name some"),
+        ({"metric_for_best_model": "cider"}, "'cider' is not measured .* Valid values: loss"),
+        ({"attn_implementation": "sdap"}, "'sdap'. Valid values: sdpa, flex_attention, eager"),
+        ({"attn_implementation": "flex_attention"}, "'flex_attention' trains on GPUs only"),
+        ({"dataloader_persistent_workers": True}, "set dataloader_num_workers, too"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 999}, "drops all 32 records"),
+        ({"push_to_hub": True}, "push_to: user/name pushes the finished stage"),
+        ({"sources": '["scenes"]'}, r"\['scenes'\]. Expected a list such as"),
+        ({"sources": "scenes"}, "not valid JSON.*Expected a list such as"),
+        ({"sources": '[{"name": "scenes", "count": 4, "share": "1e-1"}]'}, "share='1e-1' .* is no number"),
         ({"sources": "[]"}, "needs `model`"),
         ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
         ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
