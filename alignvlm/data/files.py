@@ -2,13 +2,13 @@
 
 import csv
 import json
-import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import huggingface_hub
 import pyarrow.parquet as pq
@@ -19,21 +19,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from alignvlm.data.record import BadRow, shown
 from hub_upload.repository import HTTPError
-from hub_upload.run_record import read_json, sha256_of
+from hub_upload.run_record import sha256_of
 
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".tar": "webdataset",
-}
-FILE_TYPES = ", ".join(suffix[1:] for suffix in BUILDERS)
+FILE_TYPES = ("json", "jsonl", "csv", "parquet", "txt", "tar")
 NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
-# `read_file` says of a bad line where it is.
-logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
+csv.field_size_limit(1 << 30)  # of a text; by default 128 KiB
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
 
 
@@ -113,7 +104,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and Path(name).suffix not in BUILDERS
+    return name.count("/") == 1 and Path(name).suffix[1:] not in FILE_TYPES
 
 
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
@@ -166,10 +157,10 @@ def _local(
     files = [path] if path.is_file() else _files(path / config if config else path, split)
     if not files:
         raise ValueError(
-            f"{path} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({FILE_TYPES})."
+            f"{path} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
         )
-    if files[0].suffix not in BUILDERS:
-        raise ValueError(f"{files[0]}: expected a file of {FILE_TYPES}.")
+    if files[0].suffix[1:] not in FILE_TYPES:
+        raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
     has_splits = False
     if files[0].suffix == ".tar":
         names = [str(file) for file in files]
@@ -185,7 +176,8 @@ def _local(
         rows = load_files(files, keep_bad_lines)
         if has_splits := "split" in rows.column_names:
             wanted = (*_names(split), None) if NOT_A_ROW in rows.column_names else _names(split)
-            chosen = [i for i, value in enumerate(rows.data.column("split").to_pylist()) if value in wanted]
+            values = rows.select_columns(["split"])[:]["split"]
+            chosen = [index for index, value in enumerate(values) if value in wanted]
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
     named = files[0].name.startswith(_names(split))
     if path.is_dir() and not named and not has_splits and split != "train":
@@ -241,7 +233,7 @@ def _file_identity(file: Path, hashed: bool) -> dict:
 
 def _is_karpathy(file: Path) -> bool:
     """Tells whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
-    with file.open() as stream:
+    with _opened(file) as stream:
         return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
 
 
@@ -249,7 +241,9 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
     """Yields the rows of one file as they are written, each with its place.
 
     Raises:
-        BadRow: for a line that is not JSON, unless `keep_bad_lines` keeps it as a row that says so.
+        BadRow: for a line that is not JSON, or has more values than the CSV file columns, unless `keep_bad_lines` keeps it as a row that
+            says so.
+        ValueError: for a file that is not UTF-8.
     """
     if file.suffix == ".parquet":
         number = 0
@@ -261,15 +255,23 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
         for number, paragraph in enumerate(_paragraphs(file), 1):
             yield f"{file.name}, paragraph {number}", {"text": paragraph}
     elif file.suffix == ".csv":
-        with file.open(newline="") as stream:
+        with _opened(file, newline="") as stream:
             for number, row in enumerate(csv.DictReader(stream), 1):
-                yield f"{file.name}, row {number}", row
+                place = f"{file.name}, row {number}"
+                if None in row:
+                    problem = BadRow(
+                        f"more values than columns: {shown(row[None])} is left over. Put texts with commas in quotes."
+                    )
+                    if not keep_bad_lines:
+                        raise problem.at(place)
+                    row = {NOT_A_ROW: str(problem)}
+                yield place, row
     elif _is_one_value(file):
         content = _one_value(file)
         for number, row in enumerate(content["images"] if isinstance(content, dict) else content, 1):
             yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
     else:
-        with file.open() as stream:
+        with _opened(file) as stream:
             for number, line in enumerate(stream, 1):
                 place = f"{file.name}, line {number}"
                 line = line.strip()
@@ -285,11 +287,26 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
                 yield place, _mapping(row, place)
 
 
-def _one_value(file: Path) -> Any:
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a file of UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        ValueError: for text of another encoding, when it is read.
+    """
     try:
-        return read_json(file)
-    except ValueError as error:
-        raise BadRow(str(error)) from error
+        with file.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def _one_value(file: Path) -> Any:
+    with _opened(file) as stream:
+        try:
+            return json.load(stream)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"{file}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from error
 
 
 def _mapping(row: Any, place: str) -> dict:
@@ -300,42 +317,63 @@ def _mapping(row: Any, place: str) -> dict:
 
 def _is_one_value(file: Path) -> bool:
     """Tells whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
-    with file.open() as stream:
+    with _opened(file) as stream:
         return stream.read(64).lstrip().startswith("[") or (file.suffix == ".json" and _is_karpathy(file))
 
 
 def _paragraphs(file: Path) -> list[str]:
-    return [part for part in (part.strip("\n") for part in file.read_text().split("\n\n")) if part]
+    with _opened(file) as stream:
+        return [part for part in (part.strip("\n") for part in stream.read().split("\n\n")) if part]
 
 
 def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
     """Reads files of one type as one table. With `keep_bad_lines`, a line that is not JSON becomes a row that says so.
 
     Raises:
-        ValueError: for files that do not fit into one table; for a single bad line the message names file and line.
+        ValueError: for files that do not fit into one table, are not UTF-8, or have a bad line; the message names them.
     """
-    suffix = files[0].suffix
-    options: dict = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-    if suffix == ".json" and _is_karpathy(files[0]):
-        options["field"] = "images"
-    if suffix == ".csv":  # every value as it is written: "None" and "3" are answers
-        with files[0].open(newline="") as stream:
-            columns = next(csv.reader(stream), [])
-        options |= {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
+    if files[0].suffix != ".parquet":
+        return _load_as_written(files, keep_bad_lines)
     try:
-        return load_dataset(BUILDERS[suffix], data_files=[str(file) for file in files], split="train", **options)
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except (DatasetGenerationError, ValueError) as error:
-        if keep_bad_lines and suffix in (".json", ".jsonl"):
-            found = [row for file in files for _, row in read_file(file, keep_bad_lines)]
-            if any(NOT_A_ROW in row for row in found):
-                return Dataset.from_list([{NOT_A_ROW: None, **row} for row in found])
-        for file in files:
-            for _ in read_file(file):  # finds the line that is not JSON
-                pass
         names = ", ".join(file.name for file in files)
         raise ValueError(
-            f"{names} cannot be read as one table: {error.__cause__ or error}. Remove empty lines, and write every column as one type."
+            f"{names} cannot be read as one table: {error.__cause__ or error}. Give all files the same columns, each of one type."
         ) from error
+
+
+def _load_as_written(files: list[Path], keep_bad_lines: bool) -> Dataset:
+    """Reads files of text as one table whose values are those of `read_file`. A column may hold texts here and lists there, as `content`
+    does; `datasets` would fit all values to the first megabytes, and take texts like "2020-01-01" for times.
+    """
+    columns: dict[str, None] = {}
+    for file in files:
+        for _, row in read_file(file, keep_bad_lines):
+            columns |= dict.fromkeys(row)
+    if not columns:
+        return Dataset.from_dict({})
+    written = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    rows = Dataset.from_generator(
+        _rows_as_json,
+        features=Features({name: Value("large_string") for name in columns}),
+        gen_kwargs={"written": written, "columns": tuple(columns), "keep_bad_lines": keep_bad_lines},
+        writer_batch_size=100,
+    )
+    return rows.with_transform(_values_of_json)
+
+
+def _rows_as_json(written: tuple, columns: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
+    """Yields rows with each value as JSON. `written` holds path, bytes and time of each file, so that a changed file is read anew."""
+    for path, *_ in written:
+        for _, row in read_file(Path(path), keep_bad_lines):
+            yield {name: None if row.get(name) is None else json.dumps(row[name]) for name in columns}
+
+
+def _values_of_json(columns: dict[str, list]) -> dict[str, list]:
+    return {
+        name: [None if value is None else json.loads(value) for value in values] for name, values in columns.items()
+    }
 
 
 class _PlaceInFiles:

@@ -1,0 +1,108 @@
+"""Files as people have them: what is read is what is written in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignvlm.data.record import Record
+from alignvlm.data.sources import read_source
+
+
+def records_of(folder: Path, streaming: bool = False, **arguments) -> list[Record]:
+    source = read_source(arguments, folder, streaming)
+    return [Record.from_row(row) for row in (source.rows if streaming else source)]
+
+
+def said(record: Record) -> list[list[str | None]]:
+    """What each conversation of a record says, turn by turn, and its responses; None is an image."""
+    return [
+        [part.get("text") for message in c.messages for part in c.parts(message)] + c.responses
+        for c in record.conversations
+    ]
+
+
+def lines(folder: Path, name: str, rows: list[dict], encoding: str = "utf-8") -> None:
+    (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=encoding)
+
+
+both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+
+
+@both_ways
+def test_a_value_of_json_is_what_is_written_wherever_it_stands(tmp_path, streaming):
+    """`datasets` fits all values to those of the first 10 MB, reads dates as times, and refuses long integers."""
+    shown = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "id": 1, "notes": "x" * 11_000_000},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "2020-01-01"}], "id": "x"},
+        {"messages": [{"role": "user", "content": shown}, {"role": "assistant", "content": "3"}], "id": 10**30},
+        {"question": "When?", "answer": "2020-01-01", "score": float("nan"), "image": "1.png"},
+    ]  # fmt: skip
+    lines(tmp_path, "rows.jsonl", rows)
+    found = records_of(tmp_path, streaming, data="rows.jsonl")
+    assert [said(record)[0] for record in found] == [
+        ["Hi", "Hello"],
+        ["Hi", "2020-01-01"],
+        [None, "What?", "3"],
+        [None, "When?", "2020-01-01"],
+    ]
+    assert [len(record.images) for record in found] == [0, 0, 1, 1]
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    for answer in ("one", "two"):
+        lines(tmp_path, "rows.jsonl", [{"question": "?", "answer": answer}])
+        (record,) = records_of(tmp_path, data="rows.jsonl")
+        assert said(record) == [["?", answer]]
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_column_or_text(tmp_path, name, streaming):
+    """As Excel and Windows' editor write it. A column `\\ufeffimage` was read as a row without an image."""
+    row = {"image": "0.png", "question": "Wo?", "answer": "Über"}
+    if name.endswith(".jsonl"):
+        lines(tmp_path, name, [row], "utf-8-sig")
+    else:
+        written = {".json": json.dumps([row]), ".csv": "image,question,answer\r\n0.png,Wo?,Über\r\n", ".txt": "Über\n"}
+        (tmp_path / name).write_text(written[Path(name).suffix], encoding="utf-8-sig")
+    (record,) = records_of(tmp_path, streaming, data=name)
+    assert said(record) == ([["Über"]] if name == "rows.txt" else [[None, "Wo?", "Über"]])
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+def test_another_encoding_is_named_with_the_file(tmp_path, name, streaming):
+    text = {".jsonl": '{"text": "Öl"}', ".json": '[{"text": "Öl"}]', ".csv": "text\nÖl\n", ".txt": "Öl"}[
+        Path(name).suffix
+    ]
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text: .*Save it as UTF-8"):
+        records_of(tmp_path, streaming, data=name)
+
+
+@both_ways
+@pytest.mark.parametrize("written", [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "image,text\n"), ("a.csv", ""), ("a.txt", "\n")])  # fmt: skip
+def test_a_file_without_rows_is_called_that(tmp_path, written, streaming):
+    (tmp_path / written[0]).write_text(written[1])
+    with pytest.raises(ValueError, match=f"^{written[0]} has no rows of split 'train'"):
+        records_of(tmp_path, streaming, data=written[0])
+
+
+@both_ways
+def test_a_row_of_csv_with_too_many_values_is_named_or_skipped(tmp_path, streaming):
+    (tmp_path / "rows.csv").write_text("question,answer\nA?,b\nHow many, roughly?,3\n")
+    with pytest.raises(ValueError, match=r"^rows.csv, row 2: more values than columns: \['3'\] is left over"):
+        records_of(tmp_path, streaming, data="rows.csv")
+    source = read_source({"data": "rows.csv"}, tmp_path, streaming, max_bad_rows=0.01)
+    assert len([row for row in (source.rows if streaming else source) if row["conversations"]]) == 1
+
+
+@both_ways
+def test_texts_of_csv_keep_line_breaks_quotes_and_length(tmp_path, streaming):
+    """Both ways read what `csv` reads; a text may be longer than its 128 KiB."""
+    long = "word " * 40_000
+    (tmp_path / "rows.csv").write_text(f'question,answer\r\n"A,\n""b""?",None\r\nC?,"{long}"\r\nD?,3\r\n', newline="")
+    found = records_of(tmp_path, streaming, data="rows.csv")
+    assert [said(record) for record in found] == [[['A,\n"b"?', "None"]], [["C?", long.strip()]], [["D?", "3"]]]
