@@ -26,6 +26,7 @@ CAPTION_COLUMNS = (
 )
 IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
+IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # of the bytes of an image file
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -87,10 +88,12 @@ def images_of(row: dict) -> list[Any]:
     Raises:
         BadRow: for something else.
     """
-    if row.get("images") is not None:
+    if _filled(row.get("images")):
         found = row["images"]
-    elif row.get("image") is not None:
+    elif _filled(row.get("image")):
         found = row["image"]
+    elif row.get("images") is not None:
+        found = []
     elif row.get("filename") is not None:  # Karpathy's split files
         found = "/".join(filter(None, [row.get("filepath"), row["filename"]]))
     elif row.get("file_name") is not None:
@@ -104,16 +107,43 @@ def images_of(row: dict) -> list[Any]:
     return [_image(image) for image in found]
 
 
+def _filled(value: Any) -> bool:
+    return value is not None and value != [] and value != ""
+
+
 def _image(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise BadRow(f"An image is at {shown(value)}. Images are not fetched while training: download them first.")
-    if not isinstance(value, (str, dict, Image.Image)):
+    if not isinstance(value, (str, dict, Image.Image)) or value == "":
         raise BadRow(
             f"An image is {shown(value)} ({type(value).__name__}), neither a path nor the bytes of a picture."
         )
     return value
+
+
+def check_no_image_is_left_out(row: dict) -> None:
+    """Refuses a row that has made a record without images if a column that no schema reads holds an image or the path of one.
+
+    Raises:
+        BadRow: naming the column.
+    """
+    known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
+    for name, value in row.items():
+        if name not in known and any(map(_looks_like_an_image, value if isinstance(value, list) else [value])):
+            raise BadRow(
+                f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`. For its texts alone, write `name: text`."
+            )
+
+
+def _looks_like_an_image(value: Any) -> bool:
+    """Tells whether a value is an image, the mapping that holds or stands for one, or the path of an image file; an address is not."""
+    if isinstance(value, str):  # texts of the web come with addresses
+        return "://" not in value and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    if isinstance(value, bytes):
+        return value.startswith(IMAGE_BEGINNINGS)
+    return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
 
 
 # Conversations: what is said, by whom, and where its images stand.
@@ -535,17 +565,7 @@ def record(row: dict) -> Record:
 
 
 def plain_text(row: dict) -> Record:
-    """Reads a `text` without an image, which is trained without a chat template.
-
-    Raises:
-        BadRow: if another column names an image file: it would not be seen.
-    """
-    for name, value in row.items():
-        named = (
-            name != "text" and isinstance(value, str) and "://" not in value
-        )  # texts of the web come with addresses
-        if named and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-            raise BadRow(f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`.")
+    """Reads a `text` without an image, which is trained without a chat template."""
     return Record([], [one_turn("", [text(row["text"], "text")])])
 
 
@@ -615,7 +635,7 @@ def format_of(row: dict) -> str:
     Raises:
         BadRow: if there is none.
     """
-    filled = {name for name, value in row.items() if value is not None and value != [] and value != ""}
+    filled = {name for name, value in row.items() if _filled(value)}
     found: dict[str, int] = {}
     for name, form in FORMATS.items():
         if name == "record" and not _is_record(row.get("conversations")):

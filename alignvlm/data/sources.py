@@ -14,7 +14,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 
 from alignvlm.data.catalogue import CATALOGUE, DataSet
 from alignvlm.data.files import Rows, read_rows
-from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of
+from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of, text_only
 from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, image_key, rows_without_images
 from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
@@ -64,7 +64,7 @@ class Source:
         return (self[index] for index in range(len(self)))
 
     def without_images(self) -> "Source":
-        """Returns the source with an empty mapping in place of each image; its rows are read without them."""
+        """Returns the source with `STAND_IN` in place of each image; its rows are read without them."""
         reader = self.to_record
         if isinstance(reader, Reader):
             reader = reader.without_images()
@@ -193,6 +193,7 @@ def read_source(
         bool(common["keep_duplicates"]),
         found.folder,
         images,
+        read is text_only,
     )
     if streaming:
         records = stream(found, reader, kind.group_by, common["limit"], max_bad_rows is not None)

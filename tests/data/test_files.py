@@ -1,11 +1,15 @@
 """Files as people have them: what is read is what is written in them."""
 
+import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from alignvlm.data.record import Record
+from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
 
 
@@ -106,3 +110,20 @@ def test_texts_of_csv_keep_line_breaks_quotes_and_length(tmp_path, streaming):
     (tmp_path / "rows.csv").write_text(f'question,answer\r\n"A,\n""b""?",None\r\nC?,"{long}"\r\nD?,3\r\n', newline="")
     found = records_of(tmp_path, streaming, data="rows.csv")
     assert [said(record) for record in found] == [[['A,\n"b"?', "None"]], [["C?", long.strip()]], [["D?", "3"]]]
+
+
+@both_ways
+def test_no_image_in_a_list_of_images_is_a_bad_row(tmp_path, streaming):
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    there = {"bytes": picture.getvalue(), "path": None}
+    rows = [
+        {"images": [there, there], "text": "two"},
+        {"images": [there, None], "text": "one"},
+        {"images": None, "text": "?"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(BadRow, match=r"^rows.parquet, row 1 .*: An image is None"):
+        records_of(tmp_path, streaming, data="rows.parquet")
+    source = read_source({"data": "rows.parquet"}, tmp_path, streaming, max_bad_rows=0.01)
+    assert [len(row["images"]) for row in (source.rows if streaming else source) if row["conversations"]] == [2, 0]

@@ -9,7 +9,17 @@ from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
 from alignvlm.data.catalogue import CATALOGUE
-from alignvlm.data.formats import FORMATS, format_of, messages, prompt_completion, question, record_of
+from alignvlm.data.formats import (
+    FORMATS,
+    format_of,
+    images_of,
+    messages,
+    prompt_completion,
+    question,
+    record_of,
+    text_only,
+)
+from alignvlm.data.reader import STAND_IN, Reader
 from alignvlm.data.record import BadRow, Conversation, Record
 from tests import examples
 
@@ -265,7 +275,48 @@ def test_an_earlier_exchange_of_a_preference_has_nothing_rejected():
     )
 
 
-def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence():
-    with pytest.raises(BadRow, match=r"`path` is 'photos/0\.JPG', an image that is not seen: name the column `image`"):
-        record_of({"path": "photos/0.JPG", "text": "A cat."})
-    assert not record_of({"source": "wiki", "url": "https://a.org/cat.jpg", "text": "A cat."}).images
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("path", "photos/0.JPG"),
+        ("image_paths", ["photos/0.jpg", "photos/1.jpg"]),
+        ("img", Image.new("RGB", (2, 2))),
+        ("picture", {"bytes": b"", "path": None}),
+        ("image_1", STAND_IN),
+        ("photo", b"\x89PNG\r\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "A cat."},
+        {"question": "What?", "answer": "A cat."},
+        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]},
+    ],
+    ids=["plain_text", "question", "messages"],
+)
+def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence(row, column, value):
+    row = {**row, column: value}
+    with pytest.raises(BadRow, match=rf"`{column}` is .*an image that is not seen: name the column `image`"):
+        Reader(record_of).of_row(row)
+    assert Reader(text_only, texts_alone=True).of_row(row).images == []
+
+
+def test_what_is_no_image_is_not_taken_for_one():
+    for row in (
+        {"source": "wiki", "url": "https://a.org/cat.jpg", "text": "A cat."},
+        {"question": "Which file is the photo?", "answer": "cat.jpg", "audio": b"OggS", "meta": {}},
+    ):
+        assert not Reader(record_of).of_row(row).images
+
+
+def test_an_empty_column_of_images_does_not_hide_a_filled_one():
+    for empty in ([], "", None):
+        assert (
+            images_of({"images": empty, "image": "0.jpg"})
+            == images_of({"image": empty, "images": ["0.jpg"]})
+            == ["0.jpg"]
+        )
+    assert images_of({"images": [], "filename": "scan.pdf"}) == images_of({"image": ""}) == []
+    with pytest.raises(BadRow, match="An image is ''"):
+        images_of({"images": ["0.jpg", ""]})
