@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import huggingface_hub
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from alignvlm.data.formats import is_image_column
 from alignvlm.data.record import BadRow, shown
+from alignvlm.data.tars import columns_of_samples, read_samples
 from hub_upload.repository import HTTPError
 from hub_upload.run_record import sha256_of
 
@@ -162,12 +164,8 @@ def _local(
     if files[0].suffix[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
     has_splits = False
-    if files[0].suffix == ".tar":
-        names = [str(file) for file in files]
-        rows = load_dataset("webdataset", data_files=names, split="train", streaming=streaming)
-        place: Callable[[int], str] = partial(_place_of_sample, rows)
-    elif streaming:
-        place = _PlaceInFiles(files, keep_bad_lines)
+    if streaming:
+        place: Callable[[int], str] = _PlaceInFiles(files, keep_bad_lines)
         given = {"files": files, "splits": _names(split), "keep_bad_lines": keep_bad_lines}
         rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
         has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
@@ -191,10 +189,6 @@ def _local(
 
 def _place_of_chosen(place: Callable[[int], str], chosen: list[int], index: int) -> str:
     return place(chosen[index])
-
-
-def _place_of_sample(rows: Dataset, index: int) -> str:
-    return sample_name(rows.select_columns(["__key__", "__url__"])[index])
 
 
 def sample_name(row: dict) -> str:
@@ -251,6 +245,12 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
             for row in batch.to_pylist():
                 yield f"{file.name}, row {number} (counted from 0)", row
                 number += 1
+    elif file.suffix == ".tar":
+        for key, sample in read_samples(file):
+            place = f"{file.name}, sample {key}"
+            if isinstance(sample, BadRow) and not keep_bad_lines:
+                raise sample.at(place)
+            yield place, {NOT_A_ROW: str(sample)} if isinstance(sample, BadRow) else sample
     elif file.suffix == ".txt":
         for number, paragraph in enumerate(_paragraphs(file), 1):
             yield f"{file.name}, paragraph {number}", {"text": paragraph}
@@ -344,35 +344,55 @@ def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
 
 
 def _load_as_written(files: list[Path], keep_bad_lines: bool) -> Dataset:
-    """Reads files of text as one table whose values are those of `read_file`. A column may hold texts here and lists there, as `content`
-    does; `datasets` would fit all values to the first megabytes, and take texts like "2020-01-01" for times.
+    """Reads files other than parquet as one table whose values are those of `read_file`. A column may hold texts here and lists there, as
+    `content` does; `datasets` would fit all values to the first megabytes or samples, and take texts like "2020-01-01" for times.
     """
     columns: dict[str, None] = {}
     for file in files:
-        for _, row in read_file(file, keep_bad_lines):
-            columns |= dict.fromkeys(row)
+        if file.suffix == ".tar":  # its images are read once, below
+            columns |= dict.fromkeys(chain(*columns_of_samples(file).values()))
+        else:
+            for _, row in read_file(file, keep_bad_lines):
+                columns |= dict.fromkeys(row)
     if not columns:
         return Dataset.from_dict({})
+    if in_tar := files[0].suffix == ".tar":
+        columns |= dict.fromkeys(["__key__", "__url__", *([NOT_A_ROW] if keep_bad_lines else [])])
+    features = {
+        name: Image(decode=False) if in_tar and is_image_column(name) else Value("large_string") for name in columns
+    }
     written = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    rows = Dataset.from_generator(
-        _rows_as_json,
-        features=Features({name: Value("large_string") for name in columns}),
-        gen_kwargs={"written": written, "columns": tuple(columns), "keep_bad_lines": keep_bad_lines},
-        writer_batch_size=100,
-    )
+    try:
+        rows = Dataset.from_generator(
+            _rows_as_json,
+            features=Features(features),
+            gen_kwargs={"written": written, "columns": tuple(columns), "keep_bad_lines": keep_bad_lines},
+            writer_batch_size=100,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, BadRow):
+            raise error.__cause__ from error
+        raise
     return rows.with_transform(_values_of_json)
 
 
 def _rows_as_json(written: tuple, columns: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
-    """Yields rows with each value as JSON. `written` holds path, bytes and time of each file, so that a changed file is read anew."""
+    """Yields rows with each value as JSON, images of a tar file excepted. `written` holds path, bytes and time of each file, so that a
+    changed file is read anew."""
     for path, *_ in written:
+        in_tar = Path(path).suffix == ".tar"
         for _, row in read_file(Path(path), keep_bad_lines):
-            yield {name: None if row.get(name) is None else json.dumps(row[name]) for name in columns}
+            values = {name: row.get(name) for name in columns}
+            yield {
+                name: value if value is None or (in_tar and is_image_column(name)) else json.dumps(value)
+                for name, value in values.items()
+            }
 
 
 def _values_of_json(columns: dict[str, list]) -> dict[str, list]:
     return {
-        name: [None if value is None else json.loads(value) for value in values] for name, values in columns.items()
+        name: [json.loads(value) if isinstance(value, str) else value for value in values]
+        for name, values in columns.items()
     }
 
 
@@ -389,6 +409,8 @@ class _PlaceInFiles:
                 if file.suffix == ".parquet":  # not read for this: it may hold images
                     count = pq.read_metadata(file).num_rows
                     self.places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
+                elif file.suffix == ".tar":
+                    self.places.extend(f"{file.name}, sample {key}" for key in columns_of_samples(file))
                 else:
                     self.places.extend(place for place, _ in read_file(file, self.keep_bad_lines))
         return self.places[index]

@@ -6,6 +6,7 @@ that is not opened yet. It returns None for a row that the options leave out, an
 """
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ CAPTION_COLUMNS = (
     *("annotations_captions", "caption_str"),  # NoCaps, TextCaps
 )
 IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # columns of a webdataset
 IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # of the bytes of an image file
 SPEAKERS = {
     "human": "user",
@@ -79,7 +80,16 @@ def entry(value: Any, key: str, column: str) -> Any:
 
 def is_image_column(name: str) -> bool:
     """Tells whether a column of this name holds images or their paths."""
-    return name in IMAGE_COLUMNS or name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+    return name in IMAGE_COLUMNS or _has_image_extension(name)
+
+
+def _has_image_extension(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _as_counted(name: str) -> list:
+    """Returns a key that sorts names as people count: `2.jpg` before `10.jpg`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def images_of(row: dict) -> list[Any]:
@@ -101,7 +111,7 @@ def images_of(row: dict) -> list[Any]:
     elif row.get("img_name") is not None:
         found = row["img_name"]
     else:
-        names = sorted(name for name in row if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS)
+        names = sorted((name for name in row if _has_image_extension(name)), key=_as_counted)
         found = [row[name] for name in names if row[name] is not None]
     found = found if isinstance(found, list) else [found]
     return [_image(image) for image in found]
@@ -140,7 +150,7 @@ def check_no_image_is_left_out(row: dict) -> None:
 def _looks_like_an_image(value: Any) -> bool:
     """Tells whether a value is an image, the mapping that holds or stands for one, or the path of an image file; an address is not."""
     if isinstance(value, str):  # texts of the web come with addresses
-        return "://" not in value and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        return "://" not in value and _has_image_extension(value)
     if isinstance(value, bytes):
         return value.startswith(IMAGE_BEGINNINGS)
     return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
@@ -580,7 +590,9 @@ def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Rec
 
 def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
     """Reads a sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
-    content = row["json"] if isinstance(row.get("json"), dict) else {}
+    content = {} if row.get("json") is None else row["json"]
+    if not isinstance(content, dict):
+        raise BadRow(f"`json` is {shown(content)}; expected a mapping of column names to values.")
     caption = {} if row.get("txt") is None else {"text": row["txt"]}
     return record_of({**content, **caption, "images": images_of(row)}, prompt=prompt)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from alignvlm.data.images import read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
 
@@ -28,6 +30,21 @@ def said(record: Record) -> list[list[str | None]]:
 
 def lines(folder: Path, name: str, rows: list[dict], encoding: str = "utf-8") -> None:
     (folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=encoding)
+
+
+def png(shade: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def tar(path: Path, members: dict[str, bytes | str]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            content = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
 
 
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
@@ -87,7 +104,7 @@ def test_another_encoding_is_named_with_the_file(tmp_path, name, streaming):
 
 
 @both_ways
-@pytest.mark.parametrize("written", [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "image,text\n"), ("a.csv", ""), ("a.txt", "\n")])  # fmt: skip
+@pytest.mark.parametrize("written", [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "image,text\n"), ("a.csv", ""), ("a.txt", "\n"), ("a.tar", "\0" * 10240)])  # fmt: skip
 def test_a_file_without_rows_is_called_that(tmp_path, written, streaming):
     (tmp_path / written[0]).write_text(written[1])
     with pytest.raises(ValueError, match=f"^{written[0]} has no rows of split 'train'"):
@@ -114,9 +131,7 @@ def test_texts_of_csv_keep_line_breaks_quotes_and_length(tmp_path, streaming):
 
 @both_ways
 def test_no_image_in_a_list_of_images_is_a_bad_row(tmp_path, streaming):
-    picture = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(picture, "PNG")
-    there = {"bytes": picture.getvalue(), "path": None}
+    there = {"bytes": png(0), "path": None}
     rows = [
         {"images": [there, there], "text": "two"},
         {"images": [there, None], "text": "one"},
@@ -127,3 +142,63 @@ def test_no_image_in_a_list_of_images_is_a_bad_row(tmp_path, streaming):
         records_of(tmp_path, streaming, data="rows.parquet")
     source = read_source({"data": "rows.parquet"}, tmp_path, streaming, max_bad_rows=0.01)
     assert [len(row["images"]) for row in (source.rows if streaming else source) if row["conversations"]] == [2, 0]
+
+
+@both_ways
+def test_all_images_of_a_webdataset_are_seen(tmp_path, streaming):
+    """`datasets` tells columns by the first five samples: of all others it dropped images of another type, and captions became plain text."""
+    kinds = ["png"] * 6 + ["jpeg", "PNG", "gif", "bmp", "tiff", "webp"]
+    members = {}
+    for index, kind in enumerate(kinds):
+        members[f"{index:02}.{kind}"] = png(20 * index, "PNG" if kind == "PNG" else kind)
+        members |= {f"{index:02}.txt": f"Number {index}."} if index % 2 else {f"{index:02}.json": json.dumps({"caption": f"Number {index}.", "extra": {f"k{index}": index}})}  # fmt: skip
+    tar(tmp_path / "shard.tar", members)
+    found = records_of(tmp_path, streaming, data="shard.tar")
+    assert [said(record)[0][-1] for record in found] == [f"Number {index}." for index in range(12)]
+    for index, record in enumerate(found):
+        (image,) = record.images
+        assert abs(read_image(image).getpixel((0, 0))[0] - 20 * index) < 3
+
+
+@both_ways
+def test_images_of_a_sample_are_in_the_order_of_their_numbers(tmp_path, streaming):
+    tar(tmp_path / "shard.tar", {"a.txt": "Many."} | {f"a.{index}.png": png(20 * index) for index in range(12)})
+    (record,) = records_of(tmp_path, streaming, data="shard.tar")
+    assert [read_image(image).getpixel((0, 0))[0] for image in record.images] == [20 * index for index in range(12)]
+
+
+@both_ways
+def test_members_of_a_sample_may_stand_apart_and_others_are_left_out(tmp_path, streaming):
+    """As `tar cf shard.tar *.png *.txt` writes them, on macOS with resource forks."""
+    images, texts = {f"photos/{i}.png": png(i) for i in range(3)}, {f"photos/{i}.txt": f"T{i}." for i in range(3)}
+    tar(tmp_path / "shard.tar", {**images, "._0.png": b"fork", "README": "?", "LICENSE.md": "?", **texts})
+    found = records_of(tmp_path, streaming, data="shard.tar")
+    assert [said(record)[0][-1] for record in found] == ["T0.", "T1.", "T2."]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "members, problem",
+    [
+        ({"a.json": "{x"}, r"sample a: `json` is not JSON \(Expecting property name"),
+        ({"a.json": "[1]"}, r"sample a: `json` is \[1\]; expected a mapping"),
+        ({"a.txt": b"L\xf6we"}, "sample a: `txt` is not UTF-8 text"),
+    ],
+)
+def test_a_bad_sample_is_named_or_skipped(tmp_path, members, problem, streaming):
+    tar(tmp_path / "shard.tar", {"a.png": png(0), **members, "b.png": png(1), "b.txt": "Fine."})
+    with pytest.raises(BadRow, match=rf"^shard.tar, {problem}"):
+        records_of(tmp_path, streaming, data="shard.tar")
+    source = read_source({"data": "shard.tar"}, tmp_path, streaming, max_bad_rows=0.01)
+    good = [row for row in (source.rows if streaming else source) if row["conversations"]]
+    assert [row["conversations"][0]["responses"] for row in good] == [["Fine."]]
+
+
+@both_ways
+def test_a_damaged_tar_file_is_named(tmp_path, streaming):
+    tar(tmp_path / "shard.tar", {f"{i}.png": png(i) for i in range(40)})
+    whole = (tmp_path / "shard.tar").read_bytes()
+    for content in (b"", b"text" * 1000, whole[:3000]):
+        (tmp_path / "shard.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=r"shard\.tar is no complete tar file"):
+            records_of(tmp_path, streaming, data="shard.tar")
