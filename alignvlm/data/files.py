@@ -12,7 +12,17 @@ from typing import Any, TextIO
 
 import huggingface_hub
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -156,7 +166,10 @@ def _local(
         named = [path / name for name in _names(split) if (path / name).is_dir()]
         rows = load_dataset("imagefolder", data_dir=str((named or [path])[0]), split="train", streaming=streaming)
         return Rows(rows, {"data": path.name, "split": split}, partial(_numbered, path.name), folder)
-    files = [path] if path.is_file() else _files(path / config if config else path, split)
+    within = path / config if config else path
+    if any((within / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved(within, split, streaming, hash_all)
+    files = [path] if path.is_file() else _files(within, split)
     if not files:
         raise ValueError(
             f"{path} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
@@ -185,6 +198,26 @@ def _local(
         )
     identity = {"data": path.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
     return Rows(rows, identity, place, folder)
+
+
+def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
+    """Reads what `save_to_disk` of `datasets` wrote: all rows of a `Dataset`, or a split of a `DatasetDict`.
+
+    Raises:
+        ValueError: for a split that is not there.
+    """
+    saved = load_from_disk(folder)
+    if isinstance(saved, DatasetDict):
+        chosen = [name for name in saved if name in _names(split)]
+        if not chosen:
+            raise ValueError(f"{folder} has no split {split!r}; its splits: {', '.join(saved)}.")
+        rows = concatenate_datasets([saved[name] for name in chosen])
+    else:
+        rows, chosen = saved, ["."]
+    files = sorted(file for name in chosen for file in (folder / name).glob("*.arrow"))
+    identity = {"data": folder.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
+    rows = rows.to_iterable_dataset() if streaming else rows
+    return Rows(rows, identity, partial(_numbered, f"{folder.name}, split {split}"), folder)
 
 
 def _place_of_chosen(place: Callable[[int], str], chosen: list[int], index: int) -> str:
@@ -220,9 +253,13 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _file_identity(file: Path, hashed: bool) -> dict:
-    """Returns the name, the bytes and the SHA-256; the SHA-256 of parquet and tar files, which hold the images, only if `hashed`."""
+    """Returns the name, the bytes and the SHA-256; the SHA-256 of parquet, arrow and tar files, which hold the images, only if `hashed`."""
     identity = {"name": file.name, "bytes": file.stat().st_size}
-    return {**identity, "sha256": sha256_of([file])} if hashed or file.suffix not in (".parquet", ".tar") else identity
+    return (
+        {**identity, "sha256": sha256_of([file])}
+        if hashed or file.suffix not in (".parquet", ".arrow", ".tar")
+        else identity
+    )
 
 
 def _is_karpathy(file: Path) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageColumn
 from PIL import Image
 
 from alignvlm.data.images import read_image
@@ -202,3 +204,36 @@ def test_a_damaged_tar_file_is_named(tmp_path, streaming):
         (tmp_path / "shard.tar").write_bytes(content)
         with pytest.raises(ValueError, match=r"shard\.tar is no complete tar file"):
             records_of(tmp_path, streaming, data="shard.tar")
+
+
+def trl_rows(*answers: str) -> Dataset:
+    """Rows as TRL's examples make them, an image in each part; Arrow fills the keys that a part does not have with None."""
+    part = {"type": Value("string"), "text": Value("string"), "image": ImageColumn()}
+    features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
+    rows = [
+        [
+            {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (4, 4), (20 * i, 0, 0))}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        for i, answer in enumerate(answers)
+    ]  # fmt: skip
+    return Dataset.from_list([{"messages": messages} for messages in rows], features=features)
+
+
+@both_ways
+def test_what_save_to_disk_wrote_is_read(tmp_path, streaming):
+    trl_rows("A.", "B.").save_to_disk(tmp_path / "alone")
+    DatasetDict(train=trl_rows("C."), validation=trl_rows("D.")).save_to_disk(tmp_path / "splits")
+    for arguments, expected in (
+        ({"data": "alone"}, ["A.", "B."]),
+        ({"data": "splits"}, ["C."]),
+        ({"data": "splits", "split": "val"}, ["D."]),
+        ({"data": "splits", "split": "train+validation"}, ["C.", "D."]),
+    ):
+        found = records_of(tmp_path, streaming, **arguments)
+        assert [said(record) for record in found] == [[[None, "What?", answer]] for answer in expected]
+        assert [len(record.images) for record in found] == [1] * len(expected)
+    identity = read_source({"data": "splits"}, tmp_path).identity
+    assert [file["name"] for file in identity["files"]] == ["data-00000-of-00001.arrow"]
+    with pytest.raises(ValueError, match="splits has no split 'test'; its splits: train, validation"):
+        records_of(tmp_path, streaming, data="splits", split="test")
