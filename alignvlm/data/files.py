@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,17 @@ FILE_TYPES = ("json", "jsonl", "csv", "parquet", "txt", "tar")
 NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
 csv.field_size_limit(1 << 30)  # of a text; by default 128 KiB
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
+SPLIT_WORDS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "test",
+    "testing",
+    "eval",
+}  # in names of files
 
 
 @dataclass
@@ -190,7 +202,7 @@ def _local(
             values = rows.select_columns(["split"])[:]["split"]
             chosen = [index for index, value in enumerate(values) if value in wanted]
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
-    named = files[0].name.startswith(_names(split))
+    named = files[0].name.startswith(_names(split)) or _words(files[0], folder) & set(_names(split))
     if path.is_dir() and not named and not has_splits and split != "train":
         raise ValueError(
             f"No file in {path} is named after the split {split!r} ({split}-*.parquet, {split}.jsonl), and its rows have no column "
@@ -248,8 +260,31 @@ def _files(folder: Path, split: str) -> list[Path]:
         return [file for file in named if file.suffix == named[0].suffix]
     for pattern in ("dataset_*.json", "**/*.parquet", "*.jsonl", "*.json", "*.csv", "*.tar", "*.txt"):
         if files := sorted(folder.glob(pattern)):
-            return files
+            return _of_split(files, folder, split)
     return []
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Returns the files whose names, or whose folders' names, hold the split's (`my_train.jsonl`, `train/0.parquet`); without any, those that
+    are named after no split.
+
+    Raises:
+        ValueError: if all are named after other splits.
+    """
+    found = [file for file in files if _words(file, folder) & set(_names(split))]
+    found = found or [file for file in files if not _words(file, folder) & SPLIT_WORDS]
+    if not found:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
+        raise ValueError(
+            f"The files in {folder} are named after other splits than {split!r}: {names}. Name the split, or the file itself to take all of its "
+            "rows."
+        )
+    return found
+
+
+def _words(file: Path, folder: Path) -> set[str]:
+    """Returns the words of a file's path below a folder."""
+    return set(re.findall("[a-z]+", str(file.relative_to(folder)).lower()))
 
 
 def _file_identity(file: Path, hashed: bool) -> dict:

@@ -237,3 +237,27 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, streaming):
     assert [file["name"] for file in identity["files"]] == ["data-00000-of-00001.arrow"]
     with pytest.raises(ValueError, match="splits has no split 'test'; its splits: train, validation"):
         records_of(tmp_path, streaming, data="splits", split="test")
+
+
+@both_ways
+@pytest.mark.parametrize("names", [("my_train.jsonl", "my_test.jsonl"), ("train/0.parquet", "test/0.parquet"), ("train_0.parquet", "test_0.parquet"), ("rows.jsonl", "test.jsonl")])  # fmt: skip
+def test_a_folders_test_rows_are_not_trained(tmp_path, names, streaming):
+    for name, text in zip(names, ("For training.", "For testing.")):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("parquet"):
+            pq.write_table(pa.Table.from_pylist([{"text": text}]), tmp_path / "data" / name)
+        else:
+            lines(tmp_path / "data", name, [{"text": text}])
+    for split, text in (("train", "For training."), ("test", "For testing.")):
+        (record,) = records_of(tmp_path, streaming, data="data", split=split)
+        assert said(record) == [[text]]
+
+
+def test_a_folder_of_other_splits_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("test.jsonl", "my-dev.jsonl"):
+        lines(tmp_path / "data", name, [{"text": "A."}])
+    with pytest.raises(
+        ValueError, match=r"named after other splits than 'train': my-dev\.jsonl, test\.jsonl\. Name the split"
+    ):
+        records_of(tmp_path, data="data")
