@@ -174,13 +174,16 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
         pieces = [piece.strip() for piece in said.split(IMAGE_TOKEN)]
         parts = [part for piece in pieces for part in (_IMAGE, {"type": "text", "text": piece})][1:]
         return [part for part in parts if part["type"] == "image" or part["text"]]
-    parts = []
+    parts: list[dict] = []
     for index, part in enumerate(value):
         place = f"{column}[{index}]"
         kind = entry(part, "type", place)
         if kind == "text":
-            said = text(part.get("text"), f"{place}.text", may_be_empty=True)
-            parts += [{"type": "text", "text": said}] if said else []
+            text(part.get("text"), f"{place}.text", may_be_empty=True)
+            if parts and parts[-1]["type"] == "text":  # as a chat template writes them: nothing between them
+                parts[-1]["text"] += part["text"]
+            else:
+                parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
             if speaker != "user":
                 raise BadRow(f"`{place}` is an image of the {speaker}; only the user shows images.")
@@ -189,6 +192,8 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
             parts.append(_IMAGE)
         else:
             raise BadRow(f"`{place}.type` is {shown(kind)}. Valid types: text, image.")
+    parts = [part if part["type"] == "image" else {**part, "text": part["text"].strip()} for part in parts]
+    parts = [part for part in parts if part["type"] == "image" or part["text"]]
     if speaker == "assistant" and not parts:
         raise BadRow(f"`{column}` is empty. Fill it in, or remove the row.")
     return parts

@@ -68,7 +68,7 @@ def test_an_image_stays_where_it_is_shown(turns):
     typed, placeholders, own = [], [], []
     for asked, answered in turns:
         answer = {"role": "assistant", "content": answered}
-        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in asked]
+        parts = [{"type": "image"} if part is None else {"type": "text", "text": f"{part}\n"} for part in asked]
         typed += [{"role": "user", "content": parts}, answer]
         text = "\n".join("<image>" if part is None else part for part in asked)
         placeholders += [{"from": "human", "value": text}, {"from": "gpt", "value": answered}]
@@ -85,7 +85,6 @@ def test_an_image_stays_where_it_is_shown(turns):
     for record in found:
         assert record.images == images and record.conversations[0].image_count == count
     assert shape(found[0]) == shape(found[2])
-    # Texts that follow each other are one line each where they are written as one text.
     assert [images_and_words(record) for record in found] == [images_and_words(found[0])] * 3
 
 
@@ -320,3 +319,30 @@ def test_an_empty_column_of_images_does_not_hide_a_filled_one():
     assert images_of({"images": [], "filename": "scan.pdf"}) == images_of({"image": ""}) == []
     with pytest.raises(BadRow, match="An image is ''"):
         images_of({"images": ["0.jpg", ""]})
+
+
+def test_texts_that_follow_each_other_in_parts_keep_their_white_space():
+    """As a chat template writes them; the last answer was joined by line breaks, and the others lost what stood between their words."""
+
+    def parts(*texts: str) -> list[dict]:
+        return [{"type": "text", "text": said} for said in texts]
+
+    row = {
+        "image": "0.png",
+        "messages": [
+            {
+                "role": "user",
+                "content": [*parts(" Look:\n", "1. red\n"), {"type": "image"}, *parts("What ", "is it? ")],
+            },
+            {"role": "assistant", "content": parts("A ", "cat.")},
+            {"role": "user", "content": parts("Sure", "?")},
+            {"role": "assistant", "content": parts("Yes", ", ", "", "I am. ")},
+        ],
+    }
+    (said,) = messages(row).conversations
+    assert [[part.get("text") for part in message["content"]] for message in said.messages] == [
+        ["Look:\n1. red", None, "What is it?"],
+        ["A cat."],
+        ["Sure?"],
+    ]
+    assert said.responses == ["Yes, I am."]
