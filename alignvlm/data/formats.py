@@ -275,7 +275,14 @@ def messages(row: dict) -> Record:
     images = images_of(row)
     turns = turns_of(row["messages"], "messages", "role", "content", images)
     _check_one_place(row, images)
-    return conversation(turns, images, "messages")
+    return conversation([*_system(row, turns), *turns], images, "messages")
+
+
+def _system(row: dict, turns: list[Turn]) -> list[Turn]:
+    """Returns the turn of a column `system`; none if it is empty, or if the turns have a system message of their own."""
+    if not _filled(row.get("system")) or any(speaker == "system" for speaker, _ in turns):
+        return []
+    return [("system", parts_of(row["system"], "system", "system", []))]
 
 
 def _check_one_place(row: dict, images: list[Any]) -> None:
@@ -290,14 +297,21 @@ def _check_one_place(row: dict, images: list[Any]) -> None:
 def prompt_completion(row: dict) -> Record:
     """Reads TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages.
 
-    The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained.
+    The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained. Alpaca's
+    `input` stands below its `instruction`; `system` and `history` (earlier prompts with their answers) stand before.
     """
     images = images_of(row)
     asked = next(name for name in PROMPTS if row.get(name) is not None)
     answered = next((name for name in COMPLETIONS if row.get(name) is not None), COMPLETIONS[0])
+    if asked == "instruction" and _filled(row.get("input")) and isinstance(row[asked], str):
+        below = text(row["input"], "input", may_be_empty=True, may_hold_images=True)
+        row = {**row, asked: f"{row[asked].strip()}\n{below}".strip()}
     if row[asked] == "" and not images:
         return Record([], [one_turn("", [text(row.get(answered), answered)])])
     turns: list[Turn] = []
+    for index, pair in enumerate(row.get("history") or []):
+        for speaker, said in zip(("user", "assistant"), items(pair, f"history[{index}]"), strict=True):
+            turns.append((speaker, parts_of(said, f"history[{index}]", speaker, images)))
     for name, speaker in ((asked, "user"), (answered, "assistant")):
         if isinstance(row.get(name), list):
             turns += turns_of(row[name], name, "role", "content", images)
@@ -313,7 +327,7 @@ def prompt_completion(row: dict) -> Record:
             f"`{asked}` and `{answered}` both hold turns of the assistant, the latter several. Write the row as `messages`, which trains "
             "all answers, or as one row per answer."
         )
-    found = conversation(turns, images, f"{asked}` and `{answered}")
+    found = conversation([*_system(row, turns), *turns], images, f"{asked}` and `{answered}")
     (said,) = found.conversations
     return Record(found.images, [replace(said, train_on="all" if trained > 1 else "last")])
 
@@ -332,8 +346,7 @@ def llava(row: dict, *, prompt: str | None = None) -> Record:
     first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else {}
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     turns = turns_of(row["conversations"], "conversations", *keys, images)
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        turns.insert(0, ("system", parts_of(row["system"], "system", "system", images)))
+    turns = [*_system(row, turns), *turns]
     if prompt is not None:
         asked = {"type": "text", "text": prompt.strip()}
         turns = [
@@ -362,6 +375,7 @@ def preference(row: dict) -> Record:
             else:
                 turns.append((speaker, parts_of(row.get(column), column, speaker, images)))
         _check_one_place(row, images)
+        turns = [*_system(row, turns), *turns]
         found[name] = conversation(turns, images, f"{asked}` and `{name}" if asked else name, "preference")
     better, worse = (found[name].conversations[0] for name in ("chosen", "rejected"))
     if better.messages != worse.messages:

@@ -346,3 +346,26 @@ def test_texts_that_follow_each_other_in_parts_keep_their_white_space():
         ["Sure?"],
     ]
     assert said.responses == ["Yes, I am."]
+
+
+ALPACA = {"instruction": "Translate to French.", "input": "The cat", "output": "Le chat", "system": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (ALPACA, ["Be brief.", "Translate to French.\nThe cat", "Le chat"]),
+        ({**ALPACA, "input": "", "system": None}, ["Translate to French.", "Le chat"]),
+        ({**ALPACA, "instruction": "", "system": ""}, ["The cat", "Le chat"]),
+        ({**ALPACA, "history": [["Hi", "Salut"]]}, ["Be brief.", "Hi", "Salut", "Translate to French.\nThe cat", "Le chat"]),
+        ({"messages": said("Hi", "Hello"), "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+        ({"messages": [{"role": "system", "content": "Own."}, *said("Hi", "Hello")], "system": "Be kind."}, ["Own.", "Hi", "Hello"]),
+        ({"prompt": said("Hi"), "completion": "Hello", "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No", "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+    ],
+)  # fmt: skip
+def test_what_stands_in_columns_beside_the_prompt_is_said_too(row, expected):
+    """Alpaca's `input` was left out: "Translate to French." was trained to be answered by "Le chat"."""
+    (found,) = record_of(row).conversations
+    assert [part["text"] for message in found.messages for part in message["content"]] + found.responses == expected
+    assert found.train_on == "last"
