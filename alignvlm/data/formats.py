@@ -5,6 +5,7 @@ that is not opened yet. It returns None for a row that the options leave out, an
 `FORMATS` names the functions; `record_of` chooses one by a row's columns.
 """
 
+import base64
 import inspect
 import re
 from collections import Counter
@@ -28,6 +29,7 @@ CAPTION_COLUMNS = (
 IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # columns of a webdataset
 IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # of the bytes of an image file
+LONGEST_PATH = 4096  # characters, on Linux
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -124,6 +126,12 @@ def _filled(value: Any) -> bool:
 def _image(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
+    if isinstance(value, str) and value.startswith("data:"):
+        return {"bytes": _of_data_url(value), "path": None}
+    if isinstance(value, str) and len(value) > LONGEST_PATH:
+        raise BadRow(
+            f"An image is a text of {len(value):,} characters, {shown(value)}, too long for a path. Write base64 as data:image/jpeg;base64,..."
+        )
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise BadRow(f"An image is at {shown(value)}. Images are not fetched while training: download them first.")
     if not isinstance(value, (str, dict, Image.Image)) or value == "":
@@ -154,6 +162,19 @@ def _looks_like_an_image(value: Any) -> bool:
     if isinstance(value, bytes):
         return value.startswith(IMAGE_BEGINNINGS)
     return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
+
+
+def _of_data_url(value: str) -> bytes:
+    """Returns the bytes of an image that stands in its address, as in messages for OpenAI's API."""
+    head, _, content = value.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError(f"it begins with {shown(head)}")
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise BadRow(
+            f"An image is a data URL that is not base64: {error}. Write data:image/jpeg;base64,..."
+        ) from error
 
 
 # Conversations: what is said, by whom, and where its images stand.

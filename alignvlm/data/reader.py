@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -97,6 +98,9 @@ class Reader:
         return self if self.images is None else replace(self, images=replace(self.images, loads=False))
 
     def _placed(self, image: Any) -> Any:
+        """Returns an image with the folder where its path starts; an absolute path in a mapping was made by `datasets`."""
+        if isinstance(image, dict) and image.get("bytes") is None and not os.path.isabs(image.get("path") or os.sep):
+            image = image["path"]
         if not isinstance(image, str):
             return image
         return {"bytes": None, "path": image, "folder": None if self.folder is None else str(self.folder)}

@@ -1,5 +1,6 @@
 """Files as people have them: what is read is what is written in them."""
 
+import base64
 import io
 import json
 import tarfile
@@ -12,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from alignvlm.data.images import read_image
+from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
 
@@ -261,3 +262,58 @@ def test_a_folder_of_other_splits_is_refused(tmp_path):
         ValueError, match=r"named after other splits than 'train': my-dev\.jsonl, test\.jsonl\. Name the split"
     ):
         records_of(tmp_path, data="data")
+
+
+@both_ways
+def test_images_are_found_in_every_form_that_names_them(tmp_path, streaming):
+    """A data URL as in messages for OpenAI's API, a mapping of a path, and paths with every sign."""
+    odd = "a b/ünï [1] #2 50%.png"
+    (tmp_path / "a b").mkdir()
+    (tmp_path / odd).write_bytes(png(40))
+    url = "data:image/png;base64," + base64.b64encode(png(40)).decode()
+    asked = {"type": "text", "text": "What?"}
+    forms = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": {"url": odd}},
+        {"type": "image", "image": url},
+        {"type": "image", "image": {"path": odd, "bytes": None}},
+        {"type": "image", "path": odd},
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": [form, asked]}, {"role": "assistant", "content": f"{i}."}]}
+        for i, form in enumerate(forms)
+    ]
+    lines(tmp_path, "rows.jsonl", [*rows, {"image": url, "text": "5."}, {"images": [{"path": odd}], "text": "6."}])
+    found = records_of(tmp_path, streaming, data="rows.jsonl")
+    assert [said(record)[0][-1] for record in found] == [f"{i}." for i in range(7)]
+    assert [read_image(record.images[0]).getpixel((0, 0)) for record in found] == [(40, 0, 0)] * 7
+
+
+@pytest.mark.parametrize(
+    "image, problem",
+    [
+        ("data:image/png;base64,%%%", "An image is a data URL that is not base64"),
+        ("data:image/png,abc", "An image is a data URL that is not base64: it begins with 'data:image/png'"),
+        (
+            "iVBORw0KGgo" * 500,
+            r"An image is a text of 5,500 characters, 'iVBORw.*too long for a path. Write base64 as data:",
+        ),
+    ],
+)
+def test_an_image_that_is_no_path_is_named_in_one_line(tmp_path, image, problem):
+    lines(tmp_path, "rows.jsonl", [{"image": image, "text": "A."}])
+    with pytest.raises(BadRow, match=f"^rows.jsonl, line 1: {problem}") as error:
+        records_of(tmp_path, data="rows.jsonl")
+    assert len(str(error.value)) < 400
+
+
+@both_ways
+def test_a_path_out_of_the_folder_is_a_bad_image_when_it_is_read(tmp_path, streaming):
+    """Also of a stream: `on_bad_image: skip` leaves it out."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "out.png").write_bytes(png(0))
+    for path in ("../out.png", str(tmp_path / "out.png")):
+        lines(tmp_path / "data", "rows.jsonl", [{"image": path, "text": "A."}])
+        (record,) = records_of(tmp_path / "data", streaming, data="rows.jsonl")
+        with pytest.raises(BadImage, match=r"out\.png.* leads out of the folder"):
+            read_image(record.images[0])
