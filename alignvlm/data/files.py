@@ -1,6 +1,7 @@
 """Reads the rows of a split from the Hub or from disk, and tells what was read and where each row stands."""
 
 import csv
+import glob
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -176,7 +177,8 @@ def _local(
     folder = path if path.is_dir() else path.parent
     if folder_of_images:
         named = [path / name for name in _names(split) if (path / name).is_dir()]
-        rows = load_dataset("imagefolder", data_dir=str((named or [path])[0]), split="train", streaming=streaming)
+        data_dir = glob.escape(str((named or [path])[0]))  # `datasets` takes names for patterns
+        rows = load_dataset("imagefolder", data_dir=data_dir, split="train", streaming=streaming)
         return Rows(rows, {"data": path.name, "split": split}, partial(_numbered, path.name), folder)
     within = path / config if config else path
     if any((within / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -407,7 +409,7 @@ def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
     if files[0].suffix != ".parquet":
         return _load_as_written(files, keep_bad_lines)
     try:
-        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     except (DatasetGenerationError, ValueError) as error:
         names = ", ".join(file.name for file in files)
         raise ValueError(

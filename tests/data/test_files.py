@@ -317,3 +317,21 @@ def test_a_path_out_of_the_folder_is_a_bad_image_when_it_is_read(tmp_path, strea
         (record,) = records_of(tmp_path / "data", streaming, data="rows.jsonl")
         with pytest.raises(BadImage, match=r"out\.png.* leads out of the folder"):
             read_image(record.images[0])
+
+
+@both_ways
+def test_a_folders_name_is_no_pattern(tmp_path, streaming):
+    folder = tmp_path / "photos [2024] {a,b}"
+    for name, shade in (("by_label/cat", 20), ("by_label/dog", 40), ("described/sub", 60)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0 [a].png").write_bytes(png(shade))
+    lines(folder / "described", "metadata.jsonl", [{"file_name": "sub/0 [a].png", "text": "A cat."}])
+    pq.write_table(pa.Table.from_pylist([{"image": png(80), "text": "A cow."}]), folder / "rows [1].parquet")
+    for arguments, expected in (
+        ({"name": "imagefolder", "data": "by_label"}, [("cat", 20), ("dog", 40)]),
+        ({"name": "imagefolder", "data": "described"}, [("A cat.", 60)]),
+        ({"data": "described"}, [("A cat.", 60)]),
+        ({"data": "rows [1].parquet"}, [("A cow.", 80)]),
+    ):
+        found = records_of(folder, streaming, **arguments)
+        assert [(said(r)[0][-1], read_image(r.images[0]).getpixel((0, 0))[0]) for r in found] == expected
