@@ -540,6 +540,28 @@ def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str
     return Record(images, [replace(turn, choices=choices)])
 
 
+def own_choices(row: dict, *, instruction: str = BY_LETTER) -> Record:
+    """Reads `multiple_choice` of anybody's data: the `answer` may also be the right choice itself.
+
+    Raises:
+        BadRow: also for an answer that is a choice, and the index of another.
+    """
+    name = "choices" if _filled(row.get("choices")) else "options"
+    choices = [text(choice, f"{name}[{index}]") for index, choice in enumerate(items(row[name], name))]
+    answer = row.get("answer")
+    if isinstance(answer, str) and answer.strip() in choices:
+        answer = answer.strip()
+        index = choices.index(answer)
+        others = [int(answer)] if answer.isdecimal() else []
+        others += [letters_of(len(choices)).index(answer)] if answer in letters_of(len(choices)) else []
+        if any(other != index and other < len(choices) for other in others):
+            raise BadRow(
+                f"`answer` is {shown(answer)}, which is one of `{name}` and the index or letter of another. Write the index as a number."
+            )
+        answer = index
+    return multiple_choice({**row, name: choices, "answer": answer}, instruction=instruction)
+
+
 def letters_of(count: int) -> list[str]:
     """Returns the letters of that number of choices."""
     return [chr(ord("A") + index) for index in range(count)]
@@ -660,6 +682,7 @@ FORMATS: dict[str, Format] = {
     "record": Format(record, (("conversations",),)),
     "preference": Format(preference, (("chosen",), ("rejected",))),
     "llava": Format(llava, (("conversations",),)),
+    "multiple_choice": Format(own_choices, (("question",), ("choices", "options"), ("answer",))),
     "question": Format(question, (("question",), ANSWERS)),
     "prompt_completion": Format(prompt_completion, (PROMPTS, COMPLETIONS)),
     "captions": Format(captions, (IMAGE_COLUMNS, (*CAPTION_COLUMNS, "text"))),

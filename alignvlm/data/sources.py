@@ -213,6 +213,9 @@ def _schema(name: str, kind: DataSet, common: dict, options: dict) -> Callable[.
     for key, valid in (("format", tuple(FORMATS)), ("turns", TURNS), ("train_on", TRAIN_ON)):
         if common[key] is not None and common[key] not in valid:
             raise ValueError(f"Source {name!r}: {key}={common[key]!r}. Valid values: {', '.join(valid)}.")
+    limit = common["limit"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"Source {name!r}: limit={limit!r}. Expected a number of records, 1 or more.")
     read = kind.read if common["format"] is None else FORMATS[common["format"]].read
     valid = options_of(read)
     if unknown := set(options) - set(valid):

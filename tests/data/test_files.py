@@ -335,3 +335,11 @@ def test_a_folders_name_is_no_pattern(tmp_path, streaming):
     ):
         found = records_of(folder, streaming, **arguments)
         assert [(said(r)[0][-1], read_image(r.images[0]).getpixel((0, 0))[0]) for r in found] == expected
+
+
+@both_ways
+@pytest.mark.parametrize("limit", [0, -1, "2", 1.5, True])
+def test_a_limit_is_a_number_of_records(tmp_path, limit, streaming):
+    lines(tmp_path, "rows.jsonl", [{"text": f"{i}."} for i in range(3)])
+    with pytest.raises(ValueError, match=rf"limit={limit!r}\. Expected a number of records, 1 or more"):
+        records_of(tmp_path, streaming, data="rows.jsonl", limit=limit)

@@ -369,3 +369,25 @@ def test_what_stands_in_columns_beside_the_prompt_is_said_too(row, expected):
     (found,) = record_of(row).conversations
     assert [part["text"] for message in found.messages for part in message["content"]] + found.responses == expected
     assert found.train_on == "last"
+
+
+@pytest.mark.parametrize("answer, letter", [("dog", "B"), ("B", "B"), (0, "A"), ("1", "B")])
+@pytest.mark.parametrize("column", ["choices", "options"])
+def test_the_choices_of_a_question_are_asked(answer, letter, column):
+    """They were left out: "Which?" was trained to be answered by "B"."""
+    found = record_of({"image": "0.png", "question": "Which?", column: ["cat", "dog"], "answer": answer})
+    (asked,) = found.conversations
+    assert asked.prompt.startswith("Which?\nA. cat\nB. dog\n") and asked.responses == [letter]
+    assert found.images == ["0.png"] and asked.choices == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("answer", ["2", "cow"])
+def test_an_answer_that_names_no_choice_or_two_is_refused(answer):
+    row = {"image": "0.png", "question": "How many?", "choices": ["1", "2", "3"]}
+    with pytest.raises(BadRow, match="`answer` is"):
+        record_of({**row, "answer": answer})
+    assert record_of({**row, "answer": 1}).conversations[0].responses == ["B"]
+
+
+def test_a_question_whose_choices_are_empty_is_a_question():
+    assert record_of({"question": "What?", "options": [], "answer": "A cat."}).conversations[0].responses == ["A cat."]
