@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from datasets import Image as ImageColumn
 from PIL import Image
 
 from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.mixture import load_mixture
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
 
@@ -343,3 +345,21 @@ def test_a_limit_is_a_number_of_records(tmp_path, limit, streaming):
     lines(tmp_path, "rows.jsonl", [{"text": f"{i}."} for i in range(3)])
     with pytest.raises(ValueError, match=rf"limit={limit!r}\. Expected a number of records, 1 or more"):
         records_of(tmp_path, streaming, data="rows.jsonl", limit=limit)
+
+
+def test_a_stream_mixes_paths_of_images_bytes_and_texts(tmp_path):
+    """As of LLaVA's json, a webdataset and plain text: `datasets` takes the features of each from its first record."""
+    (tmp_path / "0.png").write_bytes(png(20))
+    lines(tmp_path, "paths.jsonl", [{"image": "0.png", "text": "Path."}])
+    tar(tmp_path / "bytes.tar", {"0.png": png(40), "0.txt": "Bytes."})
+    lines(tmp_path, "texts.jsonl", [{"text": "Text."}])
+    sources = [
+        {"data": name, "share": share}
+        for name, share in (("paths.jsonl", 0.4), ("bytes.tar", 0.4), ("texts.jsonl", 0.2))
+    ]
+    mixture = load_mixture(sources, lambda record: (4 * len(record["images"]), 4), tmp_path, streaming=True)
+    seen = {}
+    for record in islice(mixture.dataset, 60):
+        shades = [read_image(image).getpixel((0, 0))[0] for image in record["images"]]
+        seen[record["source"]] = (Record.from_row(record).conversations[0].responses, shades)
+    assert seen == {"paths.jsonl": (["Path."], [20]), "bytes.tar": (["Bytes."], [40]), "texts.jsonl": (["Text."], [])}
