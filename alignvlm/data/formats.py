@@ -5,7 +5,9 @@ that is not opened yet. It returns None for a row that the options leave out, an
 `FORMATS` names the functions; `record_of` chooses one by a row's columns.
 """
 
+import base64
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +27,9 @@ CAPTION_COLUMNS = (
     *("annotations_captions", "caption_str"),  # NoCaps, TextCaps
 )
 IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # columns of a webdataset
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # columns of a webdataset
+IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # of the bytes of an image file
+LONGEST_PATH = 4096  # characters, on Linux
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -78,7 +82,16 @@ def entry(value: Any, key: str, column: str) -> Any:
 
 def is_image_column(name: str) -> bool:
     """Tells whether a column of this name holds images or their paths."""
-    return name in IMAGE_COLUMNS or name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS
+    return name in IMAGE_COLUMNS or _has_image_extension(name)
+
+
+def _has_image_extension(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _as_counted(name: str) -> list:
+    """Returns a key that sorts names as people count: `2.jpg` before `10.jpg`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def images_of(row: dict) -> list[Any]:
@@ -87,10 +100,12 @@ def images_of(row: dict) -> list[Any]:
     Raises:
         BadRow: for something else.
     """
-    if row.get("images") is not None:
+    if _filled(row.get("images")):
         found = row["images"]
-    elif row.get("image") is not None:
+    elif _filled(row.get("image")):
         found = row["image"]
+    elif row.get("images") is not None:
+        found = []
     elif row.get("filename") is not None:  # Karpathy's split files
         found = "/".join(filter(None, [row.get("filepath"), row["filename"]]))
     elif row.get("file_name") is not None:
@@ -98,22 +113,68 @@ def images_of(row: dict) -> list[Any]:
     elif row.get("img_name") is not None:
         found = row["img_name"]
     else:
-        names = sorted(name for name in row if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS)
+        names = sorted((name for name in row if _has_image_extension(name)), key=_as_counted)
         found = [row[name] for name in names if row[name] is not None]
     found = found if isinstance(found, list) else [found]
     return [_image(image) for image in found]
 
 
+def _filled(value: Any) -> bool:
+    return value is not None and value != [] and value != ""
+
+
 def _image(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
+    if isinstance(value, str) and value.startswith("data:"):
+        return {"bytes": _of_data_url(value), "path": None}
+    if isinstance(value, str) and len(value) > LONGEST_PATH:
+        raise BadRow(
+            f"An image is a text of {len(value):,} characters, {shown(value)}, too long for a path. Write base64 as data:image/jpeg;base64,..."
+        )
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise BadRow(f"An image is at {shown(value)}. Images are not fetched while training: download them first.")
-    if not isinstance(value, (str, dict, Image.Image)):
+    if not isinstance(value, (str, dict, Image.Image)) or value == "":
         raise BadRow(
             f"An image is {shown(value)} ({type(value).__name__}), neither a path nor the bytes of a picture."
         )
     return value
+
+
+def check_no_image_is_left_out(row: dict) -> None:
+    """Refuses a row that has made a record without images if a column that no schema reads holds an image or the path of one.
+
+    Raises:
+        BadRow: naming the column.
+    """
+    known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
+    for name, value in row.items():
+        if name not in known and any(map(_looks_like_an_image, value if isinstance(value, list) else [value])):
+            raise BadRow(
+                f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`. For its texts alone, write `name: text`."
+            )
+
+
+def _looks_like_an_image(value: Any) -> bool:
+    """Tells whether a value is an image, the mapping that holds or stands for one, or the path of an image file; an address is not."""
+    if isinstance(value, str):  # texts of the web come with addresses
+        return "://" not in value and _has_image_extension(value)
+    if isinstance(value, bytes):
+        return value.startswith(IMAGE_BEGINNINGS)
+    return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
+
+
+def _of_data_url(value: str) -> bytes:
+    """Returns the bytes of an image that stands in its address, as in messages for OpenAI's API."""
+    head, _, content = value.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError(f"it begins with {shown(head)}")
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise BadRow(
+            f"An image is a data URL that is not base64: {error}. Write data:image/jpeg;base64,..."
+        ) from error
 
 
 # Conversations: what is said, by whom, and where its images stand.
@@ -134,13 +195,16 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
         pieces = [piece.strip() for piece in said.split(IMAGE_TOKEN)]
         parts = [part for piece in pieces for part in (_IMAGE, {"type": "text", "text": piece})][1:]
         return [part for part in parts if part["type"] == "image" or part["text"]]
-    parts = []
+    parts: list[dict] = []
     for index, part in enumerate(value):
         place = f"{column}[{index}]"
         kind = entry(part, "type", place)
         if kind == "text":
-            said = text(part.get("text"), f"{place}.text", may_be_empty=True)
-            parts += [{"type": "text", "text": said}] if said else []
+            text(part.get("text"), f"{place}.text", may_be_empty=True)
+            if parts and parts[-1]["type"] == "text":  # as a chat template writes them: nothing between them
+                parts[-1]["text"] += part["text"]
+            else:
+                parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
             if speaker != "user":
                 raise BadRow(f"`{place}` is an image of the {speaker}; only the user shows images.")
@@ -149,6 +213,8 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
             parts.append(_IMAGE)
         else:
             raise BadRow(f"`{place}.type` is {shown(kind)}. Valid types: text, image.")
+    parts = [part if part["type"] == "image" else {**part, "text": part["text"].strip()} for part in parts]
+    parts = [part for part in parts if part["type"] == "image" or part["text"]]
     if speaker == "assistant" and not parts:
         raise BadRow(f"`{column}` is empty. Fill it in, or remove the row.")
     return parts
@@ -230,7 +296,14 @@ def messages(row: dict) -> Record:
     images = images_of(row)
     turns = turns_of(row["messages"], "messages", "role", "content", images)
     _check_one_place(row, images)
-    return conversation(turns, images, "messages")
+    return conversation([*_system(row, turns), *turns], images, "messages")
+
+
+def _system(row: dict, turns: list[Turn]) -> list[Turn]:
+    """Returns the turn of a column `system`; none if it is empty, or if the turns have a system message of their own."""
+    if not _filled(row.get("system")) or any(speaker == "system" for speaker, _ in turns):
+        return []
+    return [("system", parts_of(row["system"], "system", "system", []))]
 
 
 def _check_one_place(row: dict, images: list[Any]) -> None:
@@ -245,14 +318,21 @@ def _check_one_place(row: dict, images: list[Any]) -> None:
 def prompt_completion(row: dict) -> Record:
     """Reads TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages.
 
-    The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained.
+    The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained. Alpaca's
+    `input` stands below its `instruction`; `system` and `history` (earlier prompts with their answers) stand before.
     """
     images = images_of(row)
     asked = next(name for name in PROMPTS if row.get(name) is not None)
     answered = next((name for name in COMPLETIONS if row.get(name) is not None), COMPLETIONS[0])
+    if asked == "instruction" and _filled(row.get("input")) and isinstance(row[asked], str):
+        below = text(row["input"], "input", may_be_empty=True, may_hold_images=True)
+        row = {**row, asked: f"{row[asked].strip()}\n{below}".strip()}
     if row[asked] == "" and not images:
         return Record([], [one_turn("", [text(row.get(answered), answered)])])
     turns: list[Turn] = []
+    for index, pair in enumerate(row.get("history") or []):
+        for speaker, said in zip(("user", "assistant"), items(pair, f"history[{index}]"), strict=True):
+            turns.append((speaker, parts_of(said, f"history[{index}]", speaker, images)))
     for name, speaker in ((asked, "user"), (answered, "assistant")):
         if isinstance(row.get(name), list):
             turns += turns_of(row[name], name, "role", "content", images)
@@ -268,7 +348,7 @@ def prompt_completion(row: dict) -> Record:
             f"`{asked}` and `{answered}` both hold turns of the assistant, the latter several. Write the row as `messages`, which trains "
             "all answers, or as one row per answer."
         )
-    found = conversation(turns, images, f"{asked}` and `{answered}")
+    found = conversation([*_system(row, turns), *turns], images, f"{asked}` and `{answered}")
     (said,) = found.conversations
     return Record(found.images, [replace(said, train_on="all" if trained > 1 else "last")])
 
@@ -287,8 +367,7 @@ def llava(row: dict, *, prompt: str | None = None) -> Record:
     first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else {}
     keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
     turns = turns_of(row["conversations"], "conversations", *keys, images)
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        turns.insert(0, ("system", parts_of(row["system"], "system", "system", images)))
+    turns = [*_system(row, turns), *turns]
     if prompt is not None:
         asked = {"type": "text", "text": prompt.strip()}
         turns = [
@@ -317,6 +396,7 @@ def preference(row: dict) -> Record:
             else:
                 turns.append((speaker, parts_of(row.get(column), column, speaker, images)))
         _check_one_place(row, images)
+        turns = [*_system(row, turns), *turns]
         found[name] = conversation(turns, images, f"{asked}` and `{name}" if asked else name, "preference")
     better, worse = (found[name].conversations[0] for name in ("chosen", "rejected"))
     if better.messages != worse.messages:
@@ -460,6 +540,28 @@ def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str
     return Record(images, [replace(turn, choices=choices)])
 
 
+def own_choices(row: dict, *, instruction: str = BY_LETTER) -> Record:
+    """Reads `multiple_choice` of anybody's data: the `answer` may also be the right choice itself.
+
+    Raises:
+        BadRow: also for an answer that is a choice, and the index of another.
+    """
+    name = "choices" if _filled(row.get("choices")) else "options"
+    choices = [text(choice, f"{name}[{index}]") for index, choice in enumerate(items(row[name], name))]
+    answer = row.get("answer")
+    if isinstance(answer, str) and answer.strip() in choices:
+        answer = answer.strip()
+        index = choices.index(answer)
+        others = [int(answer)] if answer.isdecimal() else []
+        others += [letters_of(len(choices)).index(answer)] if answer in letters_of(len(choices)) else []
+        if any(other != index and other < len(choices) for other in others):
+            raise BadRow(
+                f"`answer` is {shown(answer)}, which is one of `{name}` and the index or letter of another. Write the index as a number."
+            )
+        answer = index
+    return multiple_choice({**row, name: choices, "answer": answer}, instruction=instruction)
+
+
 def letters_of(count: int) -> list[str]:
     """Returns the letters of that number of choices."""
     return [chr(ord("A") + index) for index in range(count)]
@@ -535,17 +637,7 @@ def record(row: dict) -> Record:
 
 
 def plain_text(row: dict) -> Record:
-    """Reads a `text` without an image, which is trained without a chat template.
-
-    Raises:
-        BadRow: if another column names an image file: it would not be seen.
-    """
-    for name, value in row.items():
-        named = (
-            name != "text" and isinstance(value, str) and "://" not in value
-        )  # texts of the web come with addresses
-        if named and value.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-            raise BadRow(f"`{name}` is {shown(value)}, an image that is not seen: name the column `image`.")
+    """Reads a `text` without an image, which is trained without a chat template."""
     return Record([], [one_turn("", [text(row["text"], "text")])])
 
 
@@ -560,7 +652,9 @@ def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Rec
 
 def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
     """Reads a sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
-    content = row["json"] if isinstance(row.get("json"), dict) else {}
+    content = {} if row.get("json") is None else row["json"]
+    if not isinstance(content, dict):
+        raise BadRow(f"`json` is {shown(content)}; expected a mapping of column names to values.")
     caption = {} if row.get("txt") is None else {"text": row["txt"]}
     return record_of({**content, **caption, "images": images_of(row)}, prompt=prompt)
 
@@ -588,6 +682,7 @@ FORMATS: dict[str, Format] = {
     "record": Format(record, (("conversations",),)),
     "preference": Format(preference, (("chosen",), ("rejected",))),
     "llava": Format(llava, (("conversations",),)),
+    "multiple_choice": Format(own_choices, (("question",), ("choices", "options"), ("answer",))),
     "question": Format(question, (("question",), ANSWERS)),
     "prompt_completion": Format(prompt_completion, (PROMPTS, COMPLETIONS)),
     "captions": Format(captions, (IMAGE_COLUMNS, (*CAPTION_COLUMNS, "text"))),
@@ -615,7 +710,7 @@ def format_of(row: dict) -> str:
     Raises:
         BadRow: if there is none.
     """
-    filled = {name for name, value in row.items() if value is not None and value != [] and value != ""}
+    filled = {name for name, value in row.items() if _filled(value)}
     found: dict[str, int] = {}
     for name, form in FORMATS.items():
         if name == "record" and not _is_record(row.get("conversations")):

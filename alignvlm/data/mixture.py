@@ -11,12 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
 from alignvlm.data.record import Record, shown
 from alignvlm.data.sources import Source, read_source
+from alignvlm.data.streams import STREAMED_RECORD
 
 
 logger = logging.get_logger(__name__)
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 MEASURED_RECORDS = 1000  # of a source, for its mean number of tokens
 SHUFFLE_BUFFER = 1000  # records, of a stream
 RECORD_COLUMNS = ("images", "conversations", "id")
+TAGGED_RECORD = Features({**STREAMED_RECORD, "source": Value("string")})
 TokenCounts = Callable[[dict], tuple[int, int]]  # of a record: its image and its text tokens
 
 
@@ -400,7 +402,10 @@ def _stream(
         )
     weights = [(part.share or 1.0) / part.tokens for part in parts]
     weights = _with_image_share(parts, weights, image_token_share)
-    streams = [part.source.rows.map(partial(tagged, name=part.name, tag=part.tag)) for part in parts]
+    # Without features `datasets` would take them from the first record, and not mix paths of images with bytes.
+    streams = [
+        part.source.rows.map(partial(tagged, name=part.name, tag=part.tag), features=TAGGED_RECORD) for part in parts
+    ]
 
     def mixed(chosen: list[int]) -> IterableDataset:
         probabilities = np.array([weights[i] for i in chosen])

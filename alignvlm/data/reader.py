@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 from alignvlm.data.files import NOT_A_ROW
-from alignvlm.data.formats import images_of
+from alignvlm.data.formats import check_no_image_is_left_out, images_of
 from alignvlm.data.record import BadRow, Conversation, Record, shown
 
 
 TURNS = ("whole", "independent")
+STAND_IN = {"bytes": None}  # for an image that is not read while texts are checked
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Reader:
         keep_duplicates: keep conversations that repeat: the same messages with the same responses.
         folder: where image paths start.
         images: the images of a config of their own.
+        texts_alone: rows may have images that `read` leaves aside.
     """
 
     read: Callable[[dict], Record | None]
@@ -39,6 +43,7 @@ class Reader:
     keep_duplicates: bool = False
     folder: Path | None = None
     images: "ImageTable | None" = None
+    texts_alone: bool = False
 
     def __call__(self, rows: list[dict], name: str) -> dict:
         record = self.merged([found for row in rows if (found := self.of_row(row)) is not None])
@@ -54,6 +59,8 @@ class Reader:
             raise BadRow(row[NOT_A_ROW])
         try:
             record = self.read(row if self.images is None else self.images.joined(row))
+            if record is not None and not record.images and not self.texts_alone:
+                check_no_image_is_left_out(row)
         except BadRow:
             raise
         except ValueError as error:  # a conversation that cannot be trained
@@ -87,10 +94,13 @@ class Reader:
         return replace(records[0], conversations=list(found.values()))
 
     def without_images(self) -> "Reader":
-        """Returns the same reader for rows that hold an empty mapping in place of each image."""
+        """Returns the same reader for rows that hold `STAND_IN` in place of each image."""
         return self if self.images is None else replace(self, images=replace(self.images, loads=False))
 
     def _placed(self, image: Any) -> Any:
+        """Returns an image with the folder where its path starts; an absolute path in a mapping was made by `datasets`."""
+        if isinstance(image, dict) and image.get("bytes") is None and not os.path.isabs(image.get("path") or os.sep):
+            image = image["path"]
         if not isinstance(image, str):
             return image
         return {"bytes": None, "path": image, "folder": None if self.folder is None else str(self.folder)}
@@ -109,7 +119,7 @@ class ImageTable:
         rows: the table.
         column: the column of the rows whose value names an image.
         index: the table's row of each name.
-        loads: False puts an empty mapping in place of an image.
+        loads: False puts `STAND_IN` in place of an image.
     """
 
     rows: Dataset
@@ -121,11 +131,11 @@ class ImageTable:
         """Returns the row with its image."""
         if row[self.column] not in self.index:
             raise BadRow(f"`{self.column}` is {shown(row[self.column])}, of which there is no image.")
-        return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else {}}
+        return {**row, "image": self.rows[self.index[row[self.column]]]["image"] if self.loads else STAND_IN}
 
 
 class RowsWithoutImages:
-    """Rows by index, with an empty mapping in place of each image that lies in them, and none of them read."""
+    """Rows by index, with `STAND_IN` in place of each image that lies in them, and none of them read."""
 
     def __init__(self, rows: Dataset):
         self.embedded = [name for name, feature in rows.features.items() if _holds_images(feature)]
@@ -158,11 +168,18 @@ def rows_without_images(rows: Dataset) -> Iterator[dict]:
 
 
 def _stand_ins(column: pa.ChunkedArray) -> list[Any]:
-    """Returns an empty mapping for each image of a column; for a list of images, a list of the same length."""
-    present = column.is_valid().to_pylist()
+    """Returns `STAND_IN` for each image of a column, None where there is none; for a list of images, such a list."""
+    present = [STAND_IN if there else None for there in _flat(column).is_valid().to_pylist()]
     if pa.types.is_struct(column.type):
-        return [{} if there else None for there in present]
-    return [[{}] * count if there else None for there, count in zip(present, pc.list_value_length(column).to_pylist())]
+        return present
+    found = iter(present)
+    return [
+        None if count is None else list(islice(found, count)) for count in pc.list_value_length(column).to_pylist()
+    ]
+
+
+def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column if pa.types.is_struct(column.type) else pc.list_flatten(column)
 
 
 def _holds_images(feature: Any) -> bool:

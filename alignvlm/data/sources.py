@@ -14,7 +14,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 
 from alignvlm.data.catalogue import CATALOGUE, DataSet
 from alignvlm.data.files import Rows, read_rows
-from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of
+from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of, text_only
 from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, image_key, rows_without_images
 from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
@@ -64,7 +64,7 @@ class Source:
         return (self[index] for index in range(len(self)))
 
     def without_images(self) -> "Source":
-        """Returns the source with an empty mapping in place of each image; its rows are read without them."""
+        """Returns the source with `STAND_IN` in place of each image; its rows are read without them."""
         reader = self.to_record
         if isinstance(reader, Reader):
             reader = reader.without_images()
@@ -193,6 +193,7 @@ def read_source(
         bool(common["keep_duplicates"]),
         found.folder,
         images,
+        read is text_only,
     )
     if streaming:
         records = stream(found, reader, kind.group_by, common["limit"], max_bad_rows is not None)
@@ -212,6 +213,9 @@ def _schema(name: str, kind: DataSet, common: dict, options: dict) -> Callable[.
     for key, valid in (("format", tuple(FORMATS)), ("turns", TURNS), ("train_on", TRAIN_ON)):
         if common[key] is not None and common[key] not in valid:
             raise ValueError(f"Source {name!r}: {key}={common[key]!r}. Valid values: {', '.join(valid)}.")
+    limit = common["limit"]
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"Source {name!r}: limit={limit!r}. Expected a number of records, 1 or more.")
     read = kind.read if common["format"] is None else FORMATS[common["format"]].read
     valid = options_of(read)
     if unknown := set(options) - set(valid):

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Features, Image, IterableDataset, List, Value
 
 from alignvlm.data.files import Rows, sample_name
-from alignvlm.data.images import inside
+from alignvlm.data.images import BadImage, inside
 from alignvlm.data.reader import Reader, image_key
 from alignvlm.data.record import BadRow
 from alignvlm.data.scenes import RECORD_FEATURES
@@ -65,10 +65,14 @@ def _records_of_batch(
 
 
 def _joined(image: Any) -> Any:
-    """Returns `{"bytes", "path"}`, the path joined to its folder."""
+    """Returns `{"bytes", "path"}`, the path joined to its folder. One that leads out of it becomes an image that cannot be read, so that the
+    collator finds it as it finds other bad images."""
     if not isinstance(image, dict):
         return image
     path = image.get("path")
     if image.get("folder") is not None:
-        path = inside(image["folder"], path)
+        try:
+            path = inside(image["folder"], path)
+        except BadImage:
+            return {"bytes": b"", "path": f"{path}, which leads out of the folder {image['folder']}"}
     return {"bytes": image.get("bytes"), "path": path}

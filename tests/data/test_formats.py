@@ -9,7 +9,17 @@ from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
 from alignvlm.data.catalogue import CATALOGUE
-from alignvlm.data.formats import FORMATS, format_of, messages, prompt_completion, question, record_of
+from alignvlm.data.formats import (
+    FORMATS,
+    format_of,
+    images_of,
+    messages,
+    prompt_completion,
+    question,
+    record_of,
+    text_only,
+)
+from alignvlm.data.reader import STAND_IN, Reader
 from alignvlm.data.record import BadRow, Conversation, Record
 from tests import examples
 
@@ -58,7 +68,7 @@ def test_an_image_stays_where_it_is_shown(turns):
     typed, placeholders, own = [], [], []
     for asked, answered in turns:
         answer = {"role": "assistant", "content": answered}
-        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in asked]
+        parts = [{"type": "image"} if part is None else {"type": "text", "text": f"{part}\n"} for part in asked]
         typed += [{"role": "user", "content": parts}, answer]
         text = "\n".join("<image>" if part is None else part for part in asked)
         placeholders += [{"from": "human", "value": text}, {"from": "gpt", "value": answered}]
@@ -75,7 +85,6 @@ def test_an_image_stays_where_it_is_shown(turns):
     for record in found:
         assert record.images == images and record.conversations[0].image_count == count
     assert shape(found[0]) == shape(found[2])
-    # Texts that follow each other are one line each where they are written as one text.
     assert [images_and_words(record) for record in found] == [images_and_words(found[0])] * 3
 
 
@@ -265,7 +274,120 @@ def test_an_earlier_exchange_of_a_preference_has_nothing_rejected():
     )
 
 
-def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence():
-    with pytest.raises(BadRow, match=r"`path` is 'photos/0\.JPG', an image that is not seen: name the column `image`"):
-        record_of({"path": "photos/0.JPG", "text": "A cat."})
-    assert not record_of({"source": "wiki", "url": "https://a.org/cat.jpg", "text": "A cat."}).images
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("path", "photos/0.JPG"),
+        ("image_paths", ["photos/0.jpg", "photos/1.jpg"]),
+        ("img", Image.new("RGB", (2, 2))),
+        ("picture", {"bytes": b"", "path": None}),
+        ("image_1", STAND_IN),
+        ("photo", b"\x89PNG\r\n"),
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "A cat."},
+        {"question": "What?", "answer": "A cat."},
+        {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]},
+    ],
+    ids=["plain_text", "question", "messages"],
+)
+def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence(row, column, value):
+    row = {**row, column: value}
+    with pytest.raises(BadRow, match=rf"`{column}` is .*an image that is not seen: name the column `image`"):
+        Reader(record_of).of_row(row)
+    assert Reader(text_only, texts_alone=True).of_row(row).images == []
+
+
+def test_what_is_no_image_is_not_taken_for_one():
+    for row in (
+        {"source": "wiki", "url": "https://a.org/cat.jpg", "text": "A cat."},
+        {"question": "Which file is the photo?", "answer": "cat.jpg", "audio": b"OggS", "meta": {}},
+    ):
+        assert not Reader(record_of).of_row(row).images
+
+
+def test_an_empty_column_of_images_does_not_hide_a_filled_one():
+    for empty in ([], "", None):
+        assert (
+            images_of({"images": empty, "image": "0.jpg"})
+            == images_of({"image": empty, "images": ["0.jpg"]})
+            == ["0.jpg"]
+        )
+    assert images_of({"images": [], "filename": "scan.pdf"}) == images_of({"image": ""}) == []
+    with pytest.raises(BadRow, match="An image is ''"):
+        images_of({"images": ["0.jpg", ""]})
+
+
+def test_texts_that_follow_each_other_in_parts_keep_their_white_space():
+    """As a chat template writes them; the last answer was joined by line breaks, and the others lost what stood between their words."""
+
+    def parts(*texts: str) -> list[dict]:
+        return [{"type": "text", "text": said} for said in texts]
+
+    row = {
+        "image": "0.png",
+        "messages": [
+            {
+                "role": "user",
+                "content": [*parts(" Look:\n", "1. red\n"), {"type": "image"}, *parts("What ", "is it? ")],
+            },
+            {"role": "assistant", "content": parts("A ", "cat.")},
+            {"role": "user", "content": parts("Sure", "?")},
+            {"role": "assistant", "content": parts("Yes", ", ", "", "I am. ")},
+        ],
+    }
+    (said,) = messages(row).conversations
+    assert [[part.get("text") for part in message["content"]] for message in said.messages] == [
+        ["Look:\n1. red", None, "What is it?"],
+        ["A cat."],
+        ["Sure?"],
+    ]
+    assert said.responses == ["Yes, I am."]
+
+
+ALPACA = {"instruction": "Translate to French.", "input": "The cat", "output": "Le chat", "system": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (ALPACA, ["Be brief.", "Translate to French.\nThe cat", "Le chat"]),
+        ({**ALPACA, "input": "", "system": None}, ["Translate to French.", "Le chat"]),
+        ({**ALPACA, "instruction": "", "system": ""}, ["The cat", "Le chat"]),
+        ({**ALPACA, "history": [["Hi", "Salut"]]}, ["Be brief.", "Hi", "Salut", "Translate to French.\nThe cat", "Le chat"]),
+        ({"messages": said("Hi", "Hello"), "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+        ({"messages": [{"role": "system", "content": "Own."}, *said("Hi", "Hello")], "system": "Be kind."}, ["Own.", "Hi", "Hello"]),
+        ({"prompt": said("Hi"), "completion": "Hello", "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "No", "system": "Be kind."}, ["Be kind.", "Hi", "Hello"]),
+    ],
+)  # fmt: skip
+def test_what_stands_in_columns_beside_the_prompt_is_said_too(row, expected):
+    """Alpaca's `input` was left out: "Translate to French." was trained to be answered by "Le chat"."""
+    (found,) = record_of(row).conversations
+    assert [part["text"] for message in found.messages for part in message["content"]] + found.responses == expected
+    assert found.train_on == "last"
+
+
+@pytest.mark.parametrize("answer, letter", [("dog", "B"), ("B", "B"), (0, "A"), ("1", "B")])
+@pytest.mark.parametrize("column", ["choices", "options"])
+def test_the_choices_of_a_question_are_asked(answer, letter, column):
+    """They were left out: "Which?" was trained to be answered by "B"."""
+    found = record_of({"image": "0.png", "question": "Which?", column: ["cat", "dog"], "answer": answer})
+    (asked,) = found.conversations
+    assert asked.prompt.startswith("Which?\nA. cat\nB. dog\n") and asked.responses == [letter]
+    assert found.images == ["0.png"] and asked.choices == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("answer", ["2", "cow"])
+def test_an_answer_that_names_no_choice_or_two_is_refused(answer):
+    row = {"image": "0.png", "question": "How many?", "choices": ["1", "2", "3"]}
+    with pytest.raises(BadRow, match="`answer` is"):
+        record_of({**row, "answer": answer})
+    assert record_of({**row, "answer": 1}).conversations[0].responses == ["B"]
+
+
+def test_a_question_whose_choices_are_empty_is_a_question():
+    assert record_of({"question": "What?", "options": [], "answer": "A cat."}).conversations[0].responses == ["A cat."]
