@@ -200,7 +200,7 @@ def test_the_stage_option_of_the_page_on_extending_works(tmp_path):
     sources = CopyOfSources(tmp_path)
     arguments, weights = "alignvlm/stages/arguments.py", "alignvlm/stages/weights.py"
     sources.replace(arguments, "    lora_r: int = field(\n", f"{field}    lora_r: int = field(\n")
-    sources.insert(arguments, '        _read_json(self, "lora_target_modules")\n', check)
+    sources.insert(arguments, '        _read_json(self, "lora_target_modules", like=["q_proj", "v_proj"])\n', check)
     held = "# How the model holds its weights in training"
     sources.replace(weights, held, f"{option}\n\n{held}")
     sources.replace(weights, "WRITTEN = (KeepLanguage, Average)\n", named)

@@ -64,7 +64,7 @@ def opens_text(call: ast.AST) -> bool:
     function = call.func
     if isinstance(function, ast.Name):
         return function.id == "open" and "b" not in ast.unparse(call.args[1:])
-    if not isinstance(function, ast.Attribute) or ast.unparse(function.value) in ("Image", "tarfile"):
+    if not isinstance(function, ast.Attribute) or ast.unparse(function.value) in ("Image", "os", "tarfile"):
         return False
     return function.attr in ("read_text", "write_text") or (
         function.attr == "open" and "b" not in ast.unparse(call.args)

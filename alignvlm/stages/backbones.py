@@ -320,7 +320,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
             f"output_dir {arguments.output_dir!r} holds a model that stage {stages[-1]['stage']} has trained, which would be written over. "
             "Name another folder."
         )
-    check_writable(arguments.output_dir)
+    check_writable(arguments.output_dir, create=False)
     saved = _projector_to_start_with(arguments)
     vision = load_vision_encoder(arguments.vision, arguments.vision_revision)
     image_processor = AutoImageProcessor.from_pretrained(arguments.vision, revision=arguments.vision_revision)

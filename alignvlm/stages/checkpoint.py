@@ -41,11 +41,14 @@ def read_progress(checkpoint: str | os.PathLike) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def check_writable(folder: str | os.PathLike) -> None:
-    """Raises a clear error if nothing can be written into `folder`, which is created if need be."""
+def check_writable(folder: str | os.PathLike, create: bool = True) -> None:
+    """Raises a clear error if nothing can be written into `folder`, which is created if need be, or without `create` into the first folder
+    above it that is there."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        if create:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"0")
             file.flush()
     except OSError as error:
@@ -55,7 +58,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 def check_no_other_model(folder: str | os.PathLike) -> None:
     """Raises a `ValueError` if `folder` holds a model of another type, such as a backbone, which writing a checkpoint would destroy."""
     try:
-        found = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return
     if found not in (None, AlignVLMConfig.model_type):

@@ -138,7 +138,7 @@ def test_another_split_is_not_taken_for_the_one_asked_for(tmp_path):
     Dataset.from_dict(rows, Features({"image": Image(), "captions": List(Value("string"))})).to_parquet(
         tmp_path / "train-00000-of-00001.parquet"
     )
-    with pytest.raises(ValueError, match=r"No file in .* is named after the split 'test'"):
+    with pytest.raises(ValueError, match=r"The files in .* are named after other splits than 'test'"):
         load_task("local", "test", str(tmp_path))
     assert load_task("local", "train", str(tmp_path)).notes["images"] == 1
     assert load_task("local", "test", str(tmp_path / "train-00000-of-00001.parquet")).notes["images"] == 1

@@ -304,6 +304,7 @@ def test_the_plan_says_how_large_it_will_be_and_refuses_what_does_not_fit(
         ValueError, match=r"needs 1\.48e-05 GB below .*out/features', where 1e-06 GB are free. Name another"
     ):
         plan_main(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
+    monkeypatch.setattr("alignvlm.stages.stage.check_room", lambda *_: None)  # for the weights there is room
     with pytest.raises(ValueError, match=r"cache_features needs 3\.58e-06 GB below"):
         run(checkpoint, tmp_path / "full", data, cache_features=True)
     assert not (tmp_path / "full/features").exists()

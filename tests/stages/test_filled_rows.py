@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from alignvlm.rows import filling
+from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.stage import main
 from alignvlm.tools.plan import main as plan_main
 from alignvlm.tools.plan import plan_stages
@@ -101,7 +102,8 @@ def test_the_plan_knows_the_rows(checkpoint, tmp_path, capsys):
     assert plan.records == 600 and plan.rows == pytest.approx(3 * rows["rows_per_epoch"], rel=0.05)
     assert plan.steps == pytest.approx(plan.rows / 4, abs=1)
     assert all(batch.rows == 2 and batch.length <= 400 for batch in plan.batches)
-    (flex,) = plan_stages([parse(*given, "--attn_implementation", "flex_attention")], processes=1)
+    (on_a_gpu,) = parse_anywhere([*given, "--attn_implementation", "flex_attention"])
+    (flex,) = plan_stages([on_a_gpu], processes=1)
     assert flex.step_flops < plan.step_flops  # what lies between records is skipped
     recipe = tmp_path / "stage.yaml"
     recipe.write_text("logging_steps: 1\n")

@@ -170,7 +170,7 @@ def test_what_cannot_be_asked_is_one_sentence(checkpoint, images, tmp_path):
         ([str(checkpoint), image, "What is <image>?"], "holds the placeholder"),
         ([str(checkpoint), image, "--dtype", "fp8"], "Unknown precision 'fp8'"),
         ([str(tmp_path / "no_such_folder"), image], "No such folder: .*no_such_folder"),
-        ([str(tmp_path / "empty"), image], "empty' holds no checkpoint"),
+        ([str(tmp_path / "empty"), image], "empty' holds no model"),
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
             ask.main([*given, "--use_cpu"])
