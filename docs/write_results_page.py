@@ -84,7 +84,7 @@ def draw_finding(name: str, worlds: dict[str, dict]) -> Path:
         if any(run["curve"] for arm in runs.values() for run in arm.values()):
             draw_curves(axes, runs)
         else:
-            draw_points(axes, found["summary"], SHOWN[world])
+            draw_points(axes, runs, found["summary"], SHOWN[world])
         axes.set_title(world)
         axes.spines[["top", "right"]].set_visible(False)
     path = DOCS / f"results_{name}.png"
@@ -93,10 +93,11 @@ def draw_finding(name: str, worlds: dict[str, dict]) -> Path:
     return path
 
 
-def draw_points(axes, summary: dict, metric: str) -> None:
+def draw_points(axes, runs: dict, summary: dict, metric: str) -> None:
     arms = list(summary)
-    for values in zip(*(summary[arm][metric]["values"] for arm in arms)):
-        axes.plot(arms, values, "o-", color=GREY, linewidth=0.8, markersize=3)
+    for seed in runs[arms[0]]:
+        values = {arm: runs[arm][seed]["values"][metric] for arm in arms if seed in runs[arm]}
+        axes.plot(list(values), list(values.values()), "o-", color=GREY, linewidth=0.8, markersize=3)
     axes.plot(arms, [summary[arm][metric]["mean"] for arm in arms], "_", color=BLUE, markersize=26, markeredgewidth=3)
     axes.set_ylabel(metric)
     axes.margins(x=0.2)
