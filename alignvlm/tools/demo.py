@@ -219,7 +219,6 @@ def build(demo: Demo, title: str = "AlignVLM"):
 
     models, several = demo.models, len(demo.models) > 1
     private = {"api_visibility": "private"}
-    works = {**private, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
     own = "the checkpoint's own"
     kept = [name for name in MASK_TYPES if all(name in model.mask_types for model in models)]
     layers = min(model.model.config.text_config.num_hidden_layers for model in models)
@@ -322,7 +321,8 @@ def build(demo: Demo, title: str = "AlignVLM"):
                                 elem_id=f"looked{index}",
                             )
                             panels.append((chat, words, looked))
-        works["show_progress_on"] = chats
+        works = {**private, "concurrency_id": "model", "concurrency_limit": 1}
+        works |= {"show_progress": "minimal", "show_progress_on": chats}
         state = gr.State([(Talk(), None)] * len(models), time_to_live=KEEP_SECONDS)
         settings = [mask, how, temperature, beams, tokens]
         outputs = [state, layer, *(part for panel in panels for part in panel)]
