@@ -1,15 +1,15 @@
 """The paper's four findings as controlled comparisons, on drawn scenes and on real photos.
 
     python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
-    python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET --stage3 out/real_photos/stage3
+    python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET
     python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
 
 A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
 their scripts on a recipe with the arm's changes (`training/recipes/nano` for scenes, `smollm2_mobilenet` for photos, where FOLDER is laid out as
 `benchmarks/real_photos.py` says), and the evaluation of the last checkpoint. A seed sets the projector's first weights and the order of the data, for
 scenes the backbones and the scenes too. Reported are the values of all seeds, and the paired differences to the first arm: mean and
-95% interval by Student's t over the seeds (on photos `downstream` has one checkpoint of stage 3 for all seeds, which then vary the order
-alone). What is there is not done again: start the same command to go on.
+95% interval by Student's t over the seeds. What is there, in the output folder or in the file of results, is not done again: start the same
+command to go on, or with more seeds. A seed's arms belong on one machine, since rounding differs.
 """
 
 import argparse
@@ -49,14 +49,13 @@ UNMEASURED = {"eval_sources": None, "text_sources": None, "alignment_records": N
 class Finding:
     """A comparison: `arms` maps each name to its stages, pairs of a number and changes to the recipe; the first arm is the baseline.
 
-    The stages start from assembled backbones, those of an arm named in `starts` from the checkpoint there. With `curve` the checkpoint
-    before the last stage and those that it keeps on its way are evaluated too. With `level` the steps are counted until a logged training
-    loss is at most that, over all stages; of a run that never gets there, all its steps.
+    The stages start from assembled backbones. With `curve` the checkpoint before the last stage and those that it keeps on its way are
+    evaluated too. With `level` the steps are counted until a logged training loss is at most that, over all stages; of a run that never gets
+    there, all its steps.
     """
 
     arms: dict[str, list[tuple[int, dict]]]
     tasks: tuple[str, ...]
-    starts: dict[str, Path] | None = None
     curve: bool = False
     level: float | None = None
 
@@ -144,7 +143,7 @@ class Photos:
     HELD_OUT = 300
 
     def __init__(self, output: Path, photos: argparse.Namespace):
-        self.output, self.backbones, self.stage3 = output, (photos.vision, photos.language), photos.stage3
+        self.output, self.backbones = output, (photos.vision, photos.language)
         prepare_photos(Path(photos.photos), output / "data")
         folder = output / "data/flickr8k"
         rows = {row["image"]: row for row in map(json.loads, (folder / "captions.jsonl").read_text().splitlines())}
@@ -207,7 +206,7 @@ class Photos:
             save_total_limit=None,
             projector_learning_rate=2.0e-3,
         )
-        found = {
+        return {
             "masks": Finding(
                 {mask: self.divided(320, 0, 480, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
             ),
@@ -225,15 +224,12 @@ class Photos:
             "alignment": Finding(
                 {"short": self.divided(80, 80, 800), "long": self.divided(320, 320, 320)}, ("captions",)
             ),
-        }
-        if self.stage3 is not None:
-            found["downstream"] = Finding(
-                {"from stage 0": [downstream], "from stage 3": [downstream]},
+            "downstream": Finding(
+                {"from stage 0": [downstream], "from stage 3": [*self.divided(320, 0, 480), downstream]},
                 ("pathvqa",),
-                starts={"from stage 3": Path(self.stage3)},
                 curve=True,
-            )
-        return found
+            ),
+        }
 
     def options_of(self, task: str) -> list[str]:
         """The options of the evaluation."""
@@ -258,7 +254,7 @@ WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos}
 def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed: int) -> dict:
     """Runs an arm's stages and evaluations; returns its values, losses and cost."""
     folder = world.output / f"seed{seed}" / name / arm.replace(" ", "_")
-    start = (finding.starts or {}).get(arm) or world.assembled(seed)
+    start = world.assembled(seed)
     entries: list[dict] = []
     for number, changes in finding.arms[arm]:
         before = start
@@ -314,7 +310,7 @@ def band(values: list[float]) -> list[float] | None:
     return [mean(values) - half, mean(values) + half]
 
 
-def summarise(arms: dict[str, dict[int, dict]]) -> dict:
+def summarise(arms: dict[str, dict[str, dict]]) -> dict:
     """The values of all seeds, and the paired differences to the first arm over the seeds that both have.
 
     Args:
@@ -361,20 +357,22 @@ def summary_table(summary: dict) -> str:
 
 
 def run(world_name: str, world: Scenes | Photos, only: list[str], seeds: int, results: Path) -> None:
-    """Runs a world's findings seed by seed, and writes what is known after each arm."""
+    """Runs a world's findings seed by seed, but for what `results` holds, and writes what is known after each arm."""
     found = json.loads(results.read_text()).get(world_name, {}) if results.is_file() else {}
-    runs: dict[str, dict[str, dict[int, dict]]] = {}
+    wanted = [name for name in world.findings(0) if not only or name in only]
     for seed in range(seeds):
-        for name, finding in world.findings(seed).items():
-            if only and name not in only:
-                continue
+        for name in wanted:
+            finding = world.findings(seed)[name]
+            arms = found.get(name, {}).get("runs", {})
             for arm in finding.arms:
-                arms = runs.setdefault(name, {})
-                arms.setdefault(arm, {})[seed] = run_arm(world, name, finding, arm, seed)
-                found[name] = {"machine": machine(), "summary": summarise(arms), "runs": arms}
+                if str(seed) in arms.setdefault(arm, {}):
+                    continue
+                arms[arm][str(seed)] = {**run_arm(world, name, finding, arm, seed), "machine": machine()}
+                known = {arm: runs for arm, runs in arms.items() if runs}
+                found[name] = {"machine": machine(), "summary": summarise(known), "runs": arms}
                 update_results(results, world_name, found)
-    for name, arms in runs.items():
-        print(f"\n{table(world_name, name, summarise(arms))}")
+    for name in wanted:
+        print(f"\n{table(world_name, name, found[name]['summary'])}")
 
 
 def reproduce(output: Path) -> None:
@@ -408,7 +406,6 @@ def main() -> None:
     parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
     parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
-    parser.add_argument("--stage3", help="The checkpoint of stage 3 that benchmarks/real_photos.py trained.")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/findings"))

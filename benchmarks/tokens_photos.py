@@ -79,5 +79,4 @@ if __name__ == "__main__":
     )
     options.add_argument("--language", required=True, help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     options.add_argument("--vision", required=True, help="MobileNetV2: a folder or Hub repository.")
-    options.set_defaults(stage3=None)
     run_from_command_line(FrontierOnPhotos, ARMS, __doc__.split("\n")[0], options)
