@@ -119,7 +119,8 @@ class AlignVLMCollator:
         """Makes a batch.
 
         Args:
-            examples: records, or filled rows of records (see `alignvlm/rows/filling.py`).
+            examples: records, or filled rows of records (see `alignvlm/rows/filling.py`). One with a true `repeated` has no labels
+                (see `alignvlm/stages/held_out.py`).
 
         Returns:
             the model inputs of all rows: `input_ids`, `attention_mask`, `labels`, `position_ids` and the layout, each
@@ -135,6 +136,8 @@ class AlignVLMCollator:
             ]
             for row in found:
                 self._check_no_leak(row)
+                if example.get("repeated"):
+                    row.labels = [IGNORED] * len(row)
             rows += [joined(found)] if "records" in example and found else found
         rows = self.packer.arranged(rows)
         length = max(map(len, rows))

@@ -22,6 +22,7 @@ from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint
 from alignvlm.stages.embedding_loss import HEAD, with_head
+from alignvlm.stages.held_out import LabelWeighted, RepeatedToFill
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
@@ -143,6 +144,7 @@ class StageTrainer:
         self._step_records: list[tuple[torch.Tensor, list[str]]] = []  # loss and records of the step's micro-batches
         self._record_names: list[str] = []
         self._skipped_steps = 0
+        self._compared = False  # whether the gradients of the processes are known to be the same
 
     def _keep_trackers_in_one_run(self) -> None:
         """Lets trackers put what is measured before and after training where training goes; by themselves they begin other runs."""
@@ -276,7 +278,17 @@ class StageTrainer:
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _forget_preparation(self) -> None:
+        """Lets training prepare a model that was evaluated before. accelerate would take it for prepared and not put it into DDP, and every
+        process would train apart."""
+        if not self.is_sharded:  # a sharded model is evaluated as it is trained
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off its forward
+            self.accelerator._models.clear()
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model
+
     def train(self, *args, **kwargs):
+        self._forget_preparation()
         self._counted_since = self._train_started = time.perf_counter()
         result = super().train(*args, **kwargs)
         self._train_seconds = time.perf_counter() - self._train_started
@@ -298,6 +310,8 @@ class StageTrainer:
         self._loss_sum += sum(loss.item() for loss, _ in step_records if torch.isfinite(loss))
         self._steps += 1
         if torch.isfinite(torch.as_tensor(norm)):
+            if not self._compared:
+                self._check_processes_train_together(float(norm))
             self._skipped_steps = 0
             return norm
         self._skipped_steps += 1
@@ -320,6 +334,15 @@ class StageTrainer:
             f"checkpoint is {last_complete_checkpoint(self.args.output_dir)}. Look at these records, lower the learning rate, or train "
             "in bf16 or fp32."
         )
+
+    def _check_processes_train_together(self, norm: float) -> None:
+        norms = self.accelerator.gather(torch.tensor([norm], device=self.accelerator.device)).tolist()
+        if max(norms) - min(norms) > 1e-3 * max(norms):
+            raise RuntimeError(
+                f"The norms of the gradients are {', '.join(f'{each:g}' for each in norms)} on the {len(norms)} processes, which must be the same: they "
+                "do not train together. Please report it, with what `alignvlm env` prints."
+            )
+        self._compared = True
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
         self.may_leave_evaluation = True
@@ -438,6 +461,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             learning_rates = {**learning_rates, HEAD: max(learning_rates.values())}
         super().__init__(model, learning_rates, **kwargs)
         self._records_read = 0
+        self._held_out = LabelWeighted()
 
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
@@ -496,6 +520,28 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             yield
         finally:
             config.attention_mask_type = own
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size > 1:
+            dataset = RepeatedToFill(dataset, self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(dataset)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Measures the held-out loss and TRL's metrics over all labels of all processes; by itself the trainer averages batches."""
+        self._held_out = LabelWeighted()
+        self._metrics["eval"].clear()  # of an evaluation that was left on its way
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, metrics = self._held_out.average(self.accelerator, self._metrics["eval"])
+        self._metrics["eval"].update(metrics)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        records = getattr(dataloader.dataset, "records", dataloader.dataset)
+        return output._replace(num_samples=len(records))
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self._held_out.add(loss, (inputs["labels"][:, 1:] != IGNORED).sum().to(loss.device))
+        return loss, logits, labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes the loss of the labels, and in training adds that of `embedding_loss`, averaged over the image tokens of the step."""

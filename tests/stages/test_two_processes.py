@@ -1,11 +1,14 @@
 """Options of a stage, all on at once: two processes write what one writes."""
 
+import re
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from alignvlm.stages.stage import main
+from alignvlm.stages.trainer import StageTrainer
 from hub_upload.run_record import read_run_record
 from tests import forked
 from tests.running import SOURCES, arguments_for
@@ -21,8 +24,27 @@ OPTIONS = {
     "projector_learning_rate": 1e-3,
     "language_learning_rate": 1e-3,
     "optim": "sgd",
+    "eval_sources": [
+        {"name": "scenes", "annotations": ["questions"], "count": 3, "seed": 3}
+    ],  # measured before training, too
     "max_steps": 5,
 }
+
+
+def train_apart(given: list[str]) -> None:
+    """A stage whose trainer lets accelerate believe that a model it has evaluated is in DDP already."""
+    StageTrainer._forget_preparation = lambda self: None
+    main(given)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_train_together_are_stopped(checkpoint, tmp_path):
+    given = arguments_for(checkpoint, tmp_path / "two", **OPTIONS, per_device_train_batch_size=2)
+    with pytest.raises(AssertionError):
+        forked.run("tests.stages.test_two_processes:train_apart", given, log=tmp_path / "log", processes=2)
+    assert re.search(
+        "The norms of the gradients are .* on the 2 processes, which must be the same", (tmp_path / "log").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -38,6 +60,8 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
         assert two["projector_start"][moment] == pytest.approx(one["projector_start"][moment], abs=2e-3)
     assert two["rows"] == {**one["rows"], "padding_share": two["rows"]["padding_share"]}
     assert len(set(one["logged_losses"])) == 5
+    for moment in ("eval_loss_before", "eval_loss_after"):
+        assert two[moment] == pytest.approx(one[moment], rel=1e-4)
     assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=1e-4)
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, value in expected.items():
