@@ -292,6 +292,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if config.modality_calibration:
             self._calibrate_layers()
         self.post_init()
+        # An encoder also names layers that it may be built without (SigLIP's pooling head), which FSDP would look for in vain.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _calibrate_layers(self) -> None:
         calibrations, layers = self.projector.calibrations, getattr(self.language_model, "layers", ())

@@ -29,8 +29,8 @@ class StageMetrics(Measurement):
 def measure(arguments: StageArguments, trainer: StageTrainer, collator: AlignVLMCollator) -> dict[str, float | None]:
     """Measures the loss on held-out records, the perplexity of a text, and the alignment, as far as the recipe asks for them."""
     metrics: dict[str, float | None] = {"eval_loss": None}
-    # DeepSpeed evaluates only what it has begun to train, unless it is ZeRO-3.
-    if trainer.eval_dataset is not None and not (trainer.is_deepspeed_enabled and trainer.deepspeed is None):
+    # DeepSpeed and FSDP evaluate only what they have begun to train.
+    if trainer.eval_dataset is not None and (trainer.accelerator._models or not trainer.is_sharded):
         metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
     model = trainer.accelerator.unwrap_model(trainer.model)
     with trainer.compute_loss_context_manager():
