@@ -1,5 +1,6 @@
 """The trainers of stages: what every one adds to TRL's (learning rates per module, throughput in the log), and that of stages 1 to 4."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -120,6 +121,7 @@ class StageTrainer:
             super().__init__(model=model, **kwargs)
         except (ValueError, ImportError) as error:  # of TRL's and transformers' checks of arguments
             raise ValueError(str(error)) from error
+        self._keep_losses_exact()
         self._check_optimizer()
         # A checkpoint holds tied weights once. On resuming, the trainer ties them again where they are named here, else it warns.
         self.model._keys_to_ignore_on_save = sorted(self.model.all_tied_weights_keys) or None
@@ -145,6 +147,14 @@ class StageTrainer:
         self._record_names: list[str] = []
         self._skipped_steps = 0
         self._compared = False  # whether the gradients of the processes are known to be the same
+
+    def _keep_losses_exact(self) -> None:
+        """Under FSDP 2 in 16 bit, adds up gradients over processes and losses over tokens in fp32; accelerate asks for 16 bit there, too."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
 
     def _keep_trackers_in_one_run(self) -> None:
         """Lets trackers put what is measured before and after training where training goes; by themselves they begin other runs."""
@@ -282,9 +292,10 @@ class StageTrainer:
         """Lets training prepare a model that was evaluated before. accelerate would take it for prepared and not put it into DDP, and every
         process would train apart."""
         if not self.is_sharded:  # a sharded model is evaluated as it is trained
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # takes autocast off its forward
             self.accelerator._models.clear()
             self.model.__dict__.pop("_is_accelerate_prepared", None)
+            if (forward := self.model.__dict__.pop("_original_forward", None)) is not None:  # without autocast
+                self.model.forward = forward
             self.model_wrapped = self.model
 
     def train(self, *args, **kwargs):

@@ -48,6 +48,9 @@ def run_sharded(given: list[str]) -> None:
     entry = main(given)
     assert state.AcceleratorState().distributed_type == state.DistributedType.FSDP
     assert entry["processes"] == 2
+    policy = state.AcceleratorState().fsdp_plugin.mixed_precision_policy
+    assert (policy is None) == (entry["precision"] == "fp32")
+    assert policy is None or (policy.reduce_dtype, policy.output_dtype) == (torch.float32, None)
 
 
 def sharded(checkpoint: Path, folder: Path, **fields) -> dict:
@@ -79,3 +82,19 @@ def test_sharded_weights_train_as_whole_ones_and_can_be_gone_on_with(checkpoint,
     again = sharded(checkpoint, tmp_path / "again", resume_from_checkpoint="last")
     assert again["resumed_at"] == [3] and again["logged_losses"] == pytest.approx(two["logged_losses"], rel=1e-5)
     assert_same_weights(tmp_path / "again", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_losses_of_16_bit_are_added_up_in_32(checkpoint, tmp_path):
+    """The sum of a batch's 90 labels, some 650, has steps of 4 in bf16."""
+    fields = {
+        **FIELDS,
+        "bf16": True,
+        "max_steps": 2,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "alignment_records": None,
+    }
+    one = main(arguments_for(checkpoint, tmp_path / "one", **fields, per_device_train_batch_size=4))
+    two = sharded(checkpoint, tmp_path / "two", **fields)
+    assert two["logged_losses"] == pytest.approx(one["logged_losses"], rel=3e-3)
