@@ -15,7 +15,7 @@ from alignvlm.data.images import read_image
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
 from alignvlm.stages.command_line import parse_fields
-from alignvlm.stages.reward_arguments import GRPOArguments
+from alignvlm.stages.reward_arguments import DPOArguments, GRPOArguments
 from alignvlm.stages.stage import main as run_stage
 from hub_upload import command_line
 from hub_upload.command_line import ArgumentParser, Ended, sentence_of
@@ -179,6 +179,17 @@ def test_a_choice_of_a_recipe_that_trl_and_torch_do_not_know_is_a_mistake(checkp
         with pytest.raises(ValueError, match=message) as found:
             run_stage(["--config", str(recipe), *given])
         assert "error:" in sentence_of(found.value)
+
+
+@pytest.mark.parametrize("kind", [StageArguments, GRPOArguments, DPOArguments])
+def test_a_stage_reads_its_records_once_unless_told_otherwise(kind, tmp_path):
+    recipe = tmp_path / "stage.yaml"
+    recipe.write_text(
+        f"model: stage0\noutput_dir: {tmp_path}/out\nuse_cpu: true\nprojector_learning_rate: 1.0e-3\nsources: [{{name: scenes}}]\n"
+        + {StageArguments: "stage: 3\n", GRPOArguments: "rewards: cider\n", DPOArguments: "method: dpo\n"}[kind]
+    )
+    (found,) = parse_fields(["--config", str(recipe)], kind)
+    assert found.num_train_epochs == 1
 
 
 def test_values_of_a_recipe_that_mean_what_the_field_takes_are_taken(tmp_path):

@@ -175,6 +175,10 @@ class OptimizationArguments:
             "natively. `bf16` and `fp16` of TRL are the same choice by flag."
         },
     )
+    num_train_epochs: float = field(
+        default=1.0,
+        metadata={"help": "How often the stage reads its records: once, as in the paper. (TRL's default is 3.)"},
+    )
     muon: bool = field(
         default=False,
         metadata={
