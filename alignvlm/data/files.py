@@ -358,7 +358,9 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
                 yield place, row
     elif _is_one_value(file):
         content = _one_value(file)
-        for number, row in enumerate(content["images"] if isinstance(content, dict) else content, 1):
+        if isinstance(content, dict):
+            content = content["images"] if _is_karpathy(file) else [content]
+        for number, row in enumerate(content, 1):
             yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
     else:
         with _opened(file) as stream:
@@ -406,9 +408,25 @@ def _mapping(row: Any, place: str) -> dict:
 
 
 def _is_one_value(file: Path) -> bool:
-    """Tells whether a file is one JSON list (or Karpathy's mapping) rather than a mapping on each line."""
+    """Tells whether a file is one JSON list, or one mapping over several lines (or Karpathy's), rather than a mapping on each line."""
     with _opened(file) as stream:
-        return stream.read(64).lstrip().startswith("[") or (file.suffix == ".json" and _is_karpathy(file))
+        begin = stream.read(64).lstrip()
+    if begin.startswith("[") or file.suffix != ".json":
+        return begin.startswith("[")
+    return _is_karpathy(file) or (begin.startswith("{") and not _is_json(_first_line(file)))
+
+
+def _first_line(file: Path) -> str:
+    with _opened(file) as stream:
+        return next(filter(None, map(str.strip, stream)), "")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _paragraphs(file: Path) -> list[str]:

@@ -741,6 +741,8 @@ def _no_format(row: dict) -> str:
     for name in filled:
         if name not in known and (match := get_close_matches(name, known, n=1, cutoff=0.75)):
             hints.append(f"`{name}` may be meant as `{match[0]}`")
+        elif name not in known and isinstance(value := row[name], list) and value and isinstance(value[0], dict):
+            hints.append(f"`{name}` holds {len(value)} mappings: if these are the rows, save this list alone")
     return (
         f"The row matches no schema: it has {filled}; {'; '.join(hints) or 'none comes near'}. Schemas: {', '.join(FORMATS)} "
         "(docs/data.md)."

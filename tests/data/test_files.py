@@ -363,3 +363,25 @@ def test_a_stream_mixes_paths_of_images_bytes_and_texts(tmp_path):
         shades = [read_image(image).getpixel((0, 0))[0] for image in record["images"]]
         seen[record["source"]] = (Record.from_row(record).conversations[0].responses, shades)
     assert seen == {"paths.jsonl": (["Path."], [20]), "bytes.tar": (["Bytes."], [40]), "texts.jsonl": (["Text."], [])}
+
+
+def test_a_json_file_may_be_one_mapping_over_several_lines(tmp_path):
+    row = {"question": "How many?", "answer": "two"}
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+    assert [said(record) for record in records_of(tmp_path, data="one.json")] == [
+        said(record) for record in records_of(tmp_path, data="one.json", streaming=True)
+    ]
+    (tmp_path / "lines.json").write_text("\n".join([json.dumps(row)] * 2))
+    assert len(list(records_of(tmp_path, data="lines.json"))) == 2
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_mapping_that_holds_the_rows_is_told_from_a_row(tmp_path, indent):
+    """As SQuAD's and TextVQA's files are."""
+    questions = [{"question_id": 1, "question": "How many?"}, {"question_id": 2, "question": "Where?"}]
+    (tmp_path / "v2.json").write_text(json.dumps({"info": {"version": "2"}, "data": questions}, indent=indent))
+    with pytest.raises(
+        BadRow,
+        match=r"v2\.json, .* 1: .*it has .'data', 'info'.*`data` holds 2 mappings: .*save this list alone",
+    ):
+        list(records_of(tmp_path, data="v2.json"))
