@@ -21,6 +21,7 @@ from benchmarks import (
     alignment_options,
     all_tasks,
     findings,
+    native_shapes,
     projector_start,
     real_photos,
     tiles,
@@ -175,6 +176,7 @@ def main() -> None:
             print(f"{picture}\n{page}")
     for name, file, table in (
         ("tokens_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
+        ("native_shapes", "native_shapes.md", native_shapes.table),
         ("reward", "reward.md", lambda found: findings.summary_table(found["summary"])),
         ("options", "alignment.md", lambda found: alignment_options.table(found["summary"])),
         ("projector_start", "alignment.md", lambda found: projector_start.table(found["runs"])),

@@ -101,8 +101,10 @@ def test_a_finding_runs_once_and_is_summarised(tmp_path, checkpoint, monkeypatch
     assert [record["attention_mask_type"] for record in records] == ["causal", "image"]
     assert [record["seed"] for record in records] == [0, 0]
     monkeypatch.setattr("subprocess.run", None)  # nothing is trained again
-    run("scenes", world, [], seeds=1, results=results)
-    assert json.loads(results.read_text())["scenes"]["masks"]["runs"] == found["runs"]
+    for again, file in ((world, tmp_path / "others.json"), (TinyScenes(tmp_path / "elsewhere"), results)):
+        run("scenes", again, [], seeds=1, results=file)
+        repeated = json.loads(file.read_text())["scenes"]["masks"]
+        assert repeated["summary"] == found["summary"] and set(repeated["runs"]) == {"causal", "image"}
 
 
 def test_a_page_is_filled_between_its_comments():
