@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from alignvlm.stages.stage import main
-from alignvlm.stages.trainer import StageTrainer
 from hub_upload.run_record import read_run_record
 from tests import forked
 from tests.running import SOURCES, arguments_for
@@ -32,8 +32,8 @@ OPTIONS = {
 
 
 def train_apart(given: list[str]) -> None:
-    """A stage whose trainer lets accelerate believe that a model it has evaluated is in DDP already."""
-    StageTrainer._forget_preparation = lambda self: None
+    """A stage whose model is not put into DDP, as accelerate did with one that had been evaluated."""
+    Accelerator.prepare_model = lambda self, model, *args, **kwargs: model
     main(given)
 
 
