@@ -320,9 +320,9 @@ class StageTrainer:
         step_records, self._step_records = self._step_records, []
         self._loss_sum += sum(loss.item() for loss, _ in step_records if torch.isfinite(loss))
         self._steps += 1
+        if not self._compared:
+            self._check_processes_train_together(float(norm))
         if torch.isfinite(torch.as_tensor(norm)):
-            if not self._compared:
-                self._check_processes_train_together(float(norm))
             self._skipped_steps = 0
             return norm
         self._skipped_steps += 1
@@ -347,7 +347,10 @@ class StageTrainer:
         )
 
     def _check_processes_train_together(self, norm: float) -> None:
-        norms = self.accelerator.gather(torch.tensor([norm], device=self.accelerator.device)).tolist()
+        norms = self.accelerator.gather(torch.tensor([norm], device=self.accelerator.device))
+        if not norms.isfinite().all():  # nothing can be said before a step that is taken
+            return
+        norms = norms.tolist()
         if max(norms) - min(norms) > 1e-3 * max(norms):
             raise RuntimeError(
                 f"The norms of the gradients are {', '.join(f'{each:g}' for each in norms)} on the {len(norms)} processes, which must be the same: they "
