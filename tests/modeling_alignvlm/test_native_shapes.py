@@ -267,14 +267,15 @@ def test_embeddings_with_images_in_place_give_the_same_logits(processor, make_na
     torch.testing.assert_close(model.model(image_features=encoded, **given)[0], model.model(**batch)[0])
 
 
-@pytest.mark.parametrize("kernel", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])  # compiles
+@pytest.mark.parametrize("kernel", ["eager", "flex_attention"])
 @torch.no_grad()
 def test_kernels_agree(processor, make_native, kernel):
-    torch.compiler.reset()  # after other shapes inductor compiles for all shapes, which its flex attention for the CPU cannot
     own = native(processor)
     batch = own(images=list(PROMPTS.values()), text=list(PROMPTS), padding=True, return_tensors="pt")
     real = batch["attention_mask"].bool()
-    found, expected = (make_native(attn_implementation=each)(**batch).logits[real] for each in (kernel, "sdpa"))
+    # Not compiled: inductor's flex attention for AVX2 gives NaN in a batch with padding.
+    with torch.compiler.set_stance("force_eager"):
+        found, expected = (make_native(attn_implementation=each)(**batch).logits[real] for each in (kernel, "sdpa"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -175,7 +175,7 @@ def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
     )
     plan_main(["--config", str(recipe)])
     output = capsys.readouterr().out
-    assert "grpo: 100 prompts, 150 steps of 2 prompts with 4 answers each, rewarded by cider, accuracy" in output
+    assert "grpo: 100 prompts, 50 steps of 2 prompts with 4 answers each, rewarded by cider, accuracy" in output
     with pytest.raises(SystemExit, match="num_generation"):
         plan_main(["--config", str(recipe), "--num_generation", "3"])
     causal = tmp_path / "causal"
