@@ -203,7 +203,7 @@ def train_encoder(folder: Path, seed: int, arm: str, count: int, steps: int, bat
 
 
 def run_arm(output: Path, arm: str, seed: int, sizes: Sizes, in_process: bool = False) -> dict:
-    """Trains an arm's backbones and stages, and asks it; returns shares of right answers by kind of question, and tokens of an image."""
+    """Trains an arm's backbones and stages, and asks it; returns shares of right answers by kind of question, and seconds of the stages."""
     folder = output / f"seed{seed}" / arm
     if not (folder / "vision/config.json").is_file():
         train_encoder(folder / "vision", seed, arm, sizes.encoder_scenes, sizes.encoder_steps)
@@ -225,8 +225,8 @@ def run_arm(output: Path, arm: str, seed: int, sizes: Sizes, in_process: bool = 
     found = evaluate(start, [*options, "--bootstrap_samples", "10"], folder / "results")
     kinds = found["metrics"]["pathvqa_accuracy"]["by_kind"]
     return {
-        "values": {kind: kinds[kind]["accuracy"] for kind in ("proportion", "colour", "count")}
-        | {"training, s": seconds}
+        "values": {kind: kinds[kind]["accuracy"] for kind in ("proportion", "colour", "count")},
+        "seconds": seconds,
     }
 
 

@@ -67,7 +67,7 @@ def test_every_arm_runs_once(tmp_path, monkeypatch):
     found = native_shapes.run(tmp_path / "work", 1, tmp_path / "results.json", sizes, in_process=True)
     assert set(found["runs"]) == set(ARMS) and "| native | proportion |" in native_shapes.table(found)
     written = json.loads((tmp_path / "results.json").read_text())["native_shapes"]
-    assert written["runs"]["native"]["0"]["values"].keys() == {"proportion", "colour", "count", "training, s"}
+    assert written["runs"]["native"]["0"]["values"].keys() == {"proportion", "colour", "count"}
     monkeypatch.setattr(native_shapes, "train_encoder", None)  # nothing is trained again
     monkeypatch.setattr(native_shapes, "train_language_model", None)
     again = native_shapes.run(tmp_path / "work", 1, tmp_path / "results.json", replace(sizes), in_process=True)
