@@ -10,7 +10,6 @@ sets all weights, scenes and orders. What is there is not done again.
 """
 
 import argparse
-import hashlib
 import io
 import sys
 import time
@@ -30,7 +29,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/native_shapes.py`
 
 from alignvlm.data.record import Record, one_turn
-from alignvlm.data.scenes import COLOURS, HELD_OUT_SHARE, RECORD_FEATURES, Split
+from alignvlm.data.scenes import COLOURS, RECORD_FEATURES, Split, split_of_key
 from alignvlm.quickstart.nano import ATTENTION, train_language_model, train_loop
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from benchmarks.findings import UNMEASURED, summarise, summary_table
@@ -67,9 +66,7 @@ class Scene:
 
     @property
     def split(self) -> Split:
-        key = f"{self.aspect:.2f}|" + "|".join(sorted(map(" ".join, self.shapes)))
-        bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
-        return "test" if bucket < HELD_OUT_SHARE else "train"
+        return split_of_key(f"{self.aspect:.2f}|" + "|".join(sorted(map(" ".join, self.shapes))))
 
 
 def random_scene(rng: np.random.Generator, split: Split) -> Scene:

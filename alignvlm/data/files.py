@@ -413,12 +413,13 @@ def _is_one_value(file: Path) -> bool:
         begin = stream.read(64).lstrip()
     if begin.startswith("[") or file.suffix != ".json":
         return begin.startswith("[")
-    return _is_karpathy(file) or (begin.startswith("{") and not _is_json(_first_line(file)))
-
-
-def _first_line(file: Path) -> str:
-    with _opened(file) as stream:
-        return next(filter(None, map(str.strip, stream)), "")
+    if _is_karpathy(file):
+        return True
+    with _opened(
+        file
+    ) as stream:  # read to its end only if the first line is no row, be it a bad one of many or the begin of one
+        first = next(filter(None, map(str.strip, stream)), "")
+        return first.startswith("{") and not _is_json(first) and _is_json(first + stream.read())
 
 
 def _is_json(text: str) -> bool:

@@ -57,7 +57,11 @@ def split_of(scene: Scene) -> Split:
 
     The hash ignores the order of the shapes, so two drawings of one composition always share a split.
     """
-    key = "|".join(sorted(f"{s.colour} {s.kind} {s.size} {s.position}" for s in scene))
+    return split_of_key("|".join(sorted(f"{s.colour} {s.kind} {s.size} {s.position}" for s in scene)))
+
+
+def split_of_key(key: str) -> Split:
+    """Returns the split of a composition that is written as `key`, by its hash."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return "test" if bucket < HELD_OUT_SHARE else "train"
 

@@ -5,7 +5,6 @@ square, a sign's strokes are thinner than a pixel; in the tiles of the scene's g
 written, or where. As in `scenes.py`, a hash of the composition decides whether a scene is for training or held out.
 """
 
-import hashlib
 import io
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 
 from alignvlm.data.record import Record, one_turn
-from alignvlm.data.scenes import COLOURS, HELD_OUT_SHARE, RECORD_FEATURES, Split
+from alignvlm.data.scenes import COLOURS, RECORD_FEATURES, Split, split_of_key
 
 
 GRIDS = ((2, 3), (3, 2), (1, 4), (4, 1))  # rows and columns of cells
@@ -53,9 +52,7 @@ class SignScene:
     @property
     def split(self) -> Split:
         """The split of what is written on which colour, wherever the signs stand."""
-        key = "|".join(sorted(f"{sign.colour} {sign.text}" for sign in self.signs))
-        bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
-        return "test" if bucket < HELD_OUT_SHARE else "train"
+        return split_of_key("|".join(sorted(f"{sign.colour} {sign.text}" for sign in self.signs)))
 
 
 def random_signs(rng: np.random.Generator, split: Split) -> SignScene:

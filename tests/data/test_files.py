@@ -373,6 +373,11 @@ def test_a_json_file_may_be_one_mapping_over_several_lines(tmp_path):
     ]
     (tmp_path / "lines.json").write_text("\n".join([json.dumps(row)] * 2))
     assert len(list(records_of(tmp_path, data="lines.json"))) == 2
+    (tmp_path / "bad.json").write_text(
+        '{"question": "How\n' + json.dumps(row)
+    )  # a bad row of several is no mapping over lines
+    mixture = load_mixture([{"data": "bad.json"}], lambda record: (0, 1), tmp_path, max_bad_rows=0.5)
+    assert len(mixture.dataset) == 1 and "bad.json, line 1: not JSON" in mixture.bad_rows[0]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
