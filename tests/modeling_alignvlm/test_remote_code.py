@@ -1,6 +1,7 @@
 """A saved folder is a repository: child processes that cannot import this package load it by the Auto classes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -155,3 +156,84 @@ def test_the_configuration_waits_for_no_model_code(checkpoint):
     }
     assert [line.split()[1] for line in imports["configuration"]] == ["typing", "transformers", ".masking_alignvlm"]
     assert {line.split()[1] for line in imports["masking"]} == {"collections.abc", "dataclasses", "torch"}
+
+
+TRAIN = """
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+said = lambda text: [{"role": "assistant", "content": text}]
+asked = {"images": [picture], "prompt": [{"role": "user", "content": "What colour is it?"}]}
+chosen, rejected = ("red", "A dark red, I think."), ("no", "Blue.")
+rows = {
+    "sft": [{**asked, "completion": said(text)} for text in chosen],
+    "dpo": [{**asked, "chosen": said(good), "rejected": said(bad)} for good, bad in zip(chosen, rejected)],
+    "grpo": [asked] * 2,
+}
+kinds = {
+    "sft": (SFTTrainer, SFTConfig, {"max_length": None}, {}),
+    "dpo": (DPOTrainer, DPOConfig, {"max_length": None}, {}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        {"num_generations": 2, "max_completion_length": 4},
+        {"reward_funcs": lambda completions, **given: [float(number % 2) for number, _ in enumerate(completions)]},
+    ),
+}
+losses = {}
+for kind, (trainer_class, arguments_class, fields, given) in kinds.items():
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    if kind == "dpo":  # which else loads it by the checkpoint's name, without trust in its code
+        given = {"ref_model": AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)}
+    trainer = trainer_class(
+        model=model,
+        processing_class=processor,
+        train_dataset=Dataset.from_list(rows[kind]),
+        args=arguments_class(
+            output_dir=f"{workdir}/{kind}",
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            **fields,
+        ),
+        **given,
+    )
+    if kind == "sft":
+        (batch,) = trainer.get_train_dataloader()
+        torch.save(dict(batch), f"{workdir}/batch.pt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.train()
+    losses[kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for part in ("language_model", "vision", "projector"):
+        assert any(part in name and not torch.equal(value, before[name]) for name, value in model.state_dict().items()), part
+    trainer.save_model()
+    again = AutoModel.from_pretrained(f"{workdir}/{kind}", trust_remote_code=True).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_trl_trains_it_without_this_package(checkpoint, workdir):
+    """By TRL's own collators; the loss is that of each row alone, and what TRL saves loads."""
+    losses = json.loads(run_child(TRAIN, checkpoint, workdir).splitlines()[-1])
+    assert all(len(found) == 2 for found in losses.values())
+    assert losses["dpo"][0] == pytest.approx(math.log(2), abs=1e-4)  # the policy is the reference
+
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).double()
+    batch, found = torch.load(workdir / "batch.pt"), []
+    for row in range(2):
+        real = batch["attention_mask"][row].bool()
+        labels = batch["labels"][row][real]
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch["input_ids"][row][real][None],
+                pixel_values=batch["pixel_values"][row : row + 1].double(),
+            ).logits[0]
+        found += (-logits.log_softmax(-1)[:-1].gather(1, labels[1:, None].clamp(min=0))[:, 0])[labels[1:] >= 0]
+    assert losses["sft"][0] == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)
