@@ -2,6 +2,7 @@
 
     python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
     python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET
+    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # masks alone, on more photos
     python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
 
 A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
@@ -141,6 +142,8 @@ class Photos:
 
     recipe = ROOT / "training/recipes/smollm2_mobilenet"
     HELD_OUT = 300
+    sizes = (320, 0, 480)  # photos of stages 1, 2 and 3, where work is not what is compared
+    caption_tokens = 24  # of an answer at most
 
     def __init__(self, output: Path, photos: argparse.Namespace):
         self.output, self.backbones = output, (photos.vision, photos.language)
@@ -178,8 +181,13 @@ class Photos:
             "data_dir": data_dir,
             "sources": list(sources),
             "eval_sources": held_out or None,
+            **self.fields(number),
             **changes,
         }
+
+    def fields(self, number: int) -> dict:
+        """What a stage of this number has unlike the recipe."""
+        return {}
 
     def photos(self, first: int, last: int) -> dict:
         """Training photos of these positions, with their five captions."""
@@ -208,7 +216,7 @@ class Photos:
         )
         return {
             "masks": Finding(
-                {mask: self.divided(320, 0, 480, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
+                {mask: self.divided(*self.sizes, attention_mask_type=mask) for mask in MASK_TYPES}, ("captions",)
             ),
             "captions": Finding(
                 {
@@ -225,7 +233,7 @@ class Photos:
                 {"short": self.divided(80, 80, 800), "long": self.divided(320, 320, 320)}, ("captions",)
             ),
             "downstream": Finding(
-                {"from stage 0": [downstream], "from stage 3": [*self.divided(320, 0, 480), downstream]},
+                {"from stage 0": [downstream], "from stage 3": [*self.divided(*self.sizes), downstream]},
                 ("pathvqa",),
                 curve=True,
             ),
@@ -235,8 +243,8 @@ class Photos:
         """The options of the evaluation."""
         data, options = self.output / "data", ["--task", "local", "--batch_size", "32"]
         if task == "captions":
-            options += ["--data", str(data / "test.jsonl"), "--image_dir", str(data / "flickr8k"), "--max_new_tokens", "24"]  # fmt: skip
-            return [*options, "--prompt", "Write a short caption."]
+            options += ["--data", str(data / "test.jsonl"), "--image_dir", str(data / "flickr8k")]
+            return [*options, "--max_new_tokens", str(self.caption_tokens), "--prompt", "Write a short caption."]
         options += ["--data", str(data / "pathvqa/dev.jsonl"), "--split", "dev", "--image_dir", str(data / "pathvqa")]
         return [*options, "--max_new_tokens", "16", "--limit", "100"]
 
@@ -248,7 +256,23 @@ class Photos:
         return {name: metrics["pathvqa_accuracy"][key] for name, key in names.items()}
 
 
-WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos}
+class SmallPhotos(Photos):
+    """The same photos before a language model of some hundred thousand parameters, whose tokens are pieces of words (the vocabulary of
+    stories260K has 512): it costs little beside the frozen encoder, whose features are kept for all arms and seeds, so that there can be
+    more photos and seeds."""
+
+    sizes = (500, 0, 2500)
+    caption_tokens = 48
+
+    def fields(self, number: int) -> dict:
+        features = {"cache_features": True, "features_dir": str(self.output / "features")}
+        return {**features, **({"language_learning_rate": 2.0e-3} if number == 3 else {})}
+
+    def findings(self, seed: int) -> dict[str, Finding]:
+        return {"masks": super().findings(seed)["masks"]}
+
+
+WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos, "small_photos": SmallPhotos}
 
 
 def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed: int) -> dict:
@@ -406,6 +430,7 @@ def main() -> None:
     parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
     parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
+    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks alone, on more photos.")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/findings"))
@@ -416,11 +441,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.photos and not (arguments.language and arguments.vision):
         parser.error("--photos needs --language and --vision.")
+    if arguments.small and not arguments.photos:
+        parser.error("--small is an option of --photos.")
     output, started = arguments.output.resolve(), time.perf_counter()
     if arguments.reproduce:
         reproduce(output / "reproduce")
     else:
-        name = "photos" if arguments.photos else "scenes"
+        name = "scenes" if not arguments.photos else "small_photos" if arguments.small else "photos"
         world = WORLDS[name](output / name, arguments)
         run(name, world, arguments.only, arguments.seeds, arguments.results or output / "results.json")
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in this start.")

@@ -253,18 +253,23 @@ def run(world: Frontier, arms: dict[str, Arm], seeds: int, results: Path) -> dic
 def run_from_command_line(
     world: type[Frontier], arms: dict[str, Arm], description: str, parser: argparse.ArgumentParser | None = None
 ) -> None:
-    """Runs the arms that the command line asks for, prints their table and draws their plot; `parser` may know options of the world."""
+    """Runs the arms that the command line asks for, prints their table and draws their plot.
+
+    Args:
+        parser: may know options of the world, and set another as `world`.
+    """
     parser = parser or argparse.ArgumentParser()
     parser.description = description
     parser.add_argument("--only", nargs="+", choices=arms, default=list(arms), help="These arms alone.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("out") / world.results)
+    parser.add_argument("--output", type=Path, help="Default: out/ and what is measured.")
     parser.add_argument("--results", type=Path, help="JSON file of the results. Default: in the output folder.")
     arguments = parser.parse_args()
+    world = getattr(arguments, "world", world)
     missing = {arms[name].trained for name in arguments.only} - {None, *arguments.only}
     if missing:
         parser.error(f"--only: arms at inference evaluate the arm {', '.join(missing)}: name it, too.")
-    output = arguments.output.resolve()
+    output = (arguments.output or Path("out") / world.results).resolve()
     chosen = {name: arm for name, arm in arms.items() if name in arguments.only}
     found = run(world(output, arguments), chosen, arguments.seeds, arguments.results or output / "results.json")
     picture = output / f"{world.results}.png"

@@ -1,7 +1,8 @@
 """The best of the frontier of image tokens on real photos: loss and CIDEr of captions against tokens per image.
 
     python benchmarks/tokens_photos.py --photos FOLDER --language SMOLLM2 --vision MOBILENET --seeds 3    # hours
-    python docs/write_results_page.py                                      # the table of docs/performance.md, from docs/results.json
+    python benchmarks/tokens_photos.py --photos FOLDER --language STORIES260K --vision MOBILENET --small
+    python docs/write_results_page.py                                      # the tables of docs/performance.md, from docs/results.json
 
 The arms are those of `benchmarks/tokens.py` that kept the most with the fewest tokens on drawn scenes, for MobileNetV2 before SmolLM2-135M:
 7 x 7 features of 224 pixels are merged by likeness, 8 x 8 features of 256 pixels averaged or stacked in squares of 2 x 2. Each trains stages 1 and 3 of
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from alignvlm.data.sources import read_source
 from alignvlm.stages.backbones import BackboneArguments, assemble
-from benchmarks.findings import Photos
+from benchmarks.findings import Photos, SmallPhotos
 from benchmarks.tokens import Arm, Frontier, folder_name, run_from_command_line
 from hub_upload.run_record import RUN_RECORD
 
@@ -47,7 +48,6 @@ ARMS = {
 class FrontierOnPhotos(Photos, Frontier):
     """Photos of Flickr8k, MobileNetV2 and SmolLM2-135M, assembled as each arm asks."""
 
-    sizes = (320, 0, 480)  # photos of stages 1, 2 and 3
     results = "tokens_photos"
     turns = 1
     metrics = METRICS
@@ -72,6 +72,12 @@ class FrontierOnPhotos(Photos, Frontier):
         return {"CIDEr": metrics["cider"]["cider"]}
 
 
+class FrontierOnSmallPhotos(SmallPhotos, FrontierOnPhotos):
+    """The same before a language model of some hundred thousand parameters, on more photos."""
+
+    results = "tokens_small_photos"
+
+
 if __name__ == "__main__":
     options = argparse.ArgumentParser()
     options.add_argument(
@@ -79,4 +85,5 @@ if __name__ == "__main__":
     )
     options.add_argument("--language", required=True, help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     options.add_argument("--vision", required=True, help="MobileNetV2: a folder or Hub repository.")
+    options.add_argument("--small", dest="world", action="store_const", const=FrontierOnSmallPhotos, default=FrontierOnPhotos, help="The language model has some hundred thousand parameters: take more photos.")  # fmt: skip
     run_from_command_line(FrontierOnPhotos, ARMS, __doc__.split("\n")[0], options)

@@ -31,7 +31,11 @@ from benchmarks import (
 
 
 DOCS = Path(__file__).parent
-SHOWN = {"scenes": "accuracy", "photos": "CIDEr"}  # the metric that a plot shows, where a finding has it
+SHOWN = {
+    "scenes": "accuracy",
+    "photos": "CIDEr",
+    "small_photos": "CIDEr",
+}  # the metric that a plot shows, where a finding has it
 BLUE, GREY, ORANGE = "#2f6fa7", "#999999", "#c8641b"
 
 
@@ -176,6 +180,7 @@ def main() -> None:
             print(f"{picture}\n{page}")
     for name, file, table in (
         ("tokens_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
+        ("tokens_small_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
         ("native_shapes", "native_shapes.md", native_shapes.table),
         ("reward", "reward.md", lambda found: findings.summary_table(found["summary"])),
         ("options", "alignment.md", lambda found: alignment_options.table(found["summary"])),

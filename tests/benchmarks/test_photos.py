@@ -7,9 +7,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from alignvlm.data import scenes
-from benchmarks.findings import Photos
+from benchmarks.findings import Photos, SmallPhotos
 from benchmarks.tokens import Arm, run
-from benchmarks.tokens_photos import ARMS, FrontierOnPhotos
+from benchmarks.tokens_photos import ARMS, FrontierOnPhotos, FrontierOnSmallPhotos
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.conftest import make_tokenizer
 from tests.stages.conftest import SIZES, vision  # noqa: F401 - a fixture
@@ -66,6 +66,15 @@ def test_arms_on_photos_differ_only_in_what_they_are_named_after(world, tmp_path
     assert from_nothing == from_stage3[-1:]
 
 
+def test_small_photos_compare_masks_alone(world, tmp_path):
+    found = world(SmallPhotos, tmp_path).findings(seed=3)
+    assert list(found) == ["masks"] and list(found["masks"].arms) == list(MASK_TYPES)
+    for mask, stages in found["masks"].arms.items():
+        assert [changes.pop("attention_mask_type") for _, changes in stages] == [mask] * 2
+    assert len({json.dumps(stages) for stages in found["masks"].arms.values()}) == 1
+    assert len({changes["features_dir"] for _, changes in stages}) == 1  # which arms and seeds share
+
+
 def test_captions_of_held_out_photos_are_not_trained_on(world, tmp_path):
     data = world(Photos, tmp_path).output / "data"
     read = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in data.glob("*.jsonl")}
@@ -76,14 +85,15 @@ def test_captions_of_held_out_photos_are_not_trained_on(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_fewer_tokens_are_measured_on_photos(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(FrontierOnPhotos, "sizes", (2, 0, 2))
-    monkeypatch.setattr(FrontierOnPhotos, "in_process", True)
+@pytest.mark.parametrize("kind", [FrontierOnPhotos, FrontierOnSmallPhotos])
+def test_fewer_tokens_are_measured_on_photos(world, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(kind, "sizes", (2, 0, 2))
+    monkeypatch.setattr(kind, "in_process", True)
     shuffle = ARMS["pixel shuffle, 2 x 2, 256 pixels"].assembly | {"image_size": 16}
     arms = {"mlp": Arm(), "merged": Arm({"merge_image_tokens": 1}), "shuffled": Arm(shuffle)}
     results = tmp_path / "results.json"
-    run(world(FrontierOnPhotos, tmp_path), arms, seeds=1, results=results)
-    found = json.loads(results.read_text())["tokens_photos"]
+    run(world(kind, tmp_path), arms, seeds=1, results=results)
+    found = json.loads(results.read_text())[kind.results]
     whole = found["tokens"].pop("mlp")
     assert found["tokens"] == {"merged": 1, "shuffled": whole // 4} and whole >= 4
     for name, runs in found["runs"].items():
