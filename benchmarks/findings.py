@@ -2,7 +2,7 @@
 
     python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
     python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET
-    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # masks alone, on more photos
+    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # two of them, on more photos
     python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
 
 A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
@@ -143,6 +143,8 @@ class Photos:
     recipe = ROOT / "training/recipes/smollm2_mobilenet"
     HELD_OUT = 300
     sizes = (320, 0, 480)  # photos of stages 1, 2 and 3, where work is not what is compared
+    questions = 480  # images of PathVQA that stage 4 is asked about
+    save_steps = 15  # between its checkpoints that are evaluated
     caption_tokens = 24  # of an answer at most
 
     def __init__(self, output: Path, photos: argparse.Namespace):
@@ -204,13 +206,13 @@ class Photos:
         return [*stages, self.stage(3, self.photos(ends[1], ends[2]), measured=True, **changes)]
 
     def findings(self, seed: int) -> dict[str, Finding]:
-        questions = {"data": "pathvqa/train.jsonl", "split": "train", "image_dir": "pathvqa", "limit": 480}
+        questions = {"data": "pathvqa/train.jsonl", "split": "train", "image_dir": "pathvqa", "limit": self.questions}
         # Stage 1's rate: without it a projector that nobody has trained would be held back.
         downstream = self.stage(
             4,
             questions,
             save_strategy="steps",
-            save_steps=15,
+            save_steps=self.save_steps,
             save_total_limit=None,
             projector_learning_rate=2.0e-3,
         )
@@ -262,14 +264,20 @@ class SmallPhotos(Photos):
     more photos and seeds."""
 
     sizes = (500, 0, 2500)
+    questions, save_steps = 2000, 50
     caption_tokens = 48
 
     def fields(self, number: int) -> dict:
-        features = {"cache_features": True, "features_dir": str(self.output / "features")}
-        return {**features, **({"language_learning_rate": 2.0e-3} if number == 3 else {})}
+        features = {
+            "cache_features": True,
+            "features_dir": str(self.output / "features"),
+            "vision_learning_rate": None,
+        }
+        return {**features, **({"language_learning_rate": 2.0e-3} if number > 1 else {})}
 
     def findings(self, seed: int) -> dict[str, Finding]:
-        return {"masks": super().findings(seed)["masks"]}
+        found = super().findings(seed)
+        return {name: found[name] for name in ("masks", "downstream")}
 
 
 WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos, "small_photos": SmallPhotos}
@@ -430,7 +438,7 @@ def main() -> None:
     parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
     parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
-    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks alone, on more photos.")  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks and what stages 1 to 3 bring, on more photos, with the encoder frozen.")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/findings"))

@@ -66,13 +66,17 @@ def test_arms_on_photos_differ_only_in_what_they_are_named_after(world, tmp_path
     assert from_nothing == from_stage3[-1:]
 
 
-def test_small_photos_compare_masks_alone(world, tmp_path):
+def test_small_photos_train_no_encoder(world, tmp_path):
     found = world(SmallPhotos, tmp_path).findings(seed=3)
-    assert list(found) == ["masks"] and list(found["masks"].arms) == list(MASK_TYPES)
+    stages = [stage for finding in found.values() for arm in finding.arms.values() for stage in arm]
+    assert all(changes["vision_learning_rate"] is None for _, changes in stages)
+    assert len({changes["features_dir"] for _, changes in stages}) == 1  # which arms and seeds share
+    assert list(found["masks"].arms) == list(MASK_TYPES)
     for mask, stages in found["masks"].arms.items():
         assert [changes.pop("attention_mask_type") for _, changes in stages] == [mask] * 2
     assert len({json.dumps(stages) for stages in found["masks"].arms.values()}) == 1
-    assert len({changes["features_dir"] for _, changes in stages}) == 1  # which arms and seeds share
+    from_nothing, from_stage3 = found["downstream"].arms.values()
+    assert from_nothing == from_stage3[-1:] and len(from_stage3) == 3
 
 
 def test_captions_of_held_out_photos_are_not_trained_on(world, tmp_path):
