@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
@@ -169,7 +169,7 @@ class MixtureSampler(Sampler):
         draws: records that an epoch takes of each part.
         has_images: of each part.
         seed: of the order.
-        epochs: of the stage.
+        records: of the stage, over all epochs and processes; by default those of one epoch.
         image_start_fraction: no record of a part with images comes before this fraction of the stage's records
             (after arXiv 2503.07603, where images late in training did best).
 
@@ -183,20 +183,19 @@ class MixtureSampler(Sampler):
         draws: list[int],
         has_images: list[bool],
         seed: int = 0,
-        epochs: int = 1,
+        records: float | None = None,
         image_start_fraction: float = 0.0,
     ):
         self.sizes, self.draws, self.has_images = sizes, draws, has_images
         self.seed, self.epoch = seed, 0
         total = sum(draws)
         texts = sum(draw for draw, images in zip(draws, has_images) if not images)
-        self.texts_first = [
-            min(max(round(image_start_fraction * epochs * total) - e * total, 0), total) for e in range(epochs)
-        ]
-        if max(self.texts_first) > texts:
+        records = total if records is None else records
+        self._texts_of_stage = round(image_start_fraction * records)
+        if min(self._texts_of_stage, total) > texts:
             raise ValueError(
-                f"image_start_fraction={image_start_fraction:g} needs {max(self.texts_first)} records without images at the beginning, "
-                f"and the epoch has {texts} among {total}. The largest feasible fraction is {texts / total / epochs:.4g}."
+                f"image_start_fraction={image_start_fraction:g} needs {self._texts_of_stage} records without images at the beginning, "
+                f"and an epoch has {texts} among {total}. The largest feasible fraction is {math.floor(texts / records * 1e4) / 1e4:g}."
             )
 
     def __len__(self) -> int:
@@ -204,6 +203,11 @@ class MixtureSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    @property
+    def texts_first(self) -> int:
+        """How many records without images the epoch begins with."""
+        return min(max(self._texts_of_stage - self.epoch * len(self), 0), len(self))
 
     def _drawn(self, part: int) -> np.ndarray:
         """Returns the epoch's records of a part."""
@@ -217,9 +221,9 @@ class MixtureSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch, 1])
         parts = rng.permutation(np.repeat(np.arange(len(self.draws)), self.draws))
-        if (count := self.texts_first[self.epoch] if self.epoch < len(self.texts_first) else 0) > 0:
+        if self.texts_first:
             is_text = ~np.array(self.has_images)[parts]
-            first = np.flatnonzero(is_text)[:count]
+            first = np.flatnonzero(is_text)[: self.texts_first]
             parts = np.concatenate([parts[first], np.delete(parts, first)])
         order = np.empty(len(parts), dtype=np.int64)
         offset = 0
@@ -339,7 +343,7 @@ def load_mixture(
     image_token_share: float | None = None,
     image_start_fraction: float = 0.0,
     streaming: bool = False,
-    stream_records: int | None = None,
+    records: int | None = None,
     earlier_stages: list[dict] | None = None,
     max_bad_rows: float | None = None,
 ) -> Mixture:
@@ -349,10 +353,11 @@ def load_mixture(
         sources: each `{name, share, tag, ...}`: see `Part` and `records_per_epoch` for share and tag, `read_source` for all others.
         token_counts: returns the image and the text tokens of a record's rows (`AlignVLMCollator.token_counts`).
         data_dir: where relative paths start.
-        epochs, image_start_fraction, seed: see `MixtureSampler`.
+        epochs: of the stage, if `records` does not say how much of the data it reads.
+        image_start_fraction, seed: see `MixtureSampler`.
         image_token_share: see `image_sample_probability`.
         streaming: read rows as they are needed. Every source then needs a share, unless there is only one.
-        stream_records: records of a streamed stage, over all processes; `image_start_fraction` is a fraction of them.
+        records: of the stage, over all processes; `image_start_fraction` is a fraction of them.
         earlier_stages: the `stages` of the model's run record, for rehearsal.
         max_bad_rows: see `read_source`.
 
@@ -372,7 +377,7 @@ def load_mixture(
         for part in parts:
             part.measure(token_counts)
     if streaming:
-        return Mixture(parts, _stream(parts, seed, image_token_share, image_start_fraction, stream_records))
+        return Mixture(parts, _stream(parts, seed, image_token_share, image_start_fraction, records))
     draws = records_per_epoch(parts, image_token_share)
     for part, draw in zip(parts, draws):
         if draw > len(part.source):
@@ -387,7 +392,8 @@ def load_mixture(
         }
     )
     has_images = [part.image_tokens is None or part.image_tokens > 0 for part in parts]
-    sampler = MixtureSampler(sizes, draws, has_images, seed, math.ceil(epochs), image_start_fraction)
+    records = epochs * sum(draws) if records is None else records
+    sampler = MixtureSampler(sizes, draws, has_images, seed, records, image_start_fraction)
     return Mixture(parts, pointers.with_transform(partial(_resolve, parts)), sampler, draws)
 
 
@@ -425,4 +431,11 @@ def _stream(
     texts = [i for i, part in enumerate(parts) if part.image_tokens == 0]
     if not texts or records is None:
         raise ValueError("image_start_fraction needs a source without images and, for a stream, max_steps.")
-    return concatenate_datasets([mixed(texts).take(round(image_start_fraction * records)), everything])
+    # Not concatenated: processes and workers would divide the two streams among them, and some would see no image.
+    streams = {"first": mixed(texts).take(round(image_start_fraction * records)), "then": everything}
+    return IterableDataset.from_generator(_one_after_the_other, features=TAGGED_RECORD, gen_kwargs=streams)
+
+
+def _one_after_the_other(first: IterableDataset, then: IterableDataset) -> Iterator[dict]:
+    yield from first
+    yield from then

@@ -167,7 +167,7 @@ def rows_of_epochs(
         epoch = len(found)
         sampler.set_epoch(epoch)
         order = list(sampler)
-        texts = sampler.texts_first[epoch] if epoch < len(sampler.texts_first) else 0
+        texts = sampler.texts_first
         seed = [sampler.seed, epoch, 2]
         found.append(
             [

@@ -43,6 +43,8 @@ REFUSED = {
     "group_by_length": "the order of records is that of the mixture",
     "train_sampling_strategy": "the order of records is that of the mixture",
     "optim_target_modules": "each module has its own learning rate",
+    "bf16_full_eval": "held-out records are measured in the stage's precision, and this would round the weights that are trained",
+    "fp16_full_eval": "held-out records are measured in the stage's precision, and this would round the weights that are trained",
 }
 HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
@@ -377,6 +379,10 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
         self._check_projector_start()
         if self.average_last and self.save_strategy == "no":
             raise ValueError(f"average_last={self.average_last} needs checkpoints: set save_strategy and save_steps.")
+        if self.average_last and self.load_best_model_at_end:
+            raise ValueError(
+                f"average_last={self.average_last} writes the mean of the last checkpoints, load_best_model_at_end the best one: leave out one."
+            )
         if self.average_last and self.save_total_limit is not None and self.save_total_limit < self.average_last:
             raise ValueError(
                 f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
@@ -641,10 +647,10 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
                 f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
                 f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
             )
-        if self.streaming and self.image_start_fraction:
+        if self.max_steps > 0 and self.image_start_fraction:
             raise ValueError(
-                "image_start_fraction counts records, and how many of them the rows of a stream hold is not known: leave out streaming, "
-                "row_length or image_start_fraction."
+                f"image_start_fraction counts records, and how many of them the rows of max_steps={self.max_steps} hold is not known: leave "
+                "out row_length or image_start_fraction, or say num_train_epochs in place of max_steps."
             )
 
 

@@ -100,7 +100,7 @@ def make_mixture(
         image_token_share=arguments.image_token_share,
         image_start_fraction=arguments.image_start_fraction,
         streaming=arguments.streaming,
-        stream_records=arguments.max_steps * arguments.records_per_step(processes),
+        records=arguments.max_steps * arguments.records_per_step(processes) if arguments.max_steps > 0 else None,
         earlier_stages=earlier_stages,
         max_bad_rows=arguments.bad_rows_allowed,
     )

@@ -55,6 +55,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "muon": muon,
+            "fused": True,  # by which torch loads `step` to where its kernel reads it
         }
         super().__init__(params, defaults)
 
@@ -95,7 +96,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros(()), **zeros}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,

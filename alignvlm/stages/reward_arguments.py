@@ -28,7 +28,7 @@ from alignvlm.stages.command_line import parse_fields, read_yaml
 
 # Of the options of the other stages, those that stage 5 has too; those of a model's start and of the run record it has all.
 KEPT = {
-    *("precision", "muon", "infinite_schedule"),
+    *("precision", "num_train_epochs", "muon", "infinite_schedule"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge", "frozen_16_bit", "average_last"),
     *("keep_language", "keep_language_from"),
     *("sources", "eval_sources", "text_sources", "data_dir", "on_bad_row", "max_bad_rows"),
@@ -41,6 +41,8 @@ REFUSED = {
     "sync_ref_model": "the reference is the model that the stage starts from",
     "precompute_ref_log_probs": "images are read as they are needed",
     "padding_free": "rows are padded",
+    "bf16_full_eval": "it would round the weights that are trained",
+    "fp16_full_eval": "it would round the weights that are trained",
 }
 
 WHOLE_IMAGES = "stage 5 shows complete images"

@@ -9,9 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 from trl import DPOTrainer, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from alignvlm.stages.trainer import StageTrainer
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's order of prompts, each epoch's by itself: TRL's own goes on with its random numbers, which a resumed run has not drawn."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class GRPOStageTrainer(StageTrainer, GRPOTrainer):
@@ -33,6 +47,12 @@ class GRPOStageTrainer(StageTrainer, GRPOTrainer):
         if reference is not None:
             add_fused_lm_head(reference, self.temperature, arguments.cast_lm_head_to_fp32)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _get_train_sampler(self, dataset=None):
+        own = super()._get_train_sampler(dataset)
+        return PromptSampler(
+            own.data_source, own.mini_repeat_count, own.batch_size, own.repeat_count, own.shuffle, own.seed
+        )
 
     def _prepare_inputs(self, inputs):
         self._record_names = [example["id"] for example in inputs]

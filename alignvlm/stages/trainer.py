@@ -288,6 +288,16 @@ class StageTrainer:
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args, **kwargs):
+        """Tells the sampler which epoch it is. Where several processes resume within an epoch, it lies deeper in batch samplers than accelerate
+        and transformers look, and would begin with the first epoch's order again."""
+        batches = getattr(kwargs["train_dataloader"], "batch_sampler", None)
+        while batches is not None:
+            if hasattr(sampler := getattr(batches, "sampler", None), "set_epoch"):
+                sampler.set_epoch(kwargs["epoch"])
+            batches = getattr(batches, "batch_sampler", None)
+        return super()._run_epoch(*args, **kwargs)
+
     def _forget_preparation(self) -> None:
         """Lets training prepare a model that was evaluated before. accelerate would take it for prepared and not put it into DDP, and every
         process would train apart."""
@@ -537,7 +547,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 or self.args.dataloader_drop_last:
             dataset = RepeatedToFill(dataset, self.args.eval_batch_size * self.args.world_size)
         return super().get_eval_dataloader(dataset)
 

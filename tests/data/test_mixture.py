@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, prepare_data_loader, skip_first_batches
 from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import assume, given, settings
@@ -149,9 +149,10 @@ SAMPLER = st.builds(
 )
 
 
-def make_sampler(made, epochs: int = 1, image_start_fraction: float = 0.0) -> MixtureSampler:
+def make_sampler(made, epochs: float = 1, image_start_fraction: float = 0.0) -> MixtureSampler:
     parts, seed = made
-    return MixtureSampler(*map(list, zip(*parts)), seed, epochs, image_start_fraction)
+    sizes, draws, has_images = map(list, zip(*parts))
+    return MixtureSampler(sizes, draws, has_images, seed, epochs * sum(draws), image_start_fraction)
 
 
 def orders(sampler: MixtureSampler, epochs: int) -> list[list[int]]:
@@ -225,7 +226,7 @@ class TestOrder:
             assert alone.keys() == together.keys()
             assert all(torch.equal(alone[name], together[name]) for name in alone)
 
-    @given(SAMPLER, st.floats(0, 1), st.integers(1, 3))
+    @given(SAMPLER, st.floats(0, 1), st.one_of(st.integers(1, 3), st.floats(0.1, 3)))
     @settings(max_examples=examples(80))
     def test_no_image_comes_before_its_fraction(self, made, fraction, epochs):
         sizes, draws, has_images = zip(*made[0])
@@ -237,8 +238,8 @@ class TestOrder:
             return
         sampler = make_sampler(made, epochs, fraction)
         is_image = [images for size, images in zip(sizes, has_images) for _ in range(size)]
-        stage = flat(orders(sampler, epochs))
-        plain = flat(orders(make_sampler(made, epochs), epochs))
+        stage = flat(orders(sampler, math.ceil(epochs)))
+        plain = flat(orders(make_sampler(made, epochs), math.ceil(epochs)))
         assert sorted(stage) == sorted(plain)  # only moved
         assert not any(is_image[index] for index in stage[: round(fraction * epochs * total)])
 
@@ -285,9 +286,22 @@ class TestStreams:
         assert seen(flat(zip(*(islice(node, 40) for node in nodes)))) == whole
 
     def test_texts_come_first(self, collator):
-        stream = self.load(collator, image_start_fraction=0.5, stream_records=100).dataset
+        stream = self.load(collator, image_start_fraction=0.5, records=100).dataset
         kinds = [bool(r["images"]) for r in islice(stream, 100)]
         assert not any(kinds[:50]) and any(kinds[50:60])
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_texts_come_first_on_every_process(self, collator, ranks, workers):
+        stream = self.load(collator, image_start_fraction=0.5, records=80).dataset
+        for rank in range(ranks):
+            loader = DataLoader(stream, batch_size=4, collate_fn=list, num_workers=workers)
+            prepared = prepare_data_loader(
+                loader, num_processes=ranks, process_index=rank, dispatch_batches=False, put_on_device=False
+            )
+            kinds = [bool(r["images"]) for batch in islice(prepared, 80 // 4 // ranks) for r in batch]
+            half = len(kinds) // 2
+            assert not any(kinds[:half]) and any(kinds[half:])
 
     def test_a_stream_without_shares_is_refused(self, collator):
         with pytest.raises(ValueError, match="every source needs a share; scene_texts has none"):

@@ -115,7 +115,7 @@ def test_rows_do_not_depend_on_workers_or_how_a_step_is_cut_but_on_the_seed(proc
 )
 def test_every_epoch_has_its_records_in_as_many_rows(sizes, draws, epochs, share, rng):
     texts_first = min(share, draws[1] / sum(draws) / epochs)
-    sampler = MixtureSampler(sizes, draws, [True, False], 3, epochs, texts_first)
+    sampler = MixtureSampler(sizes, draws, [True, False], 3, epochs * sum(draws), texts_first)
     made = {
         record: [(rng.randint(0, 60), int(record < sizes[0])) for _ in range(rng.randint(1, 3))]
         for record in range(sum(sizes))
@@ -128,7 +128,7 @@ def test_every_epoch_has_its_records_in_as_many_rows(sizes, draws, epochs, share
         order = list(sampler)
         assert sorted(piece for row in rows for piece in row) == sorted(pieces.of_records(order))
         assert all(pieces.tokens[row].sum() <= 60 for row in rows)
-        first = sum(len(made[record]) for record in order[: sampler.texts_first[epoch]])
+        first = sum(len(made[record]) for record in order[: sampler.texts_first])
         if epochs == 1:  # rows that even out epochs stand at the end
             before = [piece for row in rows for piece in row][:first]
             assert not any(pieces.images[piece] for piece in before)

@@ -83,7 +83,7 @@ def test_a_resumed_run_is_one_that_was_not_interrupted(checkpoint, tmp_path, fie
     [
         ({"max_length": 401}, "max_length=401 allows records that are longer than rows of row_length=400 tokens"),
         ({"max_length": None}, "max_length=1024 allows records"),
-        ({"streaming": True, "image_start_fraction": 0.1}, "image_start_fraction counts records"),
+        ({"max_steps": 5, "image_start_fraction": 0.1}, "image_start_fraction counts records"),
         ({"packing": True}, "packing: leave it out; row_length fills rows"),
     ],
     ids=["longer", "the default", "a stream", "TRL's packing"],

@@ -88,6 +88,14 @@ def test_the_held_out_loss_counts_every_label_once(checkpoint, tmp_path, mask):
         )
 
 
+def test_no_held_out_record_is_dropped(checkpoint, tmp_path):
+    """`dataloader_drop_last` is for training; 5 records fill neither a batch of 4 nor one of 8."""
+    expected = by_hand(checkpoint, "image")["eval_loss"]
+    for batch in (4, 8):
+        given = arguments_for(checkpoint, tmp_path / str(batch), **fields("image", batch), dataloader_drop_last=True)
+        assert main(given)["eval_loss_before"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_records_are_repeated_without_their_labels(checkpoint):
     records = [dict(row) for row in make_scenes(3, "train", seed=1)]
     filled = RepeatedToFill(records, 4)

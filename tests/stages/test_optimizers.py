@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from alignvlm.stages import optimizers
 from alignvlm.stages.flops import FlopCounter
 from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix, muon_groups, orthogonalized
 from alignvlm.stages.stage import main
@@ -47,6 +48,20 @@ def test_the_rest_takes_the_step_of_adamw():
             parameter.grad = torch.full((6,), 1.0 + step, dtype=torch.float64)
             optimizer.step()
     torch.testing.assert_close(parameters[0], parameters[1], rtol=1e-12, atol=0)
+
+
+def test_steps_lie_where_a_fused_kernel_reads_them(monkeypatch):
+    """On the parameter's device, and there again when a run is resumed; what torch's own fused AdamW does."""
+    parameter = nn.Parameter(torch.zeros(6, device="meta"))
+    parameter.grad = torch.zeros(6, device="meta")
+    optimizer = MuonAdamW([parameter])
+    monkeypatch.setattr(optimizers, "adamw", lambda *args, **options: None)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"].device == parameter.device
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = torch.zeros(())
+    optimizer.load_state_dict(state)
+    assert optimizer.state[parameter]["step"].device == parameter.device
 
 
 def test_muon_takes_the_matrices_of_hidden_layers_only(make_model):

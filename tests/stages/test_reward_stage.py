@@ -19,6 +19,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.loading import load_model, make_collator, make_mixture, make_rows
 from alignvlm.stages.reward_arguments import GRPOArguments, parse_any_stage, parse_rewards
 from alignvlm.stages.reward_stage import main, make_trainer
+from alignvlm.stages.reward_trainers import DPOStageTrainer, GRPOStageTrainer
 from alignvlm.stages.trainer import module_of
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMProcessor, TokenLayout, dense_mask
@@ -336,6 +337,35 @@ def test_a_run_changes_what_it_declares_is_recorded_and_goes_on_where_it_stopped
     assert all(torch.equal(value, weights(other)[name]) for name, value in after.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.* deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_a_resumed_run_reads_a_later_epoch_as_it_would_have(checkpoint, pairs, tmp_path, method, monkeypatch):
+    read = []
+    trainer = {"grpo": GRPOStageTrainer, "dpo": DPOStageTrainer}[method]
+    prepare = trainer._prepare_inputs
+
+    def noted(self, inputs):
+        prepared = prepare(self, inputs)
+        if self.model.training:
+            read.append(list(self._record_names))
+        return prepared
+
+    monkeypatch.setattr(trainer, "_prepare_inputs", noted)
+    fields = {"max_steps": None, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    if method == "grpo":
+        fields |= {"rewards": ["accuracy"], "sources": [{"name": "scenes", "annotations": ["questions"], "count": 1}]}
+    whole = main(given(checkpoint, tmp_path / "whole", method, **fields))
+    uninterrupted, steps = read[:], whole["steps"]
+    assert len(uninterrupted) == steps >= 6 and steps % 3 == 0 and uninterrupted[-1] not in uninterrupted[: steps // 3]
+    last = f"checkpoint-{steps - 1}"
+    (tmp_path / "again" / last).mkdir(parents=True)
+    for file in (tmp_path / "whole" / last).iterdir():
+        (tmp_path / "again" / last / file.name).write_bytes(file.read_bytes())
+    read.clear()
+    again = main([*given(checkpoint, tmp_path / "again", method, **fields), "--resume_from_checkpoint"])
+    assert read == uninterrupted[-1:] and again["logged_losses"] == whole["logged_losses"]
+
+
 def test_a_share_of_the_untouched_language_model_is_kept(checkpoint, pairs):
     folders = {share: pairs / f"kept_{share}" for share in (0, 0.25)}
     for share, folder in folders.items():
@@ -434,6 +464,7 @@ def test_stage_5_without_a_method_is_looked_at_with_the_one_it_will_take(tmp_pat
             "Source 'scenes' has a response without a rejected answer .*`alignvlm prefer` makes one",
         ),
         ("dpo", {"streaming": True}, "streaming is an option of stages 1 to 4"),
+        ("grpo", {"fp16_full_eval": True}, "fp16_full_eval: stage 5 does not have it, because it would round"),
     ],
 )
 def test_what_stage_5_cannot_do_is_refused_with_a_sentence(checkpoint, pairs, method, fields, message):

@@ -431,6 +431,14 @@ def test_recipes_are_valid(path):
         ({"report_to": "tensorbord"}, "'tensorbord' is not installed.*Valid here: none"),
         ({"padding_free": True}, "padding_free: leave it out; row_length fills rows"),
         ({"eos_token": "</s>"}, "eos_token: leave it out; the special tokens are the checkpoint's"),
+        (
+            {"bf16_full_eval": True},
+            "bf16_full_eval: leave it out; held-out records are measured in the stage's precision",
+        ),
+        (
+            {"average_last": 2, "save_strategy": "steps", "load_best_model_at_end": True},
+            "average_last=2 writes the mean of the last checkpoints, load_best_model_at_end the best one",
+        ),
         ({"eval_strategy": "epoch"}, "eval_strategy measures on eval_sources: name some"),
         ({"eval_on_start": True}, "eval_on_start measures on eval_sources: name some"),
         ({"metric_for_best_model": "cider"}, "'cider' is not measured .* Valid values: loss"),

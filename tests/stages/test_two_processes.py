@@ -1,6 +1,7 @@
 """Options of a stage, all on at once: two processes write what one writes."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -66,3 +67,24 @@ def test_two_processes_write_what_one_writes(checkpoint, tmp_path):
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, value in expected.items():
         torch.testing.assert_close(written[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"row_length": 400, "max_length": 400}], ids=["records", "filled rows"])
+def test_two_processes_go_on_within_a_later_epoch(checkpoint, tmp_path, options):
+    """With the records that were left of it, in its own order."""
+    rates = {"projector_learning_rate": 1e-3, "language_learning_rate": 1e-3}
+    saved = {"max_steps": None, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    fields = {**rates, **saved, "per_device_train_batch_size": 8 if not options else 1, **options}
+    run = "alignvlm.stages.stage:main"
+    forked.run(run, arguments_for(checkpoint, tmp_path / "whole", **fields), log=tmp_path / "log", processes=2)
+    whole = read_run_record(tmp_path / "whole")["stages"][-1]
+    steps = whole["steps"]
+    assert steps >= 6 and steps % 3 == 0
+    last = f"checkpoint-{steps - 1}"
+    shutil.copytree(tmp_path / "whole" / last, tmp_path / "again" / last)
+    given = [*arguments_for(checkpoint, tmp_path / "again", **fields), "--resume_from_checkpoint"]
+    forked.run(run, given, log=tmp_path / "log", processes=2)
+    assert read_run_record(tmp_path / "again")["stages"][-1]["logged_losses"] == whole["logged_losses"]
+    written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "whole"))
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
