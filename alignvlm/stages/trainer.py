@@ -169,6 +169,8 @@ class StageTrainer:
         loader = super()._get_dataloader(*args, **kwargs)
         workers = getattr(loader, "base_dataloader", loader)  # accelerate's holds torch's
         workers.worker_init_fn = sheltered(workers.worker_init_fn)
+        # Of its own, for the seeds of workers: from torch's it would draw one each epoch or, where workers stay, one each start of a run.
+        workers.generator = torch.Generator()
         return loader
 
     def progress(self) -> dict:

@@ -106,8 +106,22 @@ def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, fo
     assert predictions[0] == predictions[1]
 
 
-def test_an_interrupted_lora_stage_resumes_bit_for_bit(checkpoint, tmp_path):
-    fields = {**LORA, **RATES, "lora_dropout": 0.1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_steps": 4},
+        {
+            "max_steps": None,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "dataloader_num_workers": 1,
+            "dataloader_persistent_workers": True,
+        },
+    ],
+    ids=["no workers", "workers that stay for all epochs"],
+)
+def test_an_interrupted_lora_stage_resumes_bit_for_bit(checkpoint, tmp_path, fields):
+    fields = {**LORA, **RATES, "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2, **fields}
     whole = main(arguments_for(checkpoint, tmp_path / "whole", **fields))
     (tmp_path / "again").mkdir()
     (tmp_path / "whole/checkpoint-2").rename(tmp_path / "again/checkpoint-2")
