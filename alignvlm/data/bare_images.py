@@ -1,6 +1,6 @@
 """Lists the images of a folder, a file of rows or a data set of the Hub, each once, whatever is said about them."""
 
-import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from alignvlm.data.files import read_rows
+from alignvlm.data.files import FOLDER, listing_hash, read_rows
 from alignvlm.data.formats import images_of, is_image_column
-from alignvlm.data.reader import image_key
+from alignvlm.data.reader import below, image_key, path_of
 from alignvlm.data.record import BadRow
 from alignvlm.data.sources import undecoded
 
@@ -48,8 +48,12 @@ class BareImages:
     def __getitem__(self, index: int) -> dict:
         """Returns an image as `read_image` takes it."""
         row, number = self.positions[index]
-        value = images_of(self.rows[row])[number]
-        return {"bytes": None, "path": value, "folder": str(self.folder)} if isinstance(value, str) else value
+        found = self.rows[row]
+        value = below(found.get(FOLDER), images_of(found)[number])
+        path = path_of(value)
+        return (
+            value if path is None or self.folder is None else {"bytes": None, "path": path, "folder": str(self.folder)}
+        )
 
     def place_of(self, index: int) -> str:
         """Returns where an image stands."""
@@ -79,28 +83,21 @@ def list_images(
         ValueError: for data without images, and for a bad row (`BadRow`).
     """
     folder = Path(data)
-    files = (
-        sorted(file for file in folder.rglob("*") if _is_image(file.relative_to(folder))) if folder.is_dir() else []
-    )
+    files = _image_files(folder) if folder.is_dir() else []
     if files:
         if image_dir is not None:
             raise ValueError(f"{data} is a folder of images: leave out the image_dir, which is for paths in rows.")
         names = [file.relative_to(folder).as_posix() for file in files][:limit]
-        listing = "".join(f"{name} {(folder / name).stat().st_size}\n" for name in names)
-        identity = {"data": folder.resolve().name, "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
+        identity = {"data": folder.resolve().name, "listing_sha256": listing_hash(folder, names)}
         positions = [(index, 0) for index in range(len(names))]
         place = partial(_name_at, names)
         return BareImages(Dataset.from_dict({"image": names}), positions, folder, identity, place, [], of_rows=False)
-    found = read_rows(data, split, config, revision)
-    if image_dir is not None:
-        found.folder = Path(image_dir)
-        if not found.folder.is_dir():
-            raise FileNotFoundError(f"No such image_dir: {found.folder}.")
+    found = read_rows(data, split, config, revision, image_dir=image_dir)
     rows = undecoded(found, data)
     columns = [name for name in rows.column_names if is_image_column(name) or name == "filepath"]
     if not columns:
         raise ValueError(f"{data} has no column of images. Columns found: {sorted(found.columns)}.")
-    rows = rows.select_columns(columns)
+    rows = rows.select_columns([*columns, *(name for name in rows.column_names if name == FOLDER)])
     images = BareImages(rows, [], found.folder, found.identity, found.place, [])
     seen: set[str] = set()
     for index, row in enumerate(rows):
@@ -114,18 +111,29 @@ def list_images(
             images.bad_rows.append(str(error.at(found.place(index))))
             continue
         for number, value in enumerate(values):
+            value = below(row.get(FOLDER), value)
             key = image_key({"image": value})
             if key not in seen and len(images) != limit:
                 seen.add(key)
                 images.positions.append((index, number))
-                images.all_paths &= isinstance(value, str)
+                images.all_paths &= path_of(value) is not None and images.folder is not None
     if not images.positions:
         raise ValueError(f"{data} holds no image in its columns {columns}.")
     return images
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in file.parts)
+def _image_files(folder: Path) -> list[Path]:
+    """Returns the image files below a folder, hidden ones excepted; also those of linked folders that lie elsewhere, each once."""
+    files, entered, home = [], set(), folder.resolve()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found, place = Path(place).resolve(), Path(place)
+        if found in entered or (place != folder and place.is_symlink() and found.is_relative_to(home)):
+            folders.clear()
+            continue
+        entered.add(found)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [place / name for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
 
 
 def _name_at(names: list[str], index: int) -> str:

@@ -2,9 +2,12 @@
 
 import csv
 import glob
+import hashlib
 import json
+import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +42,7 @@ from hub_upload.run_record import sha256_of
 
 FILE_TYPES = ("json", "jsonl", "csv", "parquet", "txt", "tar")
 NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
+FOLDER = "__folder__"  # the column of the folder where a row's image paths start, below `Rows.folder`, if files stand in several
 csv.field_size_limit(1 << 30)  # of a text; by default 128 KiB
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
 SPLIT_WORDS = {
@@ -52,6 +56,8 @@ SPLIT_WORDS = {
     "testing",
     "eval",
 }  # in names of files
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets` and LLaMA-Factory: they describe data sets
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
 
 
 @dataclass
@@ -63,12 +69,16 @@ class Rows:
         identity: what was read: the Hub's id and commit, or the files; goes into run records and results.
         place: returns where the row of an index stands.
         folder: where image paths start; None for a data set of the Hub.
+        left_out: how many rows were left out because their column `split` is empty.
+        splits_there: describes the values of the column `split`, for messages; empty without that column.
     """
 
     rows: Dataset | IterableDataset
     identity: dict
     place: Callable[[int], str]
     folder: Path | None
+    left_out: int = 0
+    splits_there: Callable[[], str] = str
 
     @property
     def columns(self) -> list[str]:
@@ -104,6 +114,8 @@ def read_rows(
     *,
     file: str | None = None,
     folder_of_images: bool = False,
+    only_tars: bool = False,
+    image_dir: str | Path | None = None,
     data_dir: str | Path = ".",
     streaming: bool = False,
     hash_all: bool = False,
@@ -113,21 +125,24 @@ def read_rows(
 
     Args:
         data: a local file or folder (from `data_dir`, unless absolute), or a data set on the Hub.
-        split: `a+b` joins two.
+        split: `a+b` joins two. A slice, `train[:10]`, only of a data set on the Hub.
         config, revision: of a Hub data set; locally, `config` is a folder in it.
         file: the file to read of a Hub repository of files.
         folder_of_images: read images with a metadata file, or in one folder per label.
+        only_tars: read no other files of a folder.
+        image_dir: where image paths start (from `data_dir`, unless absolute); by default beside the file that names them.
         streaming: read rows as they are needed.
         hash_all: put the SHA-256 of every file into the identity, also of large files that hold images.
         keep_bad_lines: turn a line that is not JSON into a row that says so in `NOT_A_ROW`, instead of raising.
 
     Raises:
-        FileNotFoundError: for data that is not on disk and has not the form of a Hub id.
+        FileNotFoundError: for data that is not on disk and has not the form of a Hub id, or an `image_dir` that is not there.
         ValueError: for a split that is not found, or files that cannot be read.
     """
     local = Path(data_dir) / data
     if local.exists():
-        found = _local(local, split, config, folder_of_images, streaming, hash_all, keep_bad_lines)
+        reading = (folder_of_images, only_tars, image_dir is None, streaming, hash_all, keep_bad_lines)
+        found = _local(local, split, config, *reading)
     elif is_hub_id(data):
         found = _hub(data, split, config, revision, file, streaming)
     else:
@@ -135,7 +150,13 @@ def read_rows(
             f"No such file or folder: {local}, and {data!r} is no Hub id, user/name. Paths start at {str(Path(data_dir).resolve())!r}."
         )
     if not found.columns:
-        raise ValueError(f"{data} has no rows of split {split!r}.")
+        raise ValueError(f"{data} has no rows of split {split!r}.{found.splits_there()}")
+    if image_dir is not None:
+        found.folder = Path(data_dir) / image_dir
+        if not found.folder.is_dir():
+            raise FileNotFoundError(
+                f"No such image_dir: {found.folder}. Paths start at {str(Path(data_dir).resolve())!r}."
+            )
     return found
 
 
@@ -185,49 +206,113 @@ def _local(
     split: str,
     config: str | None,
     folder_of_images: bool,
+    only_tars: bool,
+    beside_files: bool,
     streaming: bool,
     hash_all: bool,
     keep_bad_lines: bool,
 ) -> Rows:
-    """Reads the rows of local files in any of the forms that the Hub has."""
+    """Reads the rows of local files in any of the forms that the Hub has.
+
+    Raises:
+        ValueError: for a split that is not there or is sliced.
+    """
+    if "[" in split:
+        whole = re.sub(r"\[[^]]*\]?", "", split)
+        raise ValueError(
+            f"split {split!r} of {path}: only a data set on the Hub can be sliced. Write {whole!r}, and take its "
+            "first records by `limit`."
+        )
     folder = path if path.is_dir() else path.parent
-    if folder_of_images:
-        named = [path / name for name in _names(split) if (path / name).is_dir()]
-        data_dir = glob.escape(str((named or [path])[0]))  # `datasets` takes names for patterns
-        rows = load_dataset("imagefolder", data_dir=data_dir, split="train", streaming=streaming)
-        return Rows(rows, {"data": path.name, "split": split}, partial(_numbered, path.name), folder)
     within = path / config if config else path
+    if folder_of_images:
+        return _folder_of_images(within, split, streaming, hash_all)
     if any((within / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(within, split, streaming, hash_all)
-    files = [path] if path.is_file() else _files(within, split)
+    files = [path] if path.is_file() else _files(within, split, only_tars)
+    if not files and only_tars:
+        raise ValueError(f"{within} holds no tar files. Leave out `name: webdataset` to read files of other types.")
     if not files:
         raise ValueError(
-            f"{path} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
+            f"{within} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
         )
     if files[0].suffix[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
-    has_splits = False
+    parents = sorted({file.parent for file in files})
+    starts, folders = parents[0], None
+    if len(parents) > 1:
+        starts, folders = folder, [file.parent.relative_to(folder).as_posix() for file in files]
+    unnamed = [part for part in split.split("+") if path.is_file() or not _is_named(files, part, folder)]
+    place: Callable[[int], str] = _PlaceInFiles(files, keep_bad_lines, folders)
+    if not beside_files:
+        folders = None
+    empty, splits_there = 0, str
     if streaming:
-        place: Callable[[int], str] = _PlaceInFiles(files, keep_bad_lines)
-        given = {"files": files, "splits": _names(split), "keep_bad_lines": keep_bad_lines}
-        rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
         has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
+        given = {"files": files, "folders": folders or [None] * len(files), "splits": _names(split)}
+        given |= {"has_splits": has_splits, "keep_bad_lines": keep_bad_lines}
+        rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
+        if has_splits:
+            splits_there = partial(_splits_of_files, files, keep_bad_lines)
+            if len(unnamed) > 1:
+                _check_each_is_there(path.name, unnamed, _split_values(files, keep_bad_lines), splits_there)
     else:
-        place = _PlaceInFiles(files, keep_bad_lines)
-        rows = load_files(files, keep_bad_lines)
+        rows = load_files(files, keep_bad_lines, folders)
         if has_splits := "split" in rows.column_names:
-            wanted = (*_names(split), None) if NOT_A_ROW in rows.column_names else _names(split)
-            values = rows.select_columns(["split"])[:]["split"]
-            chosen = [index for index, value in enumerate(values) if value in wanted]
+            values = _column(rows, "split")
+            bad = {index for index, problem in enumerate(_column(rows, NOT_A_ROW)) if problem is not None}
+            splits_there = partial(_described, Counter(shown(v) for index, v in enumerate(values) if index not in bad))
+            if len(bad) < len(values):
+                _check_each_is_there(path.name, unnamed, values, splits_there)
+            chosen = [index for index, v in enumerate(values) if index in bad or _is_of(v, _names(split))]
+            empty = sum(value is None for value in values) - len(bad)
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
-    named = files[0].name.startswith(_names(split)) or _words(files[0], folder) & set(_names(split))
-    if path.is_dir() and not named and not has_splits and split != "train":
+    if path.is_dir() and unnamed and not has_splits and split != "train":
         raise ValueError(
-            f"No file in {path} is named after the split {split!r} ({split}-*.parquet, {split}.jsonl), and its rows have no column "
-            "`split` to choose by. Name the file itself to take all of its rows."
+            f"No file in {path} is named after the split {unnamed[0]!r} ({unnamed[0]}-*.parquet, {unnamed[0]}.jsonl), and its rows have no "
+            "column `split` to choose by. Name the file itself to take all of its rows."
         )
     identity = {"data": path.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
-    return Rows(rows, identity, place, folder)
+    return Rows(rows, identity, place, starts, empty, splits_there)
+
+
+def _folder_of_images(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
+    """Reads the images of a folder, or of its folders that are named after the splits.
+
+    Raises:
+        ValueError: for a split that is not there, in a folder that has others.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Name the folder that holds the images.")
+    of_part = {part: [folder / name for name in _names(part) if (folder / name).is_dir()] for part in split.split("+")}
+    named = list(dict.fromkeys(each for found in of_part.values() for each in found))
+    splits = {each.name for each in named} | {each.name for each in folder.iterdir() if each.is_dir()} & SPLIT_WORDS
+    absent = [part for part, found in of_part.items() if not found]
+    if absent and splits:
+        raise ValueError(
+            f"{folder} has no folder of the split {absent[0]!r}; it has {', '.join(sorted(splits))}. Name a split that is there, or its folder as "
+            "`data`, to take all of the folder's images."
+        )
+    read = named or [folder]
+    patterns = [f"{glob.escape(str(each.resolve()))}/**" for each in read]  # `datasets` takes names for patterns
+    rows = load_dataset("imagefolder", data_files=patterns, split="train", streaming=streaming)
+    names = sorted(file.relative_to(folder).as_posix() for each in read for file in each.rglob("*") if file.is_file())
+    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    identity: dict = {"data": folder.name, "split": split}
+    if metadata := [folder / name for name in names if posixpath.basename(name) in METADATA]:
+        identity["files"] = [_file_identity(file, True) for file in metadata]
+    identity["listing_sha256"] = listing_hash(folder, names)
+    if hash_all:
+        identity["content_sha256"] = sha256_of([folder / name for name in names])
+    return Rows(rows, identity, partial(_numbered, folder.name), folder)
+
+
+def listing_hash(folder: Path, names: list[str]) -> str:
+    """Returns the SHA-256 of the files' names and sizes; a broken link has no size."""
+    files = [folder / name for name in names]
+    sizes = [file.stat().st_size if file.exists() else None for file in files]
+    listing = "".join(f"{name} {size}\n" for name, size in zip(names, sizes))
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
@@ -238,9 +323,10 @@ def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
     """
     saved = load_from_disk(folder)
     if isinstance(saved, DatasetDict):
+        for part in split.split("+"):
+            if not set(_names(part)) & set(saved):
+                raise ValueError(f"{folder} has no split {part!r}; its splits: {', '.join(saved)}.")
         chosen = [name for name in saved if name in _names(split)]
-        if not chosen:
-            raise ValueError(f"{folder} has no split {split!r}; its splits: {', '.join(saved)}.")
         rows = concatenate_datasets([saved[name] for name in chosen])
     else:
         rows, chosen = saved, ["."]
@@ -248,6 +334,11 @@ def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
     identity = {"data": folder.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
     rows = rows.to_iterable_dataset() if streaming else rows
     return Rows(rows, identity, partial(_numbered, f"{folder.name}, split {split}"), folder)
+
+
+def _column(rows: Dataset, name: str) -> list:
+    """Returns the values of a column; none if there is no such column."""
+    return rows.select_columns([name])[:][name] if name in rows.column_names else []
 
 
 def _place_of_chosen(place: Callable[[int], str], chosen: list[int], index: int) -> str:
@@ -259,27 +350,107 @@ def sample_name(row: dict) -> str:
     return f"{Path(row['__url__']).name}, sample {row['__key__']}"
 
 
-def _stream_files(files: list[Path], splits: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
-    """Yields each row of the split with its place; `files` are the shards."""
-    for file in files:
+def _stream_files(
+    files: list[Path], folders: list[str | None], splits: tuple[str, ...], has_splits: bool, keep_bad_lines: bool
+) -> Iterator[dict]:
+    """Yields each row of the split with its place; `files`, with their `folders`, are the shards."""
+    for file, folder in zip(files, folders):
         for place, row in read_file(file, keep_bad_lines):
-            if "split" not in row or row["split"] in splits:
-                yield {"row": row, "place": place}
+            if NOT_A_ROW in row or _is_of(row.get("split"), splits) or not (has_splits or "split" in row):
+                row = row if folder is None else {**row, FOLDER: folder}
+                yield {"row": row, "place": _below(folder, place)}
+
+
+def _below(folder: str | None, place: str) -> str:
+    return place if folder in (None, ".") else f"{folder}/{place}"
+
+
+def _is_of(value: Any, splits: tuple[str, ...]) -> bool:
+    """Tells whether a value of the column `split` names one of the splits, in capitals or not."""
+    return isinstance(value, str) and (value in splits or value.lower() in splits)
+
+
+def _check_each_is_there(data: str, parts: list[str], values: Iterable[Any], splits_there: Callable[[], str]) -> None:
+    """Reads values of the column `split` until each part of the split asked for has been among them.
+
+    Raises:
+        ValueError: for a part that is none of them.
+    """
+    absent = list(parts)
+    for value in values:
+        absent = [part for part in absent if not _is_of(value, _names(part))]
+        if not absent:
+            return
+    if absent:
+        raise ValueError(f"{data} has no rows of split {absent[0]!r}.{splits_there()}")
+
+
+def _split_values(files: list[Path], keep_bad_lines: bool) -> Iterator[Any]:
+    for file in files:
+        if file.suffix != ".parquet":
+            yield from (row.get("split") for _, row in read_file(file, keep_bad_lines) if NOT_A_ROW not in row)
+        elif "split" in pq.read_schema(file).names:  # read without the images
+            yield from pq.ParquetFile(file).read(columns=["split"])["split"].to_pylist()
+
+
+def _splits_of_files(files: list[Path], keep_bad_lines: bool) -> str:
+    return _described(Counter(map(shown, _split_values(files, keep_bad_lines))))
+
+
+def _described(splits: Counter) -> str:
+    """Returns a sentence with the most frequent values of the column `split` and their numbers of rows."""
+    counted = ", ".join(f"{value}: {count}" for value, count in splits.most_common(8))
+    return f" Rows by their column `split`: {counted}. Name a value that is there."
 
 
 def _names(split: str) -> tuple[str, ...]:
     return tuple(name for part in split.split("+") for name in SPLIT_NAMES.get(part, (part,)))
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    endings = (".parquet", "-*.parquet", ".jsonl", ".json", ".csv", ".tar", "-*.tar")
-    named = sorted(file for name in _names(split) for end in endings for file in folder.glob(f"**/{name}{end}"))
+def _files(folder: Path, split: str, only_tars: bool) -> list[Path]:
+    """Returns the files of one type to read of a folder: those that are named after the split, anywhere below it; or else those of `_of_split`.
+
+    Raises:
+        ValueError: for files of several types that are named after the split, or if all are named after other splits.
+    """
+    types = ("tar",) if only_tars else FILE_TYPES
+    all_files = {file for file in folder.glob("**/*") if file.suffix[1:] in types and file.is_file()}
+    there = sorted(
+        file
+        for file in all_files
+        if file.name not in ABOUT_DATA
+        and not file.name.endswith("_stats.json")  # of img2dataset, whose X.parquet has no images, but X.tar
+        and not (file.suffix == ".parquet" and file.with_suffix(".tar") in all_files)
+    )
+    named = [file for file in there if file.suffix != ".txt" and _is_named_exactly(file, split)]
+    if len({file.suffix for file in named}) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in named[:5])
+        raise ValueError(
+            f"{folder} holds files of several types for split {split!r}: {names}. Name one of them as `data`, or leave one type there."
+        )
     if named:
-        return [file for file in named if file.suffix == named[0].suffix]
-    for pattern in ("dataset_*.json", "**/*.parquet", "*.jsonl", "*.json", "*.csv", "*.tar", "*.txt"):
-        if files := sorted(folder.glob(pattern)):
-            return _of_split(files, folder, split)
-    return []
+        return [file for file in there if file.suffix == named[0].suffix and _is_named_exactly(file, split, True)]
+    top = [file for file in there if file.parent == folder]
+    groups = [
+        [file for file in top if file.match("dataset_*.json") and _karpathy(file) is not None],
+        [file for file in there if file.suffix == ".parquet"],
+        *([file for file in top if file.suffix == suffix] for suffix in (".jsonl", ".json", ".csv")),
+        [file for file in there if file.suffix == ".tar"],
+        [file for file in top if file.suffix == ".txt"],
+    ]
+    return next((_of_split(files, folder, split) for files in groups if files), [])
+
+
+def _is_named_exactly(file: Path, split: str, numbered: bool = False) -> bool:
+    """Tells whether a file is called as a split, as `train.jsonl` or `train-00000.parquet`; or, if `numbered`, also `train_2.jsonl`."""
+    shard = "(-.*)?" if file.suffix in (".parquet", ".tar") else ""
+    number = r"([-_.]?\d+([-_.]?of[-_.]?\d+)?)?" if numbered else ""
+    return any(re.fullmatch(re.escape(name) + shard + number, file.stem) for name in _names(split))
+
+
+def _is_named(files: list[Path], part: str, folder: Path) -> bool:
+    """Tells whether a file's name begins with a split, or its path below the folder holds it as a word."""
+    return any(file.name.startswith(_names(part)) or _words(file, folder) & set(_names(part)) for file in files)
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
@@ -315,10 +486,22 @@ def _file_identity(file: Path, hashed: bool) -> dict:
     )
 
 
-def _is_karpathy(file: Path) -> bool:
-    """Tells whether a json file is Karpathy's `{"images": [...], "dataset": ...}` rather than a list of rows."""
-    with _opened(file) as stream:
-        return stream.read(64).lstrip().startswith("{") and file.name.startswith("dataset_")
+def _karpathy(file: Path) -> list | None:
+    """Returns the rows of a json file of Karpathy's form, `{"images": [{"sentences": ...}, ...], "dataset": ...}`; None of another."""
+    if not _is_one_value(file):
+        return None
+    content = _one_value(file)
+    return content["images"] if _is_karpathy(content) else None
+
+
+def _is_karpathy(content: Any) -> bool:
+    """Tells whether a json file's content is a mapping whose `images` are rows with `sentences`."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return (
+        bool(images)
+        and isinstance(images, list)
+        and all(isinstance(row, dict) and "sentences" in row for row in images)
+    )
 
 
 def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, dict]]:
@@ -359,7 +542,7 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
     elif _is_one_value(file):
         content = _one_value(file)
         if isinstance(content, dict):
-            content = content["images"] if _is_karpathy(file) else [content]
+            content = content["images"] if _is_karpathy(content) else [content]
         for number, row in enumerate(content, 1):
             yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
     else:
@@ -413,13 +596,13 @@ def _is_one_value(file: Path) -> bool:
         begin = stream.read(64).lstrip()
     if begin.startswith("[") or file.suffix != ".json":
         return begin.startswith("[")
-    if _is_karpathy(file):
-        return True
     with _opened(
         file
     ) as stream:  # read to its end only if the first line is no row, be it a bad one of many or the begin of one
         first = next(filter(None, map(str.strip, stream)), "")
-        return first.startswith("{") and not _is_json(first) and _is_json(first + stream.read())
+        if _is_json(first):
+            return '"sentences"' in first and _is_karpathy(json.loads(first))
+        return first.startswith("{") and _is_json(first + stream.read())
 
 
 def _is_json(text: str) -> bool:
@@ -435,24 +618,29 @@ def _paragraphs(file: Path) -> list[str]:
         return [part for part in (part.strip("\n") for part in stream.read().split("\n\n")) if part]
 
 
-def load_files(files: list[Path], keep_bad_lines: bool = False) -> Dataset:
-    """Reads files of one type as one table. With `keep_bad_lines`, a line that is not JSON becomes a row that says so.
+def load_files(files: list[Path], keep_bad_lines: bool = False, folders: list[str] | None = None) -> Dataset:
+    """Reads files of one type as one table. With `keep_bad_lines`, a line that is not JSON becomes a row that says so. `folders`, one for each
+    file, become the column `FOLDER`.
 
     Raises:
         ValueError: for files that do not fit into one table, are not UTF-8, or have a bad line; the message names them.
     """
     if files[0].suffix != ".parquet":
-        return _load_as_written(files, keep_bad_lines)
+        return _load_as_written(files, keep_bad_lines, folders)
     try:
-        return load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
+        rows = load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     except (DatasetGenerationError, ValueError) as error:
         names = ", ".join(file.name for file in files)
         raise ValueError(
             f"{names} cannot be read as one table: {error.__cause__ or error}. Give all files the same columns, each of one type."
         ) from error
+    if folders is None:
+        return rows
+    counts = [pq.read_metadata(file).num_rows for file in files]
+    return rows.add_column(FOLDER, [folder for folder, count in zip(folders, counts) for _ in range(count)])
 
 
-def _load_as_written(files: list[Path], keep_bad_lines: bool) -> Dataset:
+def _load_as_written(files: list[Path], keep_bad_lines: bool, folders: list[str] | None) -> Dataset:
     """Reads files other than parquet as one table whose values are those of `read_file`. A column may hold texts here and lists there, as
     `content` does; `datasets` would fit all values to the first megabytes or samples, and take texts like "2020-01-01" for times.
     """
@@ -467,10 +655,15 @@ def _load_as_written(files: list[Path], keep_bad_lines: bool) -> Dataset:
         return Dataset.from_dict({})
     if in_tar := files[0].suffix == ".tar":
         columns |= dict.fromkeys(["__key__", "__url__", *([NOT_A_ROW] if keep_bad_lines else [])])
+    if folders is not None:
+        columns[FOLDER] = None
     features = {
         name: Image(decode=False) if in_tar and is_image_column(name) else Value("large_string") for name in columns
     }
-    written = tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    written = tuple(
+        (str(file.resolve()), folder, file.stat().st_size, file.stat().st_mtime_ns)
+        for file, folder in zip(files, folders or [None] * len(files))
+    )
     try:
         rows = Dataset.from_generator(
             _rows_as_json,
@@ -486,12 +679,12 @@ def _load_as_written(files: list[Path], keep_bad_lines: bool) -> Dataset:
 
 
 def _rows_as_json(written: tuple, columns: tuple[str, ...], keep_bad_lines: bool) -> Iterator[dict]:
-    """Yields rows with each value as JSON, images of a tar file excepted. `written` holds path, bytes and time of each file, so that a
-    changed file is read anew."""
-    for path, *_ in written:
+    """Yields rows with each value as JSON, images of a tar file excepted. `written` holds path, `FOLDER`, bytes and time of each
+    file, so that a changed file is read anew."""
+    for path, folder, *_ in written:
         in_tar = Path(path).suffix == ".tar"
         for _, row in read_file(Path(path), keep_bad_lines):
-            values = {name: row.get(name) for name in columns}
+            values = {name: folder if name == FOLDER else row.get(name) for name in columns}
             yield {
                 name: value if value is None or (in_tar and is_image_column(name)) else json.dumps(value)
                 for name, value in values.items()
@@ -508,18 +701,20 @@ def _values_of_json(columns: dict[str, list]) -> dict[str, list]:
 class _PlaceInFiles:
     """Tells where the row of an index stands in files read one after the other. It reads the files at its first call, in each process."""
 
-    def __init__(self, files: list[Path], keep_bad_lines: bool):
+    def __init__(self, files: list[Path], keep_bad_lines: bool, folders: list[str] | None):
         self.files, self.keep_bad_lines = files, keep_bad_lines
+        self.folders = folders or [None] * len(files)
         self.places: list[str] = []
 
     def __call__(self, index: int) -> str:
         if not self.places:
-            for file in self.files:
+            for file, folder in zip(self.files, self.folders):
                 if file.suffix == ".parquet":  # not read for this: it may hold images
                     count = pq.read_metadata(file).num_rows
-                    self.places.extend(f"{file.name}, row {number} (counted from 0)" for number in range(count))
+                    places = (f"{file.name}, row {number} (counted from 0)" for number in range(count))
                 elif file.suffix == ".tar":
-                    self.places.extend(f"{file.name}, sample {key}" for key in columns_of_samples(file))
+                    places = (f"{file.name}, sample {key}" for key in columns_of_samples(file))
                 else:
-                    self.places.extend(place for place, _ in read_file(file, self.keep_bad_lines))
+                    places = (place for place, _ in read_file(file, self.keep_bad_lines))
+                self.places.extend(_below(folder, place) for place in places)
         return self.places[index]

@@ -43,7 +43,7 @@ def text(value: Any, column: str, may_be_empty: bool = False, may_hold_images: b
     """Returns the text of a column, stripped.
 
     Raises:
-        BadRow: if the value is not a string, is empty, or holds the image placeholder.
+        BadRow: if the value is not a string, is empty, holds half of a surrogate pair, or the image placeholder.
     """
     if not isinstance(value, str):
         raise BadRow(
@@ -51,6 +51,13 @@ def text(value: Any, column: str, may_be_empty: bool = False, may_hold_images: b
         )
     if not may_be_empty and not value.strip():
         raise BadRow(f"`{column}` is empty. Fill it in, or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"`{column}` holds {value[error.start]!r}, half of a character that was cut in two, which is no text: "
+            f"{shown(value[max(error.start - 20, 0) :])}. Write the complete character, or remove the half."
+        ) from error
     if not may_hold_images and IMAGE_TOKEN in value:
         raise BadRow(
             f"`{column}` holds the image placeholder {IMAGE_TOKEN}: {shown(value)}. Remove it; only what a user says can hold an image."
@@ -67,6 +74,19 @@ def items(value: Any, column: str) -> list:
     if not isinstance(value, list) or not value:
         raise BadRow(f"`{column}` is {shown(value)}; expected a list with at least one item.")
     return value
+
+
+def column_of(row: dict, column: str) -> Any:
+    """Returns the value of a column that a schema needs.
+
+    Raises:
+        BadRow: if the row does not have the column, as where `format` names another schema than that of the row.
+    """
+    if column not in row:
+        raise BadRow(
+            f"The row has no `{column}`, which this schema needs: it has {sorted(row)}. Without `format` the columns tell the schema."
+        )
+    return row[column]
 
 
 def entry(value: Any, key: str, column: str) -> Any:
@@ -132,13 +152,32 @@ def _image(value: Any) -> Any:
         raise BadRow(
             f"An image is a text of {len(value):,} characters, {shown(value)}, too long for a path. Write base64 as data:image/jpeg;base64,..."
         )
-    if isinstance(value, str) and value.startswith(("http://", "https://")):
-        raise BadRow(f"An image is at {shown(value)}. Images are not fetched while training: download them first.")
+    if isinstance(value, str) and _ADDRESS.match(value):
+        raise BadRow(
+            f"An image is at {shown(value)}. Images are not fetched while training: download them first, and write their paths."
+        )
+    if isinstance(value, dict) and not _is_image_mapping(value):
+        raise BadRow(
+            f"An image is {shown(value)}, a mapping without the bytes or the path of an image. Write the path itself, or "
+            '{"path": ...}.'
+        )
     if not isinstance(value, (str, dict, Image.Image)) or value == "":
         raise BadRow(
             f"An image is {shown(value)} ({type(value).__name__}), neither a path nor the bytes of a picture."
         )
     return value
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def _is_image_mapping(value: dict) -> bool:
+    """Tells whether a mapping has bytes or a path; also if it has neither, but is what `reader` (`bytes` alone) or `datasets` writes for an
+    image that is not there, which `images.read_image` names."""
+    content, path = value.get("bytes"), value.get("path")
+    if content is None and path is None:
+        return value.keys() in ({"bytes"}, {"bytes", "path"})
+    return isinstance(content, bytes) or (content is None and isinstance(path, str) and path != "")
 
 
 def check_no_image_is_left_out(row: dict) -> None:
@@ -148,6 +187,7 @@ def check_no_image_is_left_out(row: dict) -> None:
         BadRow: naming the column.
     """
     known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
+    known.remove("A")  # a choice may be an image
     for name, value in row.items():
         if name not in known and any(map(_looks_like_an_image, value if isinstance(value, list) else [value])):
             raise BadRow(
@@ -200,7 +240,7 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
         place = f"{column}[{index}]"
         kind = entry(part, "type", place)
         if kind == "text":
-            text(part.get("text"), f"{place}.text", may_be_empty=True)
+            _check_text_part(part, f"{place}.text", speaker)
             if parts and parts[-1]["type"] == "text":  # as a chat template writes them: nothing between them
                 parts[-1]["text"] += part["text"]
             else:
@@ -209,7 +249,9 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
             if speaker != "user":
                 raise BadRow(f"`{place}` is an image of the {speaker}; only the user shows images.")
             own = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
-            images += [] if own is None else [_image(own["url"] if kind == "image_url" and "url" in own else own)]
+            if kind == "image_url" and isinstance(own, dict) and "url" in own:
+                own = own["url"]
+            images += [] if own is None else [_image(own)]
             parts.append(_IMAGE)
         else:
             raise BadRow(f"`{place}.type` is {shown(kind)}. Valid types: text, image.")
@@ -223,6 +265,15 @@ def parts_of(value: Any, column: str, speaker: str, images: list[Any]) -> list[d
 _IMAGE = {"type": "image", "text": None}
 
 
+def _check_text_part(part: dict, place: str, speaker: str) -> None:
+    text(part.get("text"), place, may_be_empty=True, may_hold_images=speaker == "user")
+    if IMAGE_TOKEN in part["text"]:
+        raise BadRow(
+            f"`{place}` holds the image placeholder {IMAGE_TOKEN}: {shown(part['text'])}. In a list of parts an image is a part of its own: "
+            'write {"type": "image"} in its place, or the content as one text.'
+        )
+
+
 def turns_of(value: Any, column: str, role: str, content: str, images: list[Any]) -> list[Turn]:
     """Returns the turns of a list of mappings that say who speaks (`role`, one of `SPEAKERS`) and what (`content`)."""
     turns = []
@@ -234,6 +285,23 @@ def turns_of(value: Any, column: str, role: str, content: str, images: list[Any]
         speaker = SPEAKERS[speaker]
         turns.append((speaker, parts_of(turn.get(content), f"{place}.{content}", speaker, images)))
     return turns
+
+
+def _check_all_are_trained(value: Any, column: str) -> None:
+    """Refuses turns of the assistant that are marked as not to be trained: by OpenAI's `"weight": 0` or axolotl's `"train": false`.
+
+    Raises:
+        BadRow: naming the turn.
+    """
+    for index, turn in enumerate(value if isinstance(value, list) else []):
+        if not isinstance(turn, dict) or SPEAKERS.get(str(turn.get("role", turn.get("from")))) != "assistant":
+            continue
+        for mark in ("weight", "train"):
+            if turn.get(mark) is not None and turn[mark] == 0:
+                raise BadRow(
+                    f"`{column}[{index}].{mark}` is {shown(turn[mark])}: an answer that must not be trained, and all of `{column}` would "
+                    "be. Write the turns up to the next user's as `prompt` and the answer to learn as `completion`, which alone is trained."
+                )
 
 
 def conversation(turns: list[Turn], images: list[Any], column: str, kind: str = "") -> Record:
@@ -294,7 +362,8 @@ def _joined(first: list[dict], second: list[dict]) -> list[dict]:
 def messages(row: dict) -> Record:
     """Reads TRL's conversational form: `messages` of `{"role", "content"}`, with `images` or `image` if there are any."""
     images = images_of(row)
-    turns = turns_of(row["messages"], "messages", "role", "content", images)
+    turns = turns_of(column_of(row, "messages"), "messages", "role", "content", images)
+    _check_all_are_trained(row["messages"], "messages")
     _check_one_place(row, images)
     return conversation([*_system(row, turns), *turns], images, "messages")
 
@@ -319,25 +388,44 @@ def prompt_completion(row: dict) -> Record:
     """Reads TRL's `prompt` and `completion`, as texts (one exchange) or as lists of messages.
 
     The prompt may also be called `instruction`, and the completion `response`, `answer` or `output`. Only the completion is trained. Alpaca's
-    `input` stands below its `instruction`; `system` and `history` (earlier prompts with their answers) stand before.
+    `input` stands below its `instruction`, and so does Dolly's `context`; `system` and `history` (earlier prompts with their answers) stand
+    before. Refuses what TRL's unpaired preferences label as a bad answer.
     """
     images = images_of(row)
-    asked = next(name for name in PROMPTS if row.get(name) is not None)
+    if row.get("label") is False or row.get("label") == "False":  # a text in csv
+        raise BadRow(
+            f"`label` is {shown(row['label'])}: a bad answer, which would be trained as a good one. Keep only rows whose label is true, or "
+            "make pairs of `chosen` and `rejected` for DPO. If the label says something else, remove its column."
+        )
+    asked = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if asked is None:
+        asked = next((name for name in PROMPTS if name in row), None)
+        column_of(row, asked or PROMPTS[0])
+        raise BadRow(
+            f'`{asked}` is None, no prompt. Write what is asked; "" for a text that is trained without a prompt.'
+        )
     answered = next((name for name in COMPLETIONS if row.get(name) is not None), COMPLETIONS[0])
-    if asked == "instruction" and _filled(row.get("input")) and isinstance(row[asked], str):
-        below = text(row["input"], "input", may_be_empty=True, may_hold_images=True)
-        row = {**row, asked: f"{row[asked].strip()}\n{below}".strip()}
+    for name in ("input", "context") if asked == "instruction" and isinstance(row[asked], str) else ():
+        if _filled(row.get(name)):
+            below = text(row[name], name, may_be_empty=True, may_hold_images=True)
+            row = {**row, asked: f"{row[asked].strip()}\n{below}".strip()}
     if row[asked] == "" and not images:
         return Record([], [one_turn("", [text(row.get(answered), answered)])])
     turns: list[Turn] = []
-    for index, pair in enumerate(row.get("history") or []):
-        for speaker, said in zip(("user", "assistant"), items(pair, f"history[{index}]"), strict=True):
+    history = row.get("history") or []
+    for index, pair in enumerate(items(history, "history") if history else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(
+                f"`history[{index}]` is {shown(pair)}; expected a list of two, an earlier prompt and its answer."
+            )
+        for speaker, said in zip(("user", "assistant"), pair, strict=True):
             turns.append((speaker, parts_of(said, f"history[{index}]", speaker, images)))
     for name, speaker in ((asked, "user"), (answered, "assistant")):
         if isinstance(row.get(name), list):
             turns += turns_of(row[name], name, "role", "content", images)
         else:
             turns.append((speaker, parts_of(row.get(name), name, speaker, images)))
+    _check_all_are_trained(row.get(answered), answered)
     _check_one_place(row, images)
     earlier, trained = (
         sum(turn["role"] == "assistant" for turn in row[name]) if isinstance(row[name], list) else 0
@@ -364,9 +452,10 @@ def llava(row: dict, *, prompt: str | None = None) -> Record:
     LLaVA-Pretrain are one of eleven ways to ask for a caption.
     """
     images = images_of(row)
-    first = row["conversations"][0] if isinstance(row["conversations"], list) and row["conversations"] else {}
-    keys = ("role", "content") if isinstance(first, dict) and "role" in first else ("from", "value")
-    turns = turns_of(row["conversations"], "conversations", *keys, images)
+    said = items(column_of(row, "conversations"), "conversations")
+    keys = ("role", "content") if isinstance(said[0], dict) and "role" in said[0] else ("from", "value")
+    turns = turns_of(said, "conversations", *keys, images)
+    _check_all_are_trained(said, "conversations")
     turns = [*_system(row, turns), *turns]
     if prompt is not None:
         asked = {"type": "text", "text": prompt.strip()}
@@ -433,7 +522,7 @@ def texts(
     images = images_of(row)
     turns: list[Turn] = []
     kinds = set()
-    for index, turn in enumerate(items(row["texts"], "texts")):
+    for index, turn in enumerate(items(column_of(row, "texts"), "texts")):
         if any(_rated_lower(row, name, index, least) for name, least in wanted.items() if least is not None):
             continue
         asked, answered = (entry(turn, key, f"texts[{index}]") for key in ("user", "assistant"))
@@ -464,7 +553,7 @@ def question(
     """Reads a `question` about the image with its answer.
 
     The answer is `answer`, VQAv2's `multiple_choice_answer` (the most frequent of its ten people's), or the most frequent of `answers`, the
-    first among equals.
+    first among equals. A `hint` or `context` stands before the question.
 
     Args:
         instruction: a text after each question.
@@ -485,10 +574,23 @@ def question(
         answers = _given(row[name], name, may_be_empty=all_answers)
         answers = answers if all_answers else [Counter(answers).most_common(1)[0][0]]
     else:
+        if all_answers and name == "multiple_choice_answer":
+            raise BadRow(
+                f"The row has no `answers`: `{name}` is only the most frequent of them, and people's agreement is judged by all. Add them, or "
+                "judge by this one answer: --task local."
+            )
         answers = [text(row.get(name), name)]
+    asked = with_context(row, f"{asked} {instruction}".strip())
     columns = ("answer_type", "type") if kind_column is None else (kind_column,)
-    kind = next((row[name] for name in columns if isinstance(row.get(name), str)), "question")
-    return Record(images, [one_turn(f"{asked} {instruction}".strip(), answers, len(images), kind)])
+    kinds = (text(row[name], name, may_be_empty=True) for name in columns if isinstance(row.get(name), str))
+    kind = next(kinds, "question")
+    return Record(images, [one_turn(asked, answers, len(images), kind)])
+
+
+def with_context(row: dict, asked: str) -> str:
+    """Returns a question with what its `hint` and its `context` say before it."""
+    found = [text(row[name], name, may_be_empty=True) for name in ("hint", "context") if _filled(row.get(name))]
+    return "\n".join([*(f"Context: {said}" for said in found if said), asked])
 
 
 ANSWERS = ("multiple_choice_answer", "answer", "answers")
@@ -510,7 +612,7 @@ BY_LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str | None = None) -> Record:
-    """Reads a `question` with `choices` (or `options`), which is answered by a letter; a `hint` stands before it, as in ScienceQA.
+    """Reads a `question` with `choices` (or `options`), which is answered by a letter; a `hint` or `context` stands before it, as in ScienceQA.
 
     The `answer` is the letter, or the right choice's index from 0. A question without a column of choices lists them itself, as A to D (MMStar).
 
@@ -533,21 +635,23 @@ def multiple_choice(row: dict, *, instruction: str = BY_LETTER, kind_column: str
         raise BadRow(
             f"`answer` is {shown(row.get('answer'))}; expected one of {', '.join(letters)}, or an index from 0."
         )
-    hint = text(row.get("hint") or "", "hint", may_be_empty=True)
-    prompt = f"Context: {hint}\n{listed}" if hint else listed
+    prompt = with_context(row, listed)
     kind = row.get(kind_column) if kind_column is not None else None
     turn = one_turn(f"{prompt}\n{instruction}".strip(), [answer], len(images), kind or "multiple_choice")
     return Record(images, [replace(turn, choices=choices)])
 
 
 def own_choices(row: dict, *, instruction: str = BY_LETTER) -> Record:
-    """Reads `multiple_choice` of anybody's data: the `answer` may also be the right choice itself.
+    """Reads `multiple_choice` of anybody's data: the choices may also stand in columns `A`, `B` and so on, as in MMBench, and the `answer` may
+    also be the right choice itself.
 
     Raises:
         BadRow: also for an answer that is a choice, and the index of another.
     """
-    name = "choices" if _filled(row.get("choices")) else "options"
-    choices = [text(choice, f"{name}[{index}]") for index, choice in enumerate(items(row[name], name))]
+    name = "options" if _filled(row.get("options")) and not _filled(row.get("choices")) else "choices"
+    if not _filled(row.get(name)) and _filled(row.get("A")):
+        row = {**row, name: _choices_in_columns(row)}
+    choices = [text(choice, f"{name}[{index}]") for index, choice in enumerate(items(row.get(name), name))]
     answer = row.get("answer")
     if isinstance(answer, str) and answer.strip() in choices:
         answer = answer.strip()
@@ -562,8 +666,26 @@ def own_choices(row: dict, *, instruction: str = BY_LETTER) -> Record:
     return multiple_choice({**row, name: choices, "answer": answer}, instruction=instruction)
 
 
+def _choices_in_columns(row: dict) -> list[str]:
+    """Returns the choices of the columns `A`, `B` and so on, without those that are empty at the end."""
+    letters = [letter for letter in letters_of(26) if _filled(row.get(letter))]
+    if len(letters) < 2 or letters != letters_of(len(letters)):
+        raise BadRow(
+            f"Choices stand in {', '.join(f'`{letter}`' for letter in letters)}; expected at least `A` and `B`, and none left out."
+        )
+    return [text(row[letter], letter) for letter in letters]
+
+
 def letters_of(count: int) -> list[str]:
-    """Returns the letters of that number of choices."""
+    """Returns the letters of that number of choices.
+
+    Raises:
+        BadRow: for more choices than letters.
+    """
+    if count > 26:
+        raise BadRow(
+            f"A question has {count} choices, and there are 26 letters to answer by. Remove choices, or ask without them."
+        )
     return [chr(ord("A") + index) for index in range(count)]
 
 
@@ -576,7 +698,7 @@ def questions(row: dict, *, instruction: str = "") -> Record:
     """Reads all questions of an image in one row: `questions` of `{"question", "answer", "type"}`."""
     images = images_of(row)
     found = []
-    for index, asked in enumerate(items(row["questions"], "questions")):
+    for index, asked in enumerate(items(column_of(row, "questions"), "questions")):
         place = f"questions[{index}]"
         entry(asked, "question", place)
         try:
@@ -612,7 +734,7 @@ def annotations(row: dict) -> Record:
     """Reads exchanges about the images: `annotations` of `{"prompt", "response", "kind"}`."""
     images = images_of(row)
     found = []
-    for index, annotation in enumerate(items(row["annotations"], "annotations")):
+    for index, annotation in enumerate(items(column_of(row, "annotations"), "annotations")):
         place = f"annotations[{index}]"
         asked = text(entry(annotation, "prompt", place), f"{place}.prompt", may_be_empty=True)
         answered = text(annotation.get("response"), f"{place}.response")
@@ -627,10 +749,16 @@ def _kind(value: Any, column: str) -> str:
 def record(row: dict) -> Record:
     """Reads a record as `Record.to_row` writes it: `images` and `conversations` of `{"messages", "responses", "train_on", "kind"}`."""
     try:
-        found = Record.from_row({**row, "images": images_of(row)})
+        found = Record.from_row({**row, "images": images_of(row), "conversations": column_of(row, "conversations")})
+    except BadRow:
+        raise
     except (TypeError, KeyError, ValueError) as error:
         raise BadRow(f"`conversations` is no list of conversations: {error}") from error
     for index, conversation in enumerate(found.conversations):
+        for number, message in enumerate(conversation.messages):
+            for part in Conversation.parts(message):
+                if part["type"] == "text":
+                    _check_text_part(part, f"conversations[{index}].messages[{number}]", message["role"])
         for number, response in enumerate(conversation.responses):
             text(response, f"conversations[{index}].responses[{number}]")
     return found
@@ -638,7 +766,7 @@ def record(row: dict) -> Record:
 
 def plain_text(row: dict) -> Record:
     """Reads a `text` without an image, which is trained without a chat template."""
-    return Record([], [one_turn("", [text(row["text"], "text")])])
+    return Record([], [one_turn("", [text(column_of(row, "text"), "text")])])
 
 
 def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Record:
@@ -660,8 +788,31 @@ def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
 
 
 def text_only(row: dict) -> Record | None:
-    """Reads any schema of `FORMATS` without its images."""
-    return record_of({name: value for name, value in row.items() if not is_image_column(name)})
+    """Reads any schema of `FORMATS` without its images, the parts of messages that show them, and `<image>` in what the user says."""
+    return record_of({name: _bare(value, name in ASKED) for name, value in row.items() if not is_image_column(name)})
+
+
+ASKED = (*PROMPTS, "question", "input", "user")  # columns and keys of what a user says
+
+
+def _bare(value: Any, is_asked: bool) -> Any:
+    """Returns a value without the parts of lists that are images, and without `<image>` in what the user says."""
+    if isinstance(value, str) and is_asked and IMAGE_TOKEN in value:
+        return _PLACEHOLDER.sub(lambda found: "\n" if "\n" in found[0] else " ", value).strip()
+    if isinstance(value, list):
+        return [_bare(item, is_asked) for item in value if not _is_image_part(item)]
+    if isinstance(value, dict):
+        of_user = SPEAKERS.get(str(value.get("role", value.get("from")))) == "user"
+        said = ("content", "value") if of_user else ASKED
+        return {key: _bare(item, key in said) for key, item in value.items()}
+    return value
+
+
+_PLACEHOLDER = re.compile(rf"\s*{IMAGE_TOKEN}\s*")
+
+
+def _is_image_part(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") in ("image", "image_url")
 
 
 @dataclass(frozen=True)
@@ -682,7 +833,7 @@ FORMATS: dict[str, Format] = {
     "record": Format(record, (("conversations",),)),
     "preference": Format(preference, (("chosen",), ("rejected",))),
     "llava": Format(llava, (("conversations",),)),
-    "multiple_choice": Format(own_choices, (("question",), ("choices", "options"), ("answer",))),
+    "multiple_choice": Format(own_choices, (("question",), ("choices", "options", "A"), ("answer",))),
     "question": Format(question, (("question",), ANSWERS)),
     "prompt_completion": Format(prompt_completion, (PROMPTS, COMPLETIONS)),
     "captions": Format(captions, (IMAGE_COLUMNS, (*CAPTION_COLUMNS, "text"))),
@@ -697,8 +848,36 @@ def record_of(row: dict, *, prompt: str | None = None) -> Record | None:
         BadRow: for a row that matches no schema; the message shows its columns, and what it lacks of the nearest schemas.
     """
     name = format_of(row)
+    _check_no_question_is_left_out(row, name)
     options = {"prompt": prompt} if prompt is not None and name == "captions" else {}
     return FORMATS[name].read(row, **options)
+
+
+def _check_no_question_is_left_out(row: dict, name: str) -> None:
+    """Refuses a row with a filled column that belongs to the question and that the schema told by its columns does not read.
+
+    Raises:
+        BadRow: naming the column.
+    """
+    if name == "captions":
+        left_out = [column for column in (*PROMPTS, "question") if _filled(row.get(column))]
+        remedy = "name the caption `completion`, remove the column, or write `format: captions` to ask by one prompt."
+    elif name == "question":
+        left_out = [column for column in row if _CHOICE_COLUMN.fullmatch(column) and _filled(row[column])]
+        left_out = left_out if len(left_out) > 1 else []
+        remedy = "name the choices `A`, `B` and so on, or write `format: question` to ask without them."
+    elif name == "preference" or (name == "prompt_completion" and row.get("prompt") is not None):
+        left_out = (
+            ["context"] if _filled(row.get("context")) and str(row["context"]) not in str(row.get("prompt")) else []
+        )
+        remedy = f"put it into the prompt, remove the column, or write `format: {name}` to ask without it."
+    else:
+        return
+    if left_out:
+        raise BadRow(f"`{left_out[0]}` is {shown(row[left_out[0]])}, which `{name}` does not ask: {remedy}")
+
+
+_CHOICE_COLUMN = re.compile(r"[a-f]|(?:option|choice)s?[ _]?(?:[a-f]|[1-6])", re.IGNORECASE)
 
 
 def format_of(row: dict) -> str:

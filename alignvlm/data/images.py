@@ -29,6 +29,11 @@ def inside(folder: str | os.PathLike, path: str) -> str:
         BadImage: if `path` is absolute or leads out of the folder.
     """
     relative = os.path.normpath(path)
+    if os.path.isabs(path) and Path(relative).is_relative_to(os.path.abspath(folder)):
+        below = os.path.relpath(relative, os.path.abspath(folder))
+        raise BadImage(
+            f"The image path {path!r} is absolute. Write it as it starts from the folder {folder}: {below!r}."
+        )
     if os.path.isabs(path) or relative.split(os.sep)[0] in (os.curdir, os.pardir):
         raise BadImage(f"The image path {path!r} leads out of the folder {folder}.")
     return os.path.normpath(os.path.join(folder, relative))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
-from alignvlm.data.files import NOT_A_ROW
+from alignvlm.data.files import FOLDER, NOT_A_ROW
 from alignvlm.data.formats import check_no_image_is_left_out, images_of
 from alignvlm.data.record import BadRow, Conversation, Record, shown
 
@@ -67,6 +68,8 @@ class Reader:
             raise BadRow(str(error)) from error
         if record is None:
             return None
+        if row.get(FOLDER):
+            record = replace(record, images=[below(row[FOLDER], image) for image in record.images])
         conversations = record.conversations
         if self.turns == "independent":
             conversations = [exchange for conversation in conversations for exchange in conversation.exchanges()]
@@ -79,15 +82,16 @@ class Reader:
         left out."""
         found: dict[Any, Conversation] = {}
         for row, record in enumerate(records):
-            before = set() if self.keep_duplicates else {_said(conversation) for conversation in found.values()}
+            earlier = {} if self.keep_duplicates else dict(found)
+            before = {_said(conversation) for conversation in earlier.values()}
             for number, conversation in enumerate(record.conversations):
                 key: Any = (row, number)
                 if "caption" in conversation.kind:
                     key = (json.dumps(conversation.messages), conversation.kind)
+                    known = earlier[key].responses if key in earlier else []
+                    new = [response for response in conversation.responses if response not in known]
                     if key in found:
-                        conversation = replace(
-                            conversation, responses=[*found[key].responses, *conversation.responses]
-                        )
+                        conversation = replace(conversation, responses=[*found[key].responses, *new])
                 elif _said(conversation) in before:
                     continue
                 found[key] = conversation
@@ -98,12 +102,25 @@ class Reader:
         return self if self.images is None else replace(self, images=replace(self.images, loads=False))
 
     def _placed(self, image: Any) -> Any:
-        """Returns an image with the folder where its path starts; an absolute path in a mapping was made by `datasets`."""
-        if isinstance(image, dict) and image.get("bytes") is None and not os.path.isabs(image.get("path") or os.sep):
-            image = image["path"]
-        if not isinstance(image, str):
+        """Returns an image with the folder where its path starts."""
+        path = path_of(image)
+        if path is None:
             return image
-        return {"bytes": None, "path": image, "folder": None if self.folder is None else str(self.folder)}
+        return {"bytes": None, "path": path, "folder": None if self.folder is None else str(self.folder)}
+
+
+def path_of(image: Any) -> str | None:
+    """Returns the path of an image that starts at a folder of the data, as a text or in a mapping; None for others. An absolute path in a
+    mapping was made by `datasets`."""
+    if isinstance(image, dict) and image.get("bytes") is None and not os.path.isabs(image.get("path") or os.sep):
+        return image["path"]
+    return image if isinstance(image, str) else None
+
+
+def below(folder: str | None, image: Any) -> Any:
+    """Returns an image whose path starts at `folder` with the folder in its path; without a folder or such a path, the image."""
+    path = path_of(image)
+    return image if not folder or path is None else posixpath.normpath(posixpath.join(folder, path))
 
 
 def _said(conversation: Conversation) -> tuple:
@@ -192,6 +209,7 @@ def image_key(row: dict) -> str:
     """Returns a key that rows of the same images share: their paths, or the first digits of their bytes' hash; empty without an image."""
     keys = []
     for image in images_of(row):
+        image = below(row.get(FOLDER), image)
         if isinstance(image, PILImage.Image):
             image = {"bytes": image.tobytes()}
         content = None if isinstance(image, str) else image.get("bytes")

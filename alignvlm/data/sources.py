@@ -5,6 +5,7 @@ set. A record is a row as `Record.to_row` writes it; its images stay undecoded u
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,8 +14,8 @@ from pathlib import Path
 from datasets import Dataset, Image, IterableDataset, List, Value
 
 from alignvlm.data.catalogue import CATALOGUE, DataSet
-from alignvlm.data.files import Rows, read_rows
-from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of, text_only
+from alignvlm.data.files import FOLDER, Rows, read_rows
+from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of, text_only, webdataset
 from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, image_key, rows_without_images
 from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
@@ -35,7 +36,7 @@ class Source:
         identity: what was read: the Hub's id and commit, or the files; goes into the run record.
         place: returns where the row of an index stands.
         bad_rows: what is wrong with the rows that were left out, each with its place.
-        left_out: how many rows the recipe's options left out.
+        left_out: how many rows the recipe's options left out, or have a column `split` without a value.
         metric_of: returns the metric that judges answers to a conversation; None if none does.
     """
 
@@ -104,6 +105,15 @@ COMMON = (
 )
 
 
+TEXTS = {
+    "data": "a path or the id of a data set on the Hub, a number in quotes; of several, each is a source of its own",
+    "split": "`train+val` joins two splits",
+    "config": "a number stands in quotes; of several, each is a source of its own",
+    "revision": "a number stands in quotes",
+    "image_dir": "one folder, a number in quotes",
+}  # the arguments that are texts, and what to write instead of another value
+
+
 def read_source(
     arguments: dict,
     data_dir: str | Path = ".",
@@ -137,7 +147,7 @@ def read_source(
     """
     options = dict(arguments)
     name = options.pop("name", "local")
-    if name not in CATALOGUE:
+    if not isinstance(name, str) or name not in CATALOGUE:
         raise ValueError(f"Unknown source {name!r}. Valid names: {', '.join(CATALOGUE)}.")
     kind = CATALOGUE[name]
     if kind.generate is not None:
@@ -155,6 +165,8 @@ def read_source(
         config,
         file=kind.file,
         folder_of_images=kind.image_folder,
+        only_tars=kind.read is webdataset,
+        image_dir=common["image_dir"],
         streaming=streaming,
         hash_all=hash_all,
         keep_bad_lines=max_bad_rows is not None,
@@ -162,10 +174,6 @@ def read_source(
     )
     if kind.licence != DataSet.licence:
         found.identity["licence"] = kind.licence
-    if common["image_dir"] is not None:
-        found.folder = Path(data_dir) / common["image_dir"]
-        if not found.folder.is_dir():
-            raise FileNotFoundError(f"No such image_dir: {found.folder}. Paths start at data_dir={str(data_dir)!r}.")
     images = None
     if kind.images is not None and "image" not in found.columns:
         if streaming:
@@ -210,6 +218,12 @@ def _schema(name: str, kind: DataSet, common: dict, options: dict) -> Callable[.
     Raises:
         ValueError: for an argument that is not valid.
     """
+    for key, remedy in TEXTS.items():
+        if common[key] is not None and not isinstance(common[key], str | os.PathLike):
+            raise ValueError(f"Source {name!r}: {key}={common[key]!r}. Expected a text: {remedy}.")
+    keep = common["keep_duplicates"]
+    if keep is not None and not isinstance(keep, bool):
+        raise ValueError(f"Source {name!r}: keep_duplicates={keep!r}. Write true or false, without quotes.")
     for key, valid in (("format", tuple(FORMATS)), ("turns", TURNS), ("train_on", TRAIN_ON)):
         if common[key] is not None and common[key] not in valid:
             raise ValueError(f"Source {name!r}: {key}={common[key]!r}. Valid values: {', '.join(valid)}.")
@@ -294,7 +308,8 @@ def _indexed(
             )
     if len(bad) + len(left_out) == total:
         raise ValueError(f"The options given leave out all {total} rows of {found.identity['data']}.")
-    source = Source(found.rows, reader, identity=found.identity, place=found.place, left_out=len(left_out))
+    source = Source(found.rows, reader, identity=found.identity, place=found.place)
+    source.left_out = len(left_out) + found.left_out
     source.bad_rows = [f"{found.place(index)}: {problem}" for index, problem in bad.items()]
     skipped = bad.keys() | left_out
     if group_by is not None:
@@ -326,7 +341,7 @@ def _unusable(rows: Dataset, reader: Reader) -> tuple[dict[int, str], set[int]]:
 def _groups(rows: Dataset, group_by: str, left_out: set[int]) -> dict[str, list[int]]:
     """Returns the rows of each record by its name, in the order of their first rows; rows without an image stay apart."""
     found: dict[str, list[int]] = {}
-    columns = [name for name in rows.column_names if name in (group_by, "filepath") or is_image_column(name)]
+    columns = [name for name in rows.column_names if name in (group_by, "filepath", FOLDER) or is_image_column(name)]
     keyed = rows.select_columns(columns) if columns else [{}] * len(rows)
     for index, row in enumerate(keyed):
         if index not in left_out:

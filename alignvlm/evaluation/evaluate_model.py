@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
-    p.add_argument("--limit", type=int, help="At most this number of images (or windows of text).")
+    p.add_argument("--limit", type=_positive, help="At most this number of images (or windows of text).")
     p.add_argument(
         "--on_bad_row",
         choices=ON_BAD_ROW,
@@ -83,11 +83,13 @@ def parser() -> argparse.ArgumentParser:
         help="All controls and the most frequent answer in one go, and what of each score needs the image.",
     )
     p.add_argument(
-        "--max_tiles", type=int, help="Cut images into at most this number of tiles; default: as the checkpoint says."
+        "--max_tiles",
+        type=_positive,
+        help="Cut images into at most this number of tiles; default: as the checkpoint says.",
     )
-    p.add_argument("--batch_size", type=int, default=32, help="Images (or windows of text) at once.")
-    p.add_argument("--num_beams", type=int, default=1, help="1 is greedy decoding.")
-    p.add_argument("--max_new_tokens", type=int, default=40)
+    p.add_argument("--batch_size", type=_positive, default=32, help="Images (or windows of text) at once.")
+    p.add_argument("--num_beams", type=_positive, default=1, help="1 is greedy decoding.")
+    p.add_argument("--max_new_tokens", type=_positive, default=40)
     p.add_argument("--window", type=int, default=512, help="Tokens per window of text, for text_perplexity.")
     add_loading_options(p)
     p.add_argument(
@@ -97,11 +99,17 @@ def parser() -> argparse.ArgumentParser:
         help="Merge similar tokens of an image until N are left, also of a checkpoint trained without; 0: none.",
     )
     p.add_argument("--seed", type=int, default=0, help="Seed of --shuffle_images and the bootstrap.")
-    p.add_argument("--bootstrap_samples", type=int, default=1000)
+    p.add_argument("--bootstrap_samples", type=_positive, default=1000)
     p.add_argument(
         "--output_dir", help="Default: `results` in the checkpoint's folder; results/<name> for a Hub repository."
     )
     return p
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more.")
+    return int(text)
 
 
 def _name(text: str) -> str:
@@ -116,12 +124,28 @@ def _tasks(text: str) -> list[tuple[str | None, str]]:
     return [(_name(name) if equals else None, task) for name, equals, task in pairs]
 
 
+def _result(path: str) -> dict:
+    """Reads a result file.
+
+    Raises:
+        ValueError: for another JSON file.
+    """
+    result = read_json(Path(path))
+    fields = ("task", "metrics", "predictions")
+    missing = [name for name in fields if name not in result] if isinstance(result, dict) else list(fields)
+    if missing:
+        raise ValueError(
+            f"{path} is no result of an evaluation: it lacks {', '.join(missing)}. Compare two files that `alignvlm evaluate` wrote."
+        )
+    return result
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     arguments = parser().parse_args(argv)
     try:
         if arguments.compare:
-            first, second = (read_json(Path(path)) for path in arguments.compare)
+            first, second = map(_result, arguments.compare)
             for name, found in compare(first, second, arguments.bootstrap_samples, arguments.seed).items():
                 low, high = found["interval"]
                 print(f"{name:<28} {found['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {found['p']:.3f}")

@@ -66,6 +66,16 @@ def check_answers_suffice(name: str) -> None:
         )
 
 
+def check_references_suffice(name: str, references: list[list[str]]) -> None:
+    """Refuses references of questions by which a metric cannot judge.
+
+    Raises:
+        ValueError: with those of the first such question.
+    """
+    if check := getattr(load_metric(name), "check_references", None):
+        check(references)
+
+
 def headlines_of(metric: evaluate.Metric) -> tuple[str, ...]:
     """Returns the numbers of a metric that stand in a table of several tasks: its `headlines`, or the first."""
     given = getattr(metric, "headlines", None)

@@ -51,8 +51,10 @@ def load_task(
         limit: at most this number of records, from the first.
 
     Raises:
-        ValueError: as `load_source`.
+        ValueError: as `load_source`, and for a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} asks no question. Give 1 or more, or none for all.")
     source = load_source(task, split, data, **reading)
     on_bad_row, keep_duplicates = reading.get("on_bad_row", "raise"), source.to_record.keep_duplicates
     names = source.ids or map(str, range(len(source)))

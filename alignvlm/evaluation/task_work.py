@@ -9,7 +9,7 @@ from alignvlm.data.formats import text
 from alignvlm.data.record import BadRow
 from alignvlm.evaluation.batches import Work
 from alignvlm.evaluation.choices import in_all_orders_of
-from alignvlm.evaluation.judge import check_answers_suffice, judge
+from alignvlm.evaluation.judge import check_answers_suffice, check_references_suffice, judge
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
@@ -45,6 +45,12 @@ def question_work(arguments: argparse.Namespace, model) -> Work:
     )
     control = control_of(arguments)
     asked = evaluation_set.asked
+    references: dict[str, list[list[str]]] = {}
+    for conversation in (conversation for one in asked for conversation in one.conversations):
+        by = arguments.metric or evaluation_set.source.metric_of(conversation)
+        references.setdefault(by, []).append(conversation.responses)
+    for name, given in references.items():
+        check_references_suffice(name, given)
     seen = shuffled(asked, arguments.seed) if control == "shuffle_images" else asked
     in_all_orders = in_all_orders_of([one.conversations for one in asked])
     tag = model.tag if arguments.tag is None else arguments.tag
@@ -124,7 +130,10 @@ def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:
     path = Path(arguments.data)
     if path.suffix == ".txt":
         content = path.read_bytes()
-        return content.decode(), {"data": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+        try:
+            return content.decode("utf-8-sig"), {"data": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     found = read_rows(arguments.data, arguments.split or "test", revision=arguments.data_revision)
     if "text" not in found.columns:
         raise ValueError(f"{arguments.data} has no column `text`; its columns: {found.columns}.")

@@ -64,7 +64,15 @@ class TextMetric(evaluate.Metric):
             texts = group if isinstance(group, list | tuple) else [group]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"Item {index} needs at least one reference, each a string; it has {group!r}.")
+        self.check_references(references)
         super().add_batch(predictions=predictions, references=references, **others)
+
+    def check_references(self, references: list | None) -> None:
+        """Refuses references by which this metric cannot judge, before any question is asked; by default none.
+
+        Raises:
+            ValueError: with the references of the first such item.
+        """
 
 
 def mean(items: list[dict], score: str) -> float | None:

@@ -176,6 +176,21 @@ def test_missing_files_and_paths_out_of_the_folder_are_refused(tmp_path):
 def test_paths_may_start_at_the_current_folder(folder):
     """A data file that lies there has the folder `.`."""
     assert inside(folder, "sub/../a.png") == os.path.normpath(os.path.join(folder, "a.png"))
-    for path in ("../a.png", "..", ".", "/a.png"):
+    for path in ("../a.png", "..", "."):
         with pytest.raises(BadImage, match="leads out of the folder"):
             inside(folder, path)
+    with pytest.raises(BadImage, match="is absolute" if folder == "/" else "leads out of the folder"):
+        inside(folder, "/a.png")
+
+
+def test_an_absolute_path_within_the_folder_is_told_how_to_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        for path in (f"{tmp_path}/sub/a.png", f"{tmp_path}/b/../sub/a.png"):
+            with pytest.raises(
+                BadImage, match=r"is absolute\. Write it as it starts from the folder .*: 'sub/a\.png'"
+            ):
+                inside(folder, path)
+    for path in (f"{tmp_path}/../a.png", f"{tmp_path}-2/a.png"):
+        with pytest.raises(BadImage, match="leads out of the folder"):
+            inside(tmp_path, path)

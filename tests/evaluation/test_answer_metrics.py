@@ -176,3 +176,15 @@ def test_what_cannot_be_judged_is_named():
             computed(name, predictions=["a", 3], references=["a", "b"])
         with pytest.raises(ValueError, match=f"{name} needs at least one prediction"):
             computed(name, predictions=[], references=[])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_answers_of_too_few_people_are_refused_by_vqa_accuracy(count):
+    """With one, every right answer scored 0; with two 0.33, with three 0.67."""
+    people = ["yes"] * count
+    with pytest.raises(
+        ValueError,
+        match=rf"needs at least 4 people's answers to a question; one has {count}: .*--metric pathvqa_accuracy",
+    ):
+        computed("vqa_accuracy", predictions=["yes", "yes"], references=[["yes"] * 10, people])
+    assert computed("vqa_accuracy", predictions=["yes"], references=[["yes"] * 4])["vqa_accuracy"] == 1

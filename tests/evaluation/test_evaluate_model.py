@@ -312,3 +312,66 @@ def test_mistakes_on_the_command_line_are_named(arguments, message, checkpoint, 
     known = {"CHECKPOINT": str(checkpoint), "DATA": str(data)}
     with pytest.raises(SystemExit, match=message):
         main([known.get(a, a) for a in arguments] + ["--use_cpu"])
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize(
+    "option",
+    ["limit", "batch_size", "bootstrap_samples", "num_beams", "max_new_tokens", "max_tiles"],
+)
+def test_a_number_below_one_is_refused_before_anything_is_read(option, number):
+    with pytest.raises(SystemExit, match=rf"argument --{option}: '{number}' is no whole number of 1 or more"):
+        parser().parse_args(["model", "--task", "scenes", f"--{option}", number])
+    assert getattr(parser().parse_args(["model", "--task", "scenes", f"--{option}", "1"]), option) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"task": "scenes", "metrics": {}}', "3"])
+def test_only_results_are_compared(content, tmp_path):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(
+        SystemExit, match=r"other\.json is no result of an evaluation: it lacks .*predictions\. Compare two files"
+    ):
+        main(["--compare", str(tmp_path / "other.json"), str(tmp_path / "other.json")])
+
+
+def test_people_too_few_for_a_metric_are_told_before_anything_is_asked(checkpoint, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "q?", "answers": ["yes"] * 3}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    given = [
+        str(checkpoint),
+        "--task",
+        "okvqa",
+        "--split",
+        "test",
+        "--data",
+        str(tmp_path / "test.jsonl"),
+        "--use_cpu",
+    ]
+    given += ["--output_dir", str(tmp_path / "results"), "--max_new_tokens", "2", "--bootstrap_samples", "5"]
+    with pytest.raises(SystemExit, match=r"needs at least 4 people's answers to a question; one has 3: "):
+        main(given)
+    assert not (tmp_path / "results").exists()
+    main([*given, "--metric", "pathvqa_accuracy"])
+
+
+def test_a_text_file_is_read_as_the_sources_read_text(checkpoint, tmp_path):
+    book = tmp_path / "book.txt"
+    given = [
+        str(checkpoint),
+        "--task",
+        "text_perplexity",
+        "--data",
+        str(book),
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        book.write_bytes(mark + b"A red circle is left of a blue square.")
+        found.append(evaluate_checkpoint(parser().parse_args([*given, "--name", f"book{len(mark)}"]))["metrics"])
+    assert found[0] == found[1]
+    book.write_bytes("café".encode("latin-1"))
+    with pytest.raises(SystemExit, match=r"book\.txt is not UTF-8 text: .*Save it as UTF-8"):
+        main(given)

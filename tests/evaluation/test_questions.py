@@ -290,6 +290,26 @@ def test_a_benchmark_is_asked_as_the_field_asks_it(task, tmp_path):
     assert isinstance(metric.features["references"], Value) == (len(references) == 1 and task not in ("vqav2", "chartqa", "ocrbench"))  # fmt: skip
 
 
+def test_people_are_not_replaced_by_their_most_frequent_answer(tmp_path):
+    """VQA accuracy gave 0 to every right answer."""
+    PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "q?", "multiple_choice_answer": "yes"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    data = str(tmp_path / "test.jsonl")
+    with pytest.raises(BadRow, match=r"test\.jsonl, line 1: The row has no `answers`: .*--task local"):
+        load_task("vqav2", "test", data)
+    (one,) = load_task("local", data=data).asked
+    assert one.conversations[0].responses == ["yes"]
+    assert len(read_source({"name": "vqav2", "data": data, "split": "test"})) == 1  # to train on, one is enough
+
+
+def test_at_least_one_record_is_asked(tmp_path):
+    scenes.make_scenes(2, "test").to_parquet(tmp_path / "test.parquet")
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit={limit} asks no question"):
+            load_task("scenes", "test", str(tmp_path), limit)
+
+
 def test_an_answer_that_is_no_choice_is_named(tmp_path):
     PILImage.new("RGB", (8, 6)).save(tmp_path / "a.png")
     row = {"image": "a.png", "question": "Which?", "options": ["one", "two"], "answer": "2"}

@@ -456,6 +456,19 @@ def test_a_bad_image_stops_or_is_left_out_and_nothing_is_captioned_twice(models,
         main(command)
 
 
+def test_a_broken_link_is_a_bad_image_and_a_linked_folder_is_captioned(models, photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "far").symlink_to(photos / "below")
+    (tmp_path / "photos" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    command = [str(models["ours"]), str(tmp_path / "photos"), str(tmp_path / "captions.jsonl"), *FEW]
+    with pytest.raises(SystemExit, match=r"^error: gone\.png: Cannot read the image gone\.png.*--on_bad_image skip"):
+        main(command)
+    main([*command, "--on_bad_image", "skip"])
+    assert [row["image"] for row in rows_of(tmp_path / "captions.jsonl")] == ["photos/far/5.png", "photos/far/6.png"]
+    (rejected,) = rows_of(tmp_path / "captions.rejected.jsonl")
+    assert (rejected["place"], rejected["reason"]) == ("gone.png", "bad image")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_in_two_processes_to_the_same_files(models, photos, tmp_path):
     def arguments(output: Path) -> list[str]:

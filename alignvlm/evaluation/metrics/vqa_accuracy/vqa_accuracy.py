@@ -4,6 +4,9 @@ from alignvlm.evaluation import text_metric
 from alignvlm.evaluation.metrics.pathvqa_accuracy.vqa_normalisation import normalise, without_punctuation
 
 
+LEAST_PEOPLE = 4  # one is left out, and three others must have given an answer that scores 1
+
+
 class VQAAccuracy(text_metric.TextMetric):
     about = """
 VQA accuracy (Antol et al., 2015, arXiv 1505.00468): an answer scores min(1, n / 3) where n other people gave it too, the mean over all people
@@ -15,7 +18,7 @@ question marks go, and "'s" stands apart, before the same rules.
     numbers = """
 Args:
     predictions (list of str): one answer per question.
-    references (list of list of str): the answers of all people, usually ten.
+    references (list of list of str): the answers of all people, usually ten. Fewer than four are refused: a right answer would not score 1.
 
 Returns:
     vqa_accuracy, vqa_accuracy_evalai (float): means over questions. Papers print them times 100.
@@ -33,6 +36,15 @@ Returns:
     headlines = ("vqa_accuracy", "vqa_accuracy_evalai")
     means = {name: (name, {}) for name in ("vqa_accuracy", "vqa_accuracy_evalai")}
     per_kind = ("vqa_accuracy",)
+
+    def check_references(self, references):
+        for group in references or []:
+            if len(group) < LEAST_PEOPLE:
+                raise ValueError(
+                    f"{self.name} counts how many of several people gave an answer, and needs at least {LEAST_PEOPLE} people's answers to a "
+                    f"question; one has {len(group)}: {group!r}. Judge by a right answer alone (--metric pathvqa_accuracy), or read "
+                    "everyone's (`all_answers: true` of a source)."
+                )
 
     def _compute(self, predictions, references):
         items = [

@@ -1,0 +1,295 @@
+"""Which files, folders and rows a source reads: all of the split that is asked for, and nothing else in its place."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from alignvlm.data.bare_images import list_images
+from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.record import BadRow
+from alignvlm.data.sources import read_source
+from tests.data.test_files import both_ways, lines, png, records_of, tar
+
+
+def texts_of(folder: Path, streaming: bool = False, **arguments) -> list[str]:
+    return [
+        text for record in records_of(folder, streaming, **arguments) for text in record.conversations[0].responses
+    ]
+
+
+def photo(file: Path, shade: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png(shade))
+
+
+def described(folder: Path, text: str) -> None:
+    photo(folder / "0.png", 0)
+    lines(folder, "metadata.jsonl", [{"file_name": "0.png", "text": text}])
+
+
+@both_ways
+@pytest.mark.parametrize("asked", ["validation", "train+validation", "dev"])
+def test_a_folder_of_images_without_the_split_gives_no_other(tmp_path, asked, streaming):
+    for split in ("train", "test"):
+        described(tmp_path / "photos" / split, split)
+    described(tmp_path / "one" / "train", "train")
+    for data, there in (("photos", "test, train"), ("one", "train")):
+        with pytest.raises(
+            ValueError, match=f"{data} has no folder of the split '{asked.split('+')[-1]}'; it has {there}"
+        ):
+            texts_of(tmp_path, streaming, name="imagefolder", data=data, split=asked)
+
+
+@both_ways
+def test_all_named_splits_of_a_folder_of_images_are_read(tmp_path, streaming):
+    for split in ("train", "val", "test"):
+        described(tmp_path / "photos" / split, f"{split}.")
+        photo(tmp_path / "labels" / split / f"of {split}" / "0.png", 0)
+        photo(tmp_path / "labels" / split / "of all" / "1.png", 0)
+    given = {"name": "imagefolder", "split": "train+validation"}
+    assert sorted(texts_of(tmp_path, streaming, data="photos", **given)) == ["train.", "val."]
+    found = sorted(texts_of(tmp_path, streaming, data="labels", **given))
+    assert found == ["of all", "of all", "of train", "of val"]
+
+
+def test_the_identity_of_a_folder_of_images_changes_with_its_texts_and_images(tmp_path):
+    described(tmp_path, "A cat.")
+    seen = [read_source({"name": "imagefolder", "data": "."}, tmp_path, hash_all=hashed).identity for hashed in (0, 1)]
+    described(tmp_path, "A dog.")
+    assert texts_of(tmp_path, name="imagefolder", data=".") == ["A dog."]
+    seen.append(read_source({"name": "imagefolder", "data": "."}, tmp_path).identity)
+    photo(tmp_path / "0.png", 200)
+    seen.append(read_source({"name": "imagefolder", "data": "."}, tmp_path, hash_all=True).identity)
+    (tmp_path / "0.png").write_bytes(png(0, "BMP"))
+    seen.append(read_source({"name": "imagefolder", "data": "."}, tmp_path).identity)
+    assert len({json.dumps(identity) for identity in seen}) == 5
+    assert len(seen[0]["files"][0]["sha256"]) == 64 and seen[0]["files"][0]["name"] == "metadata.jsonl"
+
+
+@both_ways
+@pytest.mark.parametrize("data", ["rows.jsonl", "files", "saved", "splits", "photos"])
+def test_a_slice_of_local_data_is_refused(tmp_path, data, streaming):
+    rows = [{"text": "A."}, {"text": "B."}]
+    lines(tmp_path, "rows.jsonl", rows)
+    (tmp_path / "files").mkdir()
+    lines(tmp_path / "files", "train.jsonl", rows)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(tmp_path / "splits")
+    described(tmp_path / "photos", "A.")
+    name = {"name": "imagefolder"} if data == "photos" else {}
+    with pytest.raises(
+        ValueError,
+        match=rf"split 'train\[:1\]' of .*{data}: only .* the Hub can be sliced. Write 'train', .* by `limit`",
+    ):
+        texts_of(tmp_path, streaming, data=data, split="train[:1]", **name)
+
+
+@both_ways
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_image_paths_start_beside_their_own_file(tmp_path, kind, streaming):
+    for shade, name in ((0, "0.png"), (40, "a/0.png"), (80, "b/c/0.png")):
+        photo(tmp_path / name, shade)
+    for name in ("a", "b/c"):
+        rows = [{"image": "0.png", "text": f"{name}."}]
+        if kind == "jsonl":
+            lines(tmp_path / name, "train.jsonl", rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "train-0.parquet")
+
+    def shades(**arguments) -> list[tuple]:
+        found = records_of(tmp_path, streaming, **arguments)
+        return [
+            (record.conversations[0].responses, read_image(record.images[0]).getpixel((0, 0))[0]) for record in found
+        ]
+
+    assert shades(data=".") == [(["a."], 40), (["b/c."], 80)]
+    assert shades(data=".", config="a") == [(["a."], 40)]
+    assert shades(data="b") == [(["b/c."], 80)]
+    assert shades(data=".", image_dir=".") == [(["a.", "b/c."], 0)]
+
+
+@both_ways
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tar"])
+def test_a_bad_row_of_files_in_several_folders_is_named_with_its_folder(tmp_path, kind, streaming):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows = [{"question": "What?", "answer": "A." if name == "a" else ""}]
+        if kind == "jsonl":
+            lines(tmp_path / name, "train.jsonl", rows)
+        elif kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "train.parquet")
+        else:
+            tar(tmp_path / name / "train.tar", {"0.png": png(0), "0.json": json.dumps(rows[0])})
+    with pytest.raises(BadRow, match=rf"^b/train\.{kind}, (line 1|row 0|sample 0)"):
+        records_of(tmp_path, streaming, data=".")
+
+
+@both_ways
+def test_numbered_files_of_a_split_are_read_with_the_first(tmp_path, streaming):
+    for name in ("train.jsonl", "train_2.jsonl", "train-00003.jsonl", "trainer.jsonl", "test.jsonl"):
+        lines(tmp_path, name, [{"text": f"{name}."}])
+    assert sorted(texts_of(tmp_path, streaming, data=".")) == ["train-00003.jsonl.", "train.jsonl.", "train_2.jsonl."]
+
+
+def test_files_of_several_types_for_one_split_are_refused(tmp_path):
+    lines(tmp_path, "train.jsonl", [{"text": "A."}])
+    (tmp_path / "train.json").write_text('[{"text": "B."}]')
+    with pytest.raises(ValueError, match=r"several types for split 'train': train\.json, train\.jsonl\. Name one"):
+        texts_of(tmp_path, data=".")
+
+
+@both_ways
+def test_each_split_of_a_sum_must_be_there(tmp_path, streaming):
+    rows = [{"text": "A."}]
+    DatasetDict(train_sft=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    lines(tmp_path / "files", "train.jsonl", rows)
+    with pytest.raises(ValueError, match="saved has no split 'val'; its splits: train_sft"):
+        texts_of(tmp_path, streaming, data="saved", split="train_sft+val")
+    with pytest.raises(ValueError, match=r"No file in .*files is named after the split 'val'"):
+        texts_of(tmp_path, streaming, data="files", split="train+val")
+
+
+@both_ways
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_each_split_of_a_sum_must_be_among_the_rows(tmp_path, kind, streaming):
+    rows = [{"text": "A.", "split": "train"}, {"text": "B.", "split": "dev"}]
+    lines(tmp_path, "rows.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert texts_of(tmp_path, streaming, data=f"rows.{kind}", split="train+dev") == ["A.", "B."]
+    with pytest.raises(
+        ValueError, match=r"no rows of split 'val'\. Rows by their column `split`: 'train': 1, 'dev': 1\. Name"
+    ):
+        texts_of(tmp_path, streaming, data=f"rows.{kind}", split="train+val")
+
+
+@both_ways
+def test_a_split_is_found_in_capitals_and_rows_without_one_are_counted(tmp_path, streaming):
+    splits = ["train", "Train", None, "val"]
+    lines(tmp_path, "rows.jsonl", [{"text": f"{split}.", "split": split} for split in splits])
+    assert texts_of(tmp_path, streaming, data="rows.jsonl") == ["train.", "Train."]
+    if not streaming:
+        assert read_source({"data": "rows.jsonl"}, tmp_path).left_out == 1
+    with pytest.raises(ValueError, match=r"no rows of split 'test'\. .*'train': 1, 'Train': 1, None: 1, 'val': 1\."):
+        texts_of(tmp_path, streaming, data="rows.jsonl", split="test")
+
+
+KARPATHY = {"images": [{"filename": "0.png", "split": "train", "sentences": [{"raw": "A cat."}]}], "dataset": "x"}
+
+
+@both_ways
+@pytest.mark.parametrize("about", ["dataset_info.json", "dataset_infos.json"])
+def test_a_description_of_data_sets_is_no_data(tmp_path, about, streaming):
+    described(tmp_path, "A cat.")
+    (tmp_path / about).write_text(json.dumps({"features": {}, "splits": {}}))
+    assert texts_of(tmp_path, streaming, data=".") == ["A cat."]
+
+
+@both_ways
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_is_karpathys_by_its_content(tmp_path, indent, streaming):
+    row = {"image": "0.png", "text": "A dog."}
+    (tmp_path / "dataset_rows.json").write_text(f"{json.dumps(row)}\n" * 2)
+    (tmp_path / "dataset_one.json").write_text(json.dumps(row, indent=indent))
+    (tmp_path / "dataset_x.json").write_text(json.dumps(KARPATHY, indent=indent))
+    given = {"streaming": streaming, "keep_duplicates": True}
+    assert texts_of(tmp_path, data="dataset_rows.json", **given) == ["A dog."] * 2
+    assert texts_of(tmp_path, data="dataset_one.json", **given) == ["A dog."]
+    assert texts_of(tmp_path, data="dataset_x.json", **given) == ["A cat."]
+    assert texts_of(tmp_path, data=".", **given) == ["A cat."]
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["local", "webdataset"])
+def test_the_images_that_img2dataset_wrote_are_read_and_not_their_table(tmp_path, name, streaming):
+    for shard in ("00000", "00001"):
+        tar(tmp_path / f"{shard}.tar", {f"{shard}.png": png(40), f"{shard}.txt": f"In {shard}."})
+        pq.write_table(
+            pa.Table.from_pylist([{"url": "https://x/y.png", "caption": "Z."}]), tmp_path / f"{shard}.parquet"
+        )
+        (tmp_path / f"{shard}_stats.json").write_text('{"count": 1}')
+    assert texts_of(tmp_path, streaming, name=name, data=".") == ["In 00000.", "In 00001."]
+
+
+@both_ways
+def test_a_webdataset_reads_tars_only(tmp_path, streaming):
+    pq.write_table(pa.Table.from_pylist([{"text": "A."}]), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"holds no tar files. Leave out `name: webdataset`"):
+        texts_of(tmp_path, streaming, name="webdataset", data=".")
+    tar(tmp_path / "0.tar", {"0.png": png(40), "0.txt": "In the tar."})
+    assert texts_of(tmp_path, streaming, name="webdataset", data=".") == ["In the tar."]
+
+
+@both_ways
+def test_repeated_captions_of_an_image_are_dropped_unless_kept(tmp_path, streaming):
+    rows = [{"image": "0.png", "captions": captions} for captions in (["x", "x"], ["x"], ["y"], ["y", "z"])]
+    lines(tmp_path, "rows.jsonl", rows)
+    given = {"data": "rows.jsonl", "streaming": streaming}
+    assert texts_of(tmp_path, **given) == ["x", "x", "y", "z"]  # of one row, all are kept
+    assert texts_of(tmp_path, **given, keep_duplicates=True) == ["x", "x", "x", "y", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"data": ["a.jsonl", "b.jsonl"]}, r"data=\['a.jsonl', 'b.jsonl'\]. Expected a text: .* a source of its own"),
+        ({"data": 2024}, "data=2024. Expected a text: .*in quotes"),
+        ({"config": 3}, "config=3. Expected a text: a number stands in quotes"),
+        ({"revision": 3}, "revision=3. Expected a text"),
+        ({"image_dir": 5}, "image_dir=5. Expected a text: one folder"),
+        ({"split": ["train", "val"]}, r"split=\['train', 'val'\]. Expected a text: `train\+val` joins"),
+        ({"keep_duplicates": "no"}, "keep_duplicates='no'. Write true or false, without quotes"),
+        ({"keep_duplicates": 0}, "keep_duplicates=0. Write true or false"),
+        ({"name": ["local"]}, r"Unknown source \['local'\]"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_option(tmp_path, arguments, message):
+    lines(tmp_path, "rows.jsonl", [{"text": "A."}])
+    with pytest.raises(ValueError, match=message):
+        read_source({"data": "rows.jsonl", **arguments}, tmp_path)
+
+
+def test_a_broken_link_is_a_bad_image_when_it_is_read(tmp_path):
+    photo(tmp_path / "0.png", 40)
+    (tmp_path / "1.png").symlink_to(tmp_path / "gone.png")
+    images = list_images(str(tmp_path))
+    assert len(images) == 2 and read_image(images[0]).size == (4, 4)
+    with pytest.raises(BadImage, match=r"1\.png"):
+        read_image(images[1])
+
+
+def test_images_below_a_linked_folder_are_listed_once(tmp_path):
+    photo(tmp_path / "elsewhere" / "0.png", 40)
+    photo(tmp_path / "photos" / "b" / "1.png", 40)
+    (tmp_path / "photos" / "a").symlink_to(tmp_path / "photos" / "b")
+    (tmp_path / "photos" / "b" / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "far again").symlink_to(tmp_path / "elsewhere")
+    images = list_images(str(tmp_path / "photos"))
+    assert [images[index]["path"] for index in range(len(images))] == ["b/1.png", "far/0.png"]
+    assert read_image(images[1]).size == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_path_in_a_mapping_starts_beside_its_file(tmp_path, name):
+    photo(tmp_path / "z.png", 40)
+    rows = [{"image": {"bytes": None, "path": "z.png"}}]
+    if name.endswith("jsonl"):
+        lines(tmp_path, name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    images = list_images(str(tmp_path / name))
+    assert read_image(images[0]).getpixel((0, 0)) == (40, 0, 0) and images.all_paths
+
+
+def test_images_of_rows_in_several_folders_are_told_apart(tmp_path):
+    for shade, name in ((40, "a"), (80, "b")):  # not called as images, or the folder would be one of images
+        photo(tmp_path / name / "0.image", shade)
+        lines(tmp_path / name, "train.jsonl", [{"image": "0.image"}])
+    images = list_images(str(tmp_path))
+    assert [read_image(images[index]).getpixel((0, 0))[0] for index in range(len(images))] == [40, 80]
+    assert [images[index]["path"] for index in range(len(images))] == ["a/0.image", "b/0.image"]
