@@ -113,7 +113,7 @@ def list_images(
         for number, value in enumerate(values):
             value = below(row.get(FOLDER), value)
             key = image_key({"image": value})
-            if key not in seen and len(images) != limit:
+            if not (key and key in seen) and len(images) != limit:
                 seen.add(key)
                 images.positions.append((index, number))
                 images.all_paths &= path_of(value) is not None and images.folder is not None

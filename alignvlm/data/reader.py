@@ -206,15 +206,15 @@ def _holds_images(feature: Any) -> bool:
 
 
 def image_key(row: dict) -> str:
-    """Returns a key that rows of the same images share: their paths, or the first digits of their bytes' hash; empty without an image."""
+    """Returns a key that rows of the same images share: their paths, or the first digits of their bytes' hash; empty without an image, also where
+    one is named that has neither bytes nor path."""
     keys = []
     for image in images_of(row):
         image = below(row.get(FOLDER), image)
         if isinstance(image, PILImage.Image):
             image = {"bytes": image.tobytes()}
-        content = None if isinstance(image, str) else image.get("bytes")
-        if content is not None:
-            keys.append(hashlib.sha256(content).hexdigest()[:16])
-        else:
-            keys.append(str(image if isinstance(image, str) else image.get("path")))
+        content, path = (None, image) if isinstance(image, str) else (image.get("bytes"), image.get("path"))
+        if content is None and path is None:
+            return ""
+        keys.append(path if content is None else hashlib.sha256(content).hexdigest()[:16])
     return " ".join(keys)

@@ -293,3 +293,14 @@ def test_images_of_rows_in_several_folders_are_told_apart(tmp_path):
     images = list_images(str(tmp_path))
     assert [read_image(images[index]).getpixel((0, 0))[0] for index in range(len(images))] == [40, 80]
     assert [images[index]["path"] for index in range(len(images))] == ["a/0.image", "b/0.image"]
+
+
+def test_images_that_are_not_there_are_no_common_image(tmp_path):
+    """As a table has them whose writer could not embed them: each is told, or skipped, by itself."""
+    rows = [{"image": {"bytes": None, "path": None}, "caption": said} for said in ("A cat.", "A dog.")]
+    lines(tmp_path, "rows.jsonl", rows)
+    assert [record.conversations[0].responses for record in records_of(tmp_path, data="rows.jsonl")] == [
+        ["A cat."],
+        ["A dog."],
+    ]
+    assert len(list_images(str(tmp_path / "rows.jsonl"))) == 2
