@@ -436,7 +436,7 @@ def test_recipes_are_valid(path):
             "bf16_full_eval: leave it out; held-out records are measured in the stage's precision",
         ),
         (
-            {"average_last": 2, "save_strategy": "steps", "load_best_model_at_end": True},
+            {"average_last": 2, "save_strategy": "steps", "eval_strategy": "steps", "load_best_model_at_end": True},
             "average_last=2 writes the mean of the last checkpoints, load_best_model_at_end the best one",
         ),
         ({"eval_strategy": "epoch"}, "eval_strategy measures on eval_sources: name some"),
