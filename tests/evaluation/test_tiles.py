@@ -121,5 +121,5 @@ def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_
         assert {"find", "count"} <= kinds <= {"find", "count", "read_number", "read_word"}
         assert "pathvqa_accuracy" in result["metrics"]
     assert found == {None: [4, True, "tile"], 2: [2, True, "tile"], 1: [None] * 3}
-    with pytest.raises(ValueError, match="max_tiles=0 must be at least 1"):
+    with pytest.raises(SystemExit, match="--max_tiles: '0' is no whole number of 1 or more"):
         evaluate_checkpoint(parser().parse_args([*given, "--max_tiles", "0"]))
