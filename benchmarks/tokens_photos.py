@@ -6,7 +6,7 @@
 
 The arms are those of `benchmarks/tokens.py` that kept the most with the fewest tokens on drawn scenes, for MobileNetV2 before SmolLM2-135M:
 7 x 7 features of 224 pixels are merged by likeness, 8 x 8 features of 256 pixels averaged or stacked in squares of 2 x 2. Each trains stages 1 and 3 of
-the recipe `smollm2_mobilenet` on 320 and 480 photos, each once, and captions 300 others. FOLDER is laid out as `benchmarks/real_photos.py`
+the recipe `smollm2_mobilenet` on 320 and 480 photos, each once, and captions 300 others; with `--small`, on 500 and 2,500 before a language model of some hundred thousand parameters. FOLDER is laid out as `benchmarks/real_photos.py`
 says. A seed sets the projector's first weights and the order of the photos. What is there is not done again.
 """
 

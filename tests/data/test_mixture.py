@@ -25,6 +25,8 @@ from alignvlm.data.mixture import (
     records_per_epoch,
 )
 from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.stages.arguments import parse_anywhere
+from alignvlm.stages.loading import make_mixture
 from alignvlm.stages.stage import main as run
 from alignvlm.tools.show_data import main
 from hub_upload.run_record import read_run_record
@@ -242,6 +244,17 @@ class TestOrder:
         plain = flat(orders(make_sampler(made, epochs), math.ceil(epochs)))
         assert sorted(stage) == sorted(plain)  # only moved
         assert not any(is_image[index] for index in stage[: round(fraction * epochs * total)])
+
+
+@pytest.mark.parametrize(
+    "length, records", [({"max_steps": 6}, 24), ({"max_steps": None, "num_train_epochs": 0.5}, 20)]
+)
+def test_the_fraction_is_one_of_what_the_stage_reads(checkpoint, collator, tmp_path, length, records):
+    """Steps of 4 records, or half of 40."""
+    sources = [{**QUESTIONS, "count": 16}, {**TEXTS, "count": 24}]
+    given = stage_arguments(checkpoint, tmp_path, sources=sources, image_start_fraction=0.5, **length)
+    (arguments,) = parse_anywhere(given)
+    assert make_mixture(arguments, collator, [], processes=1).sampler.texts_first == records // 2
 
 
 class TestStreams:
