@@ -2,7 +2,7 @@
 
     python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
     python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET
-    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # two of them, on more photos
+    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # three of them, on more photos
     python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
 
 A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
@@ -261,25 +261,35 @@ class Photos:
 class SmallPhotos(Photos):
     """The same photos before a language model of some hundred thousand parameters, whose tokens are pieces of words (the vocabulary of
     stories260K has 512): it costs little beside the frozen encoder, whose features are kept for all arms and seeds, so that there can be
-    more photos and seeds. Mask types that give an image a row for each caption are left out: in batches of so many images an encoder may give
-    other last bits, and features are not kept then."""
+    more photos and seeds. They are not kept for mask types that give an image a row for each caption (in batches of so many images an encoder
+    may give other last bits), nor where stage 2 trains the encoder."""
 
     sizes = (500, 0, 2500)
     questions, save_steps = 2000, 50
     caption_tokens = 48
 
     def fields(self, number: int) -> dict:
-        features = {
-            "cache_features": True,
-            "features_dir": str(self.output / "features"),
-            "vision_learning_rate": None,
-        }
-        return {**features, **({"language_learning_rate": 2.0e-3} if number > 1 else {})}
+        if number == 2:
+            return {}
+        features = {"cache_features": True, "features_dir": str(self.output / "features")}
+        return {**features, "vision_learning_rate": None, **({"language_learning_rate": 2.0e-3} if number > 2 else {})}
 
     def findings(self, seed: int) -> dict[str, Finding]:
         found = super().findings(seed)
-        arms = {mask: stages for mask, stages in found["masks"].arms.items() if get_mask_type(mask).shares_trunk}
-        return {"masks": replace(found["masks"], arms=arms), "downstream": found["downstream"]}
+        anew = {"cache_features": False, "features_dir": None}
+        masks = {
+            mask: self.divided(
+                *self.sizes, attention_mask_type=mask, **({} if get_mask_type(mask).shares_trunk else anew)
+            )
+            for mask in MASK_TYPES
+        }
+        budget = {"short": (250, 250, 2500), "long": (1000, 1000, 1000)}
+        alignment = {name: self.divided(*sizes, **anew) for name, sizes in budget.items()}
+        return {
+            "masks": replace(found["masks"], arms=masks),
+            "alignment": replace(found["alignment"], arms=alignment),
+            "downstream": found["downstream"],
+        }
 
 
 WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos, "small_photos": SmallPhotos}
@@ -440,7 +450,7 @@ def main() -> None:
     parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
     parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
-    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks and what stages 1 to 3 bring, on more photos, with the encoder frozen.")  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks, alignment work and what stages 1 to 3 bring, on more photos.")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/findings"))

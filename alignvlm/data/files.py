@@ -170,10 +170,19 @@ def is_hub_id(name: str) -> bool:
 
 
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
-    """Reads the rows of a Hub data set at a commit that the identity states, so that a run can be repeated."""
+    """Reads the rows of a Hub data set at a commit that the identity states, so that a run can be repeated.
+
+    Raises:
+        ValueError: for a split other than `train` of a data set that is one file.
+    """
+    if file and {re.sub(r"\[[^]]*\]", "", part) for part in split.split("+")} != {"train"}:
+        raise ValueError(
+            f"{data} is the file {file}, which has no splits, so there is no {split!r}: all of it is `train`. Take a part of it as "
+            "`train[:1000]`."
+        )
     if not huggingface_hub.constants.is_offline_mode():
         revision = _hub_commit(data, revision)
-    options = {"data_files": file, "split": "train" if file else split, "revision": revision, "streaming": streaming}
+    options = {"data_files": file, "split": split, "revision": revision, "streaming": streaming}
     try:
         rows = load_dataset(data, config, **options)
     except ConnectionError as error:  # offline, and never read before

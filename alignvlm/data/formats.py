@@ -859,9 +859,11 @@ def _check_no_question_is_left_out(row: dict, name: str) -> None:
     Raises:
         BadRow: naming the column.
     """
-    if name == "captions":
+    if name in ("captions", "plain_text"):
         left_out = [column for column in (*PROMPTS, "question") if _filled(row.get(column))]
         remedy = "name the caption `completion`, remove the column, or write `format: captions` to ask by one prompt."
+        if name == "plain_text":
+            remedy = "name the answer `completion`, remove the column, or write `format: plain_text` to train the text alone."
     elif name == "question":
         left_out = [column for column in row if _CHOICE_COLUMN.fullmatch(column) and _filled(row[column])]
         left_out = left_out if len(left_out) > 1 else []

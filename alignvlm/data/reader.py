@@ -72,6 +72,8 @@ class Reader:
             record = replace(record, images=[below(row[FOLDER], image) for image in record.images])
         conversations = record.conversations
         if self.turns == "independent":
+            if self.train_on == "all":
+                conversations = [replace(conversation, train_on="all") for conversation in conversations]
             conversations = [exchange for conversation in conversations for exchange in conversation.exchanges()]
         if self.train_on is not None:
             conversations = [replace(conversation, train_on=self.train_on) for conversation in conversations]

@@ -101,7 +101,8 @@ class Conversation:
         return replace(self, messages=messages)
 
     def exchanges(self) -> list["Conversation"]:
-        """Returns each turn of the assistant as a conversation of its own, without the exchanges before it.
+        """Returns each trained turn of the assistant as a conversation of its own, without the exchanges before it: where `train_on` is `last`,
+        the last alone.
 
         System messages stay. Images of earlier turns move before the prompt, so that the k-th image part is still the record's k-th image.
         An earlier turn has the answer that was given as its only response.
@@ -118,7 +119,7 @@ class Conversation:
                 messages = [*system, {"role": "user", "content": content}]
                 rejected = self.rejected if is_last else None
                 found.append(replace(self, messages=messages, responses=responses, train_on="last", rejected=rejected))
-        return found or [self]
+        return (found if self.train_on == "all" else found[-1:]) or [self]
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def read_source(
             - `image_dir`: where image paths start; by default the folder of the file that names them;
             - `limit`: at most this number of records, from the first;
             - `format`: the schema of the rows (of `FORMATS`), if their columns do not tell it;
-            - `turns`: `whole` conversations (the default), or `independent`: each exchange a conversation of its own;
+            - `turns`: `whole` conversations (the default), or `independent`: each trained exchange a conversation of its own;
             - `train_on`: `last` or `all` turns of the assistant; by default all of a conversation's;
             - `keep_duplicates`: keep conversations that repeat for an image;
             - the options of the schema's function.

@@ -66,15 +66,29 @@ def test_arms_on_photos_differ_only_in_what_they_are_named_after(world, tmp_path
     assert from_nothing == from_stage3[-1:]
 
 
-def test_small_photos_train_no_encoder(world, tmp_path):
+def test_small_photos_train_the_encoder_in_stage_2_alone_and_share_its_features_where_they_are_the_same(
+    world, tmp_path
+):
     found = world(SmallPhotos, tmp_path).findings(seed=3)
     stages = [stage for finding in found.values() for arm in finding.arms.values() for stage in arm]
-    assert all(changes["vision_learning_rate"] is None for _, changes in stages)
-    assert len({changes["features_dir"] for _, changes in stages}) == 1  # which arms and seeds share
-    assert list(found["masks"].arms) == ["causal", "image"]
+    for number, changes in stages:
+        assert number == 2 if "vision_learning_rate" not in changes else changes["vision_learning_rate"] is None
+    cached = {
+        name: {arm: {changes["features_dir"] for _, changes in stages} for arm, stages in finding.arms.items()}
+        for name, finding in found.items()
+    }
+    features = {str(tmp_path / "features")}
+    assert cached == {
+        "masks": {"causal": features, "image": features, "prefix": {None}, "mutual": {None}},
+        "alignment": {"short": {None}, "long": {None}},
+        "downstream": {"from stage 0": features, "from stage 3": features},
+    }
     for mask, stages in found["masks"].arms.items():
         assert [changes.pop("attention_mask_type") for _, changes in stages] == [mask] * 2
+        for _, changes in stages:
+            assert changes.pop("cache_features") == (changes.pop("features_dir") is not None)
     assert len({json.dumps(stages) for stages in found["masks"].arms.values()}) == 1
+    assert [[number for number, _ in arm] for arm in found["alignment"].arms.values()] == [[1, 2, 3]] * 2
     from_nothing, from_stage3 = found["downstream"].arms.values()
     assert from_nothing == from_stage3[-1:] and len(from_stage3) == 3
 

@@ -265,13 +265,13 @@ def test_a_bad_preference_is_named(row, message):
         FORMATS["preference"].read(row)
 
 
-def test_an_earlier_exchange_of_a_preference_has_nothing_rejected():
-    row = {"chosen": said("Which?", "red", "Why?", "so"), "rejected": said("Which?", "red", "Why?", "not")}
-    first, last = record_of(row).conversations[0].exchanges()
-    assert (first.responses, first.rejected) == (["red"], None) and (last.responses, last.rejected) == (
-        ["so"],
-        ["not"],
-    )
+def test_an_answer_that_is_not_trained_is_no_exchange_of_its_own():
+    """`turns: independent` trained the answers inside a prompt."""
+    preferred = {"chosen": said("Which?", "red", "Why?", "so"), "rejected": said("Which?", "red", "Why?", "not")}
+    completed = {"prompt": said("Which?", "red", "Why?"), "completion": said("so", first="assistant")}
+    for row, rejected in ((preferred, ["not"]), (completed, None)):
+        (last,) = record_of(row).conversations[0].exchanges()
+        assert (last.prompt, last.responses, last.rejected) == ("Why?", ["so"], rejected)
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,16 @@ def test_a_placeholder_in_an_answer_is_bad_without_images_too():
             text_only(row)
 
 
+@pytest.mark.parametrize("asked", ["prompt", "instruction", "question"])
+def test_a_text_with_a_prompt_of_another_schema_is_refused(asked):
+    """The text was trained, and what it answers left out."""
+    row = {asked: "Tell me a story.", "text": "Once upon a time."}
+    with pytest.raises(BadRow, match=f"`{asked}` is 'Tell me a story.', which `plain_text` does not ask"):
+        record_of(row)
+    assert FORMATS["plain_text"].read(row).conversations[0].messages == []
+    assert record_of({**row, asked: None}).conversations[0].responses == ["Once upon a time."]
+
+
 def test_there_are_letters_for_26_choices():
     row = {"question": "Which?", "choices": [f"c{index}" for index in range(26)], "answer": "c25"}
     assert record_of(row).conversations[0].responses == ["Z"]

@@ -952,6 +952,24 @@ def test_the_shared_data_run_through_whole(shared_data, tmp_path, processor):
     assert all(collator.token_counts(texts[i])[0] == 0 for i in range(0, len(texts), 10))
 
 
+@pytest.mark.parametrize("split", ["test", "val[:10]", "train+test"])
+def test_a_data_set_of_one_file_has_no_split_but_train(split, tmp_path):
+    """Whatever split was named, an evaluation's `test` too, all of the file was read."""
+    with pytest.raises(ValueError, match=r"blip_laion_cc_sbu_558k\.json, which has no splits, so there is no "):
+        read_source({"name": "llava_pretrain", "split": split, "image_dir": str(tmp_path)}, tmp_path)
+
+
+def test_independent_turns_are_those_that_are_trained(tmp_path):
+    row = {
+        "prompt": said(("user", "u"), ("assistant", "a"), ("user", "v"), role="role", content="content"),
+        "completion": "b",
+    }
+    data = {"data": lines(tmp_path, "rows.jsonl", [row]), "turns": "independent"}
+    for train_on, expected in ((None, ["b"]), ("last", ["b"]), ("all", ["a", "b"])):
+        (record,) = read_source({**data, "train_on": train_on}, tmp_path)
+        assert [said.responses for said in Record.from_row(record).conversations] == [[answer] for answer in expected]
+
+
 def test_a_name_that_no_hub_answers_for_is_told(tmp_path):
     """As at a mistyped folder, in a process without a network."""
     code = "from alignvlm.data.files import read_rows; read_rows('user/nothing', 'train')"
