@@ -265,7 +265,7 @@ class SmallPhotos(Photos):
     may give other last bits), nor where stage 2 trains the encoder."""
 
     sizes = (500, 0, 2500)
-    questions, save_steps = 2000, 50
+    questions, save_steps = 800, 25
     caption_tokens = 48
 
     def fields(self, number: int) -> dict:
