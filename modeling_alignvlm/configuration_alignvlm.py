@@ -31,10 +31,11 @@ AUTO_MAP = {
 }
 # What AutoModel names in a package for vLLM, whose transformers backend puts its own head on the model.
 BASE_MODEL = "modeling_alignvlm.AlignVLMModel"
-# Keys that transformers itself adds to a configuration.
+# Keys that transformers itself, and scripts that train with it, add to a configuration.
 _LIBRARY_KEYS = {
     "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
-    "output_attentions", "quantization_config", "torch_dtype", "use_cache",
+    "output_attentions", "quantization_config", "tokenizer_class", "torch_dtype", "transformers.js_config", "use_cache",
+    *(f"{name}_token_id" for name in ("bos", "decoder_start", "eos", "pad", "sep")),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -224,8 +225,9 @@ class AlignVLMProjector(nn.Module):
         """Makes of features `(images, positions, feature_size)` what the layers take, `(images, squares, in_features)`."""
         if self.fusion is not None:
             features = self.fusion(features.to(self.fusion.layer_scores.dtype))
-        if self.pools:
-            features = features.to(self.layers[0].weight.dtype)  # a frozen encoder may compute in 16 bit
+        first = self.layers[0] if isinstance(self.layers, nn.Sequential) else self.layers
+        kept = first.weight if self.pools else first.bias  # which quantisation of weights leaves as they are
+        features = features.to(kept.dtype)  # a frozen encoder may compute in 16 bit
         if self.factor > 1:
             features = self.average(features) if self.pools else self.pixel_shuffle(features)
         return features
@@ -265,6 +267,16 @@ class AlignVLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.scale)
             init.zeros_(module.shift)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers; a kernel that the encoder does not support (convolutions have none) is set for the language model alone, as
+        when the model is loaded."""
+        if isinstance(attn_implementation, str):
+            try:
+                self.base_model.vision_tower.get_correct_attn_implementation(attn_implementation)
+            except ValueError:
+                attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @staticmethod
     def _refuse_flash_attention(config: AlignVLMConfig, attention_config) -> None:
         """Refuses FlashAttention kernels, which ignore mask functions: they would silently train the causal baseline."""
@@ -296,14 +308,18 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _calibrate_layers(self) -> None:
-        calibrations, layers = self.projector.calibrations, getattr(self.language_model, "layers", ())
-        if len(layers) != len(calibrations):
+        count, layers = len(self.projector.calibrations), getattr(self.language_model, "layers", ())
+        if len(layers) != count:
             raise ValueError(
-                f"modality_calibration=True needs a language model with `layers`, {len(calibrations)} of them, and "
+                f"modality_calibration=True needs a language model with `layers`, {count} of them, and "
                 f"{self.config.text_config.model_type!r} has none of that name. Leave it out."
             )
-        for layer, calibration in zip(layers, calibrations):
-            layer.register_forward_hook(calibration.behind, with_kwargs=True)
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(partial(self._calibrated, index), with_kwargs=True)
+
+    def _calibrated(self, index: int, *call):
+        """Calibrates the output of a layer. The projector is looked up at each call, since PEFT may put a copy of it in its place."""
+        return self.projector.calibrations[index].behind(*call)
 
     def train(self, mode: bool = True) -> "AlignVLMModel":
         """As in PyTorch, but batch norms of the encoder keep their pretrained statistics: a stage that freezes it must not
@@ -468,7 +484,8 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 each image row by row, then padding: `(images, patches, patch_size**2 * channels)`.
             attention_mask (`torch.Tensor`):
                 `(batch, cached + length)`, 0 at padding; or a ready bool mask of shape `(batch, 1, length, keys)`, True
-                where attention is allowed, which then replaces every rule below.
+                where attention is allowed, which then replaces every rule below (but not the window of a language model's sliding
+                layers).
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`):
                 instead of `input_ids`; without `pixel_values` the image features are taken to be in place.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, length)`):
@@ -544,7 +561,7 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             record_ids = branch_ids = self._refuse_packed_rows(record_ids, branch_ids)
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
         if attention_mask is not None and attention_mask.ndim == 4:
-            attention_mask = self._ready_mask(attention_mask, inputs_embeds, cache)
+            attention_mask = self._ready_mask(attention_mask, inputs_embeds, position_ids, cache)
         elif self._needs_layout(has_images, begins_rows, **layout_inputs):
             layout = self._layout(inputs_embeds, is_image, attention_mask, cache, image_ids, **layout_inputs)
             attention_mask = self._layout_masks(layout, inputs_embeds, attention_mask, position_ids, cache)
@@ -639,17 +656,23 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
             **layout_inputs,
         )
 
-    def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, cache: Cache | None):
-        """Converts a dense mask given by the caller to the form that the attention kernel reads."""
+    def _ready_mask(self, mask: Tensor, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None):
+        """Converts a dense mask given by the caller to the form that the attention kernel reads, for each attention type."""
         batch, length = inputs_embeds.shape[:2]
-        kv_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        if mask.shape != (batch, 1, length, kv_length) or mask.dtype != torch.bool:
+        sizes = self._mask_sizes(length, cache)
+        total_length = _total_length(sizes)
+        if mask.shape != (batch, 1, length, total_length) or mask.dtype != torch.bool:
             raise ValueError(
-                f"A ready `attention_mask` must be bool of shape {(batch, 1, length, kv_length)}, True where attention is "
+                f"A ready `attention_mask` must be bool of shape {(batch, 1, length, total_length)}, True where attention is "
                 f"allowed; got {mask.dtype} of shape {tuple(mask.shape)}. (For an additive mask pass `mask == 0`.)"
             )
-        config = self.language_model.config
-        return attention_mask_for(lambda b, h, q, k: mask[b, 0, q, k], config, inputs_embeds, kv_length)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        positions = torch.arange(total_length, device=mask.device).expand(batch, -1)
+        if position_ids is not None and _begins_rows(cache, length):
+            positions = _with_new_positions(positions, position_ids, past_length)
+        return self._masks(
+            lambda b, h, q, k: mask[b, 0, q - past_length, k], positions, inputs_embeds, sizes, past_length
+        )
 
     def _layout_masks(self, layout, inputs_embeds, attention_mask, position_ids, cache):
         """Makes the layout's mask for the language model: one tensor, or one per attention type where its layers differ."""
@@ -659,37 +682,51 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
                 f"attn_implementation={config._attn_implementation!r} cannot keep the records or branches of a packed row "
                 "apart. Use 'sdpa', 'flex_attention' or 'eager', or one annotation per row."
             )
-        length = inputs_embeds.shape[1]
-        past_length, total_length = 0, length
+        length, past_length = inputs_embeds.shape[1], 0
+        sizes = self._mask_sizes(length, cache)
         if cache is not None:
             past_length = cache.get_seq_length()
-            total_length = max(cache.get_mask_sizes(length, 0)[0], int(past_length) + length)
+            total_length = max(_total_length(sizes), int(past_length) + length)
             layout = layout.placed_in_cache(past_length, total_length, attention_mask)
+        positions = (layout.record_ids >= 0).long().cumsum(-1) - 1
+        if position_ids is not None:
+            positions = _with_new_positions(positions, position_ids, past_length)
         rule = attention_rule(layout, self.config.attention_mask_type)
+        return self._masks(rule, positions, inputs_embeds, sizes, past_length)
 
+    def _mask_sizes(self, length: int, cache: Cache | None) -> dict[str, tuple[int, int]]:
+        """Returns, for each attention type of the language model's layers, the number of keys and the index of the first."""
+        config = self.language_model.config
         layer_types = list(getattr(config, "layer_types", None) or [])
         if not layer_types:
             layer_types = [
                 "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
             ]
-        masks = {}
+        sizes = {}
         for layer_type in dict.fromkeys(layer_types):
-            kv_length, kv_offset = length, 0
-            if cache is not None:
-                kv_length, kv_offset = cache.get_mask_sizes(length, layer_types.index(layer_type))
-            if layer_type == "full_attention":
-                layer_rule = rule
-            elif layer_type == "sliding_attention":
-                layer_rule = _within_window(rule, layout, position_ids, past_length, config.sliding_window)
-            else:
+            if layer_type not in ("full_attention", "sliding_attention"):
                 raise ValueError(
                     f"The language model {config.model_type!r} has layers of type {layer_type!r}, which no attention mask "
                     f"can govern. Use attention_mask_type='causal' without packed rows, or another language model."
                 )
+            index = layer_types.index(layer_type)
+            sizes[layer_type] = (length, 0) if cache is None else cache.get_mask_sizes(length, index)
+        return sizes
+
+    def _masks(self, rule, positions, inputs_embeds, sizes, past_length):
+        """Makes the rule's mask of each attention type: a sliding layer sees keys less than a window of `positions` behind the query."""
+        config = self.language_model.config
+
+        def within_window(b, h, q, k):
+            return rule(b, h, q, k) & (positions[b, q] - positions[b, k] < config.sliding_window)
+
+        masks = {}
+        for layer_type, (kv_length, kv_offset) in sizes.items():
+            layer_rule = within_window if layer_type == "sliding_attention" else rule
             masks[layer_type] = attention_mask_for(
                 layer_rule, config, inputs_embeds, kv_length, past_length, kv_offset
             )
-        return masks if len(masks) > 1 else masks[layer_types[0]]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _begins_rows(cache: Cache | None, length: int) -> bool:
@@ -700,13 +737,15 @@ def _begins_rows(cache: Cache | None, length: int) -> bool:
     return length > 1 and int(cache.get_seq_length()) == 0
 
 
-def _within_window(rule, layout: TokenLayout, position_ids: Tensor | None, past_length, window: int):
-    """Restricts the rule to keys less than `window` positions behind the query (positions of branches go on from the trunk)."""
-    positions = (layout.record_ids >= 0).long().cumsum(-1) - 1
-    if position_ids is not None:
-        own = past_length + torch.arange(position_ids.shape[-1], device=positions.device)
-        positions = positions.index_copy(1, own, position_ids.expand(positions.shape[0], -1))
-    return lambda b, h, q, k: rule(b, h, q, k) & (positions[b, q] - positions[b, k] < window)
+def _total_length(sizes: dict[str, tuple[int, int]]) -> int:
+    """Returns how many tokens, cached and new, the masks of these sizes are about: a sliding layer may keep fewer than a full one."""
+    return max(kv_length + kv_offset for kv_length, kv_offset in sizes.values())
+
+
+def _with_new_positions(positions: Tensor, position_ids: Tensor, past_length: int | Tensor) -> Tensor:
+    """Puts the positions of the new tokens (those of branches go on from the trunk) behind those of `past_length` cached ones."""
+    own = past_length + torch.arange(position_ids.shape[-1], device=positions.device)
+    return positions.index_copy(1, own, position_ids.expand(positions.shape[0], -1))
 
 
 class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin):
@@ -867,6 +906,11 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts the prompt into pieces that cannot look ahead, and the "
                 f"mask type {mask_type!r} lets text do so. Leave it out."
+            )
+        if generation_config.guidance_scale not in (None, 1) and get_mask_type(mask_type).text_looks_ahead:
+            raise ValueError(
+                f"guidance_scale={generation_config.guidance_scale} compares the answer with one to a prompt without images, whose tokens "
+                f"cannot look ahead there, and the mask type {mask_type!r} lets text do so. Leave it out."
             )
         return generation_config, model_kwargs
 

@@ -36,8 +36,8 @@ def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
     """Converts a PIL image or an array to an upright 8-bit RGB image.
 
     The EXIF rotation is applied, transparency is laid on white, and of an animation the current frame is taken. Values become 8-bit by
-    dtype and range: booleans are black and white; integers are 0..255 or, if one is larger, 0..65535; floating numbers are 0..1 or,
-    if one is at least 2, 0..255.
+    dtype and range: booleans are black and white; integers are 0..255 or, if one is larger, 0..65535 (a PIL image of 16 bits always);
+    floating numbers are 0..1 or, if one is at least 2, 0..255.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -54,7 +54,9 @@ def to_rgb(image, input_data_format: str | None = None) -> Image.Image:
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):
+        if image.mode.startswith("I;16"):
+            return Image.fromarray(_scaled(np.asarray(image), 1 / 257)).convert("RGB")
+        if image.mode in ("F", "I"):
             values = np.asarray(image)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
@@ -112,6 +114,10 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
             "from 0 to 255, integers from 0 to 255 or to 65535, or booleans. Give normalised values to the model as "
             "`pixel_values`, and clamp those that interpolation carried over the ends."
         )
+    return _scaled(values, scale)
+
+
+def _scaled(values: np.ndarray, scale: float) -> np.ndarray:
     return (values.astype(np.float32) * scale).round().clip(0, 255).astype(np.uint8)
 
 
@@ -300,7 +306,7 @@ class AlignVLMProcessor(ProcessorMixin):
         if kwargs.get("sanitize_control_tokens"):
             pass  # placeholders that a user typed are marked as text, and transformers counts the others
         elif texts is not None and all(isinstance(sample, str) for sample in texts):
-            nested = isinstance(images, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in images)
+            nested = isinstance(images, (list, tuple)) and any(_holds_images(sample) for sample in images)
             counts = [sample.count(self.image_token) for sample in texts]
             if nested and len(images) == len(texts):
                 self._check_counts(counts, [len(_flatten(sample)) for sample in images])
@@ -517,9 +523,14 @@ def _flatten(images) -> list:
     """Flattens an image, a list, nested lists or arrays of four dimensions into one list of images."""
     if images is None:
         return []
-    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+    if _holds_images(images):
         return [image for item in images for image in _flatten(item)]
     return [images]
+
+
+def _holds_images(value) -> bool:
+    """Whether a value is a list of images, or an array of four dimensions, rather than an image."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4
 
 
 def _reads(template: str, *names: str) -> bool:

@@ -1,5 +1,6 @@
 """Scale and shift of image tokens behind each layer (MoCa): nothing at first, then what a plain loop over the layers computes."""
 
+import copy
 import json
 
 import pytest
@@ -45,6 +46,38 @@ def test_it_begins_as_nothing_bit_for_bit(make_model, processor, kernel):
     more = on.state_dict().keys() - off.state_dict().keys()
     assert more == {f"model.projector.calibrations.{i}.{kind}" for i in (0, 1) for kind in ("scale", "shift")}
     assert "modality_calibration" not in off.config.to_dict() and on.config.to_dict()["modality_calibration"]
+
+
+def test_pefts_copy_of_the_projector_calibrates(make_model, processor, tmp_path):
+    """PEFT trains a copy of the projector, whose calibrations were neither trained nor applied."""
+    peft = pytest.importorskip("peft")
+    batch = processor(images=[IMAGE], text="<image> One two", return_tensors="pt")
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["projector"])
+    model = peft.get_peft_model(make_model(modality_calibration=True), lora)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if "modules_to_save.default.calibrations" in name}
+    assert len(trained) == 4 and all(parameter.grad is not None for parameter in trained.values())
+    with torch.no_grad():
+        before = model(**batch).logits
+        for parameter in trained.values():
+            parameter.fill_(3.0)
+        after = model(**batch).logits
+        assert (after - before).abs().max() > 1e-3
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, after, atol=1e-5, rtol=1e-5)
+        merged.save_pretrained(tmp_path)
+        loaded = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**batch).logits, after, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_copy_of_the_model_calibrates_by_its_own(calibrated, processor):
+    batch = processor(images=[IMAGE], text="<image> One", return_tensors="pt")
+    model = calibrated()
+    other, expected = copy.deepcopy(model), model(**batch).logits
+    for parameter in model.model.projector.calibrations.parameters():
+        parameter.fill_(3.0)
+    assert torch.equal(other(**batch).logits, expected) and not torch.equal(model(**batch).logits, expected)
 
 
 @torch.no_grad()

@@ -270,6 +270,19 @@ def test_a_prefill_in_pieces_is_refused_where_tokens_look_ahead(model, inputs_of
 
 
 @torch.no_grad()
+def test_guidance_is_refused_where_text_looks_ahead(model, inputs_of):
+    """Its pass without images has no prompt that could look ahead."""
+    inputs = inputs_of([5, IMAGE, 6])
+    if get_mask_type(model.config.attention_mask_type).text_looks_ahead:
+        with pytest.raises(ValueError, match=r"guidance_scale=1\.5 compares the answer with one .* Leave it out"):
+            model.generate(**inputs, **GREEDY, guidance_scale=1.5)
+    else:
+        guided = model.generate(**inputs, **GREEDY, guidance_scale=1.5)
+        assert (torch.stack(guided.logits) - torch.stack(model.generate(**inputs, **GREEDY).logits)).abs().max() > 0
+    model.generate(**inputs, **GREEDY, guidance_scale=1.0)
+
+
+@torch.no_grad()
 def test_a_cache_goes_by_both_of_its_names(make_model, inputs_of):
     """transformers 5.24 calls `past_key_values` `cache`; a lost cache would show as a mask of the wrong width, or as other logits."""
     model = make_model("image").double()

@@ -297,6 +297,39 @@ def test_language_models_decode_alike_with_and_without_cache(make_model, rows, m
     assert (causal(**inputs).logits - model(**inputs).logits).abs().max() > 1e-4  # the mask reaches the kernel
 
 
+ALTERNATING = {
+    "qwen2": {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 6},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "sliding_window": 6},
+    "mistral": {"sliding_window": 6},
+}
+
+
+@pytest.mark.parametrize("model_type", ALTERNATING)
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@torch.no_grad()
+def test_windows_are_kept_in_every_cache_and_under_a_ready_mask(make_model, rows, processor, model_type, mask_type):
+    """The size of a static cache was taken from the first layer, and a ready mask put every layer out of its window."""
+    model = make_model(mask_type, text={"model_type": model_type, **ALTERNATING[model_type]}).double()
+    inputs = rows([5, IMAGE, 6, 7, 8, 9, 10], [9, IMAGE, 10], side="left")
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    expected = model.generate(**inputs, **options, return_dict_in_generate=True, use_cache=False)
+    for kind in ({}, {"cache_implementation": "static"}):
+        found = model.generate(**inputs, **options, return_dict_in_generate=True, **kind)
+        assert torch.equal(found.sequences, expected.sequences), kind
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-10, rtol=1e-10)
+
+    plain, real = with_prompt_mask(inputs, mask_type), inputs["attention_mask"].bool()
+    layout = TokenLayout.from_input_ids(
+        inputs["input_ids"], processor.image_token_id, 4, attention_mask=real, prompt_mask=real
+    )
+    ready = {**inputs, "attention_mask": dense_mask(layout, mask_type)}
+    narrow = model(**plain).logits[real]
+    torch.testing.assert_close(model(**ready).logits[real], narrow, atol=1e-10, rtol=1e-10)
+    model.model.language_model.config.sliding_window = 100
+    assert (model(**plain).logits[real] - narrow).abs().max() > 1e-3  # the window hides something here
+
+
 @torch.no_grad()
 def test_sliding_window_hides_what_is_far_behind_but_not_the_image_ahead(make_model, rows):
     model = make_model("image", text={"model_type": "mistral", "sliding_window": 2, "num_hidden_layers": 1})
@@ -305,6 +338,50 @@ def test_sliding_window_hides_what_is_far_behind_but_not_the_image_ahead(make_mo
     before, after = model(**inputs).logits, model(**{**inputs, "pixel_values": changed}).logits
     assert torch.allclose(before[:, 5:], after[:, 5:])  # further than the window behind the image
     assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+@torch.no_grad()
+def test_a_kernel_that_the_encoder_lacks_is_set_for_the_language_model_alone(make_model, rows):
+    """As at loading. `eager` could be set, and nothing else after it."""
+    encoder = {"model_type": "convnext", "num_channels": 3, "patch_size": 4, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1]}  # fmt: skip
+    sizes = {"image_size": [16, 16], "image_grid": [2, 2], "vision_hidden_size": 32}
+    model = make_model(vision={**encoder, "image_size": 16}, **sizes).double()
+    inputs = rows([5, IMAGE, 6])
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    expected = model(**inputs).logits
+    for kernel in ("eager", "sdpa"):
+        model.set_attn_implementation(kernel)
+        assert model.model.language_model.config._attn_implementation == kernel
+        torch.testing.assert_close(
+            model(**inputs).logits, expected, atol=1e-5, rtol=1e-5
+        )  # eager softmax is in float32
+    with pytest.raises(ValueError, match="triangular"):
+        model.set_attn_implementation("triangular")
+
+
+@pytest.mark.parametrize("projector_type", ["mlp", "linear", "pool"])
+@torch.no_grad()
+def test_an_encoder_may_compute_in_16_bit(make_model, rows, projector_type):
+    model = make_model(projector_type=projector_type)
+    inputs = rows([5, IMAGE, 6])
+    model.model.vision_tower.bfloat16()
+    features = model.model.encode_images(inputs.pop("pixel_values").bfloat16())
+    assert features.dtype == torch.bfloat16
+    found, expected = (model(**inputs, image_features=given).logits for given in (features, features.float()))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "given", [{"pad_token_id": 0}, {"eos_token_id": [1, 2]}, {"tokenizer_class": "GPT2Tokenizer"}]
+)
+def test_what_a_script_sets_in_the_configuration_is_saved_and_loaded(make_model, tmp_path, given):
+    """`model.config.pad_token_id = ...` before training made a checkpoint that nobody could load."""
+    model = make_model()
+    for name, value in given.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(tmp_path)
+    loaded = AlignVLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert {name: getattr(loaded.config, name) for name in given} == given
 
 
 @pytest.mark.parametrize(

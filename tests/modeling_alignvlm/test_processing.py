@@ -291,6 +291,25 @@ def test_every_array_gives_the_pixels_of_the_image_it_holds(processor):
     assert close.abs().max() < 2.1 / 127.5  # bfloat16 has 8 bits, so a value may be one or two 8-bit steps off
 
 
+@pytest.mark.parametrize("brightest", [255, 256, 65535])
+def test_16_bit_images_of_a_series_are_on_one_scale(brightest, tmp_path):
+    """A dark one, of values up to 255, became 257 times brighter."""
+    values = np.linspace(0, brightest, 16, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    assert np.array_equal(np.asarray(to_rgb(Image.open(tmp_path / "grey.png")))[..., 0], (values / 257).round())
+
+
+@pytest.mark.parametrize("kind", [list, np.stack, lambda images: torch.tensor(np.stack(images))])
+def test_each_text_has_its_own_number_of_images(processor, kind):
+    """Arrays of four dimensions were counted together, and a text got another's image."""
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    texts, options = ["<image> one", "<image><image> two"], {"return_tensors": "pt", "padding": True}
+    with pytest.raises(ValueError, match=r"in text 0 but 2 image\(s\)"):
+        processor(images=[kind([black, black]), kind([white])], text=texts, **options)
+    pixels = processor(images=[kind([black]), kind([white, white])], text=texts, **options)["pixel_values"]
+    assert [bool(image.mean() > 0) for image in pixels] == [False, True, True]
+
+
 def test_arrays_in_a_batch_and_of_four_dimensions(processor):
     images = torch.rand(2, 3, 16, 16)
     together = processor(images=images, text=["<image> a", "<image> b"], padding=True, return_tensors="pt")
