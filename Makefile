@@ -50,8 +50,9 @@ docs: .venv/ready
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
+# Environments, caches and what was built; not out/, where trained checkpoints are.
 clean:
-	rm -rf .venv .venv-newest .venv-lowest out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lowest out/site build *.egg-info .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -57,6 +57,17 @@ def hint(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean {nearest[0]}?" if nearest else " --help lists them all."
 
 
+def positive(text: str) -> int:
+    """The `type` of an option that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: for what is no whole number of 1 or more.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more.")
+    return int(text)
+
+
 class Ended(SystemExit):
     """Ends a program whose sentence is printed; `str` of it is the sentence."""
 

@@ -20,7 +20,7 @@ from hub_upload.card import PLACEHOLDER, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import given_licence, licence_of
-from hub_upload.run_record import RUN_RECORD, read_run_record, sha256_of, write_run_record
+from hub_upload.run_record import RUN_RECORD, read_json, read_run_record, sha256_of, write_run_record
 from hub_upload.serving import SERVERS, check_for_vllm, prepare_for_vllm
 
 
@@ -67,31 +67,56 @@ def weights_of(folder: Path) -> list[Path]:
 def results_of(folder: Path) -> list[dict]:
     """Reads the results in a checkpoint's `results/` that were measured with its own weights, without the predictions.
 
-    Controls (blank or shuffled images) and results on part of the data are left out.
+    Controls (blank or shuffled images), results on part of the data, and other JSON files are left out.
+
+    Raises:
+        ValueError: with file and line, for one that is not JSON.
     """
     digest = sha256_of(weights_of(folder))
     found = []
     for path in sorted((folder / "results").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        same = result.get("model", {}).get("weights_sha256") == digest
+        result = read_json(path)
+        if not isinstance(result, dict) or not isinstance(result.get("model"), dict):
+            continue  # no result
+        same = result["model"].get("weights_sha256") == digest
         if same and not result.get("control") and result.get("limit") is None:
             found.append({name: value for name, value in result.items() if name != "predictions"})
     return found
 
 
-# An absolute path, or one in a home folder, wherever it stands in a text; addresses are none.
-ABSOLUTE_PATH = r"(?<![\w.:/\\~-])(?:~?(?:/[^\s'\"/:,;()<>{}|]+){2,}|[A-Za-z]:(?:[\\/]+[^\s'\"/\\:,;()<>{}|]+)+)"
+_NAME = r"[^\s'\"/\\:,;()<>{}|]+"
+_HOME = r"~(?:[A-Za-z_][\w.-]*)?"
+_MACHINE = r"[\w.-]+@[\w.-]+:"  # as scp writes it
+# An absolute path, or one in a home folder or on another machine, wherever it stands in a text; addresses are none.
+ABSOLUTE_PATH = (
+    rf"(?<![\w.:/\\~@-])(?:(?:{_HOME})?(?:/{_NAME}){{2,}}|{_MACHINE}~?(?:/{_NAME})+|file:/+{_NAME}(?:/{_NAME})*"
+    rf"|[A-Za-z]:(?:[\\/]+{_NAME})+)"
+)
+# The begin of a path whose names may hold white space; it ends with the text, or with the quotes around it.
+_BEGIN = rf"(?:{_HOME}/|/[^/\s'\"`]+/|{_MACHINE}[~/]|file:/|[A-Za-z]:[\\/]|\\\\|\.\.[\\/])"
+_QUOTED_PATH = rf"(['\"`])({_BEGIN}(?:(?!\1).)*)\1"
+_SIGNED_ADDRESS = r"(\b[a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]+@)?([^\s?'\"]*)(?:\?[^\s'\"]+)?"
 
 
 def without_local_paths(value):
-    """Cuts the absolute paths in a JSON value to their last name, inside sentences too."""
+    """Cuts the absolute paths in a JSON value to their last name, inside sentences too (there those with white space only if they stand
+    in quotes), and from addresses what signs them: a query, a user's name."""
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_local_paths(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(ABSOLUTE_PATH, lambda found: re.split(r"[/\\]", found[0])[-1], value)
-    return value
+    if not isinstance(value, str):
+        return value
+    value = re.sub(_SIGNED_ADDRESS, r"\1\2", value)
+    path, colon, rest = value.partition(": ")
+    if re.match(_BEGIN, path):
+        value = _last_name(path) + colon + rest
+    value = re.sub(_QUOTED_PATH, lambda found: found[1] + _last_name(found[2]) + found[1], value)
+    return re.sub(ABSOLUTE_PATH, lambda found: _last_name(found[0]), value)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def package(

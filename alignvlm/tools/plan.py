@@ -37,7 +37,7 @@ from alignvlm.stages.reward_arguments import WHOLE_IMAGES, GRPOArguments, Reward
 from alignvlm.stages.tiles import check_not_cut, check_not_native, cut_images
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
-from hub_upload.command_line import run
+from hub_upload.command_line import positive, run
 from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
@@ -605,6 +605,16 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     return "\n".join(lines)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: a number above 0, at most 1.")
+    return share
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Plans stages before they run: what they will cost, and what is wrong with their recipes.",
@@ -612,15 +622,17 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", required=True, help="Recipes, in the order of the stages.")
-    parser.add_argument("--processes", type=int, default=1, help="Number of GPUs.")
+    parser.add_argument("--processes", type=positive, default=1, help="Number of GPUs.")
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument(
         "--utilisation",
-        type=float,
+        type=_share,
         default=0.4,
         help="The share of the GPU's peak rate that steps are assumed to reach.",
     )
-    parser.add_argument("--sample", type=int, default=30, help="Measure the shapes of this number of random batches.")
+    parser.add_argument(
+        "--sample", type=positive, default=30, help="Measure the shapes of this number of random batches."
+    )
     options, fields = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     paths = [path for pattern in options.config for path in (sorted(glob.glob(pattern)) or [pattern])]
     stages = [parse_any_stage(["--config", path, *fields], also=vars(options))[0] for path in paths]

@@ -19,6 +19,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from alignvlm.data.mixture import read_parts
+from alignvlm.data.record import shown
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
 from alignvlm.evaluation.load import add_loading_options, model_identity
@@ -26,7 +27,7 @@ from alignvlm.evaluation.rewards import CIDER, REWARDS, make_rewards
 from alignvlm.stages.checkpoint import check_writable
 from alignvlm.stages.prompts import conversations_of, prompts
 from alignvlm.tools.ask import load
-from hub_upload.command_line import ArgumentParser, run
+from hub_upload.command_line import ArgumentParser, positive, run
 from hub_upload.run_record import write_json
 
 
@@ -45,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reward", choices=REWARDS, default=CIDER, help="What ranks the answers. Default: cider.")
     p.add_argument("--samples", type=int, default=8, help="Answers to each prompt, 2 or more. Default: 8.")
     p.add_argument("--temperature", type=float, default=1.0, help="Of the sampling. Default: 1.")
-    p.add_argument("--max_new_tokens", type=int, default=64, help="Where an answer is cut off. Default: 64.")
-    p.add_argument("--batch_size", type=int, default=64, help="Answers sampled at once. Default: 64.")
+    p.add_argument("--max_new_tokens", type=positive, default=64, help="Where an answer is cut off. Default: 64.")
+    p.add_argument("--batch_size", type=positive, default=64, help="Answers sampled at once. Default: 64.")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--output_dir", required=True, help=f"Gets {PAIRS} and {SUMMARY}.")
     add_loading_options(p)
@@ -70,6 +71,8 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
         sources = json.loads(arguments.sources)
     except json.JSONDecodeError as error:
         raise ValueError(f"--sources is not valid JSON: {error}.") from error
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        raise ValueError(f'--sources is {shown(sources)}; expected a list of sources: [{{"data": ...}}, ...].')
     parts = read_parts(sources, lambda record: (0, 0), arguments.data_dir)
     found = [(parts[place["part"]].source.metric_of(said), said) for place, said in conversations_of(parts)]
     (reward,) = make_rewards([arguments.reward], [said.responses for metric, said in found if metric == CIDER])

@@ -29,6 +29,11 @@ class ShowArguments:
     sample: int = field(default=1000, metadata={"help": "Read at most this number of records of each source; 0: all."})
     sheet: str = field(default="out/data.html", metadata={"help": "Where the contact sheet goes."})
 
+    def __post_init__(self):
+        for name in ("show", "sample"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number of records, 0 or more.")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet if `--show` asks for it."""

@@ -211,12 +211,42 @@ def test_a_card_edited_in_the_folder_keeps_its_text(checkpoint, make_model, proc
         ("coco/train", "coco/train"),
         ("a/b.jsonl", "a/b.jsonl"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("/home/jane doe/Patients Smith and Jones/train.jsonl", "train.jsonl"),
+        ("/media/jane/My Passport/hospital scans 2025/", "hospital scans 2025"),
+        ("C:\\Users\\Jane Doe\\pics\\a.jsonl", "a.jsonl"),
+        ("\\\\server\\share\\jane\\x.jsonl", "x.jsonl"),
+        ("~jane/private work/stage1", "stage1"),
+        ("../../home/jane/x.jsonl", "x.jsonl"),
+        ("file:///home/jane/x.jsonl", "x.jsonl"),
+        ("jane@host:/home/jane/x.jsonl", "x.jsonl"),
+        ("/home/jane doe/x.jsonl: line 3 is not JSON", "x.jsonl: line 3 is not JSON"),
+        ("photos: Cannot read '/home/jane doe/x.jpg': [Errno 2]", "photos: Cannot read 'x.jpg': [Errno 2]"),
+        ("read from jane@host:/home/jane/x.jsonl and file:///srv/jane/y", "read from x.jsonl and y"),
+        ("s3://bucket/a.parquet?X-Amz-Signature=abc", "s3://bucket/a.parquet"),
+        ("from https://me:secret@x.org/y.parquet?token=abc again", "from https://x.org/y.parquet again"),
+        ("Is this a/b? Write: yes/no.", "Is this a/b? Write: yes/no."),
+        ("/no_think Which is 3/4?", "/no_think Which is 3/4?"),
+        ("It's 'red/blue' or \"a/b\".", "It's 'red/blue' or \"a/b\"."),
         ("yes / no", "yes / no"),
         ("1/2/3", "1/2/3"),
     ],
 )
 def test_local_paths_lose_their_folders(text, expected):
     assert without_local_paths({"a": [text, 3, None]}) == {"a": [expected, 3, None]}
+
+
+def test_what_else_lies_in_the_folder_of_results_is_left_aside(checkpoint, tmp_path):
+    """A list there was a traceback, and half a file an error without its name."""
+    mine = tmp_path / "mine"
+    shutil.copytree(checkpoint, mine)
+    (mine / "results").mkdir(exist_ok=True)
+    for name, content in (("list", "[]"), ("notes", '{"model": "mine"}'), ("text", '"seen"')):
+        (mine / f"results/{name}.json").write_text(content)
+    expected = (package(checkpoint, tmp_path / "plain") / "alignvlm_run.json").read_bytes()
+    assert (package(mine, tmp_path / "out") / "alignvlm_run.json").read_bytes() == expected
+    (mine / "results/half.json").write_text('{"model":\n{')
+    with pytest.raises(ValueError, match=r"half\.json, line 2, column 2: not JSON"):
+        package(mine, tmp_path / "out")
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):

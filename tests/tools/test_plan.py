@@ -164,6 +164,10 @@ def test_the_command_line(checkpoint, tmp_path, capsys):
     assert "  Gemma 3 (Gemma3ForConditionalGeneration): its projector is 'pool', not 'mlp'" in output
     with pytest.raises(SystemExit, match="projektor"):
         plan_main(["--config", str(recipe), "--projektor", "3"])
+    for option, value in (("--processes", "0"), ("--sample", "-1"), ("--utilisation", "0"), ("--utilisation", "40")):
+        with pytest.raises(SystemExit):
+            plan_main(["--config", str(recipe), option, value])
+        assert f"argument {option}: '{value}' is no " in capsys.readouterr().err
 
 
 def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):

@@ -94,12 +94,20 @@ def test_answers_of_another_model_or_to_other_prompts_are_not_reused(speaking, t
         (["--samples", "1"], "samples=1, temperature=1: a pair needs two samples"),
         (["--reward", "accuracy"], "The reward 'accuracy' judges no answer of these sources"),
         (["--sources", "[{]"], "--sources is not valid JSON"),
+        (["--sources", '{"data": "a.jsonl"}'], "--sources is {'data': 'a.jsonl'}; expected a list of sources"),
+        (["--sources", '["a.jsonl"]'], r"--sources is \['a.jsonl'\]; expected a list of sources"),
     ],
 )
 def test_what_makes_no_pairs_is_refused(checkpoint, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         prefer(parser().parse_args([str(checkpoint), *OPTIONS, *options, "--output_dir", str(tmp_path)]))
     assert not (tmp_path / "pairs.parquet").exists()
+
+
+@pytest.mark.parametrize("option", ["--batch_size", "--max_new_tokens"])
+def test_a_number_that_counts_nothing_is_refused(checkpoint, tmp_path, option):
+    with pytest.raises(SystemExit, match=f"{option}: '0' is no whole number of 1 or more"):
+        parser().parse_args([str(checkpoint), *OPTIONS, option, "0", "--output_dir", str(tmp_path)])
 
 
 def test_answers_that_are_judged_in_pairs_have_no_accuracy_each(checkpoint, tmp_path):

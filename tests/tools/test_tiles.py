@@ -35,3 +35,10 @@ def test_what_stage_5_refuses_to_train_on_is_not_shown_for_it(checkpoint, tmp_pa
     with pytest.raises(ValueError, match="stage 5 shows complete images, and max_tiles=4 cuts"):
         show_data([*given, "--rewards", "cider", "--show", "1", "--sheet", str(tmp_path / "sheet.html")])
     assert not (tmp_path / "sheet.html").exists()
+
+
+@pytest.mark.parametrize("option", ["show", "sample"])
+def test_fewer_than_no_records_are_not_shown(checkpoint, tmp_path, option):
+    given = arguments_for(checkpoint, tmp_path / "out", sources=SOURCES, projector_learning_rate=1e-3)
+    with pytest.raises(ValueError, match=f"{option}=-3: expected a number of records, 0 or more"):
+        show_data([*given, f"--{option}", "-3"])
