@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers.cli.serving import model_manager, server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager
 from transformers.cli.transformers import main as transformers_command
@@ -24,7 +25,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python demo/serve.py`
 
-from demo.visitors import Limits, check_request, messages_with_images
+from demo.visitors import QUESTIONS, Limits, check_request, messages_with_images
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
@@ -32,6 +33,7 @@ logger = logging.get_logger("transformers.alignvlm")
 build_server = server.build_server
 # The others of `transformers serve` load any model that a visitor names, unload this one, or open what a message names.
 SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+COLDEST = 1e-5  # A temperature below it is 0: logits divided by it could be infinite.
 
 
 class Gate:
@@ -97,20 +99,41 @@ async def refuse(send, status: int, sentence: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def checked(handle_request, limits: Limits, max_tokens_field: str):
+def checked(handle_request, limits: Limits, asks: str):
     """A handler that gets only requests that pass `check_request`, with decoded images."""
 
     @functools.wraps(handle_request)
     async def handle(body: dict, request_id: str):
-        body = await asyncio.to_thread(check_request, body, limits, max_tokens_field)
+        body = await asyncio.to_thread(check_request, body, limits, asks)
         return await handle_request(body, request_id)
 
     return handle
 
 
+def sampled(build_generation_config):
+    """A handler's method that samples if a request has a temperature, `top_p` or a seed, and is greedy at temperature 0. `transformers serve`
+    sets these numbers and leaves `do_sample` off. The config holds the seed for `with_room`."""
+
+    @functools.wraps(build_generation_config)
+    def build(body: dict, *args, **kwargs):
+        greedy = body.get("temperature", 1) < COLDEST
+        left_out = ("temperature", "top_p", "seed") if greedy else ("seed",)
+        fields = {name: value for name, value in body.items() if name not in left_out}
+        config = build_generation_config(fields, *args, **kwargs)
+        if greedy:
+            config.do_sample = False
+        elif {"temperature", "top_p", "seed"} & body.keys():
+            config.do_sample = True
+        config.seed = body.get("seed")
+        return config
+
+    return build
+
+
 def build_checked_server(limits: Limits, manager, chat_handler, completion_handler, response_handler, **others):
     """The application of `transformers serve` behind the gate. A `ValueError` (a damaged image, a typed placeholder, a part of a
     message that has no place) is answered with status 400 and its sentence instead of a bare 500."""
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse  # the command has said by now what to install if it is missing
     from starlette.exceptions import HTTPException
 
@@ -122,9 +145,9 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
         "completion_handler": completion_handler,
         "response_handler": response_handler,
     }
-    fields = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-    for handler, field in zip(handlers.values(), fields):
-        handler.handle_request = checked(handler.handle_request, limits, field)
+    for handler, asks in zip(handlers.values(), QUESTIONS):
+        handler.handle_request = checked(handler.handle_request, limits, asks)
+        handler._build_generation_config = sampled(handler._build_generation_config)
     app = build_server(manager, **handlers, **others)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) != "/v1/models"]
 
@@ -140,15 +163,23 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
 
     @app.exception_handler(HTTPException)
     async def reword(request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(explained(error.status_code, str(error.detail)), error.status_code, error.headers)
+        status = 400 if error.status_code == 422 else error.status_code  # as OpenAI answers an unknown field
+        return JSONResponse(explained(status, str(error.detail)), status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def explain_body(request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()[0]
+        reason = found.get("ctx", {}).get("error", found["msg"])
+        sentence = f"The body is no JSON object ({reason}). Send one, with the header Content-Type: application/json."
+        return JSONResponse(explained(400, sentence), status_code=400)
 
     app.add_middleware(Gate, limits=limits)
     return app
 
 
 def with_room(generate):
-    """A manager's method that refuses a prompt that leaves the model no room for the answer. It also hands on the tokenizer:
-    `transformers serve` gives `generate` the processor, which knows nothing of `stop` texts."""
+    """A manager's method that refuses a prompt that leaves the model no room for the answer, and draws with the request's seed. It also hands
+    on the tokenizer: `transformers serve` gives `generate` the processor, which knows nothing of `stop` texts."""
 
     @functools.wraps(generate)
     def checked_generate(self, model, processor, inputs, gen_config, *args, **kwargs):
@@ -160,6 +191,10 @@ def with_room(generate):
             )
         if most is not None:
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, most - length)
+        seed = vars(gen_config).pop("seed")
+        if gen_config.do_sample:
+            # In the thread that generates, directly before it does: so no other request draws in between.
+            self.submit(*((torch.seed,) if seed is None else (torch.manual_seed, seed)))
         return generate(self, model, getattr(processor, "tokenizer", processor), inputs, gen_config, *args, **kwargs)
 
     return checked_generate

@@ -23,9 +23,50 @@ from alignvlm.data.images import MAX_PIXELS, read_sent_image
 
 IMAGE_PARTS = ("image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
+# What asks, at each of the server's addresses: its types, what to call them, and the field that limits the answer there.
+QUESTIONS = {
+    "messages": (list, "a list of messages", "max_completion_tokens"),
+    "prompt": (str, "a text", "max_tokens"),
+    "input": ((str, list), "a text or a list of messages", "max_output_tokens"),
+}
 TOKEN_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-# Would let a visitor write the prompt's template, or name any option of generation.
-REFUSED_FIELDS = ("chat_template_kwargs", "generation_config")
+EFFORTS = ("none", "medium")
+# Fields that are taken only with these values, which ask for nothing. The first two would let a visitor write the prompt's template or name
+# any option of generation; `transformers serve` takes the others, and does not do what they say.
+TAKEN_VALUES = {
+    "chat_template_kwargs": (),
+    "generation_config": (),
+    "audio": (),
+    "background": (False,),
+    "best_of": (1,),
+    "context_management": ([],),
+    "conversation": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include": ([],),
+    "logit_bias": ({},),  # transformers fails on integers, which OpenAI's clients send
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "prompt": (),  # of /v1/responses: a stored template
+    "reasoning": {"effort": EFFORTS},
+    "reasoning_effort": EFFORTS,
+    "response_format": {"type": ("text",)},
+    "suffix": ("",),
+    "text": {"format": {"type": ("text",)}, "verbosity": ("medium",)},
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+FLAGS = ("stream", "parallel_tool_calls")
+# Of items of /v1/responses that are no messages.
+ITEM_FIELDS = {"function_call": ("call_id", "name", "arguments"), "function_call_output": ("call_id", "output")}
 NUMBERS = {"temperature": (0, 2), "top_p": (0, 1), "frequency_penalty": (-0.99, 2), "seed": (-(2**63), 2**63 - 1)}
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 3
@@ -168,61 +209,79 @@ def read_visitors_image(url: str, limits: Limits) -> Image.Image:
     return read_sent_image(content)
 
 
-def _parts(body: dict) -> Iterator[dict]:
+def _parts(items: list | str) -> Iterator[dict]:
     """The parts of all messages of a request, for chat completions and responses."""
-    items = body.get("messages", body.get("input"))
     for item in items if isinstance(items, list) else []:
         if not isinstance(item, dict):
             raise ValueError(f"A message is a {type(item).__name__}. Give objects with a role and a content.")
         content = item.get("content")
         if "role" not in item and item.get("type") in (*IMAGE_PARTS, *TEXT_PARTS):  # the short form of /v1/responses
             yield item
+        if missing := [name for name in ITEM_FIELDS.get(str(item.get("type")), ()) if name not in item]:
+            raise ValueError(f"An item of type {item['type']!r} has no {missing[0]!r}.")
+        if item.get("type") == "reasoning" and "role" not in item and content:
+            raise ValueError(
+                "An item of type 'reasoning' has a content, which this model does not read. Leave it out."
+            )
         for part in content if isinstance(content, list) else []:
             if not isinstance(part, dict):
                 raise ValueError(f"A part of a message is a {type(part).__name__}. Give objects with a type.")
             yield part
 
 
-def check_request(body: dict, limits: Limits, max_tokens_field: str) -> dict:
-    """Checks a request's fields, and decodes its images in place: `image_url` holds a PIL image from then on. What a client leaves out
-    becomes OpenAI's default: no stream (`transformers serve` streams responses unasked).
+def check_request(body: dict, limits: Limits, asks: str) -> dict:
+    """Checks a request's fields, and decodes its images in place: `image_url` holds a PIL image from then on. Fields that are null or ask for
+    nothing are left out, and what a client leaves out becomes OpenAI's default: no stream (`transformers serve` streams responses unasked).
 
     Args:
-        max_tokens_field: set to the most tokens, where the request says nothing.
+        asks: the field of `QUESTIONS` that this address needs.
+
+    Returns:
+        The fields that are served.
 
     Raises:
         ValueError: for whatever is wrong with it.
     """
-    for name in REFUSED_FIELDS:
-        if body.get(name) is not None:
-            raise ValueError(f"This server does not take {name!r}. Leave it out.")
+    body = {name: value for name, value in body.items() if value is not None}
+    types, what, max_tokens_field = QUESTIONS[asks]
+    if not isinstance(body.get(asks), types) or not body[asks]:
+        found = f"is {body[asks]!r:.50}" if asks in body else "is missing"
+        raise ValueError(f"{asks!r} {found}. Give {what}.")
+    for name in [name for name in TAKEN_VALUES if name in body and name != asks]:
+        value = body.pop(name)
+        if not _asks_nothing(value, TAKEN_VALUES[name]):
+            raise ValueError(f"This server does not take {name!r} with {value!r:.50}. Leave it out.")
+    for name in FLAGS:
+        if not isinstance(body.get(name, False), bool):
+            raise ValueError(f"{name!r} is {body[name]!r:.50}. Give true or false.")
     for name in TOKEN_FIELDS:
-        value = body.get(name)
-        if value is not None and (not _is_int(value) or not 1 <= value <= limits.new_tokens):
+        value = body.get(name, 1)
+        if not _is_int(value) or not 1 <= value <= limits.new_tokens:
             raise ValueError(f"{name} is {value!r:.50}. Give a number from 1 to {limits.new_tokens}.")
-    if all(body.get(name) is None for name in TOKEN_FIELDS):
+    if not any(name in body for name in TOKEN_FIELDS):
         body[max_tokens_field] = limits.new_tokens
-    if body.get("stream") is None:
-        body["stream"] = False
+    body.setdefault("stream", False)
     for name, (low, high) in NUMBERS.items():
-        value = body.get(name)
+        value = body.get(name, low)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and (not number or not low <= value <= high or (name == "seed" and not _is_int(value))):
+        if not number or not low <= value <= high or (name == "seed" and not _is_int(value)):
             raise ValueError(f"{name} is {value!r:.50}. Give a number from {low} to {high}.")
-    stop = body.get("stop")
-    texts = [stop] if isinstance(stop, str) else stop or []
+    if body.get("stop") in ("", []):
+        del body["stop"]
+    texts = body.get("stop", [])
+    texts = [texts] if isinstance(texts, str) else texts
     if (
         not isinstance(texts, list)
         or len(texts) > 4
         or not all(isinstance(t, str) and 0 < len(t) < 100 for t in texts)
     ):
         raise ValueError("stop takes one to four texts of less than 100 characters.")
-    if "messages" in body and not (isinstance(body["messages"], list) and body["messages"]):
-        raise ValueError("'messages' must be a list of messages.")
-    if (length := _text_length(body)) > limits.characters:
-        raise ValueError(f"The texts have {length:,} characters, more than the {limits.characters:,} that are read.")
+    _check_texts(body, limits)
+    parts = list(_parts(body[asks]))
+    if "instructions" in body:
+        _check_instructions(body["instructions"], body[asks])
     pixels = 0
-    images = [part for part in _parts(body) if part.get("type") in IMAGE_PARTS]
+    images = [part for part in parts if part.get("type") in IMAGE_PARTS]
     if len(images) > limits.images:
         raise ValueError(f"There are {len(images)} images, more than the {limits.images} that are read.")
     for part in images:
@@ -238,22 +297,46 @@ def check_request(body: dict, limits: Limits, max_tokens_field: str) -> dict:
     return body
 
 
+def _asks_nothing(value, taken: tuple | dict) -> bool:
+    """Whether a field's value is one that is taken; in a mapping, every value that is not null."""
+    if isinstance(taken, dict):
+        return isinstance(value, dict) and all(
+            each is None or _asks_nothing(each, taken.get(name, ())) for name, each in value.items()
+        )
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in taken)
+
+
+def _check_instructions(instructions, messages: list | str) -> None:
+    if not isinstance(instructions, str):
+        raise ValueError(f"'instructions' is a {type(instructions).__name__}. Give a text.")
+    if isinstance(messages, list) and messages[0].get("role") == "system":  # which transformers would drop
+        raise ValueError("Give 'instructions' or a message of the system, not both.")
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _text_length(value) -> int:
-    """Counts the characters of all texts in a JSON value but those of images' addresses."""
-    total, waiting = 0, [value]
+def _check_texts(body: dict, limits: Limits) -> None:
+    """Checks all texts of a request but its images' addresses: how long they are together, and that they are texts."""
+    length, waiting = 0, [body]
     while waiting:
         each = waiting.pop()
         if isinstance(each, str):
-            total += len(each)
+            length += len(each)
+            try:
+                each.encode()
+            except UnicodeEncodeError as error:
+                near = each[max(error.start - 20, 0) : error.start + 20]
+                raise ValueError(
+                    f"The text {near!r} holds half of a character that was cut in two. Remove it."
+                ) from error
         elif isinstance(each, list):
             waiting += each
         elif isinstance(each, dict):
             waiting += [item for name, item in each.items() if name != "image_url"]
-    return total
+    if length > limits.characters:
+        raise ValueError(f"The texts have {length:,} characters, more than the {limits.characters:,} that are read.")
 
 
 def messages_with_images(messages: list[dict]) -> list[dict]:
@@ -271,6 +354,8 @@ def messages_with_images(messages: list[dict]) -> list[dict]:
             raise ValueError(
                 f"Message {index} has a {type(content).__name__} as its content. Give a text or a list of parts."
             )
+        if content in (None, []) and message["role"] != "assistant":  # whose calls of tools have none
+            raise ValueError(f"Message {index} has no content. Give a text or a list of parts.")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else []
         for part in content if isinstance(content, list) else []:
             kind = part.get("type")

@@ -7,6 +7,8 @@ a kept cache would change the answer.
 """
 
 import argparse
+import io
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
     p.add_argument("image", nargs="?", help="An image for the first message.")
     p.add_argument(
-        "--max_new_tokens", type=int, metavar="N", default=256, help="Where an answer is cut off. Default: 256."
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        default=256,
+        help="Where an answer is cut off, if the context has room for as much. Default: 256.",
     )
     add_loading_options(p)
     return p
@@ -62,7 +68,7 @@ class Chat:
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
         tag: the source tag before each message of the user.
-        max_new_tokens: where an answer is cut off.
+        max_new_tokens: where an answer is cut off, or where the model's context ends.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, tag: str = "", max_new_tokens: int = 256):
@@ -78,8 +84,10 @@ class Chat:
         """Prints the greedy answer to a message while it is generated, and returns it.
 
         Raises:
-            ValueError: for a message that holds the image placeholder, and for a conversation that is too long; the message is not kept.
+            ValueError: for a message that is no UTF-8 or holds the image placeholder, and for a conversation that leaves no room for an
+                answer; the message is not kept.
         """
+        _check_text(text)
         images = [{"type": "image", "image": image} for image in self.images]
         content = [*images, {"type": "text", "text": with_tag(self.tag, text)}]
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -88,14 +96,15 @@ class Chat:
         ).to(self.model.device)
         length = inputs["input_ids"].shape[1]
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if limit is not None and length + self.max_new_tokens > limit:
+        room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - length)
+        if limit is not None and length >= limit:
             raise ValueError(
-                f"The conversation is too long: {length} tokens and up to {self.max_new_tokens} new ones, of at most {limit}. Begin again "
-                "with /reset."
+                f"The conversation has {length} tokens, which leave no room for an answer within {limit}. Write less, or forget all messages "
+                "and images with /reset."
             )
         output = self.model.generate(
             **inputs,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             num_beams=1,
             streamer=AnswerStreamer(self.processor.tokenizer),
@@ -110,9 +119,9 @@ class Chat:
         try:
             self.images.append(read_image(Path(path).expanduser()))
         except ValueError as error:
-            print(f"error: {error}")
+            print(f"error: {_printable(str(error))}")
         else:
-            print(f"{path} goes with your next message.")
+            print(f"{_printable(path)} goes with your next message.")
 
     def obey(self, line: str) -> bool:
         """Runs a line that begins with a slash. Returns False if the chat ends."""
@@ -127,7 +136,7 @@ class Chat:
         elif command == "/help":
             print(HELP)
         elif command != "/quit":
-            print(f"error: There is no command {command}.\n{HELP}")
+            print(f"error: There is no command {_printable(command)}.\n{HELP}")
         return command != "/quit"
 
     def run(self) -> None:
@@ -150,6 +159,23 @@ class Chat:
                     print("\nInterrupted; your message is not kept.")
 
 
+def _check_text(text: str) -> None:
+    """Refuses a line whose bytes are no UTF-8: `input` leaves half of a surrogate pair for each, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(chr(code))
+        raise ValueError(
+            f"The message is no UTF-8: it holds {what} behind {text[max(error.start - 20, 0) : error.start]!r}. It is not kept; write it again."
+        ) from error
+
+
+def _printable(text: str) -> str:
+    """Returns a text that is or names what was typed; half surrogates, which standard output may not take, are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def main(argv: list[str] | None = None) -> None:
     """Loads the checkpoint and talks; a checkpoint that cannot be loaded ends the program with one sentence."""
     arguments = parser().parse_intermixed_args(argv)
@@ -158,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         tag = evaluation_tag(arguments.checkpoint, arguments.revision)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # or a line that is no UTF-8 would end the conversation
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - makes `input` keep the lines for the arrow keys
     print(f"{arguments.checkpoint} on {model.device.type} in {precision}. /help lists the commands.")

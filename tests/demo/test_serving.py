@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -307,6 +308,176 @@ def test_limits_hold(ask):
     assert status == 400 and "image" in answer["error"]["message"], answer
 
 
+ENDPOINTS = {
+    "/v1/chat/completions": {"messages": [user(QUESTION)], "max_tokens": 16},
+    "/v1/completions": {"prompt": "Why?", "max_tokens": 16},
+    "/v1/responses": {"input": "Why?", "max_output_tokens": 16},
+}
+
+
+def text_of(answer: dict) -> str:
+    if "output" in answer:
+        return answer["output"][0]["content"][0]["text"]
+    choice = answer["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_request_that_asks_nothing_is_refused(ask, endpoint):
+    (asked, value), (limit, most) = ENDPOINTS[endpoint].items()
+    for given in ({}, {asked: None}, {asked: 5}, {asked: {"text": "Why?"}}, {asked: type(value)()}):
+        status, answer = ask(endpoint, {limit: most, **given})
+        assert status == 400 and f"{asked!r}" in answer["error"]["message"], (given, answer)
+
+
+@pytest.mark.parametrize(
+    "endpoint, fields",
+    [
+        (endpoint, fields)
+        for endpoint, every in {
+            "/v1/chat/completions": [
+                {"n": 2},
+                {"n": True},
+                {"logprobs": True},
+                {"top_logprobs": 3},
+                {"response_format": {"type": "json_object"}},
+                {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+                {"presence_penalty": 0.5},
+                {"logit_bias": {"5": 100}},
+                {"logit_bias": 5},
+                {"functions": [{"name": "zoom", "parameters": {}}]},
+                {"tool_choice": "required"},
+                {"modalities": ["text", "audio"]},
+                {"audio": {"voice": "alloy", "format": "wav"}},
+                {"reasoning_effort": "high"},
+                {"verbosity": "low"},
+                {"web_search_options": {}},
+            ],
+            "/v1/completions": [
+                {"n": 2},
+                {"best_of": 3},
+                {"echo": True},
+                {"suffix": "."},
+                {"logprobs": 0},
+                {"logit_bias": {"5": -100}},
+                {"presence_penalty": -1},
+            ],
+            "/v1/responses": [
+                {"previous_response_id": "resp_1"},
+                {"conversation": "conv_1"},
+                {"prompt": {"id": "pmpt_1"}},
+                {"background": True},
+                {"include": ["message.output_text.logprobs"]},
+                {"text": {"format": {"type": "json_object"}}},
+                {"text": {"verbosity": "low"}},
+                {"reasoning": {"effort": "high"}},
+                {"truncation": "auto"},
+                {"top_logprobs": 2},
+            ],
+        }.items()
+        for fields in every
+    ],
+    ids=str,
+)
+def test_a_field_that_would_be_ignored_is_refused(ask, endpoint, fields):
+    (name,) = fields
+    status, answer = ask(endpoint, {**ENDPOINTS[endpoint], **fields})
+    assert status == 400 and f"{name!r}" in answer["error"]["message"], answer
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_fields_that_ask_for_nothing_are_taken(ask):
+    """OpenAI's defaults, null, and what is not about the answer."""
+    plain = {endpoint: text_of(ask(endpoint, body)[1]) for endpoint, body in ENDPOINTS.items()}
+    chat = [
+        {"n": 1, "logprobs": False, "presence_penalty": 0.0, "tool_choice": "none", "modalities": ["text"]},
+        {"response_format": {"type": "text"}, "logit_bias": {}, "stop": [], "tools": None, "seed": None},
+        {"stop": "", "user": "ada", "metadata": {"a": "b"}, "store": True, "parallel_tool_calls": True},
+        {"chat_template_kwargs": None, "generation_config": None, "stream": None, "reasoning_effort": "none"},
+    ]
+    response = {"text": {"format": {"type": "text"}, "verbosity": None}, "reasoning": {"effort": None}, "include": []}
+    completion = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": None, "frequency_penalty": 0}
+    for endpoint, fields in [
+        *(("/v1/chat/completions", each) for each in chat),
+        ("/v1/completions", completion),
+        ("/v1/responses", response),
+        ("/v1/responses", {"truncation": "disabled", "background": False, "previous_response_id": None}),
+    ]:
+        status, answer = ask(endpoint, {**ENDPOINTS[endpoint], **fields})
+        assert status == 200 and text_of(answer) == plain[endpoint], (fields, answer)
+
+
+def test_damaged_requests_are_explained_in_openai_s_form(ask):
+    for body, sentence in (
+        (b'{"model": ', "Expecting value"),
+        (b"[]", "dictionary"),
+        (b"", "required"),
+        (b'{"messages": "\xe9"}', "parsing the body"),
+    ):
+        status, answer = ask("/v1/chat/completions", body)
+        assert status == 400 and sentence in answer["error"]["message"], (body, answer)
+    chat, response = ENDPOINTS["/v1/chat/completions"], ENDPOINTS["/v1/responses"]
+    for endpoint, body, sentence in (
+        ("/v1/chat/completions", {**chat, "colour": "red"}, "'colour'"),
+        ("/v1/chat/completions", {**chat, "stream": "no"}, "'stream' is 'no'"),
+        ("/v1/chat/completions", {**chat, "messages": [user({"type": "text", "text": "Why\ud800"})]}, "'Why\\ud800'"),
+        ("/v1/chat/completions", {**chat, "model": "\ud800"}, "half of a character"),
+        ("/v1/chat/completions", {**chat, "stop": ["\ud800"]}, "half of a character"),
+        ("/v1/chat/completions", {**chat, "messages": [{"role": "user"}]}, "Message 0 has no content"),
+        ("/v1/chat/completions", {**chat, "messages": [user()]}, "Message 0 has no content"),
+        ("/v1/responses", {**response, "instructions": ["Be brief."]}, "'instructions'"),
+        (
+            "/v1/responses",
+            {**response, "input": [user(QUESTION), {"type": "reasoning", "content": [{}]}]},
+            "'reasoning'",
+        ),
+        ("/v1/responses", {**response, "input": [user(QUESTION), {"type": ["message"]}]}, "['message']"),
+        ("/v1/responses", {**response, "parallel_tool_calls": "all"}, "'parallel_tool_calls' is 'all'"),
+        ("/v1/responses", {**response, "input": [user(QUESTION), {"type": "function_call"}]}, "'function_call'"),
+        ("/v1/responses", {**response, "input": [user(QUESTION), {"type": "item_reference"}]}, "'item_reference'"),
+        (
+            "/v1/responses",
+            {**response, "input": [{"role": "system", "content": "Why?"}], "instructions": "Be brief."},
+            "'instructions' or a message of the system",
+        ),
+    ):
+        status, answer = ask(endpoint, body)
+        assert status == 400 and sentence in answer["error"]["message"], (body, answer)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_answer_is_sampled_where_that_is_asked_for(ask, endpoint):
+    def answer(**fields) -> str:
+        status, found = ask(endpoint, {**ENDPOINTS[endpoint], **fields})
+        assert status == 200, found
+        return text_of(found)
+
+    greedy = answer()
+    assert answer() == answer(temperature=0) == answer(temperature=0, top_p=0.9, seed=1) == greedy
+    assert answer(temperature=1e-40) == greedy  # the logits divided by it are infinite
+    sampled = [answer(temperature=1.5, seed=seed) for seed in (1, 2, 3)]
+    assert len({greedy, *sampled}) == 4
+    assert [answer(temperature=1.5, seed=seed) for seed in (3, 1)] == [sampled[2], sampled[0]]
+    assert answer(seed=1) == answer(seed=1) != greedy
+    assert answer(temperature=1.5, top_p=0) == greedy  # of the likeliest token alone
+    answer(seed=1)
+    once = answer(top_p=0.99)
+    answer(seed=1)
+    assert once != answer(top_p=0.99)  # without a seed, no answer hangs on the request before it
+
+
+def test_requests_at_the_same_time_keep_their_seeds(ask):
+    endpoint = "/v1/chat/completions"
+
+    def answer(seed: int) -> str:
+        return text_of(ask(endpoint, {**ENDPOINTS[endpoint], "max_tokens": 64, "temperature": 1.5, "seed": seed})[1])
+
+    alone = [answer(seed) for seed in (1, 2)]
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(answer, (1, 2))) == alone
+
+
 def test_a_visitor_can_name_no_other_model(ask, checkpoint, tmp_path):
     for path in ("/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json"):
         status, answer = ask(path, {"model": str(tmp_path)})
@@ -397,6 +568,10 @@ def test_what_openai_s_client_sends_unasked_is_taken(ask, checkpoint):
         assert stop in stopped.message.content and len(stopped.message.content) < len(first.content)
         chunks = answer(messages, stop=stop, stream=True)
         assert "".join(each.choices[0].delta.content or "" for each in chunks) == stopped.message.content
+        drawn = {"temperature": 1.5, "seed": 7}
+        chunks = answer(messages, stream=True, **drawn)
+        streamed = "".join(each.choices[0].delta.content or "" for each in chunks)
+        assert streamed == answer(messages, **drawn).choices[0].message.content != first.content
         system = [{"role": "developer", "content": "Be brief."}]
         named = [{**messages[0], "name": "Ada"}]
         again = [*system, *named, first.model_dump(), user(QUESTION)]

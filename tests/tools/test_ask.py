@@ -202,11 +202,24 @@ def test_a_chat_goes_on_after_what_it_cannot_do(model, loaded_processor, checkpo
     assert told[7] == generated(model, loaded_processor, [of_user("What is it?", images[0])]).strip()
 
 
-def test_a_conversation_beyond_the_model_s_positions_is_refused(model, loaded_processor, monkeypatch, capsys):
-    talked = chat.Chat(model, loaded_processor, max_new_tokens=4)
-    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 16)
-    with pytest.raises(ValueError, match=r"too long: \d+ tokens and up to 4 new ones, of at most 16.*/reset"):
-        talked.reply("How many shapes are there in all of this?")
+def test_an_answer_is_as_long_as_the_context_has_room_for(model, loaded_processor, monkeypatch, capsys):
+    question = of_user("How many shapes?")
+    whole = generated(model, loaded_processor, [question], 64)
+    prompt = loaded_processor.apply_chat_template([question], add_generation_prompt=True, tokenize=True)
+    length = len(prompt[0])
+    talked = chat.Chat(model, loaded_processor, max_new_tokens=600)
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 5)
+    cut = talked.reply("How many shapes?")
+    assert cut == generated(model, loaded_processor, [question], 5).strip() and len(cut) < len(whole.strip())
+    with pytest.raises(ValueError, match=r"leave no room for an answer.*/reset"):
+        talked.reply("Why?")
+    assert len(talked.messages) == 2
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length)
+    talked.reset()
+    with pytest.raises(
+        ValueError, match=rf"has {length} tokens, which leave no room for an answer within {length}\. Write less"
+    ):
+        talked.reply("How many shapes?")
     assert talked.messages == []
 
 
@@ -231,3 +244,21 @@ def test_chat_in_a_process_of_its_own(model, loaded_processor, checkpoint, image
     assert done.returncode == 0, done.stderr.decode()
     expected = generated(model, loaded_processor, [of_user("What is it?", images[0])])
     assert done.stdout.decode().endswith(f"\n> {expected.lstrip()}\n> \n")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_utf8_does_not_end_the_chat(model, loaded_processor, checkpoint, tmp_path, errors):
+    """Whether Python decodes standard input strictly or, as in its UTF-8 mode, leaves half surrogates."""
+    command = [sys.executable, "-m", "alignvlm.cli", "chat", str(checkpoint), *FEW]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONIOENCODING"] = f"utf-8:{errors}"
+    lines = [b"What is it?", b"caf\xe9", b"/caf\xe9", b"/image caf\xe9.png", b"Why?\n"]
+    done = subprocess.run(command, input=b"\n".join(lines), cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    _, first, refused, unknown, unread, second, _ = done.stdout.decode().split("\n> ")
+    assert refused.startswith("error: The message is no UTF-8: it holds the byte 0xe9 behind 'caf'"), refused
+    assert "no command /caf" in unknown and "Cannot read the image caf" in unread
+    messages = [of_user("What is it?")]
+    assert first == generated(model, loaded_processor, messages).lstrip()
+    reply = {"role": "assistant", "content": [{"type": "text", "text": first.strip()}]}
+    assert second == generated(model, loaded_processor, [*messages, reply, of_user("Why?")]).lstrip()
