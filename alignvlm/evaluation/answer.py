@@ -7,6 +7,7 @@ are prefilled together, and one batch answers all their prompts from that cache.
 
 import copy
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,11 +18,27 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from alignvlm.rows.encode import Branch, Encoder, check_prompt
 from alignvlm.rows.packing import trunk_length
-from alignvlm.rows.tiles import grids_of, image_inputs_of
+from alignvlm.rows.tiles import grids_of, has_grids, image_inputs_of
 from modeling_alignvlm import CACHE_NAME, MASK_TYPES, to_rgb
 
 
 Messages = list[dict[str, Any]]
+
+
+class PromptTooLong(ValueError):
+    """A prompt after which the language model has no room for an answer; `problem` is the sentence behind the prompt's name."""
+
+    def __init__(self, name: str, tokens: int, context: int):
+        self.problem = (
+            f"has {tokens} tokens with its images; the language model takes {context}, the answer among them. Shorten it, or show "
+            "fewer or smaller images."
+        )
+        super().__init__(f"{name} {self.problem}")
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Returns how many tokens a prompt and its answer may have together, as the language model's config says; None if it does not."""
+    return getattr(model.config.text_config, "max_position_embeddings", None)
 
 
 @torch.inference_mode()
@@ -51,9 +68,11 @@ def answer(
             all others, except that there is one answer per prompt.
 
     Returns:
-        The answers, nested as `prompts`, stripped of surrounding white space; the same as for one prompt at a time.
+        The answers, nested as `prompts`, stripped of surrounding white space; the same as for one prompt at a time. Where a prompt leaves the
+        language model less room than `max_new_tokens`, its answer ends there.
 
     Raises:
+        PromptTooLong: a `ValueError`, before anything is answered, for a prompt that leaves no room for an answer.
         ValueError: if the numbers of images and of lists of prompts differ, if a prompt holds the image placeholder, if a conversation
             has more image parts than its entry has images or does not end with the user's message, and for options that ask for
             several answers per prompt.
@@ -84,6 +103,7 @@ def answer(
         "return_dict_in_generate": False,
     }
     encoder = Encoder(processor)
+    _check_room(model, processor, encoder, shown, conversations)
     answers: list[list[str]] = [[] for _ in prompts]
     total = sum(map(len, prompts))
     with tqdm(total=total, desc=progress, disable=progress is None) as bar:
@@ -120,6 +140,24 @@ def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messag
             f"{name} has {parts} image part(s), and its entry of `images` holds {image_count} image(s). Give one image per part."
         )
     return prompt
+
+
+def _check_room(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    encoder: Encoder,
+    shown: list[list],
+    conversations: list[list[Messages]],
+) -> None:
+    context = context_of(model)
+    if context is None:
+        return
+    for row, (images, group) in enumerate(zip(shown, conversations)):
+        grids = grids_of(processor, list(map(to_rgb, images))) if has_grids(processor) else None
+        for column, messages in enumerate(group):
+            length = len(encoder.prompt(messages, grids))
+            if length >= context:
+                raise PromptTooLong(f"prompts[{row}][{column}]", length, context)
 
 
 def _batches(prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:
@@ -160,7 +198,10 @@ def _generated(
     batch_size: int,
     options: dict,
 ) -> list[Tensor]:
-    """Generates the new tokens of each prompt, `batch_size` prompts at a time, after copies of their prefilled trunks if there are any."""
+    """Generates the new tokens of each prompt, `batch_size` prompts at a time, after copies of their prefilled trunks if there are any.
+
+    Prompts that leave less room than the others are apart from them, so that no position is beyond the language model's last.
+    """
     trunks = _trunks(model, groups, options)
     past, cache = None, None
     if any(trunks):
@@ -168,8 +209,7 @@ def _generated(
         cache = _prefilled(model, *past, features)
     rows = [(entry, prompt) for entry, group in enumerate(groups) for prompt in group]
     generated = []
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
+    for new_tokens, chunk in _chunks(rows, batch_size, options["max_new_tokens"], context_of(model)):
         entry_of = [entry for entry, _ in chunk]
         rests = _left_padded(
             [(prompt, trunks[entry], len(prompt)) for entry, prompt in chunk], processor, model.device
@@ -185,9 +225,24 @@ def _generated(
             counts = [_image_tokens(model, prompt.input_ids) for _, prompt in chunk]
             shown = [features[entry][:count] for entry, count in zip(entry_of, counts) if count]
             inputs |= _embedded(model, input_ids, image_ids, shown)
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **inputs, **options)
+        own = {**options, "max_new_tokens": new_tokens}
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **inputs, **own)
         generated += list(output[:, input_ids.shape[1] :])
     return generated
+
+
+def _chunks(
+    rows: list[tuple[int, Branch]], batch_size: int, most: int, context: int | None
+) -> Iterator[tuple[int, list[tuple[int, Branch]]]]:
+    """Yields consecutive rows with the same room for new tokens, at most `batch_size`, and that room."""
+
+    def room(row: tuple[int, Branch]) -> int:
+        return most if context is None else min(most, context - len(row[1]))
+
+    for new_tokens, run in groupby(rows, room):
+        alike = list(run)
+        for start in range(0, len(alike), batch_size):
+            yield new_tokens, alike[start : start + batch_size]
 
 
 def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[int]:

@@ -3,7 +3,9 @@
 import math
 from collections import Counter
 
-from alignvlm.evaluation.judge import compare, direction_of, headlines_of, judge, load_metric
+from evaluate import Metric
+
+from alignvlm.evaluation.judge import compare, direction_of, headlines_of, judge, load_metric, right_answers
 from alignvlm.evaluation.one_task import name_of
 
 
@@ -19,23 +21,33 @@ COLUMNS = {
 def most_frequent(result: dict) -> dict:
     """Returns the result of always giving the answer that is most often right in this very set, to questions of the same kind.
 
-    Of answers that are right equally often it is the first.
+    References count as one answer where their metric compares them as one, and the answer is written as most of these are. A metric that counts
+    its own majority apart for some questions (yes/no) does so here. Of answers that are right equally often it is the first.
     """
-    right: dict[tuple, Counter] = {}
-    for item in result["predictions"]:
-        right.setdefault(_kind(item), Counter()).update(dict.fromkeys(item["references"], 1))
-    answers = {kind: counts.most_common(1)[0][0] for kind, counts in right.items()}
+    metrics = {item["metric"]: load_metric(item["metric"]) for item in result["predictions"]}
+    kinds = [_kind(item, metrics[item["metric"]]) for item in result["predictions"]]
+    scores: dict[tuple, Counter] = {kind: Counter() for kind in kinds}
+    spellings: dict[tuple, Counter] = {}
+    for kind, item in zip(kinds, result["predictions"]):
+        for form, reference, score in right_answers(metrics[item["metric"]], item):
+            scores[kind][form] += score
+            spellings.setdefault((kind, form), Counter())[reference] += 1
+    answers = {}
+    for kind, counts in scores.items():
+        form = counts.most_common(1)[0][0] if counts else ""
+        is_answer = not counts or form in getattr(metrics[kind[0]], "all_answers", ())
+        answers[kind] = form if is_answer else spellings[kind, form].most_common(1)[0][0]
     given = [
         {name: value for name, value in item.items() if name not in ("scores", "likelihoods", "letters")}
-        | {"prediction": answers[_kind(item)]}
-        for item in result["predictions"]
+        | {"prediction": answers[kind]}
+        for kind, item in zip(kinds, result["predictions"])
     ]
     judged = judge(given, result["bootstrap_samples"], result["seed"])
     return {**result, "control": MOST_FREQUENT, **judged}
 
 
-def _kind(item: dict) -> tuple:
-    return item["metric"], item.get("kind")
+def _kind(item: dict, metric: Metric) -> tuple:
+    return item["metric"], item.get("kind"), *(item["scores"][name] for name in getattr(metric, "majority_by", ()))
 
 
 def needed(result: dict, controls: dict[str, dict]) -> dict[str, dict]:

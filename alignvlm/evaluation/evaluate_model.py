@@ -23,7 +23,7 @@ from alignvlm.evaluation.load import add_loading_options
 from alignvlm.evaluation.one_task import evaluate_checkpoint
 from alignvlm.evaluation.task_list import evaluate_several
 from alignvlm.evaluation.task_work import ALL_TASKS
-from hub_upload.command_line import ArgumentParser, run
+from hub_upload.command_line import ArgumentParser, positive, run
 from hub_upload.run_record import read_json
 
 
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
     p.add_argument("--keep_duplicates", action="store_true", help="Ask exact duplicates again.")
-    p.add_argument("--limit", type=_positive, help="At most this number of images (or windows of text).")
+    p.add_argument("--limit", type=positive, help="At most this number of images (or windows of text).")
     p.add_argument(
         "--on_bad_row",
         choices=ON_BAD_ROW,
@@ -84,12 +84,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--max_tiles",
-        type=_positive,
+        type=positive,
         help="Cut images into at most this number of tiles; default: as the checkpoint says.",
     )
-    p.add_argument("--batch_size", type=_positive, default=32, help="Images (or windows of text) at once.")
-    p.add_argument("--num_beams", type=_positive, default=1, help="1 is greedy decoding.")
-    p.add_argument("--max_new_tokens", type=_positive, default=40)
+    p.add_argument("--batch_size", type=positive, default=32, help="Images (or windows of text) at once.")
+    p.add_argument("--num_beams", type=positive, default=1, help="1 is greedy decoding.")
+    p.add_argument("--max_new_tokens", type=positive, default=40)
     p.add_argument("--window", type=int, default=512, help="Tokens per window of text, for text_perplexity.")
     add_loading_options(p)
     p.add_argument(
@@ -99,17 +99,11 @@ def parser() -> argparse.ArgumentParser:
         help="Merge similar tokens of an image until N are left, also of a checkpoint trained without; 0: none.",
     )
     p.add_argument("--seed", type=int, default=0, help="Seed of --shuffle_images and the bootstrap.")
-    p.add_argument("--bootstrap_samples", type=_positive, default=1000)
+    p.add_argument("--bootstrap_samples", type=positive, default=1000)
     p.add_argument(
         "--output_dir", help="Default: `results` in the checkpoint's folder; results/<name> for a Hub repository."
     )
     return p
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more.")
-    return int(text)
 
 
 def _name(text: str) -> str:

@@ -10,6 +10,11 @@ A metric is a folder of `metrics/` that `evaluate.load` takes. Its class tells t
 - `beside`: metrics that judge the same answers, too.
 - `lower_is_better`, `neutral`: the numbers of which a lower value is better, or none; of all others a higher one is.
 - `headlines`: the numbers that stand in a table of several tasks; by default the first.
+- `normal_form`: returns the form in which it compares a reference to a question of a kind; None for one that no answer equals. The most frequent
+  answer is counted by it; by default the reference as it is.
+- `credit`: returns what an answer to a question scores by its references; the most frequent answer has the highest sum. By default 1 for each reference.
+- `majority_by`: scores of an item, known from its reference alone, by whose values the most frequent answer is counted apart, too.
+- `all_answers`: the normal forms, where these are answers themselves and there are no others.
 - its `features`: which columns it gets, of `COLUMNS` and `references`.
 
 The metric returns the scores of the items with its numbers: as `per_item`, a dict for each item, or as a list `<score>_per_item`.
@@ -139,14 +144,29 @@ def computed(metric: evaluate.Metric, items: list[dict], **options) -> tuple[dic
 
 def _columns(items: list[dict], metric: evaluate.Metric) -> dict[str, list]:
     """Returns the columns that a metric asks for by its features."""
-    takes_one = isinstance(metric.features["references"], datasets.Value)
-    references = [item["references"][0] if takes_one else item["references"] for item in items]
-    columns = {"references": references}
+    takes_one = _takes_one(metric)
+    columns = {"references": [item["references"][0] if takes_one else item["references"] for item in items]}
     for name, feature in metric.features.items():
         if name != "references":
             missing = "" if isinstance(feature, datasets.Value) else []
             columns[name] = [missing if (value := item.get(COLUMNS[name])) is None else value for item in items]
     return columns
+
+
+def _takes_one(metric: evaluate.Metric) -> bool:
+    return isinstance(metric.features["references"], datasets.Value)
+
+
+def right_answers(metric: evaluate.Metric, item: dict) -> list[tuple[str, str, float]]:
+    """Returns each right answer to a question once: its normal form, the first reference of that form, and what it scores."""
+    form_of = getattr(metric, "normal_form", lambda reference, kind: reference)
+    credit = getattr(metric, "credit", lambda reference, references: 1.0)
+    references, found = item["references"], {}
+    for reference in references[:1] if _takes_one(metric) else references:
+        form = form_of(reference, item.get("kind") or "")
+        if form is not None and form not in found:
+            found[form] = form, reference, credit(reference, references)
+    return list(found.values())
 
 
 def numbers_of(metric: evaluate.Metric) -> list[str]:

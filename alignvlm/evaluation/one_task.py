@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from alignvlm.evaluation.answer import answer
+from alignvlm.evaluation.answer import answer, context_of
 from alignvlm.evaluation.batches import progress_folder, run_batches
 from alignvlm.evaluation.choices import measure
 from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, model_identity
 from alignvlm.evaluation.server import Server
-from alignvlm.evaluation.task_work import control_of, question_work, text_work
+from alignvlm.evaluation.task_work import asking_of, control_of, question_work, text_work
 from alignvlm.rows.tiles import describe_tiles, set_max_tiles
 from hub_upload.run_record import library_versions, read_json, write_json
 
@@ -44,6 +44,7 @@ class Checkpoint:
             print(f"Computes in {precision}")
             if arguments.max_tiles is not None:
                 set_max_tiles(self.model.config, self.processor, arguments.max_tiles)
+            self.context = context_of(self.model)
             self.identity = model_identity(arguments.checkpoint, arguments.revision)
             self.tag = evaluation_tag(arguments.checkpoint, arguments.revision)
         self.computing = {
@@ -66,7 +67,19 @@ class Checkpoint:
 
 
 # Settings that a result names only where they are on.
-WHERE_ON = ("name", "metric", "merge_image_tokens", "max_tiles", "tile_marks", "image_block")
+WHERE_ON = ("name", "metric", "prompt", "merge_image_tokens", "max_tiles", "tile_marks", "image_block")
+# Settings that decide neither what is asked nor how it is answered: a result may take the place of one with others.
+OF_NO_ANSWER = ("name", "batch_size", "seed", "bootstrap_samples", "versions")
+# What depends on other settings in a result's `data`.
+COUNTS = (
+    "exact_duplicates",
+    "images",
+    "questions",
+    "references",
+    "bad_rows",
+    "bad_row_list",
+    "answers_with_less_room",
+)
 # What a --server does not take, and its default.
 OF_CHECKPOINTS = {
     "checkpoint": None,
@@ -118,8 +131,8 @@ def evaluate_checkpoint(
         The content of the file, on the main process; None on the others.
 
     Raises:
-        ValueError: for settings that contradict each other, data that does not fit the task, a server that does not answer, or a file of that name with a result
-            of other data.
+        ValueError: for settings that contradict each other, data that does not fit the task, a server that does not answer, or a file of that name whose
+            result this one may not replace (see `check_place`).
     """
     if (arguments.checkpoint is None and arguments.server is None) or arguments.task is None:
         raise ValueError("Give a checkpoint or a --server, and a --task; or two results to --compare.")
@@ -127,21 +140,11 @@ def evaluate_checkpoint(
         raise ValueError("--data_dir holds the data of several --tasks; the data of one --task is --data.")
     state = _state(arguments)
     asked = loaded or load_model(arguments)
+    check_place(arguments, asked)
     with state.main_process_first():  # fetches data once
         bind = text_work if arguments.task == "text_perplexity" else question_work
         work = bind(arguments, asked)
-    settings = {
-        "task": arguments.task,
-        **({"name": arguments.name} if arguments.name else {}),
-        "model": asked.identity,
-        **work.settings,
-        "control": control_of(arguments),
-        **asked.computing,
-        "limit": arguments.limit,
-        "seed": arguments.seed,
-        "bootstrap_samples": arguments.bootstrap_samples,
-        "versions": {"python": platform.python_version()} | library_versions(),
-    }
+    settings = _settings(arguments, asked, work.settings)
     name = file_name(settings, settings["control"])
     output_dir = output_folder(arguments, asked)
     target = output_dir / f"{name}.json"
@@ -154,7 +157,7 @@ def evaluate_checkpoint(
             progress, ignore_errors=True
         )  # is there if the program was killed right after it had written the result
         return found
-    _check_other_data(target, settings)
+    _check_data(target, settings["data"])
     outputs = run_batches(work, asked.batch_size, progress, state, name)
     if outputs is None:
         return None
@@ -169,6 +172,22 @@ def _state(arguments: argparse.Namespace) -> PartialState:
     return PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
 
 
+def _settings(arguments: argparse.Namespace, asked: Checkpoint | Server, of_work: dict) -> dict:
+    """Returns what a result says of its settings, those of its work among them."""
+    return {
+        "task": arguments.task,
+        **({"name": arguments.name} if arguments.name else {}),
+        "model": asked.identity,
+        **of_work,
+        "control": control_of(arguments),
+        **asked.computing,
+        "limit": arguments.limit,
+        "seed": arguments.seed,
+        "bootstrap_samples": arguments.bootstrap_samples,
+        "versions": {"python": platform.python_version()} | library_versions(),
+    }
+
+
 def file_name(result: dict, control: str | None) -> str:
     """Returns the name of a result's file, without its ending."""
     return name_of(result) + (f"-{control}" if control else "")
@@ -179,16 +198,73 @@ def name_of(result: dict) -> str:
     return result.get("name") or result["task"]
 
 
-def _check_other_data(file: Path, settings: dict) -> None:
-    """Refuses to write a result over one of another data set or split."""
+REMEDY = "Put this one elsewhere by --output_dir or --name, or remove the file."
+
+
+def check_place(arguments: argparse.Namespace, asked: Checkpoint | Server) -> None:
+    """Refuses to write over a result of another model, of other settings that decide its answers, or of more images, as far as is known before
+    the data are read. A result of the same settings may be written again, one of a `limit` be replaced by one of more images, and one in the
+    checkpoint's own folder by whatever there is of its new weights.
+
+    Raises:
+        ValueError: naming what differs, and the remedy.
+    """
+    settings = _settings(arguments, asked, asking_of(arguments, asked))
+    file = output_folder(arguments, asked) / f"{file_name(settings, settings['control'])}.json"
     if not file.is_file():
         return
-    both = read_json(file).get("data", {}), json.loads(json.dumps(settings["data"]))
+    before, now = read_json(file), json.loads(json.dumps(settings))
+    if not isinstance(before, dict) or not isinstance(before.get("model"), dict):
+        raise ValueError(f"{file} holds something else than a result. {REMEDY}")
+    if not _same_model(before["model"], now["model"]):
+        if arguments.output_dir is None and "weights_sha256" in now["model"]:
+            return  # in the checkpoint's own folder: it was trained again
+        other = before["model"].get("name")
+        what = f"the model {other!r}" + (
+            " with other weights" if other == now["model"]["name"] else f", not of {now['model']['name']!r}"
+        )
+        raise ValueError(f"{file} holds the result of {what}. {REMEDY}")
+    ignored = {"model", "data", "limit", *OF_NO_ANSWER} - ({"seed"} if now["control"] == "shuffle_images" else set())
+    different = _differences(before, now, {*now, *WHERE_ON} - ignored)
+    if different:
+        raise ValueError(f"{file} holds a result with {', '.join(different)}. {REMEDY}")
+    there, new = before.get("limit"), now["limit"]
+    if new is not None and (there is None or there > new):
+        unit = "windows of text" if now["task"] == "text_perplexity" else "images"
+        held = f"all {unit}" if there is None else f"{there} {unit}"
+        raise ValueError(f"{file} holds a result of {held}, more than --limit {new} asks about. {REMEDY}")
+
+
+def _same_model(before: dict, now: dict) -> bool:
+    """Whether two identities are of the same weights, whatever their folders are called."""
+    digests = before.get("weights_sha256"), now.get("weights_sha256")
+    return digests[0] == digests[1] if any(digests) else before == now
+
+
+def _differences(before: dict, now: dict, names: set[str]) -> list[str]:
+    """Returns how settings differ, those inside a setting by their own names."""
+    found = []
+    for name in sorted(names):
+        there, new = before.get(name), now.get(name)
+        if isinstance(there, dict) and isinstance(new, dict):
+            found += _differences(there, new, {*there, *new})
+        elif there != new:
+            found.append(f"{name} {there!r}, not {new!r}")
+    return found
+
+
+def _check_data(file: Path, data: dict) -> None:
+    """Refuses to write a result over one of another data set or split, or of data that were read otherwise."""
+    if not file.is_file():
+        return
+    both = read_json(file).get("data", {}), json.loads(json.dumps(data))
     there, new = (" ".join(str(data[name]) for name in ("data", "split") if data.get(name)) for data in both)
     before, now = ([data.get("sha256"), *(each.get("sha256") for each in data.get("files") or ())] for data in both)
     if there != new or before != now:
         what = f"{there}, not of {new}" if there != new else f"a {there} of other content"
-        raise ValueError(f"{file} holds the result of {what}. Give this one a --name, or remove the file.")
+        raise ValueError(f"{file} holds the result of {what}. {REMEDY}")
+    if different := _differences(*both, {*both[0], *both[1]} - {"files", *COUNTS}):
+        raise ValueError(f"{file} holds a result with {', '.join(different)}. {REMEDY}")
 
 
 def finished(file: Path, settings: dict) -> dict | None:
@@ -205,6 +281,8 @@ def report(result: dict) -> str:
     lines = [name_of(result) + (f" ({result['control']})" if result["control"] else "")]
     if left_out := result["data"].get("bad_rows"):
         lines.append(f"  {'bad rows, left out':<28} {left_out:>9}")
+    if shorter := result["data"].get("answers_with_less_room"):
+        lines.append(f"  {'answers with less room':<28} {shorter:>9}")
     for numbers in result["metrics"].values():
         for name, value in numbers.items():
             if isinstance(value, dict):  # such as `intervals`

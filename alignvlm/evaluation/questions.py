@@ -1,7 +1,7 @@
 """The questions of an evaluation: the conversations of a data set, with their responses as references."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,8 +40,17 @@ class EvaluationSet:
         return [[read_image(image) for image in self.source[one.index]["images"]] for one in asked]
 
 
+# Tells what is wrong with a conversation about images, undecoded; None: nothing.
+Check = Callable[[list, Conversation], str | None]
+
+
 def load_task(
-    task: str, split: str | None = None, data: str | None = None, limit: int | None = None, **reading
+    task: str,
+    split: str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    check: Check | None = None,
+    **reading,
 ) -> EvaluationSet:
     """Loads the questions of a task.
 
@@ -49,6 +58,7 @@ def load_task(
         task, split, data, **reading: for `load_source`. All rows are tried here, before any answer is written; the notes list what
             `on_bad_row="skip"` leaves out.
         limit: at most this number of records, from the first.
+        check: refuses questions that a model cannot be asked; their rows are as bad as those that cannot be read.
 
     Raises:
         ValueError: as `load_source`, and for a limit below 1.
@@ -69,7 +79,7 @@ def load_task(
     if source.groups is not None:
         more, fewer = (sum(map(len, source.conversations(keep))) for keep in (True, False))
         notes = {"exact_duplicates": more - fewer, "exact_duplicates_are": "kept" if keep_duplicates else "removed"}
-    readable, unreadable = _readable(asked, source, limit, on_bad_row)
+    readable, unreadable = _readable(asked, source, limit, on_bad_row, check)
     bad = [*source.bad_rows, *unreadable]
     if not readable:
         raise BadRow(
@@ -143,25 +153,50 @@ def load_source(
 REMEDY = "Mend it, or leave such rows out with --on_bad_row skip."
 
 
-def _readable(asked: list[Asked], source: Source, limit: int | None, on_bad_row: str) -> tuple[list[Asked], list[str]]:
-    """Returns the first records, at most `limit`, whose images can be decoded, and what is wrong with the others up to there."""
+def _readable(
+    asked: list[Asked], source: Source, limit: int | None, on_bad_row: str, check: Check | None
+) -> tuple[list[Asked], list[str]]:
+    """Returns the first records, at most `limit`, whose images can be decoded, without the questions that `check` refuses, and what is wrong with
+    the others up to there."""
     readable: list[Asked] = []
     unreadable: list[str] = []
+
+    def leave_out(row: int, problem: str) -> None:
+        if on_bad_row == "raise":
+            raise BadRow(f"{source.place(row)}: {problem} {REMEDY}")
+        unreadable.append(f"{source.place(row)}: {problem}")
+
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(asked), 256):
             chosen = asked[start : start + 256]
             images = [source[one.index]["images"] for one in chosen]
-            for one, problem in zip(chosen, pool.map(_problem, images)):
+            for one, shown, problem in zip(chosen, images, pool.map(_problem, images)):
                 if len(readable) == limit:
                     return readable, unreadable
-                if problem is None:
-                    readable.append(one)
+                if problem is not None:
+                    leave_out(source.rows_of(one.index)[0], problem)
                     continue
-                place = source.place(source.rows_of(one.index)[0])
-                if on_bad_row == "raise":
-                    raise BadRow(f"{place}: {problem} {REMEDY}")
-                unreadable.append(f"{place}: {problem}")
+                fitting = []
+                for conversation in one.conversations:
+                    if check is None or (problem := check(shown, conversation)) is None:
+                        fitting.append(conversation)
+                    else:
+                        leave_out(_row_of(conversation, one, source), problem)
+                if fitting:
+                    readable.append(replace(one, conversations=fitting))
     return readable, unreadable
+
+
+def _row_of(conversation: Conversation, one: Asked, source: Source) -> int:
+    """Returns the row of a record that asks this."""
+    rows = source.rows_of(one.index)
+    for row in rows if len(rows) > 1 else ():
+        if any(
+            own["messages"] == conversation.messages
+            for own in source.to_record([source.rows[row]], one.id)["conversations"]
+        ):
+            return row
+    return rows[0]
 
 
 def _problem(images: list) -> str | None:

@@ -41,6 +41,7 @@ class Server:
     listed: tuple[str, ...] = ()  # models that it says it has
     tag = ""  # the run record, which names a checkpoint's tag, is not served
     measure_choices = None  # the protocol does not tell how likely a given answer is
+    processor = None  # nor how many tokens a prompt has
 
     def __init__(self, url: str, name: str | None = None, requests: int = 8):
         try:

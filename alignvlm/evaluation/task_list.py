@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.evaluation.controls import MOST_FREQUENT, most_frequent, table
-from alignvlm.evaluation.one_task import evaluate_checkpoint, file_name, load_model, output_folder
+from alignvlm.evaluation.one_task import check_place, evaluate_checkpoint, file_name, load_model, output_folder
 from alignvlm.evaluation.task_work import ALL_TASKS, CONTROLS, control_of
 from hub_upload.run_record import write_json
 
@@ -19,7 +19,8 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
         The table, on the main process; None on the others.
 
     Raises:
-        ValueError: for settings that contradict each other, or data that does not fit a task. All tasks' data are found before any is asked.
+        ValueError: for settings that contradict each other, data that does not fit a task, or a result that may not be replaced. All tasks' data
+            are found, and such results too, before any is asked.
     """
     if (arguments.checkpoint is None and arguments.server is None) or bool(arguments.tasks) == bool(arguments.task):
         raise ValueError("Give a checkpoint or a --server, and either a --task or several --tasks.")
@@ -36,18 +37,15 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
     given = [(name, task, _data_of(name, task, arguments)) for name, task in listed]
     loaded = load_model(arguments)
     results, output_dir = [], output_folder(arguments, loaded)
-    for name, task, data in given:
-        found = {}
-        has_controls = arguments.controls and task != "text_perplexity"
-        for control in (None, *(CONTROLS if has_controls else ())):
-            one = argparse.Namespace(**vars(arguments) | {"task": task, "name": name or arguments.name, "data": data})
-            if control is not None:
-                setattr(one, control, True)
-            found[control] = evaluate_checkpoint(one, loaded, keep_finished=True)
+    runs = [_runs_of(name, task, data, arguments) for name, task, data in given]
+    for one in (one for its in runs for one in its.values()):
+        check_place(one, loaded)
+    for its in runs:
+        found = {control: evaluate_checkpoint(one, loaded, keep_finished=True) for control, one in its.items()}
         if found[None] is None:
             continue  # not the main process
         result = found.pop(None)
-        if has_controls:
+        if arguments.controls and result["task"] != "text_perplexity":
             found[MOST_FREQUENT] = most_frequent(result)
             write_json(output_dir / f"{file_name(result, MOST_FREQUENT)}.json", found[MOST_FREQUENT])
         results.append((result, found))
@@ -57,6 +55,17 @@ def evaluate_several(arguments: argparse.Namespace) -> str | None:
     (output_dir / "tasks.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n{output_dir / 'tasks.md'}")
     return text
+
+
+def _runs_of(
+    name: str | None, task: str, data: str | None, arguments: argparse.Namespace
+) -> dict[str | None, argparse.Namespace]:
+    """Returns the command line of a task alone, and with `--controls` of each of its controls, by the control's name."""
+    given = vars(arguments) | {"task": task, "name": name or arguments.name, "data": data}
+    controls = CONTROLS if arguments.controls and task != "text_perplexity" else ()
+    return {
+        control: argparse.Namespace(**given | ({control: True} if control else {})) for control in (None, *controls)
+    }
 
 
 def _data_of(name: str | None, task: str, arguments: argparse.Namespace) -> str | None:

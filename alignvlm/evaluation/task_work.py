@@ -6,13 +6,15 @@ from pathlib import Path
 
 from alignvlm.data.files import read_rows
 from alignvlm.data.formats import text
-from alignvlm.data.record import BadRow
+from alignvlm.data.record import BadRow, Conversation, shown
 from alignvlm.evaluation.batches import Work
 from alignvlm.evaluation.choices import in_all_orders_of
 from alignvlm.evaluation.judge import check_answers_suffice, check_references_suffice, judge
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
 from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
+from alignvlm.rows.encode import Encoder
+from alignvlm.rows.tiles import grids_of
 
 
 ALL_TASKS = (*TASKS, "text_perplexity")
@@ -28,10 +30,72 @@ def control_of(arguments: argparse.Namespace) -> str | None:
     return chosen[0] if chosen else None
 
 
-def question_work(arguments: argparse.Namespace, model) -> Work:
-    """Returns work that asks a model (`one_task.Checkpoint` or `server.Server`) about images and judges its answers by each question's metric."""
+def tag_of(arguments: argparse.Namespace, model) -> str:
+    """Returns the source tag before every prompt."""
+    return model.tag if arguments.tag is None else arguments.tag
+
+
+def decoding_of(arguments: argparse.Namespace) -> dict:
+    """Returns how answers are generated."""
+    return {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+
+
+def asking_of(arguments: argparse.Namespace, model) -> dict:
+    """Returns the settings of a task's work that are known before its data are read.
+
+    Raises:
+        ValueError: for a metric that cannot judge answers.
+    """
+    if arguments.task == "text_perplexity":
+        return {"window": arguments.window}
     if arguments.metric is not None:
         check_answers_suffice(arguments.metric)  # now, not after all have been asked for
+    where_on = {"metric": arguments.metric, "prompt": arguments.prompt}
+    return {
+        "tag": tag_of(arguments, model),
+        "decoding": decoding_of(arguments),
+        **{name: value for name, value in where_on.items() if value is not None},
+    }
+
+
+class Room:
+    """Tells of each question what leaves its language model no room for an answer, and counts those with less room than `max_new_tokens`.
+
+    Args:
+        model: a `one_task.Checkpoint`.
+    """
+
+    def __init__(self, model, tag: str, max_new_tokens: int):
+        self.encoder, self.context = Encoder(model.processor), model.context
+        self.tag, self.max_new_tokens, self.less = tag, max_new_tokens, 0
+
+    def __call__(self, images: list, conversation: Conversation) -> str | None:
+        grids = grids_of(self.encoder.processor, images)
+        try:
+            length = len(self.encoder.prompt(conversation.with_prefix(self.tag).messages, grids))
+        except ValueError as error:  # such as a text with the image placeholder
+            return str(error)
+        if self.context is None:
+            return None
+        choices = [
+            len(self.encoder.tokenizer(choice, add_special_tokens=False)["input_ids"])
+            for choice in conversation.choices or ()
+        ]
+        least = max(choices, default=0) + 1  # with the token that ends it
+        if length + least > self.context:
+            what = "its images and its longest choice" if choices else "its images"
+            return (
+                f"the prompt {shown(conversation.prompt)} has {length + least - 1} tokens with {what}; the language model takes "
+                f"{self.context}, the answer among them."
+            )
+        self.less += length + self.max_new_tokens > self.context
+        return None
+
+
+def question_work(arguments: argparse.Namespace, model) -> Work:
+    """Returns work that asks a model (`one_task.Checkpoint` or `server.Server`) about images and judges its answers by each question's metric."""
+    tag = tag_of(arguments, model)
+    room = Room(model, tag, arguments.max_new_tokens) if model.processor is not None else None
     evaluation_set = load_task(
         arguments.task,
         arguments.split,
@@ -42,6 +106,7 @@ def question_work(arguments: argparse.Namespace, model) -> Work:
         prompt=arguments.prompt,
         keep_duplicates=arguments.keep_duplicates,
         on_bad_row=arguments.on_bad_row,
+        check=room,
     )
     control = control_of(arguments)
     asked = evaluation_set.asked
@@ -53,8 +118,7 @@ def question_work(arguments: argparse.Namespace, model) -> Work:
         check_references_suffice(name, given)
     seen = shuffled(asked, arguments.seed) if control == "shuffle_images" else asked
     in_all_orders = in_all_orders_of([one.conversations for one in asked])
-    tag = model.tag if arguments.tag is None else arguments.tag
-    decoding = {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    decoding = decoding_of(arguments)
 
     def run(units: range) -> list[list[dict]]:
         images = evaluation_set.images([seen[unit] for unit in units])
@@ -92,9 +156,9 @@ def question_work(arguments: argparse.Namespace, model) -> Work:
         return judge(predictions, arguments.bootstrap_samples, arguments.seed)
 
     data = {**evaluation_set.source.identity, **evaluation_set.notes}
-    settings = {"data": data, "tag": tag, "decoding": decoding}
-    if arguments.metric is not None:
-        settings["metric"] = arguments.metric
+    if room is not None and room.less:
+        data["answers_with_less_room"] = room.less
+    settings = {"data": data, **asking_of(arguments, model)}
     return Work(len(asked), settings, run, summarise, at_once=model.at_once)
 
 
@@ -109,6 +173,10 @@ def text_work(arguments: argparse.Namespace, model) -> Work:
     content, source = _read_text(arguments)
     tokens = model.processor.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+    if model.context is not None and min(arguments.window, len(ids)) > model.context:
+        raise ValueError(
+            f"--window {arguments.window}: the language model takes {model.context} tokens. Give {model.context} or less."
+        )
     windows = windows_of(len(ids), arguments.window, arguments.limit, name=arguments.data)
 
     def run(units: range) -> list[dict]:
@@ -123,7 +191,7 @@ def text_work(arguments: argparse.Namespace, model) -> Work:
     def summarise(outputs: list[dict]) -> dict:
         return summarise_text(outputs, arguments.bootstrap_samples, arguments.seed)
 
-    return Work(len(windows), {"data": source, "window": arguments.window}, run, summarise)
+    return Work(len(windows), {"data": source, **asking_of(arguments, model)}, run, summarise)
 
 
 def _read_text(arguments: argparse.Namespace) -> tuple[str, dict]:

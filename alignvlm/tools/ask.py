@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.images import read_image
-from alignvlm.evaluation.answer import answer
+from alignvlm.evaluation.answer import PromptTooLong, answer
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint, with_tag
-from hub_upload.command_line import ArgumentParser, run
+from hub_upload.command_line import ArgumentParser, positive, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("question", nargs="?", default=CAPTION_PROMPT, help=f"Default: {CAPTION_PROMPT!r}")
     p.add_argument("--image", dest="more_images", metavar="IMAGE", action="append", default=[], help="One more image.")
     p.add_argument(
-        "--max_new_tokens", type=int, metavar="N", default=128, help="Where an answer is cut off. Default: 128."
+        "--max_new_tokens", type=positive, metavar="N", default=128, help="Where an answer is cut off. Default: 128."
     )
     add_loading_options(p)
     return p
@@ -36,12 +36,16 @@ def ask(arguments: argparse.Namespace) -> str:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an image that cannot be read (`BadImage`), and for a question that holds the image placeholder.
+        ValueError: for an image that cannot be read (`BadImage`), and for a question that holds the image placeholder or leaves the language
+            model no room for an answer.
     """
     images: list[Image.Image] = [read_image(path) for path in (arguments.image, *arguments.more_images)]
     model, processor, _ = load(arguments)
     prompt = with_tag(evaluation_tag(arguments.checkpoint, arguments.revision), arguments.question)
-    return answer(model, processor, [images], [[prompt]], max_new_tokens=arguments.max_new_tokens)[0][0]
+    try:
+        return answer(model, processor, [images], [[prompt]], max_new_tokens=arguments.max_new_tokens)[0][0]
+    except PromptTooLong as error:
+        raise ValueError(f"The question {error.problem}") from error
 
 
 def load(arguments: argparse.Namespace):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 from alignvlm.data.images import read_image
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag, with_tag
 from alignvlm.tools.ask import load
-from hub_upload.command_line import ArgumentParser, run
+from hub_upload.command_line import ArgumentParser, positive, run
 
 
 HELP = """\
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("image", nargs="?", help="An image for the first message.")
     p.add_argument(
         "--max_new_tokens",
-        type=int,
+        type=positive,
         metavar="N",
         default=256,
         help="Where an answer is cut off, if the context has room for as much. Default: 256.",

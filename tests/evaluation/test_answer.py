@@ -225,6 +225,34 @@ def test_a_prompt_with_the_image_placeholder_is_named(make_model, processor):
 
 
 @pytest.mark.parametrize("mask_type", ["image", "prefix"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_answer_has_the_room_that_its_prompt_leaves(make_model, processor, mask_type, num_beams):
+    """Whatever prompts are asked beside it; GPT-2 has no position beyond its last."""
+    text = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "bos_token_id": None}
+    model = make_model(mask_type, text=text).double()
+    (image,) = shown_images(1)
+    prompts = ["Why?", "red " * 12, "Where is it?", "blue " * 8]
+    lengths = [len(Encoder(processor).prompt([turn("user", IMAGE, prompt)])) for prompt in prompts]
+    rooms = [min(16, 40 - length) for length in lengths]
+    assert 0 < min(rooms) < 16 == max(rooms)
+    expected = [
+        alone(model, processor, image, prompt, max_new_tokens=room, num_beams=num_beams)
+        for prompt, room in zip(prompts, rooms)
+    ]
+    assert answer(model, processor, [image], [prompts], max_new_tokens=16, num_beams=num_beams) == [expected]
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_answered(make_model, processor, monkeypatch):
+    model = make_model()
+    model.config.text_config.max_position_embeddings = 40
+    monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("asked"))
+    images, prompts = shown_images(2), [["Why?"], ["Why?", "red " * 60]]
+    message = r"prompts\[1\]\[1\] has \d+ tokens with its images; the language model takes 40, the answer among them\. Shorten it"
+    with pytest.raises(ValueError, match=message):
+        answer(model, processor, images, prompts, batch_size=1)
+
+
+@pytest.mark.parametrize("mask_type", ["image", "prefix"])
 def test_several_answers_per_prompt_are_refused(make_model, processor, mask_type):
     """Flattened, the second answer to one prompt would be taken for the first to the next."""
     model, images = make_model(mask_type), [Image.new("RGB", (16, 16), colour) for colour in COLOURS[:2]]

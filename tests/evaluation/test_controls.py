@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from alignvlm.data import scenes
-from alignvlm.evaluation.controls import needed, table
+from alignvlm.evaluation.controls import most_frequent, needed, table
 from alignvlm.evaluation.evaluate_model import main, parser
 from alignvlm.evaluation.judge import compare, judge
 from alignvlm.evaluation.task_list import evaluate_several
@@ -68,6 +68,71 @@ def test_where_lower_is_better_the_lowest_control_counts():
     found = needed(seeing, {"blank_image": wrong, "shuffle_images": half})["chair_s"]
     assert found["control"] == "shuffle_images" and found["difference"] == pytest.approx(-0.25)
     assert found["direction"] == -1
+
+
+def frequent(metric: str, references: list[list[str]], kinds: list[str] | None = None) -> tuple[dict, list[str]]:
+    """The numbers of always giving the most frequent answer, and the answers."""
+    items = [
+        {"id": str(index), "prompt": "?", "prediction": "", "references": right, "metric": metric, "kind": kind}
+        for index, (right, kind) in enumerate(zip(references, kinds or [""] * len(references)))
+    ]
+    result = {"task": "local", "control": None, "bootstrap_samples": 5, "seed": 0, **judge(items, 5)}
+    found = most_frequent(result)
+    return found["metrics"][metric], [item["prediction"] for item in found["predictions"]]
+
+
+def test_the_most_frequent_answer_is_counted_as_the_metric_compares():
+    """By case and punctuation "no" would be the most frequent."""
+    numbers, answers = frequent("pathvqa_accuracy", [["Yes"]] * 6 + [["no"]] * 8 + [["yes "]] + [["yes"]] * 5)
+    assert numbers["accuracy"] == numbers["majority_accuracy"] == 0.6
+    assert set(answers) == {"Yes"}  # as most references write it
+
+
+def test_the_most_frequent_answer_is_one_for_yes_no_questions_and_one_for_the_others_of_a_kind():
+    numbers, answers = frequent(
+        "pathvqa_accuracy", [["yes"]] * 5 + [["no"]] * 3 + [["a dog"], ["Dog"], ["cat"], ["bird"]]
+    )
+    assert numbers["yes_no_accuracy"] == numbers["majority_yes_no_accuracy"] == 5 / 8
+    assert numbers["free_form_accuracy"] == numbers["majority_free_form_accuracy"] == 0.5
+    assert answers == ["yes"] * 8 + ["a dog"] * 4
+
+
+@pytest.mark.parametrize(
+    ("metric", "references", "number", "value"),
+    [
+        ("choice_accuracy", [["b"], ["b"], ["a"], ["A"], [" A"]], "choice_accuracy", 3 / 5),
+        ("pope", [["Yes"], ["no"], ["yes"], ["no"], ["Sure"]], "pope_accuracy", 3 / 5),
+        ("pope", [["NO"], ["NO"], ["YES"], ["No"], ["no"]], "pope_accuracy", 4 / 5),  # "NO" as an answer means yes
+        ("anls", [["Main  Street"], ["elm road"], ["elm road"], ["main street"], ["Main Street"]], "anls", 3 / 5),
+        ("relaxed_accuracy", [["12%"], ["7"], ["7"], ["0.12"], [".12"]], "relaxed_accuracy", 3 / 5),
+        ("relaxed_accuracy", [["Red"], ["nan"], ["nan"], ["nan"], ["red"]], "relaxed_accuracy", 2 / 5),
+        ("ocrbench", [["EXIT"], ["stop"], ["stop"], ["exit"], ["Exit"]], "ocrbench", 3 / 5),
+        # one of ten people said "left" everywhere; all agree on "Up." and "up"
+        ("vqa_accuracy", [["left"] + [f"it{i}" for i in range(9)]] * 3 + [["Up."] * 10, ["up"] * 10], "vqa_accuracy_evalai", 2 / 5),
+        ("pathvqa_accuracy", [["", "red"]] * 3 + [["blue"]], "accuracy", 1 / 4),  # the first reference alone counts
+    ],
+)  # fmt: skip
+def test_every_metric_of_answers_counts_them_in_its_own_form(metric, references, number, value):
+    numbers, _ = frequent(metric, references)
+    assert numbers[number] == pytest.approx(value)
+
+
+def test_captions_are_counted_by_their_words():
+    captions = [["A dog runs.", "A dog."], ["The cat sat."], ["a dog runs", "no"], ["The cat sat."], ["A dog runs"]]
+    _, answers = frequent("cider", captions)
+    assert set(answers) == {"A dog runs."}
+
+
+def test_kinds_of_formulas_keep_their_case():
+    formulas = "Handwritten Mathematical Expression Recognition"
+    references = [["X"], ["x"], ["x"], ["X"], ["x y"]]
+    _, answers = frequent("ocrbench", [*references, ["x y"], ["xy"]], [formulas] * 7)
+    assert set(answers) == {"x y"}
+
+
+def test_references_that_no_answer_equals_have_no_most_frequent_answer():
+    numbers, answers = frequent("pathvqa_accuracy", [[""], [""]])
+    assert numbers["accuracy"] == 0 and set(answers) == {""}
 
 
 def test_likelihoods_that_one_result_lacks_are_not_compared():
@@ -189,6 +254,26 @@ def test_two_sets_of_ones_own_are_two_tasks_of_a_list(checkpoint, data_dir, tmp_
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert result["name"] == name and result["task"] == "local"
         assert [p["references"] for p in result["predictions"]] == [[answer]]
+
+
+def test_a_list_whose_results_stand_in_the_way_of_others_is_refused_before_anything_is_asked(
+    checkpoint, data_dir, tmp_path, capsys
+):
+    arguments = options(checkpoint, data_dir, tmp_path, "--controls")
+    evaluate_several(parser().parse_args(arguments))
+    (tmp_path / "scenes.json").unlink()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for more, what in (
+        (["--limit", "1"], r"scenes-blank_image\.json .*--limit 1"),
+        (["--num_beams", "2"], r"num_beams 1, not 2"),
+        (["--prompt", "What?"], r"prompt None, not 'What\?'"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match=what):
+            main([*arguments, *more])
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    main(arguments)
+    assert (tmp_path / "scenes.json").is_file()
 
 
 @pytest.mark.slow

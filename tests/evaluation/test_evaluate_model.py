@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from alignvlm.data import scenes
@@ -20,6 +21,7 @@ from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, main, parser
 from alignvlm.evaluation.judge import compare
 from alignvlm.evaluation.one_task import report
 from alignvlm.evaluation.perplexity import text_perplexity
+from alignvlm.tools import ask
 from hub_upload.run_record import RUN_RECORD
 from tests import forked
 
@@ -136,10 +138,73 @@ def test_a_result_does_not_take_the_place_of_one_of_other_data(checkpoint, tmp_p
 def test_a_result_of_an_option_is_not_taken_for_one_without(checkpoint, data, tmp_path):
     """Options that a result names only where they are on."""
     given = options(checkpoint, data, tmp_path, "--limit", "2")
-    plain = evaluate_checkpoint(parser().parse_args(given), keep_finished=True)
-    for more in (["--metric", "pathvqa_accuracy"], ["--merge_image_tokens", "2"]):
-        assert evaluate_checkpoint(parser().parse_args([*given, *more]), keep_finished=True) != plain
-        assert evaluate_checkpoint(parser().parse_args(given), keep_finished=True) == plain
+    evaluate_checkpoint(parser().parse_args(given))
+    before = (tmp_path / "scenes.json").read_text()
+    for more, what in (
+        (["--metric", "pathvqa_accuracy"], "metric None, not 'pathvqa_accuracy'"),
+        (["--merge_image_tokens", "2"], "merge_image_tokens None, not 2"),
+        (["--prompt", "What is it?"], r"prompt None, not 'What is it\?'"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            evaluate_checkpoint(parser().parse_args([*given, *more]), keep_finished=True)
+    assert (tmp_path / "scenes.json").read_text() == before
+    with_metric = [*given, "--metric", "pathvqa_accuracy", "--name", "short"]
+    found = evaluate_checkpoint(parser().parse_args(with_metric), keep_finished=True)
+    with pytest.raises(ValueError, match="metric 'pathvqa_accuracy', not None"):
+        evaluate_checkpoint(parser().parse_args([*given, "--name", "short"]), keep_finished=True)
+    assert json.loads((tmp_path / "short.json").read_text()) == found
+
+
+def test_a_short_look_does_not_take_the_place_of_a_complete_result(checkpoint, data, tmp_path, monkeypatch):
+    """Nothing is asked before it is refused; a larger look may take the place of a smaller one."""
+    given = options(checkpoint, data, tmp_path, "--max_new_tokens", "2")
+    for limit, count in (("2", 2), ("2", 2), ("3", 3), (None, 14), (None, 14)):
+        main([*given, *(["--limit", limit] if limit else [])])
+        assert json.loads((tmp_path / "scenes.json").read_text())["data"]["images"] == count
+    kept = (tmp_path / "scenes.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("alignvlm.evaluation.one_task.run_batches", lambda *_: pytest.fail("asked"))
+        with pytest.raises(
+            SystemExit,
+            match=r"scenes\.json holds a result of all images, more than --limit 2 .*--output_dir.*--name.*remove",
+        ):
+            main([*given, "--limit", "2"])
+        for more, what in (
+            (["--num_beams", "2"], "num_beams 1, not 2"),
+            (["--max_new_tokens", "3"], "max_new_tokens 2, not 3"),
+            (["--tag", "[a]"], r"tag '', not '\[a\]'"),
+            (["--dtype", "bf16"], "dtype 'float32', not 'bfloat16'"),
+            (["--num_beams", "2", "--limit", "2"], "num_beams 1, not 2"),
+        ):
+            with pytest.raises(SystemExit, match=rf"scenes\.json holds a result with {what}\. .*--output_dir"):
+                main([*given, *more])
+    assert (tmp_path / "scenes.json").read_text() == kept
+    main([*given, "--limit", "2", "--name", "look"])
+    with pytest.raises(SystemExit, match=r"look\.json holds a result of 2 images, more than --limit 1 "):
+        main([*given, "--limit", "1", "--name", "look"])
+    main([*given, "--batch_size", "3", "--bootstrap_samples", "20", "--seed", "1"])  # the answers are the same
+    assert json.loads((tmp_path / "scenes.json").read_text())["seed"] == 1
+    main([*given, "--shuffle_images"])
+    with pytest.raises(SystemExit, match="seed 0, not 1"):  # of which the images depend
+        main([*given, "--shuffle_images", "--seed", "1"])
+
+
+def test_a_result_does_not_take_the_place_of_one_of_another_model(checkpoint, data, tmp_path):
+    given = options(checkpoint, data, tmp_path / "results", "--limit", "1", "--max_new_tokens", "2")
+    main(given)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    main([str(other), *given[1:]])  # another name, the same weights
+    torch_file = other / "model.safetensors"
+    weights = load_file(torch_file)
+    save_file({name: value + 1 for name, value in weights.items()}, torch_file, {"format": "pt"})
+    own = [part for part in given[1:] if part not in ("--output_dir", str(tmp_path / "results"))]
+    (other / "results").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "results/scenes.json", other / "results/scenes.json")
+    main([str(other), *own])  # of what the folder holds now
+    assert (other / "results/scenes.json").read_bytes() != (tmp_path / "results/scenes.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"scenes\.json holds the result of the model 'other' with other weights"):
+        main([str(other), *given[1:]])
+    main([str(other), *given[1:], "--name", "changed"])
 
 
 def test_prompts_carry_the_tag_the_last_stage_asks_for(result, checkpoint, data, tmp_path):
@@ -295,6 +360,69 @@ def test_rows_of_text_are_checked_too(checkpoint, tmp_path):
     result = json.loads((tmp_path / "text_perplexity.json").read_text())
     tokens = AutoProcessor.from_pretrained(checkpoint).tokenizer("One line. \n\n\n\nAnd another.")["input_ids"]
     assert result["metrics"]["text"]["tokens"] == len(tokens) - 1 and result["data"]["bad_rows"] == 1
+
+
+@pytest.fixture
+def short_sighted(checkpoint, tmp_path) -> Path:
+    """The checkpoint with a context of 40 tokens."""
+    folder = shutil.copytree(checkpoint, tmp_path / "short_sighted")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 40
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_questions_longer_than_the_context_are_bad_rows(short_sighted, tmp_path, capsys):
+    """Found before anything is asked; those with some room get shorter answers, and are counted."""
+    texts = ["What?", " ".join(["red"] * 60), "Why?", " ".join(["a"] * 14)]
+    rows = [{"image": f"{index // 2}.png", "question": text, "answer": "a"} for index, text in enumerate(texts)]
+    for index in range(2):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(short_sighted), "--task", "local", "--data", str(tmp_path / "rows.jsonl"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--max_new_tokens", "12"]
+    problem = r"rows.jsonl, line 2: the prompt 'red red .*\.\.\. has \d+ tokens with its images; the language model takes 40, the answer among them"
+    with pytest.raises(SystemExit, match=problem + r"\. Mend it.*--on_bad_row skip"):
+        main(arguments)
+    assert not (tmp_path / "results").exists()
+    main([*arguments, "--on_bad_row", "skip"])
+    result = json.loads((tmp_path / "results/local.json").read_text())
+    assert [each["prompt"] for each in result["predictions"]] == [texts[0], texts[2], texts[3]]
+    data = result["data"]
+    assert (data["images"], data["questions"], data["bad_rows"], data["answers_with_less_room"]) == (2, 3, 1, 1)
+    printed = capsys.readouterr().out
+    assert "bad rows, left out" in printed and "answers with less room" in printed
+    main([*arguments, "--on_bad_row", "skip", "--question_only"])
+    blind = json.loads((tmp_path / "results/local-question_only.json").read_text())
+    assert blind["data"] == data  # the same questions
+    main([*arguments, "--on_bad_row", "skip", "--limit", "1", "--name", "first"])
+    assert json.loads((tmp_path / "results/first.json").read_text())["data"]["questions"] == 1
+
+
+def test_choices_need_room_too(short_sighted, tmp_path):
+    row = {"image": "0.png", "question": "What?", "options": ["a", " ".join(["red"] * 60)], "answer": "0"}
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "ai2d.jsonl").write_text(json.dumps({**row, "options": ["a", "b c d e f g h i j k l m n o p q r s"]}))
+    arguments = [str(short_sighted), "--task", "ai2d", "--data", str(tmp_path / "ai2d.jsonl"), "--use_cpu"]
+    with pytest.raises(SystemExit, match=r"line 1: .* the language model takes 40"):
+        main(arguments)
+
+
+def test_a_window_of_text_longer_than_the_context_is_refused(short_sighted, tmp_path):
+    (tmp_path / "text.txt").write_text("A red circle is left of a blue square. " * 10)
+    arguments = [str(short_sighted), "--task", "text_perplexity", "--data", str(tmp_path / "text.txt"), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"--window 512: the language model takes 40 tokens\. Give 40 or less"):
+        main(arguments)
+    main([*arguments, "--window", "40"])
+
+
+def test_ask_names_a_question_longer_than_the_context(short_sighted, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(
+        SystemExit, match=r"error: The question has \d+ tokens with its images; .* takes 40, .*Shorten it"
+    ):
+        ask.main([str(short_sighted), str(tmp_path / "0.png"), "red " * 60, "--use_cpu"])
 
 
 @pytest.mark.parametrize(

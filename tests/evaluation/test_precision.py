@@ -143,8 +143,9 @@ def test_a_checkpoint_in_bf16_is_not_evaluated_in_emulated_bf16(checkpoint, tmp_
     command = [str(folder), "--task", "text_perplexity", "--data", str(text), "--use_cpu"]
     found = evaluate_model.evaluate_checkpoint(evaluate_model.parser().parse_args(command))
     assert found["dtype"] == "float32"
+    command += ["--dtype", "bf16", "--name", "emulated"]
     with pytest.warns(UserWarning, match="times slower"):
-        found = evaluate_model.evaluate_checkpoint(evaluate_model.parser().parse_args([*command, "--dtype", "bf16"]))
+        found = evaluate_model.evaluate_checkpoint(evaluate_model.parser().parse_args(command))
     assert found["dtype"] == "bfloat16"
 
 

@@ -251,7 +251,7 @@ def test_a_model_that_is_not_there_is_named_before_anything_is_asked(server, row
     assert not server.asked and not list(tmp_path.iterdir())
     for models, name in ((None, "any"), (["a", "b"], "c")):  # servers that may have others than they list
         server.models = models
-        main(options(server, rows, tmp_path, "--server_model", name))
+        main(options(server, rows, tmp_path / name, "--server_model", name))
         assert server.asked[-1]["model"] == name
 
 

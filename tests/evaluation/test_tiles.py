@@ -114,7 +114,7 @@ def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_
     ]
     found = {}
     for most in (None, 2, 1):
-        more = [] if most is None else ["--max_tiles", str(most)]
+        more = [] if most is None else ["--max_tiles", str(most), "--name", f"of_{most}"]
         result = evaluate_checkpoint(parser().parse_args([*given, *more]))
         found[most] = [result.get(name) for name in ("max_tiles", "tile_marks", "image_block")]
         kinds = {prediction["kind"] for prediction in result["predictions"]}

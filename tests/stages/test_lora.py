@@ -96,7 +96,7 @@ def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, fo
             "--limit",
             "6",
             "--output_dir",
-            str(tmp_path),
+            str(folder / "results"),
             "--use_cpu",
         ]
         found = evaluate_checkpoint(

@@ -35,6 +35,9 @@ Returns:
     means = {"anls": ("anls", {})}
     per_kind = ("anls",)
 
+    def normal_form(self, reference, kind):
+        return _comparable(reference)
+
     def _compute(self, predictions, references):
         scores = [similarity(prediction, group) for prediction, group in zip(predictions, references)]
         return {"anls": sum(scores) / len(scores), "anls_per_item": scores}
@@ -48,8 +51,12 @@ def similarity(prediction: str, references: list[str]) -> float:
 
 def _distance_share(prediction: str, reference: str) -> float:
     longer = max(len(prediction.upper()), len(reference.upper()))  # upper: as in the official code ("ß" counts as two)
-    given, right = (" ".join(text.strip().lower().split()) for text in (prediction, reference))
+    given, right = map(_comparable, (prediction, reference))
     return edit_distance(given, right) / longer if longer else 0.0
+
+
+def _comparable(text: str) -> str:
+    return " ".join(text.strip().lower().split())
 
 
 def edit_distance(first: str, second: str) -> int:

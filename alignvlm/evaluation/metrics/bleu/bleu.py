@@ -41,6 +41,9 @@ Returns:
 
     headlines = ("bleu_4",)
 
+    def normal_form(self, reference, kind):
+        return " ".join(tokenize([reference])[0])
+
     def _compute(self, predictions, references):
         tokens = iter(tokenize([text for group in references for text in group]))
         groups = [[next(tokens) for _ in group] for group in references]

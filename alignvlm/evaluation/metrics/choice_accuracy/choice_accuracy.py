@@ -86,6 +86,9 @@ Returns:
     lower_is_better = ("no_letter",)
     per_kind = ("choice_accuracy", "choice_accuracy_by_likelihood")
 
+    def normal_form(self, reference, kind):
+        return reference.strip().upper()
+
     def _compute(self, predictions, references, choices, likelihoods, letters):
         priors = letter_priors(letters)
         items = [_judged(*item, priors) for item in zip(predictions, references, choices, likelihoods, letters)]

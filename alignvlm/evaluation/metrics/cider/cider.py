@@ -80,6 +80,9 @@ class Cider(evaluate.Metric):
                 raise ValueError(f"Prediction {index} is {prediction!r}, not a string. Use '' for an empty caption.")
         super().add_batch(predictions=predictions, references=references, **options)
 
+    def normal_form(self, reference, kind):
+        return " ".join(tokenize([reference])[0])
+
     def _compute(self, predictions, references, document_frequencies=None):
         frequencies = document_frequencies or {"documents": None, "frequencies": None}
         if set(frequencies) != {"documents", "frequencies"}:

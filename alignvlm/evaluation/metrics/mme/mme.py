@@ -45,9 +45,14 @@ Returns:
     headlines = ("mme_perception", "mme_cognition")
     means = {"mme_accuracy": ("correct", {})}
     per_kind = ("mme_accuracy",)
+    all_answers = ("yes", "no")
+
+    def normal_form(self, reference, kind):
+        return reference.strip().lower().strip(".")
 
     def _compute(self, predictions, references, kinds, ids):
-        correct = [meaning(given) == right.strip().lower().strip(".") for given, right in zip(predictions, references)]
+        rights = [self.normal_form(reference, kind) for reference, kind in zip(references, kinds)]
+        correct = [meaning(given) == right for given, right in zip(predictions, rights)]
         pairs: dict[tuple[str, str], list[bool]] = {}
         for place, right in zip(zip(kinds, ids), correct):
             pairs.setdefault(place, []).append(right)

@@ -36,10 +36,13 @@ Returns:
     means = {"ocrbench": ("ocrbench", {})}
     per_kind = ("ocrbench",)
 
+    def normal_form(self, reference, kind):
+        return _comparable(reference, kind == FORMULAS)
+
     def _compute(self, predictions, references, kinds):
         right = []
         for prediction, group, kind in zip(predictions, references, kinds):
-            given, *answers = (_comparable(text, kind == FORMULAS) for text in (prediction, *group))
+            given, *answers = (self.normal_form(text, kind) for text in (prediction, *group))
             right.append(any(answer in given for answer in answers))
         return {"ocrbench": sum(right) / len(right), "ocrbench_per_item": right}
 

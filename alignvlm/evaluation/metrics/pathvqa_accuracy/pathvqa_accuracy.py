@@ -70,6 +70,7 @@ class PathVQAAccuracy(evaluate.Metric):
     per_prompt = ()
     per_kind = ("accuracy",)
     headlines = ("accuracy", "yes_no_accuracy", "free_form_accuracy")
+    majority_by = ("yes_no",)
 
     def _info(self):
         text = datasets.Value("string")
@@ -81,6 +82,9 @@ class PathVQAAccuracy(evaluate.Metric):
             codebase_urls=["https://github.com/GT-Vision-Lab/VQA"],
             reference_urls=["https://arxiv.org/abs/2003.10286", "https://arxiv.org/abs/1505.00468"],
         )
+
+    def normal_form(self, reference, kind):
+        return comparable(reference, reference)[1] or None
 
     def add(self, *, prediction=None, reference=None, **options):
         """Adds one question. See `compute`."""

@@ -34,11 +34,15 @@ Returns:
     columns = {"predictions": text_metric.TEXT, "references": text_metric.TEXT}
     headlines = ("pope_accuracy", "pope_f1")
     neutral = ("pope_yes",)
+    all_answers = ("yes", "no")
     means = {
         "pope_accuracy": ("correct", {}),
         "pope_recall": ("said_yes", {"is_yes": True}),
         "pope_yes": ("said_yes", {}),
     }
+
+    def normal_form(self, reference, kind):
+        return "yes" if _is_yes(reference) else "no"
 
     def _compute(self, predictions, references):
         items = [judged(prediction, reference) for prediction, reference in zip(predictions, references)]
@@ -56,8 +60,12 @@ Returns:
 
 def judged(prediction: str, reference: str) -> dict:
     """Returns the scores of one answer."""
-    said_yes, is_yes = says_yes(prediction), reference.strip().lower() != "no"
+    said_yes, is_yes = says_yes(prediction), _is_yes(reference)
     return {"said_yes": said_yes, "is_yes": is_yes, "correct": said_yes == is_yes}
+
+
+def _is_yes(reference: str) -> bool:
+    return reference.strip().lower() != "no"
 
 
 def says_yes(answer: str) -> bool:

@@ -1,5 +1,7 @@
 """Relaxed accuracy of answers about charts, for the `evaluate` library: numbers may be off by 5%."""
 
+import math
+
 from alignvlm.evaluation import text_metric
 
 
@@ -32,6 +34,12 @@ Returns:
     sources = ("https://arxiv.org/abs/2203.10244", "https://github.com/google-research/pix2struct")
     means = {"relaxed_accuracy": ("relaxed_accuracy", {})}
     per_kind = ("relaxed_accuracy",)
+
+    def normal_form(self, reference, kind):
+        number = _number(reference)
+        if not number:
+            return reference.lower()
+        return str(number) if math.isfinite(number) else None
 
     def _compute(self, predictions, references):
         right = [

@@ -33,6 +33,9 @@ Returns:
     sources = ("https://aclanthology.org/W04-1013", "https://github.com/tylin/coco-caption")
     means = {"rouge_l": ("rouge_l", {})}
 
+    def normal_form(self, reference, kind):
+        return " ".join(tokenize([reference])[0])
+
     def _compute(self, predictions, references):
         tokens = iter(tokenize([text for group in references for text in group]))
         groups = [[next(tokens) for _ in group] for group in references]

@@ -37,6 +37,12 @@ Returns:
     means = {name: (name, {}) for name in ("vqa_accuracy", "vqa_accuracy_evalai")}
     per_kind = ("vqa_accuracy",)
 
+    def normal_form(self, reference, kind):
+        return normalise(reference)
+
+    def credit(self, answer, references):
+        return official(answer, references)
+
     def check_references(self, references):
         for group in references or []:
             if len(group) < LEAST_PEOPLE:
