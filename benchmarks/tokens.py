@@ -191,7 +191,7 @@ def kept_bytes(model: torch.nn.Module, batch: dict[str, Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its graph for ever
 
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "labels"}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

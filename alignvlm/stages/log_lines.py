@@ -4,6 +4,8 @@ The numbers are those that `AlignVLMTrainer.log` gives to every callback, so a t
 """
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -140,5 +142,9 @@ def peak_memory_gb(device: torch.device) -> float:
         return module.max_memory_allocated(device) / 1e9
     if resource is None:
         return psutil.Process().memory_info().peak_wset / 1e9
+    with suppress(OSError):  # Linux: `ru_maxrss` of a child process begins with what its parent held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -111,6 +111,16 @@ def test_memory_grows_with_what_is_held():
     assert float(done.stdout.split()[0]) > 0.15
 
 
+def test_memory_is_that_of_the_process_and_not_of_its_parent():
+    """A stage that was started from a large process reported that one's memory."""
+    parent = (
+        "import subprocess, sys; held = b'x' * 1_500_000_000;"
+        f"subprocess.run([sys.executable, '-c', {MEMORY.replace('print(peak_memory_gb(device) - before', 'print(before')!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 0.1 < float(done.stdout.split()[0]) < 1.4
+
+
 def screen(text: str) -> list[str]:
     """What a terminal shows in the end."""
     rows = [""]
