@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         metavar="N",
         default=256,
-        help="Where an answer is cut off, if the context has room for as much. Default: 256.",
+        help="Where an answer is cut off. Default: 256.",
     )
     add_loading_options(p)
     return p
