@@ -143,7 +143,7 @@ def peak_memory_gb(device: torch.device) -> float:
     if resource is None:
         return psutil.Process().memory_info().peak_wset / 1e9
     with suppress(OSError):  # Linux: `ru_maxrss` of a child process begins with what its parent held
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
