@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python demo/serve.py`
 
+from alignvlm.evaluation.answer import context_of
 from demo.visitors import QUESTIONS, Limits, check_request, messages_with_images
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
@@ -184,7 +185,7 @@ def with_room(generate):
     @functools.wraps(generate)
     def checked_generate(self, model, processor, inputs, gen_config, *args, **kwargs):
         length = inputs["input_ids"].shape[-1]
-        most = getattr(model.config.text_config, "max_position_embeddings", None)
+        most = context_of(model)
         if most is not None and length + 1 > most:
             raise ValueError(
                 f"The conversation has {length} tokens; the model takes {most} with its answer. Shorten it."

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from alignvlm.rows.encode import Branch, Encoder, check_prompt
 from alignvlm.rows.packing import trunk_length
@@ -36,9 +36,15 @@ class PromptTooLong(ValueError):
         super().__init__(f"{name} {self.problem}")
 
 
+def stated_positions(text_config: PreTrainedConfig) -> int | None:
+    """The positions that a language model's config tells of; None if it tells of none."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((value for name in names if isinstance(value := getattr(text_config, name, None), int)), None)
+
+
 def context_of(model: PreTrainedModel) -> int | None:
     """Returns how many tokens a prompt and its answer may have together, as the language model's config says; None if it does not."""
-    return getattr(model.config.text_config, "max_position_embeddings", None)
+    return stated_positions(model.config.text_config)
 
 
 @torch.inference_mode()

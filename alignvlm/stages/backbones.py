@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from alignvlm.evaluation.answer import stated_positions
 from alignvlm.rows.encode import Encoder
 from alignvlm.stages.chat_templates import (
     IMAGE_BEGIN,
@@ -42,7 +43,7 @@ from alignvlm.stages.encoder_measure import (
     set_max_num_patches,
     without_timm,
 )
-from alignvlm.stages.language_trial import TRIAL_LENGTH, stated_positions, try_language_model
+from alignvlm.stages.language_trial import TRIAL_LENGTH, try_language_model
 from alignvlm.stages.projector_checkpoint import SavedProjector, start_projector
 from alignvlm.stages.tiles import TileArguments, cut_images
 from hub_upload.command_line import run

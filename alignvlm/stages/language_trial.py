@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from alignvlm.evaluation.answer import stated_positions
 from modeling_alignvlm import CACHE_NAME, AlignVLMForConditionalGeneration, TokenLayout
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, dense_mask
 
@@ -43,12 +44,6 @@ class LanguageTrial:
     mask_types: list[str] = field(default_factory=list)
     packing: bool = True
     reasons: dict[str, str] = field(default_factory=dict)
-
-
-def stated_positions(text_config: PreTrainedConfig) -> int | None:
-    """The positions that a language model's config tells of; None if it tells of none."""
-    names = ("max_position_embeddings", "max_seq_len")
-    return next((value for name in names if isinstance(value := getattr(text_config, name, None), int)), None)
 
 
 def last_position(language_model: PreTrainedModel) -> int | None:

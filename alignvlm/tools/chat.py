@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from alignvlm.data.images import read_image
+from alignvlm.evaluation.answer import context_of
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag, with_tag
 from alignvlm.tools.ask import load
 from hub_upload.command_line import ArgumentParser, positive, run
@@ -95,7 +96,7 @@ class Chat:
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
         length = inputs["input_ids"].shape[1]
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        limit = context_of(self.model)
         room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - length)
         if limit is not None and length >= limit:
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, TextIteratorStreamer
 
+from alignvlm.evaluation.answer import context_of
 from alignvlm.evaluation.attention import ImageAttention, attention_to_images
 from alignvlm.evaluation.load import with_tag
 from alignvlm.rows.tiles import grids_of, tokens_of
@@ -190,7 +191,7 @@ class DemoModel:
         return looked if looked.layers.nbytes + looked.rollout.nbytes <= KEPT_BYTES else None
 
     def _check_length(self, length: int) -> None:
-        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        most = context_of(self.model)
         if most is not None and length > most:
             raise ValueError(
                 f"The conversation is too long: with room for the answer it has {length} tokens, and the model takes {most}. Start again, "
