@@ -6,6 +6,7 @@ are prefilled together, and one batch answers all their prompts from that cache.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -56,6 +57,7 @@ def answer(
     batch_size: int = 64,
     max_new_tokens: int = 32,
     progress: str | None = None,
+    refuse_long_prompts: bool = True,
     **generation_options,
 ) -> list[list[str]]:
     """Answers every prompt about every image.
@@ -70,6 +72,8 @@ def answer(
             itself carries is not read, and images beyond its parts are not shown.
         batch_size: prompts answered at once.
         progress: the title of a progress bar; None: no bar.
+        refuse_long_prompts: whether a prompt that leaves no room for an answer is an error. If not, its answer is an empty text, and a warning
+            tells of it: for a benchmark that a single long question must not end.
         **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. The model's `generation_config` gives
             all others, except that there is one answer per prompt.
 
@@ -78,7 +82,8 @@ def answer(
         language model less room than `max_new_tokens`, its answer ends there.
 
     Raises:
-        PromptTooLong: a `ValueError`, before anything is answered, for a prompt that leaves no room for an answer.
+        PromptTooLong: a `ValueError`, before anything is answered, for a prompt that leaves no room for an answer, unless
+            `refuse_long_prompts` is False.
         ValueError: if the numbers of images and of lists of prompts differ, if a prompt holds the image placeholder, if a conversation
             has more image parts than its entry has images or does not end with the user's message, and for options that ask for
             several answers per prompt.
@@ -109,9 +114,17 @@ def answer(
         "return_dict_in_generate": False,
     }
     encoder = Encoder(processor)
-    _check_room(model, processor, encoder, shown, conversations)
+    long = _without_room(model, processor, encoder, shown, conversations)
+    if long and refuse_long_prompts:
+        raise next(iter(long.values()))
+    if long:
+        warnings.warn(f"{len(long)} prompts are not answered. The first: {next(iter(long.values()))}", stacklevel=2)
+        conversations = [
+            [messages for column, messages in enumerate(group) if (row, column) not in long]
+            for row, group in enumerate(conversations)
+        ]
     answers: list[list[str]] = [[] for _ in prompts]
-    total = sum(map(len, prompts))
+    total = sum(map(len, conversations))
     with tqdm(total=total, desc=progress, disable=progress is None) as bar:
         for entries in _batches([len(group) for group in conversations], batch_size):
             counts = [max(map(check_prompt, conversations[entry])) for entry in entries]
@@ -126,6 +139,8 @@ def answer(
                 tokens = [next(generated) for _ in group]
                 answers[entry] = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
                 bar.update(len(group))
+    for row, column in sorted(long):
+        answers[row].insert(column, "")
     return answers
 
 
@@ -148,22 +163,24 @@ def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messag
     return prompt
 
 
-def _check_room(
+def _without_room(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     encoder: Encoder,
     shown: list[list],
     conversations: list[list[Messages]],
-) -> None:
-    context = context_of(model)
+) -> dict[tuple[int, int], PromptTooLong]:
+    """Returns by row and column the prompts after which there is no room for an answer."""
+    context, found = context_of(model), {}
     if context is None:
-        return
+        return found
     for row, (images, group) in enumerate(zip(shown, conversations)):
         grids = grids_of(processor, list(map(to_rgb, images))) if has_grids(processor) else None
         for column, messages in enumerate(group):
             length = len(encoder.prompt(messages, grids))
             if length >= context:
-                raise PromptTooLong(f"prompts[{row}][{column}]", length, context)
+                found[row, column] = PromptTooLong(f"prompts[{row}][{column}]", length, context)
+    return found
 
 
 def _batches(prompt_counts: list[int], batch_size: int) -> Iterator[list[int]]:

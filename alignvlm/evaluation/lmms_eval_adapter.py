@@ -118,7 +118,16 @@ class AlignVLM(lmms):
             images = [asked[index][2] for index in indices]
             texts = [asked[index][0].replace(self.processor.image_token, "") for index in indices]
             prompts = [[with_tag(self.tag, text)] for text in texts]
-            found = answer(self.model, self.processor, images, prompts, self.batch_size, progress=title, **options)
+            found = answer(
+                self.model,
+                self.processor,
+                images,
+                prompts,
+                self.batch_size,
+                progress=title,
+                refuse_long_prompts=False,
+                **options,
+            )
             for index, (text,) in zip(indices, found):
                 for stop in until:
                     text = text.split(stop)[0] if stop else text

@@ -107,7 +107,14 @@ class AlignVLM(BaseModel):
                     parts.append({"type": "text", "text": part["value"]})
             turns.append({"role": message["role"], "content": parts})
         asked = Conversation(turns, [""]).with_prefix(self.tag).messages
-        ((text,),) = answer(self.model, self.processor, [images], [[asked]], max_new_tokens=self.max_new_tokens)
+        ((text,),) = answer(
+            self.model,
+            self.processor,
+            [images],
+            [[asked]],
+            max_new_tokens=self.max_new_tokens,
+            refuse_long_prompts=False,
+        )
         return text
 
 

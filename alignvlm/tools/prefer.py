@@ -100,6 +100,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
             [[example["prompt"]] * arguments.samples for example in examples],
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
+            refuse_long_prompts=False,  # its answers are equal, so they make no pair
             do_sample=True,
             temperature=arguments.temperature,
         )

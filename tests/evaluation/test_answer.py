@@ -252,6 +252,18 @@ def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_answered(make_
         answer(model, processor, images, prompts, batch_size=1)
 
 
+def test_a_benchmark_may_leave_long_prompts_unanswered(make_model, processor):
+    model = make_model()
+    model.config.text_config.max_position_embeddings = 40
+    images, long = shown_images(3), "red " * 60
+    prompts = [["Why?", long, "Where is it?"], [long], [long, "Why?"]]
+    with pytest.warns(UserWarning, match=r"3 prompts are not answered\. The first: prompts\[0\]\[1\] has \d+ tokens"):
+        answers = answer(model, processor, images, prompts, max_new_tokens=4, refuse_long_prompts=False)
+    assert [[text == "" for text in group] for group in answers] == [[False, True, False], [True], [True, False]]
+    short = answer(model, processor, images, [["Why?", "Where is it?"], [], ["Why?"]], max_new_tokens=4)
+    assert [[text for text in group if text] for group in answers] == short
+
+
 @pytest.mark.parametrize("mask_type", ["image", "prefix"])
 def test_several_answers_per_prompt_are_refused(make_model, processor, mask_type):
     """Flattened, the second answer to one prompt would be taken for the first to the next."""

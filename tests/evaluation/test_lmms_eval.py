@@ -180,6 +180,27 @@ def test_rounds_go_on_until_the_task_has_no_more(checkpoint):
     assert notes == [None, None, 1, 2]
 
 
+def test_a_question_longer_than_the_context_does_not_end_a_task(checkpoint):
+    from lmms_eval.api.instance import Instance
+
+    from alignvlm.evaluation.lmms_eval_adapter import AlignVLM
+
+    adapter = AlignVLM(str(checkpoint), device="cpu", attn_implementation="eager")
+    adapter.task_dict = {"task": {"test": [{}]}}
+    adapter.model.config.text_config.max_position_embeddings = 60
+    place = (lambda document: [Image.new("RGB", (9, 8), (80, 30, 90))], 0, "task", "test")
+
+    def asked(*questions: str) -> list[str]:
+        about = {"task": "task", "doc_id": 0, "repeats": 1}
+        return adapter.generate_until(
+            [Instance("generate_until", (q, {"max_new_tokens": 4}, *place), 0, about) for q in questions]
+        )
+
+    with pytest.warns(UserWarning, match="1 prompts are not answered"):
+        found = asked("What is it?", "What is it? " * 40)
+    assert found == [*asked("What is it?"), ""]
+
+
 def test_prompts_have_the_tag_of_the_recipe(checkpoint, tmp_path):
     from lmms_eval.api.instance import Instance
 

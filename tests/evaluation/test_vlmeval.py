@@ -149,6 +149,15 @@ def test_images_between_texts_and_earlier_turns_reach_the_model(speaking, tmp_pa
     assert str(load(str(file))["prediction"][0]) == str([first, second])
 
 
+def test_a_question_longer_than_the_context_does_not_end_a_data_set(speaking):
+    from alignvlm.evaluation.vlmeval_adapter import AlignVLM
+
+    adapter = AlignVLM(str(speaking), use_cpu=True, max_new_tokens=8)
+    adapter.model.config.text_config.max_position_embeddings = 60
+    with pytest.warns(UserWarning, match="1 prompts are not answered"):
+        assert adapter.generate([{"type": "text", "value": "What is it? " * 40}]) == ""
+
+
 def test_a_data_set_that_asks_in_its_own_way_is_left_to_it(speaking, tmp_path):
     from vlmeval.dataset import ImageMCQDataset, MMMUDataset
 
