@@ -73,6 +73,7 @@ OF_NO_ANSWER = ("name", "batch_size", "seed", "bootstrap_samples", "versions")
 # What depends on other settings in a result's `data`.
 COUNTS = (
     "exact_duplicates",
+    "image_files_hash",
     "images",
     "questions",
     "references",
@@ -263,6 +264,9 @@ def _check_data(file: Path, data: dict) -> None:
     if there != new or before != now:
         what = f"{there}, not of {new}" if there != new else f"a {there} of other content"
         raise ValueError(f"{file} holds the result of {what}. {REMEDY}")
+    digests = [data.get("image_files_hash") for data in both]
+    if all(digests) and digests[0] != digests[1] and both[0].get("images") == both[1].get("images"):
+        raise ValueError(f"{file} holds the result of {there} with other image files. {REMEDY}")
     if different := _differences(*both, {*both[0], *both[1]} - {"files", *COUNTS}):
         raise ValueError(f"{file} holds a result with {', '.join(different)}. {REMEDY}")
 

@@ -1,5 +1,6 @@
 """The questions of an evaluation: the conversations of a data set, with their responses as references."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from PIL import Image
 
 from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.formats import options_of
-from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.data.record import ON_BAD_ROW, BadRow, Conversation
 from alignvlm.data.sources import Source, read_source
 
@@ -86,6 +87,8 @@ def load_task(
             f"None of the {len(source.rows)} rows of {source.identity['data']} can be used. The first: {bad[0]}"
         )
     conversations = [conversation for one in readable for conversation in one.conversations]
+    if (digest := _digest_of_files([source[one.index]["images"] for one in readable])) is not None:
+        notes["image_files_hash"] = digest
     notes |= {
         "images": len(readable),
         "questions": len(conversations),
@@ -185,6 +188,18 @@ def _readable(
                 if fitting:
                     readable.append(replace(one, conversations=fitting))
     return readable, unreadable
+
+
+def _digest_of_files(images: list[list]) -> str | None:
+    """Returns a hash of the content of the images that are files of their own beside the data, whose own hash tells nothing of them; None where
+    there are none."""
+    files = [
+        image for group in images for image in group if isinstance(image, dict) and image.get("folder") is not None
+    ]
+    if not files:
+        return None
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256("".join(pool.map(image_hash, files)).encode()).hexdigest()
 
 
 def _row_of(conversation: Conversation, one: Asked, source: Source) -> int:

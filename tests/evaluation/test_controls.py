@@ -216,6 +216,36 @@ def test_what_is_there_already_is_not_asked_again(checkpoint, data_dir, tmp_path
     assert "there already" not in capsys.readouterr().out
 
 
+def test_other_images_under_the_same_names_are_other_data(checkpoint, data_dir, tmp_path):
+    """In another folder, or drawn again in theirs: an answer to the one says nothing of the other."""
+    folders = [tmp_path / name for name in ("clear", "copy", "blurred")]
+    for folder, brightness in zip(folders, (200, 200, 90)):
+        folder.mkdir()
+        Image.new("RGB", (12, 12), (brightness, 20, 20)).save(folder / "photo.png")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "photo.png", "question": "?", "answer": "red"}) + "\n")
+    arguments = [
+        str(checkpoint),
+        "--tasks",
+        "mine=local",
+        "--data_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--max_new_tokens",
+        "3",
+    ]
+    arguments += ["--output_dir", str(tmp_path / "results"), "--image_dir"]
+    main([*arguments, str(folders[0])])
+    before = (tmp_path / "results/mine.json").read_bytes()
+    main([*arguments, str(folders[1])])
+    assert (tmp_path / "results/mine.json").read_bytes() == before
+    with pytest.raises(SystemExit, match=r"mine\.json holds the result of mine\.jsonl .*with other image files"):
+        main([*arguments, str(folders[2])])
+    shutil.copy(folders[2] / "photo.png", folders[0])
+    with pytest.raises(SystemExit, match="other image files"):
+        main([*arguments, str(folders[0])])
+    assert (tmp_path / "results/mine.json").read_bytes() == before
+
+
 def test_the_work_of_a_result_goes_even_if_the_program_ended_right_after_writing_it(
     checkpoint, data_dir, tmp_path, monkeypatch
 ):
