@@ -1,8 +1,8 @@
-"""The paper's four findings as controlled comparisons, on drawn scenes and on real photos.
+"""The paper's four findings as controlled comparisons, on drawn scenes and on real photos; and what a model's own captions bring.
 
     python benchmarks/findings.py --seeds 5                                                      # drawn scenes alone, without a download
     python benchmarks/findings.py --photos FOLDER --language SMOLLM2 --vision MOBILENET
-    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # three of them, on more photos
+    python benchmarks/findings.py --photos FOLDER --language STORIES260K --vision MOBILENET --small   # all but `captions`, on more photos
     python benchmarks/findings.py --reproduce                                                    # a small part, against docs/results.json
 
 A finding compares arms: the same backbones, data, steps and seeds, but for what the arm is named after. An arm is a few stages, run by
@@ -28,8 +28,11 @@ from scipy.stats import t as student
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/findings.py`
 
 from alignvlm.data import scenes
+from alignvlm.evaluation.precision import choose_precision
 from alignvlm.quickstart.nano import train_nano_backbones
 from alignvlm.stages.backbones import BackboneArguments, assemble
+from alignvlm.tools.recaption import parser as recaption_parser
+from alignvlm.tools.recaption import recaption
 from benchmarks.stage_runs import ROOT, evaluate, machine, prepare_photos, stage_values, train, update_results
 from hub_upload.run_record import RUN_RECORD
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES, get_mask_type
@@ -39,6 +42,7 @@ RESULTS = ROOT / "docs/results.json"
 QUESTIONS = {
     "masks": "What do masks change that leave images, or all of the prompt, unmasked?",
     "captions": "Does a model learn faster from captions by a model (BLIP-2) than from a human's?",
+    "recaptions": "What does a model learn from its own captions of further photos?",
     "alignment": "Do more records belong in stages 1 and 2, at the expense of stage 3?",
     "downstream": "What do stages 1 to 3 bring for the downstream task of stage 4?",
 }
@@ -50,7 +54,8 @@ UNMEASURED = {"eval_sources": None, "text_sources": None, "alignment_records": N
 class Finding:
     """A comparison: `arms` maps each name to its stages, pairs of a number and changes to the recipe; the first arm is the baseline.
 
-    The stages start from assembled backbones. With `curve` the checkpoint before the last stage and those that it keeps on its way are
+    The stages start from assembled backbones, or from the end of the `shared` stages; `prepare` gets that checkpoint, and makes the data of the
+    arms' own stages. With `curve` the checkpoint before the last stage and those that it keeps on its way are
     evaluated too. With `level` the steps are counted until a logged training loss is at most that, over all stages; of a run that never gets
     there, all its steps.
     """
@@ -59,6 +64,8 @@ class Finding:
     tasks: tuple[str, ...]
     curve: bool = False
     level: float | None = None
+    shared: tuple[tuple[int, dict], ...] = ()
+    prepare: Callable[[Path], None] | None = None
 
 
 class Scenes:
@@ -143,6 +150,7 @@ class Photos:
     recipe = ROOT / "training/recipes/smollm2_mobilenet"
     HELD_OUT = 300
     sizes = (320, 0, 480)  # photos of stages 1, 2 and 3, where work is not what is compared
+    more = 400  # further photos, which a model captions
     questions = 480  # images of PathVQA that stage 4 is asked about
     save_steps = 15  # between its checkpoints that are evaluated
     caption_tokens = 24  # of an answer at most
@@ -205,6 +213,42 @@ class Photos:
         stages += [self.stage(2, self.photos(ends[0], ends[1]), **changes)] if second else []
         return [*stages, self.stage(3, self.photos(ends[1], ends[2]), measured=True, **changes)]
 
+    def recaptions(self, seed: int) -> Finding:
+        """After the stages of other findings, stage 3 again on photos that no stage has seen, with captions of that model, or one human's."""
+        first = sum(self.sizes)
+        photos = self.photos(first, first + self.more)["data"]
+        rows = [json.loads(line) for line in (self.output / "data" / photos).read_text().splitlines()]
+        human = f"one-{photos}"
+        lines = [json.dumps({"image": row["image"], "captions": row["captions"][:1]}) + "\n" for row in rows]
+        (self.output / "data" / human).write_text("".join(lines))
+        own = {name: f"{name.replace(' ', '_')}-{seed}.jsonl" for name in ("own captions", "half that agrees")}
+
+        def caption(checkpoint: Path) -> None:
+            """Four samples of each photo, of which the one most like the others is kept; then the half whose samples agree more."""
+            folder = self.output / "data"
+            options = [str(checkpoint), str(folder / photos)]
+            sampling = ["--samples", "4", "--temperature", "0.7", "--seed", str(seed), "--batch_size", "50"]
+            sampling += ["--prompt", "Write a short caption.", "--max_new_tokens", str(self.caption_tokens)]
+            sampling += ["--image_dir", str(folder / "flickr8k"), "--use_cpu", "--dtype", choose_precision().name]
+            limit = []
+            for file in own.values():  # the samples are those of the first
+                summary = recaption(recaption_parser().parse_args([*options, str(folder / file), *sampling, *limit]))
+                limit = ["--min_agreement", str(summary["quantiles"]["agreement"][1])]
+
+        def arm(source: dict) -> list[tuple[int, dict]]:
+            return [self.stage(3, source, measured=True)]
+
+        return Finding(
+            {
+                "no more photos": [],
+                **{name: arm({"data": file, "image_dir": "flickr8k"}) for name, file in own.items()},
+                "a human's captions": arm(self.captions(human.removesuffix(".jsonl"))),
+            },
+            ("captions",),
+            shared=tuple(self.divided(*self.sizes)),
+            prepare=caption,
+        )
+
     def findings(self, seed: int) -> dict[str, Finding]:
         questions = {"data": "pathvqa/train.jsonl", "split": "train", "image_dir": "pathvqa", "limit": self.questions}
         # Stage 1's rate: without it a projector that nobody has trained would be held back.
@@ -231,6 +275,7 @@ class Photos:
                 ("captions",),
                 level=3.0,
             ),
+            "recaptions": self.recaptions(seed),
             "alignment": Finding(
                 {"short": self.divided(80, 80, 800), "long": self.divided(320, 320, 320)}, ("captions",)
             ),
@@ -265,6 +310,7 @@ class SmallPhotos(Photos):
     may give other last bits), nor where stage 2 trains the encoder."""
 
     sizes = (500, 0, 2500)
+    more = 1500
     questions, save_steps = 800, 25
     caption_tokens = 48
 
@@ -287,6 +333,7 @@ class SmallPhotos(Photos):
         alignment = {name: self.divided(*sizes, **anew) for name, sizes in budget.items()}
         return {
             "masks": replace(found["masks"], arms=masks),
+            "recaptions": found["recaptions"],
             "alignment": replace(found["alignment"], arms=alignment),
             "downstream": found["downstream"],
         }
@@ -298,14 +345,14 @@ WORLDS: dict[str, Callable] = {"scenes": Scenes, "photos": Photos, "small_photos
 def run_arm(world: Scenes | Photos, name: str, finding: Finding, arm: str, seed: int) -> dict:
     """Runs an arm's stages and evaluations; returns its values, losses and cost."""
     folder = world.output / f"seed{seed}" / name / arm.replace(" ", "_")
-    start = world.assembled(seed)
+    start = before = world.assembled(seed)
     entries: list[dict] = []
-    for number, changes in finding.arms[arm]:
-        before = start
-        entries.append(
-            train(stage_values(world.recipe, number, start, folder / f"stage{number}", seed=seed, **changes))
-        )
-        start = folder / f"stage{number}"
+    for own, stages in (("shared", finding.shared), (folder.name, finding.arms[arm])):
+        if own != "shared" and stages and finding.prepare is not None:
+            finding.prepare(start)
+        for number, changes in stages:
+            before, start = start, folder.with_name(own) / f"stage{number}"
+            entries.append(train(stage_values(world.recipe, number, before, start, seed=seed, **changes)))
     values = {}
     if entries[-1].get("eval_loss_after") is not None:
         values["loss"] = entries[-1]["eval_loss_after"]
@@ -450,7 +497,7 @@ def main() -> None:
     parser.add_argument("--photos", help="A folder of photos and questions: see benchmarks/real_photos.py.")
     parser.add_argument("--language", help="SmolLM2-135M-Instruct: a folder or Hub repository.")
     parser.add_argument("--vision", help="MobileNetV2: a folder or Hub repository.")
-    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare masks, alignment work and what stages 1 to 3 bring, on more photos.")  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="The language model has some hundred thousand parameters: compare all but captions by BLIP-2, on more photos.")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=[], help="These findings alone.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("out/findings"))

@@ -68,9 +68,10 @@ def test_arms_differ_only_in_what_they_are_named_after(tmp_path):
 
 
 class TinyScenes(Scenes):
-    """One stage on a few scenes, from a model with random weights."""
+    """One stage on a few scenes after a shared one or not, from a model with random weights."""
 
     checkpoint = None
+    prepared: list = []
 
     def assembled(self, seed):
         folder = self.output / f"seed{seed}"
@@ -82,14 +83,20 @@ class TinyScenes(Scenes):
     def findings(self, seed):
         changes = dict(self.stages(8, 8, 8)[0][1], per_device_train_batch_size=4, save_strategy="steps", save_steps=1)
         arms = {mask: [(1, {**changes, "attention_mask_type": mask})] for mask in ("causal", "image")}
-        return {"masks": Finding(arms, ("scenes",), curve=True)}
+        after = Finding(
+            {"nothing more": [], "more": [(1, changes)]},
+            ("scenes",),
+            shared=((1, changes),),
+            prepare=self.prepared.append,
+        )
+        return {"masks": Finding(arms, ("scenes",), curve=True), "recaptions": after}
 
 
 @pytest.mark.slow
 def test_a_finding_runs_once_and_is_summarised(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(TinyScenes, "checkpoint", checkpoint)
     world, results = TinyScenes(tmp_path / "work"), tmp_path / "results.json"
-    run("scenes", world, [], seeds=1, results=results)
+    run("scenes", world, ["masks"], seeds=1, results=results)
     found = json.loads(results.read_text())["scenes"]["masks"]
     assert set(found["runs"]) == {"causal", "image"} and set(found["runs"]["image"]) == {"0"}
     arm = found["runs"]["image"]["0"]
@@ -102,9 +109,23 @@ def test_a_finding_runs_once_and_is_summarised(tmp_path, checkpoint, monkeypatch
     assert [record["seed"] for record in records] == [0, 0]
     monkeypatch.setattr("subprocess.run", None)  # nothing is trained again
     for again, file in ((world, tmp_path / "others.json"), (TinyScenes(tmp_path / "elsewhere"), results)):
-        run("scenes", again, [], seeds=1, results=file)
+        run("scenes", again, ["masks"], seeds=1, results=file)
         repeated = json.loads(file.read_text())["scenes"]["masks"]
         assert repeated["summary"] == found["summary"] and set(repeated["runs"]) == {"causal", "image"}
+
+
+@pytest.mark.slow
+def test_arms_go_on_from_the_end_of_shared_stages(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(TinyScenes, "checkpoint", checkpoint)
+    world = TinyScenes(tmp_path / "work")
+    run("scenes", world, ["recaptions"], seeds=1, results=tmp_path / "results.json")
+    folder = world.output / "seed0/recaptions"
+    assert world.prepared == [folder / "shared/stage1"]  # only where an arm has stages of its own
+    runs = json.loads((tmp_path / "results.json").read_text())["scenes"]["recaptions"]["runs"]
+    assert {arm: found["0"]["steps"] for arm, found in runs.items()} == {"nothing more": [2], "more": [2, 2]}
+    stages = json.loads((folder / "more/stage1/alignvlm_run.json").read_text())["stages"]
+    assert len(stages) == 2
+    assert (folder / "nothing_more/results").is_dir() and not (folder / "nothing_more/stage1").exists()
 
 
 def test_a_page_is_filled_between_its_comments():
