@@ -32,6 +32,8 @@ from hub_upload.run_record import write_json
 
 
 PAIRS, SUMMARY = "pairs.parquet", "pairs.json"
+# As stage 5 and `recaption` sample, whatever the checkpoint's `generation_config` says; transformers' own default is the 50 likeliest.
+FROM_ALL_TOKENS = {"top_k": 0, "top_p": 1.0}
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 PREFERENCES = Features({"images": List(Image()), "prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
 
@@ -103,6 +105,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
             refuse_long_prompts=False,  # its answers are equal, so they make no pair
             do_sample=True,
             temperature=arguments.temperature,
+            **FROM_ALL_TOKENS,
         )
         outputs = []
         for example, given in zip(examples, answers):
@@ -113,6 +116,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
     names = ("reward", "samples", "temperature", "max_new_tokens", "batch_size", "seed", "dtype")
     settings = {name: getattr(arguments, name) for name in names}
     settings |= {
+        **FROM_ALL_TOKENS,
         "model": model_identity(arguments.checkpoint, arguments.revision),
         "sources": sources,
         "data": [part.source.identity for part in parts],

@@ -47,6 +47,16 @@ def test_the_best_sample_is_preferred_to_the_worst(pairs):
     assert rows[0]["images"][0].size == (64, 64)
 
 
+def test_answers_are_sampled_from_all_tokens(speaking, tmp_path):
+    """Also those that the checkpoint's own way of generating leaves out: with `top_k` of 1 all samples would be alike."""
+    checkpoint = tmp_path / "narrow"
+    shutil.copytree(speaking, checkpoint)
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": True, "top_k": 1, "top_p": 0.01}))
+    words = [str(checkpoint), *OPTIONS, "--reward", "cider", "--output_dir", str(tmp_path / "out")]
+    assert prefer(parser().parse_args(words))["pairs"] > 0
+
+
 def test_stage_5_trains_on_the_pairs(pairs, checkpoint, tmp_path):
     folder, summary = pairs
     fields = {
