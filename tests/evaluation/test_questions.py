@@ -42,6 +42,7 @@ def karpathy(tmp_path) -> Path:
 def test_karpathy_splits_keep_all_their_references(karpathy):
     found = load_task("coco_captions", "test", str(karpathy), prompt="Caption it.")
     assert [len(one.conversations[0].responses) for one in found.asked] == [7, 5]
+    assert len(found.notes.pop("image_files_hash")) == 64
     assert found.notes == {"images": 2, "questions": 2, "references": 12}
     question = found.asked[0].conversations[0]
     assert (question.prompt, found.source.metric_of(question)) == ("Caption it.", "cider")
