@@ -50,9 +50,8 @@ def train_nano_backbones(folder: Path, seed: int, vision_steps: int, language_st
 def train_loop(name: str, modules: list[nn.Module], learning_rate: float, steps: int, loss_of_step) -> None:
     """Runs a plain loop of Muon and AdamW with warm-up and cosine decay, in what the processor computes natively."""
     precision = choose_precision()
-    named = [named for module in modules for named in module.named_parameters()]
-    parameters = [parameter for _, parameter in named]
-    optimizer = MuonAdamW(muon_groups(named), lr=learning_rate, weight_decay=0.01)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = MuonAdamW(muon_groups(modules), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     progress = tqdm(range(steps), desc=name, disable=None)  # a bar in a terminal, lines elsewhere
     for step in progress:

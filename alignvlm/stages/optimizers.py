@@ -1,8 +1,12 @@
 """Muon for the matrices of hidden layers and AdamW for the rest, as one optimizer."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 # Of the quintic Newton-Schulz iteration, from Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024).
@@ -26,9 +30,27 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(matrix.shape)
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is the weight of a linear layer between others: no embedding, no head, no norm, no bias."""
-    return parameter.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
+# Of `nn.MultiheadAttention`, whose projections are no layers of their own.
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Lists the weights of linear layers between others, `(rows, columns)` or, of `Conv1D`, `(columns, rows)`: by what a layer is and not by
+    what it is called, no embedding (also where it is the head), no head, no table of positions or biases."""
+    found: dict[int, nn.Parameter] = {}
+    others: set[int] = set()
+    for layer in (layer for module in modules for layer in module.modules()):
+        weights: list[nn.Parameter | None] = []
+        if isinstance(layer, (nn.Linear, Conv1D)):
+            weights = [layer.weight]
+        elif isinstance(layer, nn.MultiheadAttention):
+            weights = [getattr(layer, name) for name in ATTENTION_WEIGHTS]
+        found |= {id(weight): weight for weight in weights if weight is not None}
+        if isinstance(layer, nn.Embedding):
+            others.add(id(layer.weight))
+        if isinstance(layer, PreTrainedModel) and (head := layer.get_output_embeddings()) is not None:
+            others.add(id(head.weight))
+    return [weight for key, weight in found.items() if key not in others]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -116,9 +138,10 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def muon_groups(named_parameters, **options) -> list[dict]:
-    """Groups for `MuonAdamW`: the hidden matrices of some named parameters, and the others; empty ones left out."""
+def muon_groups(modules: Sequence[nn.Module]) -> list[dict]:
+    """Groups for `MuonAdamW`: the hidden matrices of some modules, and their other parameters; empty ones left out."""
+    hidden = {id(parameter) for parameter in hidden_matrices(modules)}
     groups: dict[bool, list] = {True: [], False: []}
-    for name, parameter in named_parameters:
-        groups[is_hidden_matrix(name, parameter)].append(parameter)
-    return [{"params": parameters, "muon": muon, **options} for muon, parameters in groups.items() if parameters]
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        groups[id(parameter) in hidden].append(parameter)
+    return [{"params": parameters, "muon": muon} for muon, parameters in groups.items() if parameters]

@@ -28,7 +28,7 @@ from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_me
 from alignvlm.stages.lora import LORA_PREFIX, has_lora
 from alignvlm.stages.losses import TOKEN_WEIGHTINGS, contrast_weights, length_weights, response_segments
 from alignvlm.stages.mask_types import drawn_mask_type
-from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix
+from alignvlm.stages.optimizers import MuonAdamW, hidden_matrices
 from alignvlm.stages.schedules import infinite_schedule
 from alignvlm.stages.signals import EvaluationStopped, sheltered
 from modeling_alignvlm import AlignVLMForConditionalGeneration
@@ -252,11 +252,12 @@ class StageTrainer:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
             use_muon = getattr(self.args, "muon", False)
+            hidden = {id(parameter) for parameter in hidden_matrices([model])} if use_muon else set()
             groups: dict[tuple[str, bool, bool], list] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    muon = use_muon and is_hidden_matrix(name, parameter)
-                    groups.setdefault((module_of(name), name in decayed, muon), []).append(parameter)
+                    kind = module_of(name), name in decayed, id(parameter) in hidden
+                    groups.setdefault(kind, []).append(parameter)
             if use_muon:
                 betas = (self.args.adam_beta1, self.args.adam_beta2)
                 optimizer_class, options = MuonAdamW, {"betas": betas, "eps": self.args.adam_epsilon}

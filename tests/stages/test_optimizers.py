@@ -6,7 +6,7 @@ from torch import nn
 
 from alignvlm.stages import optimizers
 from alignvlm.stages.flops import FlopCounter
-from alignvlm.stages.optimizers import MuonAdamW, is_hidden_matrix, muon_groups, orthogonalized
+from alignvlm.stages.optimizers import MuonAdamW, hidden_matrices, muon_groups, orthogonalized
 from alignvlm.stages.stage import main
 from tests.running import arguments_for
 
@@ -64,12 +64,39 @@ def test_steps_lie_where_a_fused_kernel_reads_them(monkeypatch):
     assert optimizer.state[parameter]["step"].device == parameter.device
 
 
-def test_muon_takes_the_matrices_of_hidden_layers_only(make_model):
-    named = dict(make_model().named_parameters())
-    taken = {name for name, parameter in named.items() if is_hidden_matrix(name, parameter)}
-    assert any("q_proj" in name for name in taken) and any("projector" in name for name in taken)
-    assert not any("embed" in name or "lm_head" in name or "norm" in name or "bias" in name for name in taken)
-    muon, rest = muon_groups(named.items())
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": None}
+SWIN = {
+    "model_type": "swin",
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1],
+    "num_heads": [2],
+    "window_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "taken_too"),
+    [
+        ({}, "q_proj.weight"),
+        ({"text": {"tie_word_embeddings": True}}, "q_proj.weight"),
+        ({"text": GPT2}, "attn.c_attn.weight"),  # whose embeddings are called `wte` and `wpe`
+        ({"vision": SWIN}, "q_proj.weight"),  # with a table of relative positions
+    ],
+    ids=["untied", "tied", "gpt2", "swin"],
+)
+def test_muon_takes_the_matrices_of_hidden_layers_only(make_model, parts, taken_too):
+    model = make_model(**parts)
+    named = dict(model.named_parameters())
+    hidden = {id(parameter) for parameter in hidden_matrices([model])}
+    taken = {name for name, parameter in named.items() if id(parameter) in hidden}
+    assert any(name.endswith(taken_too) for name in taken) and any("projector" in name for name in taken)
+    left = ("embed", "lm_head", "norm", "bias", "wte", "wpe")
+    assert not any(part in name for part in left for name in taken)
+    matrices = {name for name, p in named.items() if p.ndim == 2 and not any(part in name for part in left)}
+    assert taken == matrices - {name for name in matrices if "position" in name}
+    muon, rest = muon_groups([model])
     assert len(muon["params"]) == len(taken) and len(rest["params"]) == len(named) - len(taken)
     with pytest.raises(ValueError, match=r"Muon takes matrices; got a parameter of shape \(3,\)"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "muon": True}])
