@@ -271,6 +271,7 @@ def _merge_lora(lora: Path, output: Path) -> None:
         for prefix in prefixes & {f"base_model.model.{name}".removesuffix(".weight") for name in tensors}:
             product = apart[f"{prefix}.lora_B.weight"].double() @ apart[f"{prefix}.lora_A.weight"].double()
             name = prefix.removeprefix("base_model.model.") + ".weight"
+            product = product.T if config.get("fan_in_fan_out") else product  # GPT-2's layers hold W transposed
             scaled = product * (config["lora_alpha"] / config["r"])
             tensors[name] = (tensors[name].double() + scaled).to(tensors[name].dtype)
             found.add(prefix)

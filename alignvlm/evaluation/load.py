@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-import modeling_alignvlm  # noqa: F401 - registers the classes with the Auto classes
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
 from hub_upload.package import weights_of
 from hub_upload.repository import check_model, commit_of, file_of
 from hub_upload.run_record import read_run_record, sha256_of
+from modeling_alignvlm import AlignVLMConfig
 
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -61,7 +61,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an unknown `dtype`, and a number of tokens that cannot be left.
+        ValueError: for an unknown `dtype`, a number of tokens that cannot be left, and a checkpoint that lacks weights.
     """
     check_model(checkpoint, revision)
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
@@ -73,7 +73,7 @@ def load_checkpoint(
         options["attn_implementation"] = attn_implementation
     if merge_image_tokens is not None:
         options["merge_image_tokens"] = merge_image_tokens or None
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", **options)
+    model = load_weights(AutoModelForImageTextToText, checkpoint, dtype="auto", **options)
     if merge_image_tokens is not None:
         processor.image_seq_length = model.config.image_seq_length
     precision = choose_precision(dtype, device, model.dtype)
@@ -83,6 +83,28 @@ def load_checkpoint(
     if all(found):  # a stage with `lora_merge: false` saves its LoRA weights apart
         model.load_adapter(str(Path(found[0]).parent))
     return model.eval().to(device), processor, precision
+
+
+def load_weights(model_class: type, checkpoint: str, **options) -> PreTrainedModel:
+    """Returns `model_class.from_pretrained(checkpoint, **options)`.
+
+    Raises:
+        ValueError: if one of ours lacks weights, for which `from_pretrained` only warns and draws some at random.
+    """
+    model, loading = model_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+    if model.config.model_type != AlignVLMConfig.model_type or not loading["missing_keys"]:
+        return model
+    missing, other = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+    has = f" It has {other[0]!r}, which the model does not know." if other else ""
+    remedy = "Take the folder of a finished stage."
+    if any(".base_layer." in name for name in other):
+        remedy = (
+            "It is a checkpoint from the middle of a stage with LoRA: go on with that stage (--resume_from_checkpoint) and take "
+            "the folder that it writes in the end."
+        )
+    raise ValueError(
+        f"The checkpoint {checkpoint!r} lacks {len(missing)} of the model's weights, the first {missing[0]!r}.{has} {remedy}"
+    )
 
 
 def evaluation_tag(checkpoint: str, revision: str | None = None) -> str:

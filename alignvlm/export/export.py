@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from alignvlm.evaluation.load import LORA_FILES
+from alignvlm.evaluation.load import LORA_FILES, load_weights
 from alignvlm.export import gguf, onnx, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card import PLACEHOLDER
@@ -146,7 +146,7 @@ def export(
     processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
     home = choose_home(config, form, processor)
     # In float32 whatever the checkpoint has: in 16 bit what a language model computes when it is made is rounded, such as Gemma's scale.
-    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=torch.float32).eval()
+    model = load_weights(AlignVLMForConditionalGeneration, checkpoint, revision=revision, dtype=torch.float32).eval()
     for part in (model.config, model.config.vision_config, model.config.text_config):
         part.dtype = config.dtype or torch.float32
     out.parent.mkdir(parents=True, exist_ok=True)

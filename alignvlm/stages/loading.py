@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from alignvlm.data.mixture import Mixture, load_mixture
+from alignvlm.evaluation.load import load_weights
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import TrainingRows, fill_rows, fill_stream
 from alignvlm.stages.arguments import StageArguments
@@ -18,14 +19,15 @@ def load_model(arguments: StageArguments) -> AlignVLMForConditionalGeneration:
     """Loads the model a stage starts from, in float32, and merges the LoRA weights of an earlier stage.
 
     Raises:
-        ValueError: before any weights are read, if its language model cannot keep a mask type of the stage.
+        ValueError: before any weights are read, if its language model cannot keep a mask type of the stage; and if the checkpoint lacks weights.
     """
     for name in arguments.mask_type_shares:
         AlignVLMConfig.from_pretrained(
             arguments.model, revision=arguments.model_revision, attention_mask_type=name
         ).check_mask_type()
     given = arguments.merge_image_tokens
-    model = AlignVLMForConditionalGeneration.from_pretrained(
+    model = load_weights(
+        AlignVLMForConditionalGeneration,
         arguments.model,
         revision=arguments.model_revision,
         attention_mask_type=arguments.attention_mask_type,

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 
 LORA_FOLDER = "lora"  # of a checkpoint whose LoRA weights are not merged
 LORA_PREFIX = "lora_"  # in the names of LoRA weights
+SAVED_PREFIX = "base_model.model."  # of the names that `peft` saves
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -18,23 +20,44 @@ def has_lora(model: nn.Module) -> bool:
 
 def language_linear_layers(model: nn.Module) -> list[str]:
     """Lists the last names of the language model's linear layers, without its head."""
-    names = (n for n, module in model.named_modules() if "language_model." in n and isinstance(module, nn.Linear))
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
+    return sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(model)})
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The language model's linear layers by name, GPT-2's `Conv1D` among them; its head is outside of it."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if "language_model." in name and isinstance(layer, (nn.Linear, Conv1D))
+    }
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
     """Puts LoRA layers on the linear layers of the language model whose names end in one of `targets`.
 
     Raises:
-        ValueError: if a target names no layer.
+        ValueError: if a target names no layer, or if there is none.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = language_linear_layers(model)
+    if not linear:
+        kind = model.config.text_config.model_type
+        raise ValueError(
+            f"The language model {kind!r} has no linear layers that LoRA could be added to. Leave out lora_r."
+        )
     if missing := sorted(set(targets) - set(linear)):
         raise ValueError(f"lora_target_modules {missing} name no linear layer of the language model; it has {linear}.")
     pattern = rf".*language_model\..*\.({'|'.join(targets)})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+    layers = [layer for name, layer in _linear_layers(model).items() if name.rsplit(".", 1)[-1] in targets]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=pattern,
+        bias="none",
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
+    )
     inject_adapter_in_model(config, model)
 
 
@@ -64,7 +87,7 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model)
     save_file(
-        {f"base_model.model.{name}": value.float().contiguous().cpu() for name, value in weights.items()},
+        {f"{SAVED_PREFIX}{name}": value.float().contiguous().cpu() for name, value in weights.items()},
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
@@ -72,7 +95,16 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
 
 
 def merge_saved_lora(model: nn.Module, checkpoint: str | Path, revision: str | None = None) -> bool:
-    """Merges the unmerged LoRA weights of a checkpoint (folder or Hub id) into `model`; returns False if it has none."""
+    """Merges the unmerged LoRA weights of a checkpoint (folder or Hub id) into `model`; returns False if it has none.
+
+    By `peft` alone: `model.load_adapter` would leave the model with a translation of names by which it saves all weights from then on.
+
+    Raises:
+        ValueError: if the weights are not those of LoRA layers of this model.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
     files = [
         cached_file(
             str(checkpoint), f"{LORA_FOLDER}/{name}", revision=revision, _raise_exceptions_for_missing_entries=False
@@ -81,7 +113,14 @@ def merge_saved_lora(model: nn.Module, checkpoint: str | Path, revision: str | N
     ]
     if not all(files):
         return False
-    model.load_adapter(str(Path(files[0]).parent))
+    saved = {name.removeprefix(SAVED_PREFIX): value for name, value in load_file(files[1]).items()}
+    inject_adapter_in_model(LoraConfig.from_pretrained(Path(files[0]).parent), model)
+    own = set(get_peft_model_state_dict(model))
+    if own != set(saved):
+        raise ValueError(
+            f"{files[1]} does not hold the LoRA weights of this model: {sorted(own ^ set(saved))[0]!r} is only in one of them. Train the "
+            f"stage that wrote {checkpoint} again, or remove its folder {LORA_FOLDER}/ to go on without."
+        )
+    set_peft_model_state_dict(model, saved)
     remove_lora(model, merge=True)
-    model._hf_peft_config_loaded = False
     return True

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from alignvlm.evaluation.load import load_weights
 from alignvlm.stages.projector_start import NormalEquations, last_linear_layer
 from alignvlm.stages.resume import differences
 from hub_upload.card_text import GENERATED, join_card
@@ -261,7 +262,7 @@ def _word_converter(
                 f"That is right if {language!r} is a version of it; if not, name the complete checkpoint in --projector."
             )
         return None
-    source = AlignVLMForConditionalGeneration.from_pretrained(saved.name, revision=saved.revision, dtype=torch.float32)
+    source = load_weights(AlignVLMForConditionalGeneration, saved.name, revision=saved.revision, dtype=torch.float32)
     processor = AlignVLMProcessor.from_pretrained(saved.name, revision=saved.revision)
     theirs, ours = (_tokens_of(each) for each in (processor.tokenizer, tokenizer))
     shared = sorted(theirs.keys() & ours.keys())

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from alignvlm.evaluation.controls import table
 from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
-from alignvlm.evaluation.load import model_identity
+from alignvlm.evaluation.load import load_weights, model_identity
 from alignvlm.evaluation.one_task import evaluate_checkpoint
 from alignvlm.stages.checkpoint import check_writable, save_checkpoint
 from alignvlm.stages.lora import merge_saved_lora
@@ -106,7 +106,7 @@ def _check_same_mixture(folder: Path, share: float, weights: dict[str, dict]) ->
 
 
 def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditionalGeneration:
-    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype=torch.float32)
+    model = load_weights(AlignVLMForConditionalGeneration, checkpoint, revision=revision, dtype=torch.float32)
     merge_saved_lora(model, checkpoint, revision)
     return model
 

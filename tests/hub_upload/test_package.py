@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from alignvlm.evaluation.judge import METRICS, headlines_of, load_metric, numbers_of
 from alignvlm.stages.checkpoint import save_checkpoint
+from alignvlm.stages.lora import merge_saved_lora
 from alignvlm.stages.stage import main as run_stage
 from hub_upload.card import HEADLINES, MINIMUM_TRANSFORMERS, make_card
 from hub_upload.card_text import FOLDER, GENERATED, author_of
 from hub_upload.checks import check, try_loading
 from hub_upload.package import files_of, main, note_releases, package, sha256_of, weights_of, without_local_paths
+from modeling_alignvlm import AlignVLMForConditionalGeneration
 from tests.running import arguments_for
 
 
@@ -88,8 +90,16 @@ def test_made_twice_it_is_the_same(trained, packaged, tmp_path):
     assert all((again / name).read_bytes() == (packaged / name).read_bytes() for name in files_of(packaged))
 
 
-def test_lora_weights_left_apart_are_merged(checkpoint, tmp_path):
-    fields = {"language_learning_rate": 1e-1, "lora_r": 2, "max_steps": 2}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "bos_token_id": None}
+
+
+@pytest.mark.parametrize("text", [{}, GPT2], ids=["llama", "gpt2, whose weights are transposed"])
+def test_lora_weights_left_apart_are_merged(make_model, processor, tmp_path, text):
+    checkpoint = tmp_path / "stage0"
+    free = {"license": "apache-2.0"}
+    backbones = {"vision": "tiny", "vision_licence": free, "language": "tiny", "language_licence": free}
+    save_checkpoint(make_model(text=text), processor, checkpoint, {"backbones": backbones, "stages": []})
+    fields = {"language_learning_rate": 1e-1, "lora_r": 2, "max_steps": 2, "max_length": 512}
     for merge in (True, False):
         run_stage(arguments_for(checkpoint, tmp_path / str(merge), lora_merge=merge, **fields))
         package(tmp_path / str(merge), tmp_path / f"packaged {merge}")
@@ -99,6 +109,10 @@ def test_lora_weights_left_apart_are_merged(checkpoint, tmp_path):
         torch.testing.assert_close(apart[name], value, rtol=1e-5, atol=1e-6, msg=name)
     assert sum(not torch.equal(value, merged[name]) for name, value in base.items()) > 5
     assert not (tmp_path / "packaged False/lora").exists()
+    loaded = AlignVLMForConditionalGeneration.from_pretrained(tmp_path / "False")
+    assert merge_saved_lora(loaded, tmp_path / "False")
+    for name, value in merged.items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_large_weights_are_split_and_still_load(trained, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignvlm.data import scenes
+from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.lora import add_lora, merge_saved_lora
 from alignvlm.stages.stage import main
@@ -81,6 +82,9 @@ def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, fo
         results[f"{folder.name} lora"] = again["logged_losses"]
     assert results["True"] == pytest.approx(results["False"], rel=1e-3)
     assert results["True lora"] == pytest.approx(results["False lora"], rel=1e-3)
+    for name in results:  # what a stage saves is called what it was called before
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert saved.keys() == load_file(folders[1] / "model.safetensors").keys()
     from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 
     (tmp_path / "data").mkdir()
@@ -129,6 +133,17 @@ def test_an_interrupted_lora_stage_resumes_bit_for_bit(checkpoint, tmp_path, fie
     assert again["logged_losses"] == whole["logged_losses"]
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_a_checkpoint_from_the_middle_of_a_lora_stage_is_no_start(checkpoint, tmp_path):
+    """Its linear layers have other names, so that they would be drawn at random."""
+    main(arguments_for(checkpoint, tmp_path / "stage", **LORA, **RATES, save_strategy="steps", save_steps=2))
+    middle = tmp_path / "stage/checkpoint-2"
+    message = r"checkpoint-2.* lacks 6 of the model.s weights, the first .model\.language_model\..*base_layer.*go on with that stage"
+    with pytest.raises(ValueError, match=message):
+        main(arguments_for(middle, tmp_path / "next", **RATES))
+    with pytest.raises(ValueError, match=r"lacks 6 of the model's weights"):
+        load_checkpoint(str(middle), torch.device("cpu"))
 
 
 def test_bad_targets_are_named(make_model):
