@@ -30,12 +30,14 @@ class PreferenceCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids`, `prompt_mask` and `completion_mask` (1 at the answers) of shape `(rows, length)`;
-            `pixel_values` `(images, channels, height, width)`, if there are images; `record_names`.
+            `pixel_values` `(images, channels, height, width)`, if there are images; `record_names`; `losses_of_data`, the answers that
+            were cut, if there are any, as `AlignVLMCollator` lists them.
 
         Raises:
             ValueError: for a prompt that leaves no room for an answer.
         """
-        rows = [self._branch(example, name) for name in ("chosen", "rejected") for example in examples]
+        dropped: list[dict] = []
+        rows = [self._branch(example, name, dropped) for name in ("chosen", "rejected") for example in examples]
         length = max(map(len, rows))
         pad = self.collator.packer.pad_token_id
 
@@ -64,10 +66,12 @@ class PreferenceCollator:
         if images:
             batch["pixel_values"] = self.collator.pixel_values(images).repeat(2, 1, 1, 1)
         batch["record_names"] = [example["id"] for example in examples]
+        if dropped:
+            batch["losses_of_data"] = dropped
         return batch
 
-    def _branch(self, example: dict[str, Any], name: str) -> Branch:
-        """Encodes the prompt with one of its answers."""
+    def _branch(self, example: dict[str, Any], name: str, dropped: list[dict]) -> Branch:
+        """Encodes the prompt with one of its answers; adds to `dropped` if the answer is cut."""
         said = Conversation(**example["conversation"])
         (branch,) = self.collator.encoder.encode(replace(said, responses=[example[name]], train_on="last"))
         if self.max_length is None or len(branch) <= self.max_length:
@@ -77,6 +81,8 @@ class PreferenceCollator:
                 f"{example['id']}: its prompt has {branch.prompt_length} tokens, and max_length={self.max_length} leaves no room for an "
                 "answer. Raise it, or remove the record."
             )
+        what = f"{branch.response_length} tokens to {self.max_length - branch.prompt_length}"
+        dropped.append({"kind": "cut_response", "source": example["id"], "what": what})
         return replace(
             branch, input_ids=branch.input_ids[: self.max_length], trained=branch.trained[: self.max_length]
         )

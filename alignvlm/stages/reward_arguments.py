@@ -38,6 +38,7 @@ KEPT |= {given.name for part in (ModelArguments, RecordArguments) for given in f
 REFUSED = {
     "use_vllm": "answers are sampled by the model itself, under its own masks",
     "use_transformers_continuous_batching": "TRL has it for language models alone",
+    "log_multimodal": "processes whose prompts have no image would wait for ever; show_every logs images with answers",
     "sync_ref_model": "the reference is the model that the stage starts from",
     "precompute_ref_log_probs": "images are read as they are needed",
     "padding_free": "rows are padded",
@@ -112,6 +113,7 @@ class GRPOArguments(RewardArguments, ActivationCheckpointing, GRPOConfig):
     """Stage 5 by GRPO (arXiv 2402.03300)."""
 
     max_length = None  # of rows: a prompt and `max_completion_length` tokens
+    log_multimodal: bool = field(default=False, metadata={"help": "Refused: show_every logs images with answers."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,6 +128,19 @@ class DPOArguments(RewardArguments, ActivationCheckpointing, DPOConfig):
     max_completion_length: int = field(
         default=64, metadata={"help": "Longest answer to eval_sources, in tokens; training reads whole answers."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rewards and not self.eval_sources:
+            raise ValueError(
+                f"rewards={self.rewards}: DPO learns from pairs, and rewards judge only answers to eval_sources. Name eval_sources, or leave "
+                "them out."
+            )
+        if self.eval_sources and not (self.rewards or self.show_every):
+            raise ValueError(
+                "eval_sources: under DPO only rewards and show_every read them. Name `rewards` (any of "
+                f"{', '.join(REWARDS)}), or leave them out."
+            )
 
 
 METHODS: dict[str, type[RewardArguments]] = {"grpo": GRPOArguments, "dpo": DPOArguments}

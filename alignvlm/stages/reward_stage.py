@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -46,7 +46,8 @@ def make_trainer(
         ValueError: for data that the method cannot learn from.
     """
     check_not_cut(collator.processor, WHOLE_IMAGES)
-    said = [(mixture.parts[place["part"]], conversation) for place, conversation in conversations_of(mixture.parts)]
+    asked = list(conversations_of(mixture.parts))
+    said = [(mixture.parts[place["part"]], conversation) for place, conversation in asked]
     captions = [conversation.responses for part, conversation in said if part.source.metric_of(conversation) == CIDER]
     rewards = make_rewards(arguments.rewards, captions)
     common = {
@@ -58,7 +59,7 @@ def make_trainer(
     }
     if isinstance(arguments, GRPOArguments):
         _check_judged(said, rewards)
-        _check_room(arguments, model, collator, [conversation.messages for _, conversation in said])
+        _check_room(arguments, model, _prompt_lengths(collator, said))
         needed = arguments.generation_batch_size // arguments.num_generations
         if len(said) < needed:
             raise ValueError(
@@ -70,10 +71,14 @@ def make_trainer(
         )
     else:
         check_row_length(arguments, model)
+        pairs = preferences(mixture.parts)
+        if arguments.max_length is not None:
+            names = [f"{part.name}[{place['record']}]" for (place, _), (part, _) in zip(asked, said)]
+            _check_prompts(arguments.max_length, names, _prompt_lengths(collator, said))
         trainer = DPOStageTrainer(
             model,
             ref_model=_reference(model),
-            train_dataset=preferences(mixture.parts),
+            train_dataset=pairs,
             data_collator=PreferenceCollator(collator, arguments.max_length),
             **common,
         )
@@ -95,17 +100,32 @@ def _check_judged(said: list[tuple[Part, Conversation]], rewards: list[Reward]) 
         raise ValueError(f"The rewards ({names}) judge no answer of these sources. Name others, or another reward.")
 
 
+def _prompt_lengths(collator: AlignVLMCollator, said: list[tuple[Part, Conversation]]) -> Iterator[int]:
+    """Counts the tokens of each prompt, with the tag of its source."""
+    for part, conversation in said:
+        yield len(collator.encoder.prompt(conversation.with_prefix(part.tag).messages))
+
+
+def _check_prompts(max_length: int, names: list[str], lengths: Iterable[int]) -> None:
+    """Raises a `ValueError` if prompts leave no room for an answer."""
+    long = [(name, length) for name, length in zip(names, lengths) if length >= max_length]
+    if long:
+        records = list(dict.fromkeys(name for name, _ in long))
+        more = ", ..." if len(records) > 5 else ""
+        raise ValueError(
+            f"max_length={max_length} leaves no room for an answer after the prompts of {len(records)} record(s): {', '.join(records[:5])}{more}. "
+            f"Set max_length: {max(length for _, length in long) + 1} or more, or leave them out."
+        )
+
+
 def _check_room(
-    arguments: GRPOArguments,
-    model: AlignVLMForConditionalGeneration,
-    collator: AlignVLMCollator,
-    messages: list[list[dict[str, Any]]],
+    arguments: GRPOArguments, model: AlignVLMForConditionalGeneration, prompt_lengths: Iterable[int]
 ) -> None:
     """Raises a `ValueError` if a prompt and its answer may have more tokens than the language model has positions."""
     positions = last_position(model.model.language_model)
     if positions is None:
         return
-    longest = max(len(collator.encoder.prompt(said)) for said in messages)
+    longest = max(prompt_lengths)
     if longest + arguments.max_completion_length > positions:
         raise ValueError(
             f"The longest prompt has {longest} tokens, which with max_completion_length={arguments.max_completion_length} is more than the "

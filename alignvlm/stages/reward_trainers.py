@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 from trl import DPOTrainer, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from alignvlm.stages.trainer import StageTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 class PromptSampler(RepeatSampler):
@@ -54,6 +58,12 @@ class GRPOStageTrainer(StageTrainer, GRPOTrainer):
             own.data_source, own.mini_repeat_count, own.batch_size, own.repeat_count, own.shuffle, own.seed
         )
 
+    def _init_training_state(self, *args):
+        """Lets a resumed run sample where the uninterrupted one does: an epoch holds complete generations, and TRL counts from 0."""
+        epochs, micro_batches = super()._init_training_state(*args)
+        self._step = micro_batches
+        return epochs, micro_batches
+
     def _prepare_inputs(self, inputs):
         self._record_names = [example["id"] for example in inputs]
         return super()._prepare_inputs(inputs)
@@ -72,6 +82,8 @@ class GRPOStageTrainer(StageTrainer, GRPOTrainer):
             prompt_mask[:, -logits_to_keep:] = False
             position_ids = (real.cumsum(-1) - 1).clamp(min=0)
             is_image = (inputs["input_ids"] == self.model.config.image_token_id) & prompt_mask  # an answer shows none
+            if inputs.get("pixel_values") is not None and not len(inputs["pixel_values"]):
+                del inputs["pixel_values"]  # TRL cuts batches, and none of these prompts has an image
             return model(
                 **inputs, prompt_mask=prompt_mask, position_ids=position_ids, mm_token_type_ids=is_image.long()
             )
@@ -97,6 +109,10 @@ class DPOStageTrainer(StageTrainer, DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._record_names = inputs.pop("record_names", [])
+        for loss in inputs.pop("losses_of_data", []):
+            self._losses_of_data[loss["kind"]] += 1
+            if self._losses_of_data[loss["kind"]] == 1:
+                logger.warning(f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted.")
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

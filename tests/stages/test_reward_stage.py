@@ -83,6 +83,15 @@ def pairs(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def asked(tmp_path) -> list[dict]:
+    """Sources of two prompts, one with an image and one without."""
+    Image.new("RGB", (16, 16), (250, 60, 60)).save(tmp_path / "red.png")
+    rows = [{"images": images, "prompt": "What is it?", "completion": "red"} for images in (["red.png"], [])]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return [{"data": str(tmp_path / "asked.jsonl")}]
+
+
 def trainer_for(arguments: list[str]):
     """The trainer of a command line, its model in float64."""
     arguments = parse_rewards(arguments)
@@ -261,6 +270,45 @@ def test_an_answer_is_cut_where_max_length_is_reached_and_a_prompt_never(checkpo
         collate(examples)
 
 
+def test_an_answer_that_is_cut_is_counted(checkpoint, pairs):
+    """The two with many words, each read once; the prompts and the other answers fit."""
+    trainer, _ = trainer_for(given(checkpoint, pairs / "run", "dpo"))
+    rows = [trainer.data_collator([trainer.train_dataset[index]])["attention_mask"].sum(1) for index in range(4)]
+    lengths = torch.cat(rows).tolist()
+    limit = max(lengths) - 1
+    fields = {"max_steps": None, "num_train_epochs": 1, "max_length": limit}
+    entry = main(given(checkpoint, pairs / "run", "dpo", **fields))
+    assert entry["losses_of_data"]["cut_response"] == sum(length > limit for length in lengths) > 0
+
+
+@pytest.mark.parametrize("tag", ["", "a long tag"])
+def test_a_prompt_that_leaves_no_room_is_refused_before_training(checkpoint, pairs, tag):
+    """By its file and number, with the length that all prompts fit in; the tag of its source counts."""
+    with (pairs / "pairs.jsonl").open("a") as file:
+        for prompt in ("red circle " * 20, "red circle " * 30):
+            file.write(json.dumps({"images": [], "prompt": prompt, "chosen": "yes", "rejected": "no"}) + "\n")
+    sources = [{"data": "pairs.jsonl", **({"tag": tag} if tag else {})}]
+    stage = given(checkpoint, pairs / "run", "dpo", sources=sources, max_steps=1)
+    trainer, collator = trainer_for(stage)
+    said = [Conversation(**trainer.train_dataset[index]["conversation"]) for index in range(6)]
+    lengths = [len(collator.encoder.prompt(conversation.messages)) for conversation in said]
+    assert max(lengths[:4]) < lengths[4] < lengths[5]
+    named = rf"max_length={lengths[4]} .* of 2 record\(s\): pairs.jsonl\[4\], pairs.jsonl\[5\]\."
+    with pytest.raises(ValueError, match=rf"{named} Set max_length: {lengths[5] + 1} or more"):
+        main([*stage, "--max_length", str(lengths[4])])
+    assert not (pairs / "run" / RUN_RECORD).exists()
+    assert main([*stage, "--max_length", str(lengths[5] + 1)])["steps"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.* deprecated:FutureWarning")
+@pytest.mark.parametrize("cut", ["gradient_accumulation_steps", "steps_per_generation"])
+def test_answers_to_prompts_with_and_without_images_are_cut_into_small_batches(checkpoint, tmp_path, asked, cut):
+    """Of one answer each, so that some have no image; the reference scores them too."""
+    fields = {"rewards": ["accuracy"], "num_generations": 2, "per_device_train_batch_size": 1, cut: 4, "beta": 0.1}
+    entry = main(given(checkpoint, tmp_path / "run", "grpo", sources=asked, max_steps=4, **fields))
+    assert entry["steps"] == 4 and torch.tensor(entry["logged_losses"]).isfinite().all()
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -366,6 +414,35 @@ def test_a_resumed_run_reads_a_later_epoch_as_it_would_have(checkpoint, pairs, t
     assert read == uninterrupted[-1:] and again["logged_losses"] == whole["logged_losses"]
 
 
+@pytest.mark.parametrize("reuse", ["num_iterations", "steps_per_generation"])
+def test_a_run_resumed_between_two_samplings_samples_when_it_would_have(checkpoint, tmp_path, reuse, monkeypatch):
+    """Of answers that serve two steps: anew at once, and again where the data go on; between generations it is the uninterrupted run."""
+    sampled = []
+    sample = GRPOStageTrainer._generate_and_score_completions
+
+    def noted(self, inputs):
+        sampled.append((self.state.global_step, sorted({example["id"] for example in inputs})))
+        return sample(self, inputs)
+
+    monkeypatch.setattr(GRPOStageTrainer, "_generate_and_score_completions", noted)
+    fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "rewards": ["cider"], reuse: 2}
+    fields |= {"sources": [{"name": "scenes", "annotations": ["short_caption"], "count": 8}], "num_generations": 2}
+    fields |= {"per_device_train_batch_size": 4, "max_completion_length": 3}
+    main(given(checkpoint, tmp_path / "whole", "grpo", **fields))
+    uninterrupted = sampled[:]
+    assert [step for step, _ in uninterrupted] == [0, 2, 4]
+    for step, expected in ((3, [(3, uninterrupted[1][1]), uninterrupted[2]]), (4, uninterrupted[2:])):
+        again, name = tmp_path / f"from_{step}", f"checkpoint-{step}"
+        (again / name).mkdir(parents=True)
+        for file in (tmp_path / "whole" / name).iterdir():
+            (again / name / file.name).write_bytes(file.read_bytes())
+        sampled.clear()
+        main([*given(checkpoint, again, "grpo", **fields), "--resume_from_checkpoint"])
+        assert sampled == expected
+    after = weights(tmp_path / "whole")
+    assert all(torch.equal(value, weights(tmp_path / "from_4")[name]) for name, value in after.items())
+
+
 def test_a_share_of_the_untouched_language_model_is_kept(checkpoint, pairs):
     folders = {share: pairs / f"kept_{share}" for share in (0, 0.25)}
     for share, folder in folders.items():
@@ -465,6 +542,9 @@ def test_stage_5_without_a_method_is_looked_at_with_the_one_it_will_take(tmp_pat
         ),
         ("dpo", {"streaming": True}, "streaming is an option of stages 1 to 4"),
         ("grpo", {"fp16_full_eval": True}, "fp16_full_eval: stage 5 does not have it, because it would round"),
+        ("grpo", {"log_multimodal": True}, "log_multimodal: stage 5 does not have it, because .*show_every"),
+        ("dpo", {"eval_sources": SOURCES}, "eval_sources: .* DPO .* Name `rewards`"),
+        ("dpo", {"rewards": ["accuracy"]}, r"rewards=\['accuracy'\]: .* Name eval_sources, or leave them out"),
     ],
 )
 def test_what_stage_5_cannot_do_is_refused_with_a_sentence(checkpoint, pairs, method, fields, message):
@@ -492,6 +572,9 @@ def test_a_prompt_and_its_answer_must_have_positions(absolute, tmp_path):
         ValueError, match=r"longest prompt has .* more than the language model 'gpt2' has positions, 64"
     ):
         main(given(absolute, tmp_path / "run", "grpo", max_completion_length=60))
+    tagged = [{**source, "tag": "red circle " * 6} for source in SOURCES]  # without the tag there is room
+    with pytest.raises(ValueError, match=r"longest prompt has .* positions, 64"):
+        main(given(absolute, tmp_path / "run", "grpo", sources=tagged))
 
 
 @pytest.mark.slow
@@ -505,3 +588,12 @@ def test_two_processes_share_prompts_and_rewards(checkpoint, pairs, method, tmp_
     entry = read_run_record(pairs / "two")["stages"][-1]
     assert entry["processes"] == 2 and entry["steps"] == 2 and len(entry["logged_losses"]) == 2
     assert entry["eval_accuracy_before"] is not None
+
+
+@pytest.mark.slow
+def test_two_processes_may_have_one_a_prompt_with_an_image_and_one_a_prompt_without(checkpoint, asked, tmp_path):
+    fields = {"rewards": ["accuracy"], "num_generations": 2, "per_device_train_batch_size": 2, "sources": asked}
+    stage = given(checkpoint, tmp_path / "two", "grpo", **fields)
+    forked.run("alignvlm.stages.reward_stage:main", stage, log=tmp_path / "log", processes=2, timeout=60)
+    entry = read_run_record(tmp_path / "two")["stages"][-1]
+    assert entry["processes"] == 2 and len(entry["logged_losses"]) == 2
