@@ -139,7 +139,8 @@ def read_rows(
         FileNotFoundError: for data that is not on disk and has not the form of a Hub id, or an `image_dir` that is not there.
         ValueError: for a split that is not found, or files that cannot be read.
     """
-    local = Path(data_dir) / data
+    data_dir = Path(data_dir).expanduser()
+    local = data_dir / Path(data).expanduser()
     if local.exists():
         reading = (folder_of_images, only_tars, image_dir is None, streaming, hash_all, keep_bad_lines)
         found = _local(local, split, config, *reading)
@@ -147,16 +148,14 @@ def read_rows(
         found = _hub(data, split, config, revision, file, streaming)
     else:
         raise FileNotFoundError(
-            f"No such file or folder: {local}, and {data!r} is no Hub id, user/name. Paths start at {str(Path(data_dir).resolve())!r}."
+            f"No such file or folder: {local}, and {data!r} is no Hub id, user/name. Paths start at {str(data_dir.resolve())!r}."
         )
     if not found.columns:
         raise ValueError(f"{data} has no rows of split {split!r}.{found.splits_there()}")
     if image_dir is not None:
-        found.folder = Path(data_dir) / image_dir
+        found.folder = data_dir / Path(image_dir).expanduser()
         if not found.folder.is_dir():
-            raise FileNotFoundError(
-                f"No such image_dir: {found.folder}. Paths start at {str(Path(data_dir).resolve())!r}."
-            )
+            raise FileNotFoundError(f"No such image_dir: {found.folder}. Paths start at {str(data_dir.resolve())!r}.")
     return found
 
 

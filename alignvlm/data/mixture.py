@@ -437,5 +437,7 @@ def _stream(
 
 
 def _one_after_the_other(first: IterableDataset, then: IterableDataset) -> Iterator[dict]:
-    yield from first
-    yield from then
+    for stream in (first, then):
+        # Not by itself, which would divide its files among data workers although only one of them reads.
+        for batch in stream.iter(batch_size=1):
+            yield {name: value for name, (value,) in batch.items()}

@@ -8,7 +8,7 @@ decides whether a scene is for training or held out, so no held-out combination 
 import hashlib
 import io
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
@@ -212,11 +212,12 @@ def make_scenes(
         `datasets.Dataset` of records as `Record.to_row` writes them, with one image; a conversation's `kind` is the caption's type or the
         question's kind from `QUESTION_KINDS`.
     """
-    unknown = set(annotations) - {"short_caption", "detailed_caption", "questions"}
-    if unknown or split not in ("train", "test"):
+    if not annotations or isinstance(annotations, str) or not set(annotations) <= set(get_args(AnnotationType)):
         raise ValueError(
-            f"Unknown split {split!r} or annotations {sorted(unknown)}; see the docstring for the valid ones."
+            f"annotations={annotations!r}. Expected a list of any of {', '.join(get_args(AnnotationType))}."
         )
+    if split not in get_args(Split):
+        raise ValueError(f"split={split!r}. Valid values: {', '.join(get_args(Split))}.")
     rng = np.random.default_rng([seed, split == "test"])
     records = []
     for _ in range(count):

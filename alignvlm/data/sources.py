@@ -245,6 +245,10 @@ def _generated(name: str, kind: DataSet, options: dict, streaming: bool) -> Sour
         raise ValueError(f"Source {name!r} does not know {sorted(unknown)}. Its arguments: {', '.join(valid)}.")
     if missing := [key for key, p in valid.items() if p.default is p.empty and key not in options]:
         raise ValueError(f"Source {name!r} needs {', '.join(missing)}.")
+    for key, value in options.items():
+        lowest = 0 if key == "seed" else 1
+        if valid[key].annotation is int and (type(value) is not int or value < lowest):
+            raise ValueError(f"Source {name!r}: {key}={value!r}. Expected a whole number, {lowest} or more.")
     rows = kind.generate(**options).cast(UNDECODED_RECORD)
     identity = {"generated": name, **options}
     source = Source(rows.to_iterable_dataset() if streaming else rows, _first, identity=identity)

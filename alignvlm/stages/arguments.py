@@ -6,6 +6,8 @@ Stage 5 joins the same parts to the configs of other trainers (`alignvlm/stages/
 """
 
 import json
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from multiprocessing import get_all_start_methods
@@ -136,6 +138,7 @@ class ModelArguments(TileArguments):
             )
         if not self.model:
             raise ValueError(NEEDED)
+        _expand_home(self, "model")
         self.check_tiles()
         self.mask_type_shares = mask_type_shares(self.attention_mask_type)
         self.attention_mask_type = next(iter(self.mask_type_shares))
@@ -213,7 +216,14 @@ class OptimizationArguments:
         self.bf16, self.fp16 = (self.chosen_precision.name == name for name in ("bf16", "fp16"))
         super().__post_init__()
         _check_numbers(self, "num_train_epochs", above=True)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps={self.max_steps} is no number of steps: give 1 or more, or -1, the default, to train for num_train_epochs."
+            )
+        if self.save_strategy == "steps":
+            _check_numbers(self, "save_steps", above=True)
         _check_numbers(self, "gradient_accumulation_steps", lowest=1)
+        _check_numbers(self, "weight_decay", "max_grad_norm")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be a number from 0 to {2**32 - 1}.")
         self._check_schedule()
@@ -359,6 +369,8 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_numbers(self, "lora_r", "average_last")
+        _check_numbers(self, "lora_alpha", above=True)
+        _expand_home(self, "keep_language_from", "features_dir")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} is a probability: give a number from 0 to below 1.")
         _read_json(self, "lora_target_modules", like=["q_proj", "v_proj"])
@@ -499,6 +511,11 @@ class DataArguments:
             _check_choice(self, "dataloader_multiprocessing_context", get_all_start_methods())
         _check_choice(self, "on_bad_image", ("raise", "skip"))
         _check_choice(self, "on_bad_row", ON_BAD_ROW)
+        for name in ("max_bad_images", "max_bad_rows"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is a share of what is read: give a number from 0 to 1, such as 0.01 for one in a hundred."
+                )
         if self.streaming and self.max_steps <= 0:
             raise ValueError("A stream has no length: streaming needs max_steps.")
         if self.alignment_records and not self.eval_sources:
@@ -584,6 +601,7 @@ class RecordArguments:
                 "save_only_model: leave it out. A checkpoint without its optimizer cannot be gone on from; the finished stage holds the model "
                 "alone."
             )
+        _expand_home(self, "resume_from_checkpoint")
         if self.show_every < 0:
             raise ValueError(f"show_every={self.show_every} must be a number of steps; 0 shows nothing.")
         self.report_to = [name for name in self.report_to if name not in (None, "none")]
@@ -610,6 +628,7 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
         self._refuse_what_nothing_reads()
         super().__post_init__()
         self._check_evaluation()
+        _check_numbers(self, "pad_to_multiple_of")
         if self.cache_features and self.streaming:
             raise ValueError("cache_features must know the images beforehand, and a stream does not: leave out one.")
         if self.row_length is not None:
@@ -702,11 +721,19 @@ def _read_json(arguments: Any, *names: str, like: list | dict) -> None:
 
 
 def _check_numbers(arguments: Any, *names: str, lowest: float = 0, above: bool = False) -> None:
-    """Refuses numbers below `lowest`, or with `above` also this one, and what is no number at all (NaN); None is left alone."""
+    """Refuses numbers below `lowest`, or with `above` also this one, and what is no finite number; None is left alone."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not (value > lowest if above else value >= lowest):
-            raise ValueError(f"{name}={value} must be {'above' if above else 'at least'} {lowest}.")
+        if value is not None and not (lowest < value < math.inf if above else lowest <= value < math.inf):
+            finite = " and finite" if value == math.inf else ""
+            raise ValueError(f"{name}={value} must be {'above' if above else 'at least'} {lowest}{finite}.")
+
+
+def _expand_home(arguments: Any, *names: str) -> None:
+    """Writes out `~` in paths, as transformers does in `output_dir`."""
+    for name in names:
+        if isinstance(getattr(arguments, name), str):
+            setattr(arguments, name, os.path.expanduser(getattr(arguments, name)))
 
 
 def _check_choice(arguments: Any, name: str, valid: Iterable[str]) -> None:

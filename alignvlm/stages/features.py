@@ -39,12 +39,20 @@ FILE_BYTES = 256e6
 
 
 def features_folder(arguments: StageArguments) -> Path:
-    """Returns the folder below which a stage keeps its features."""
+    """Returns the folder below which a stage keeps its features, which need not exist."""
     return Path(arguments.features_dir or Path(arguments.output_dir) / "features")
 
 
+def check_is_folder(folder: Path) -> None:
+    """Raises a `ValueError` if `folder` cannot be made, because a file is where it or one above it would be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"features_dir={str(folder)!r}: {str(there)!r} is a file. Name a folder.")
+
+
 def check_room(folder: Path, needed: float) -> None:
-    """Raises a `ValueError` if features of `needed` bytes have no room on the disk of `folder`, which need not exist."""
+    """Raises a `ValueError` if features of `needed` bytes have no room on the disk of `folder`, which need not exist, or it is a file."""
+    check_is_folder(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
@@ -70,6 +78,7 @@ class KeptFeatures(StageOption):
 
     def check(self, trainer: AlignVLMTrainer) -> None:
         check_not_cut(self.collator.processor, "cache_features keeps one feature map an image")
+        check_is_folder(features_folder(self.arguments))
         trainer.check_complete_weights("cache_features")
 
     def before(self, model: nn.Module) -> None:

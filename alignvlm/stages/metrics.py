@@ -53,10 +53,19 @@ def measure(arguments: StageArguments, trainer: StageTrainer, collator: AlignVLM
 
 
 def _text_of(parts: list[Part], processor: AlignVLMProcessor, records: int = 5000) -> str:
-    """The first records one after the other: exchanges as the chat template writes them, plain text as it is."""
+    """Joins the first records: exchanges as the chat template writes them, plain text as it is.
+
+    Raises:
+        ValueError: for a record with an image.
+    """
     texts = []
-    for row in (row for part in parts for row in islice(iter(part.source), records)):
+    for name, row in ((part.name, row) for part in parts for row in islice(iter(part.source), records)):
         for conversation in Record.from_row(row).conversations:
+            if conversation.image_count:
+                raise ValueError(
+                    f"text_sources: a record of {name!r} has an image, and perplexity is measured on text alone. Name a source without "
+                    "images, or name this one in eval_sources."
+                )
             for response in conversation.responses:
                 answered = [*conversation.messages, {"role": "assistant", "content": response}]
                 texts.append(processor.apply_chat_template(answered) if conversation.messages else response)

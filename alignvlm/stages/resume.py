@@ -1,6 +1,7 @@
 """Resumes a stage: finds its checkpoint, and compares its settings and the data it has read with those of now."""
 
 import json
+import math
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -20,12 +21,15 @@ logger = logging.get_logger(__name__)
 
 # What a run cannot change on the way: the optimizer's state keeps its own, or one checkpoint would be of two recipes.
 SETTINGS = (
-    *("stage", "method", "rewards", "reward_weights", "beta"),
+    *("stage", "method", "rewards", "reward_weights", "beta", "num_generations", "temperature"),
     *("learning_rates", "optim", "optim_args", "muon", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("mask_type_shares", "merge_image_tokens", "max_tiles", "tile_marks", "image_block"),
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "frozen_16_bit"),
+    *("projector_start", "projector_start_records", "projector_start_ridge"),
     *("loss_type", "token_weighting", "embedding_loss", "embedding_loss_layer"),
 )
+# What else decides which records, or how much of them, a step reads: the batches of prompts are those of GRPO.
+READING = ("max_length", "dataloader_drop_last", "generation_batch_size", "num_iterations", "shuffle_dataset")
 
 
 def checkpoint_to_resume(arguments: StageArguments) -> str | None:
@@ -105,12 +109,32 @@ def order_of_records(
         "streaming": arguments.streaming,
         "image_token_share": arguments.image_token_share,
         "texts_first": None if mixture.sampler is None else mixture.sampler.texts_first,
+        "stream": _order_of_stream(arguments, rows) if arguments.streaming else None,
+        **{name: getattr(arguments, name) for name in READING if hasattr(arguments, name)},
     }
     order |= {"rows": rows.description} if rows.description else {}
     given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
     model = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]  # which it is, wherever it lies
     order["settings"] = {**given, "run_record_of_model": model}
     return json.loads(json.dumps(order))
+
+
+def _order_of_stream(arguments: StageArguments, rows: TrainingRows) -> dict[str, int]:
+    """Says what decides the order of a stream's records: how its files are divided among processes, and those of one among its data workers.
+
+    Of fewer files than processes every process reads all. A worker that gets no file does nothing; others shuffle in another order than
+    a process without workers.
+    """
+    files, world_size = rows.dataset.num_shards, arguments.world_size
+    processes = world_size if files >= world_size else 1  # as accelerate does
+    workers = min(arguments.dataloader_num_workers, math.ceil(files / processes))
+    order = {"processes": processes, "busy_workers": workers}
+    if workers > 1:  # which take turns, a batch each
+        order["records_per_turn"] = arguments.per_device_train_batch_size * world_size // processes
+    if arguments.image_start_fraction:
+        records = arguments.max_steps * arguments.records_per_step()
+        order["texts_first"] = round(arguments.image_start_fraction * records)
+    return order
 
 
 def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +159,14 @@ def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: d
             f"{checkpoint} was written by a run with other settings: {'; '.join(others[:5])}. Its weights and its optimizer go with what they "
             "were. Give the stage what it had, or begin anew in another output_dir."
         )
-    others = list(differences(before, now))
+    # Earlier versions did not write all of it, and `rows` stands there only where rows are filled.
+    others = list(differences(before, {name: value for name, value in now.items() if name in (*before, "rows")}))
     if others and not arguments.allow_other_data:
         raise ValueError(
             f"{checkpoint} was written by a run that read other data: {'; '.join(others[:5])}. To go on from step {step} would skip "
             "some records and read others twice. Give the stage what it had (for the same global batch size: "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes), or go on all the same with "
-            "--allow_other_data true."
+            "per_device_train_batch_size x gradient_accumulation_steps x processes; of a stream as many dataloader_num_workers, and "
+            "of one of several files as many processes), or go on all the same with --allow_other_data true."
         )
     return {**progress, "resumed_at": [*progress["resumed_at"], step]}
 

@@ -51,13 +51,13 @@ class Sample:
         return [_short(text) for text in texts]
 
     def image(self) -> Image.Image:
-        """Returns its images side by side, `WIDTH` pixels wide."""
+        """Returns its images side by side, `WIDTH` pixels wide and at most four times as high."""
         height = min(image.height for image in self.images)
-        parts = [image.resize((round(image.width * height / image.height), height)) for image in self.images]
+        parts = [image.resize((max(round(image.width * height / image.height), 1), height)) for image in self.images]
         joined = Image.new("RGB", (sum(part.width for part in parts), height))
         for index, part in enumerate(parts):
             joined.paste(part, (sum(before.width for before in parts[:index]), 0))
-        return joined.resize((WIDTH, max(round(height * WIDTH / joined.width), 1)))
+        return joined.resize((WIDTH, min(max(round(height * WIDTH / joined.width), 1), 4 * WIDTH)))
 
 
 class SampleAnswers(StageOption, TrainerCallback):

@@ -316,6 +316,17 @@ class TestStreams:
             half = len(kinds) // 2
             assert not any(kinds[:half]) and any(kinds[half:])
 
+    @pytest.mark.parametrize("fraction", [0.0, 0.1])
+    def test_workers_leave_out_no_file(self, tmp_path, fraction):
+        for number in range(4):
+            rows = [{"prompt": "Say", "completion": f"{number}"} for _ in range(10)]
+            (tmp_path / f"train-{number}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        source, options = {"data": str(tmp_path)}, {"image_start_fraction": fraction, "records": 100}
+        stream = load_mixture([source], lambda record: (0, 3), streaming=True, **options).dataset
+        loader = DataLoader(stream, batch_size=10, collate_fn=list, num_workers=2)
+        read = [record["conversations"][0]["responses"][0] for batch in islice(loader, 12) for record in batch]
+        assert set(read) == {"0", "1", "2", "3"}
+
     def test_a_stream_without_shares_is_refused(self, collator):
         with pytest.raises(ValueError, match="every source needs a share; scene_texts has none"):
             load_mixture([{**QUESTIONS, "share": 0.5}, TEXTS], collator.token_counts, streaming=True)

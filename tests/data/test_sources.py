@@ -888,6 +888,25 @@ def test_splits_limits_prompts_and_tags(folder):
         ({"name": "local", "data": "rows.jsonl", "promt": "x"}, ValueError, r"does not know \['promt'\].*prompt"),
         ({"name": "scenes", "number": 3}, ValueError, r"does not know \['number'\].*count"),
         (
+            {"name": "scenes", "count": "8"},
+            ValueError,
+            "Source 'scenes': count='8'. Expected a whole number, 1 or more",
+        ),
+        ({"name": "scene_texts", "count": 0}, ValueError, "Source 'scene_texts': count=0. Expected .*, 1 or more"),
+        ({"name": "scene_signs", "count": True}, ValueError, "Source 'scene_signs': count=True. Expected"),
+        ({"name": "scenes", "count": 2, "seed": -1}, ValueError, "seed=-1. Expected a whole number, 0 or more"),
+        ({"name": "scenes", "count": 2, "image_size": 0}, ValueError, "image_size=0. Expected .*, 1 or more"),
+        (
+            {"name": "scenes", "count": 2, "annotations": []},
+            ValueError,
+            r"annotations=\[\]. Expected a list of any of short_caption",
+        ),
+        (
+            {"name": "scenes", "count": 2, "annotations": "questions"},
+            ValueError,
+            "annotations='questions'. Expected a list of any of short_caption",
+        ),
+        (
             {"name": "cauldron", "data": "rows.jsonl"},
             ValueError,
             r"needs a column images; rows.jsonl has \['image', 'text'\]. For rows of another schema",

@@ -143,6 +143,30 @@ def test_the_next_stage_with_the_same_encoder_reads_them(checkpoint, data, tmp_p
     assert described["images_at_once"] and str(tmp_path) not in json.dumps(described)
 
 
+def test_a_home_folder_is_found(checkpoint, data, tmp_path, monkeypatch):
+    """In every field and source that names a path, as in `output_dir`; `~` is no folder of where the command runs."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir()
+    shutil.copytree(checkpoint, tmp_path / "home/model")
+    shutil.copytree(data, tmp_path / "home/data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fields = {
+        "cache_features": True,
+        "features_dir": "~/features",
+        "keep_language": 0.2,
+        "keep_language_from": "~/model",
+    }
+    fields |= {"sources": [{"data": "~/data/rows.jsonl", "image_dir": "~/data"}], **SHORT}
+    fields |= {"save_strategy": "steps", "save_steps": 1}
+    run("~/model", "~/run", "~/data", **fields)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"model", "data", "features", "run"}
+    more = {**fields, "sources": [{"data": "rows.jsonl"}], "max_steps": 2, "allow_other_data": True}
+    entry = run("~/model", "~/again", "~/data", resume_from_checkpoint="~/run/checkpoint-1", **more)
+    assert entry["resumed_at"] == [1] and entry["cache_features"]["encoded"] == 0
+
+
 def changed_encoder(model, processor):
     with torch.no_grad():
         next(model.model.vision_tower.parameters())[0] += 1e-3
@@ -230,6 +254,8 @@ def test_an_image_that_cannot_be_read_is_skipped_as_without_it(checkpoint, data,
         ({"streaming": True, "max_steps": 2}, "a stream does not"),
         ({"torch_compile": True}, "a compiled encoder rounds otherwise"),
         ({"cache_features": None, "features_dir": "x"}, "features_dir='x' is read by cache_features only"),
+        ({"features_dir": __file__}, "features_dir='.*py': .*py' is a file. Name a folder"),
+        ({"features_dir": f"{__file__}/below"}, "features_dir='.*below': .*py' is a file. Name a folder"),
         ({"sources": [TEXTS], "eval_sources": None}, "no source has an image"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

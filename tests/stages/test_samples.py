@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from alignvlm.rows.encode import Encoder
-from alignvlm.stages.samples import NEW_TOKENS, WIDTH, choose, undisturbed, with_text
+from alignvlm.stages.samples import NEW_TOKENS, WIDTH, Sample, choose, undisturbed, with_text
 from alignvlm.stages.stage import main
 from tests.running import arguments_for
 
@@ -117,9 +118,14 @@ def test_other_trackers_get_the_same_without_a_network(checkpoint, tmp_path, mon
     assert len(list((tmp_path / "tracked").rglob("*.png"))) == 6  # three records, before and after
 
 
-def test_long_lines_are_broken_below_the_image():
-    from PIL import Image
+def test_images_of_any_shape_stand_side_by_side():
+    thin, wide = Image.new("RGB", (2, 900)), Image.new("RGB", (900, 3))
+    for images in ([thin, wide], [wide, thin], [wide], [thin]):
+        width, height = Sample("", images, []).image().size
+        assert width == WIDTH and 1 <= height <= 4 * WIDTH
 
+
+def test_long_lines_are_broken_below_the_image():
     lines = ["What is it?", "A dog " * 60]
     page = with_text(Image.new("RGB", (WIDTH, 40), "red"), lines)
     assert page.width == WIDTH and page.height > 40 + 5 * 14 and page.getpixel((5, 5)) == (255, 0, 0)

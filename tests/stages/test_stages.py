@@ -21,6 +21,7 @@ from alignvlm.data.sources import read_source
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import PROGRESS, read_progress
+from alignvlm.stages.reward_stage import main as reward_main
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import AlignVLMTrainer, module_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, write_run_record
@@ -267,8 +268,11 @@ OTHER = [{**STREAM[0], "count": 11}]
         ({"sources": [*STREAM, *STREAM]}, "sources was .* and is"),
         ({"data_seed": 7}, "seed was 42 and is 7"),
         ({"streaming": False}, "streaming was True and is False"),
+        ({"max_length": 100}, "max_length was 1024 and is 100"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last was False and is True"),
+        ({"dataloader_num_workers": 2}, "stream.busy_workers was 0 and is 1"),
     ],
-    ids=["batch size", "accumulation", "source", "more sources", "seed", "indexed"],
+    ids=["batch size", "accumulation", "source", "more sources", "seed", "indexed", "length", "last batch", "workers"],
 )
 def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, change, message):
     folder = copied(streamed, tmp_path / "run", 2)
@@ -289,8 +293,13 @@ def test_resuming_with_other_data_is_refused(checkpoint, streamed, tmp_path, cha
         ({"weight_decay": 0.1}, r"weight_decay was 0.0 and is 0.1"),
         ({"lora_r": 2}, "lora_r was 0 and is 2"),
         ({"stage": 4}, "stage was 3 and is 4"),
+        ({"bf16": True, "frozen_16_bit": True}, "frozen_16_bit was False and is True"),
+        (
+            {"projector_start": "least_squares", "projector_learning_rate": 1e-3, "streaming": False},
+            "projector_start was None and is 'least_squares'",
+        ),
     ],
-    ids=["rate", "module", "mask", "optimizer", "decay", "lora", "stage"],
+    ids=["rate", "module", "mask", "optimizer", "decay", "lora", "stage", "16 bits", "start"],
 )
 def test_resuming_with_other_settings_is_refused(checkpoint, streamed, tmp_path, change, message):
     """An optimizer keeps the learning rates of its checkpoint, and the run record would claim the new ones."""
@@ -298,6 +307,70 @@ def test_resuming_with_other_settings_is_refused(checkpoint, streamed, tmp_path,
     fields = {**SAVING, "sources": STREAM, "streaming": True, **change}
     with pytest.raises(ValueError, match=f"with other settings: .*{message}.*Give the stage what it had"):
         main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+FILES = {"streaming": True, "max_steps": 3, "sources": [{"data": "data"}]}
+
+
+@pytest.fixture(scope="module")
+def of_files(checkpoint, tmp_path_factory) -> Path:
+    """A finished run of 12 records from a stream of four files, with the folder of the files beside it."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "data").mkdir()
+    for number in range(4):
+        rows = [{"prompt": "Say", "completion": f"n {number} {index}"} for index in range(10)]
+        (folder / f"data/train-{number}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    main(arguments_for(checkpoint, folder / "run", data_dir=folder, **{**SAVING, **FILES}))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "change, processes, message",
+    [
+        ({"dataloader_num_workers": 2}, 1, "stream.busy_workers was 0 and is 2"),
+        ({"per_device_train_batch_size": 2}, 2, "stream.processes was 1 and is 2"),
+    ],
+    ids=["workers", "processes"],
+)
+def test_a_stream_of_several_files_is_resumed_on_as_many_processes_and_workers(
+    checkpoint, of_files, tmp_path, monkeypatch, change, processes, message
+):
+    """They divide its files among them, and others would read some records again."""
+    monkeypatch.setattr(StageArguments, "world_size", processes)
+    folder = copied(of_files, tmp_path / "run", 2)
+    fields = {**SAVING, **FILES, "data_dir": of_files.parent, **change}
+    with pytest.raises(ValueError, match=f"read other data: {message}.*of several files as many processes"):
+        main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
+
+
+ANSWERS = {"stage": 5, "method": "grpo", "rewards": "cider", "max_completion_length": 2, **SAVING, "max_steps": 1}
+ANSWERS |= {"num_generations": 2, "sources": [{"name": "scenes", "annotations": ["short_caption"], "count": 8}]}
+
+
+@pytest.fixture(scope="module")
+def answered(checkpoint, tmp_path_factory) -> Path:
+    """A finished run of one step of stage 5."""
+    folder = tmp_path_factory.mktemp("answered") / "run"
+    reward_main(arguments_for(checkpoint, folder, **ANSWERS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_generations": 4}, "with other settings: num_generations was 2 and is 4"),
+        ({"temperature": 0.5}, "with other settings: temperature was 1.0 and is 0.5"),
+        ({"num_iterations": 2}, "read other data: num_iterations was 1 and is 2"),
+        ({"steps_per_generation": 2}, "read other data: generation_batch_size was 4 and is 8"),
+        ({"shuffle_dataset": False}, "read other data: shuffle_dataset was True and is False"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_with_other_answers_to_a_prompt_is_refused(checkpoint, answered, tmp_path, change, message):
+    folder = copied(answered, tmp_path / "run", 1)
+    fields = {**ANSWERS, "max_steps": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        reward_main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
 
 
 def test_resuming_on_another_model_is_refused_and_the_same_model_may_have_moved(checkpoint, streamed, tmp_path):
@@ -423,6 +496,17 @@ def test_recipes_are_valid(path):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
         ({"gradient_accumulation_steps": -2}, "gradient_accumulation_steps=-2 must be at least 1"),
         ({"num_train_epochs": 0}, "num_train_epochs=0.0 must be above 0"),
+        ({"num_train_epochs": "inf"}, "num_train_epochs=inf must be above 0 and finite"),
+        ({"max_steps": 0}, "max_steps=0 is no number of steps: give 1 or more, or -1"),
+        ({"max_steps": -5}, "max_steps=-5 is no number of steps"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps=0.* must be above 0"),
+        ({"weight_decay": -1}, "weight_decay=-1.0 must be at least 0"),
+        ({"max_grad_norm": "nan"}, "max_grad_norm=nan must be at least 0"),
+        ({"pad_to_multiple_of": -3}, "pad_to_multiple_of=-3 must be at least 0"),
+        ({"max_bad_images": -1}, "max_bad_images=-1.0 is a share of what is read: give a number from 0 to 1"),
+        ({"max_bad_rows": 50}, "max_bad_rows=50.0 is a share of what is read: give a number from 0 to 1"),
+        ({"lora_r": 2, "language_learning_rate": 1e-3, "lora_alpha": 0}, "lora_alpha=0.0 must be above 0"),
+        ({"lora_r": 2, "language_learning_rate": 1e-3, "lora_alpha": "nan"}, "lora_alpha=nan must be above 0"),
         ({"seed": -1}, "seed=-1 must be a number from 0 to 4294967295"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' cannot be made .*num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "'cosine_with_min_lr' cannot be made .*min_lr"),
@@ -454,6 +538,7 @@ def test_recipes_are_valid(path):
         ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
         ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
         ({"sources": '[{"name": "local", "data": "none.jsonl"}]'}, "No such file or folder: .*none.jsonl"),
+        ({"text_sources": [{"name": "scenes", "count": 2}]}, "text_sources: a record of 'scenes' has an image"),
     ],
 )
 def test_bad_arguments_are_named(checkpoint, tmp_path, extra, message):
