@@ -8,14 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 from trl import DPOTrainer, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from alignvlm.stages.trainer import StageTrainer
-
-
-logger = logging.get_logger(__name__)
 
 
 class PromptSampler(RepeatSampler):
@@ -109,10 +105,7 @@ class DPOStageTrainer(StageTrainer, DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self._record_names = inputs.pop("record_names", [])
-        for loss in inputs.pop("losses_of_data", []):
-            self._losses_of_data[loss["kind"]] += 1
-            if self._losses_of_data[loss["kind"]] == 1:
-                logger.warning(f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted.")
+        self.note_losses(inputs.pop("losses_of_data", []))
         return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -227,6 +227,16 @@ class StageTrainer:
         """Gathers sharded weights from all processes, which must all call this; None where the model holds all of them."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
 
+    def note_losses(self, losses: list[dict[str, str]]) -> None:
+        """Counts data that a collator dropped or cut, as `AlignVLMCollator` lists them; the first of a kind is told."""
+        for loss in losses:
+            kind, what = loss["kind"], f"{loss['source']}: {loss['what']}"
+            self._losses_of_data[kind] += 1
+            if kind in self._bad:
+                self._bad[kind].append(what)
+            elif self._losses_of_data[kind] == 1:
+                logger.warning(f"{loss['source']}: {kind}: {loss['what']}. More of the kind are only counted.")
+
     def total_steps(self) -> int:
         """Counts the steps the run will have in the end.
 
@@ -499,14 +509,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         self._record_names = inputs.pop("record_names", [])
         records = inputs.pop("records_read", self.args.per_device_train_batch_size)
         if self.model.training:
-            for loss in losses:
-                self._losses_of_data[loss["kind"]] += 1
-                if loss["kind"] in self._bad:
-                    self._bad[loss["kind"]].append(f"{loss['source']}: {loss['what']}")
-                elif self._losses_of_data[loss["kind"]] == 1:
-                    logger.warning(
-                        f"{loss['source']}: {loss['kind']}: {loss['what']}. More of the kind are only counted."
-                    )
+            self.note_losses(losses)
             self._records_read += records
             for kind, bad in self._bad.items():
                 # Below a thousand records the share says little: a few bad ones may come early.

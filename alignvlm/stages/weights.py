@@ -146,7 +146,11 @@ class Average(WeightsOption):
     def after(self, model: nn.Module) -> None:
         self.averaged = complete_checkpoints(self.output_dir)[-self.count :]
         if self.averaged:
-            model.load_state_dict(average_weights(self.averaged), strict=False)
+            unknown = model.load_state_dict(average_weights(self.averaged), strict=False).unexpected_keys
+            if unknown:  # what is missing is tied to what is there
+                raise ValueError(
+                    f"{self.averaged[-1]} holds {unknown[0]!r}, which the model does not know: it is not averaged."
+                )
 
     def record(self) -> dict[str, Any]:
         return {"averaged": [path.name for path in self.averaged]} if self.averaged else {}
