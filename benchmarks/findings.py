@@ -15,6 +15,7 @@ command to go on, or with more seeds. A seed's arms belong on one machine, since
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -221,7 +222,7 @@ class Photos:
         human = f"one-{photos}"
         lines = [json.dumps({"image": row["image"], "captions": row["captions"][:1]}) + "\n" for row in rows]
         (self.output / "data" / human).write_text("".join(lines))
-        own = {name: f"{name.replace(' ', '_')}-{seed}.jsonl" for name in ("own captions", "half that agrees")}
+        own, agreed = f"own_captions-{seed}.jsonl", f"agreed_captions-{seed}.jsonl"
 
         def caption(checkpoint: Path) -> None:
             """Four samples of each photo, of which the one most like the others is kept; then the half whose samples agree more."""
@@ -230,10 +231,13 @@ class Photos:
             sampling = ["--samples", "4", "--temperature", "0.7", "--seed", str(seed), "--batch_size", "50"]
             sampling += ["--prompt", "Write a short caption.", "--max_new_tokens", str(self.caption_tokens)]
             sampling += ["--image_dir", str(folder / "flickr8k"), "--use_cpu", "--dtype", choose_precision().name]
-            limit = []
-            for file in own.values():  # the samples are those of the first
-                summary = recaption(recaption_parser().parse_args([*options, str(folder / file), *sampling, *limit]))
-                limit = ["--min_agreement", str(summary["quantiles"]["agreement"][1])]
+            summary = recaption(recaption_parser().parse_args([*options, str(folder / own), *sampling]))
+            shutil.copy(folder / own, folder / f"all-{own}")
+            limit = ["--min_agreement", str(summary["quantiles"]["agreement"][1])]
+            recaption(
+                recaption_parser().parse_args([*options, str(folder / own), *sampling, *limit])
+            )  # no new samples
+            shutil.copy(folder / own, folder / agreed)
 
         def arm(source: dict) -> list[tuple[int, dict]]:
             return [self.stage(3, source, measured=True)]
@@ -241,7 +245,8 @@ class Photos:
         return Finding(
             {
                 "no more photos": [],
-                **{name: arm({"data": file, "image_dir": "flickr8k"}) for name, file in own.items()},
+                "own captions": arm({"data": f"all-{own}", "image_dir": "flickr8k"}),
+                "half that agrees": arm({"data": agreed, "image_dir": "flickr8k"}),
                 "a human's captions": arm(self.captions(human.removesuffix(".jsonl"))),
             },
             ("captions",),
