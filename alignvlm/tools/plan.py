@@ -8,6 +8,7 @@ which need not exist yet.
 
 import argparse
 import glob
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -247,7 +248,9 @@ class Plan:
     @property
     def flops(self) -> float:
         """FLOPs of the complete stage."""
-        return self.steps * self.step_flops + self.start_flops + (self.features.flops if self.features else 0)
+        examples = self.records if self.rows is None else self.rows
+        full_steps = examples / self.arguments.records_per_step(self.processes)  # the last of an epoch may be smaller
+        return full_steps * self.step_flops + self.start_flops + (self.features.flops if self.features else 0)
 
 
 def batches_of(
@@ -348,6 +351,13 @@ def memory_of(
     }
 
 
+def steps_of(arguments: StageArguments, per_epoch: float, processes: int) -> int:
+    """Counts the steps of a stage as the trainer does: every epoch ends with a step, also of fewer examples than the others."""
+    batches = per_epoch / (arguments.per_device_train_batch_size * processes)
+    whole = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(whole / arguments.gradient_accumulation_steps)))
+
+
 def plan_stage(
     arguments: StageArguments,
     config: PreTrainedConfig,
@@ -391,10 +401,12 @@ def plan_stage(
         *(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed),
         *(arguments.row_length, skips_masked),
     )
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
-    examples = arguments.max_steps * per_step
-    if arguments.max_steps <= 0:
-        examples = sum(mixture.draws) * arguments.num_train_epochs / records_per_example
+    steps = arguments.max_steps
+    examples = steps * arguments.records_per_step(processes)
+    if steps <= 0:
+        per_epoch = sum(mixture.draws) / records_per_example
+        examples = per_epoch * arguments.num_train_epochs
+        steps = steps_of(arguments, per_epoch, processes)
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config)
     start_flops = 0.0
@@ -422,7 +434,7 @@ def plan_stage(
         batches,
         round(examples * records_per_example),
         None if arguments.row_length is None else round(examples),
-        max(1, round(examples / per_step)),
+        steps,
         processes,
         memory_of(model, arguments, largest, processes, image),
         float(np.mean(flops)) * arguments.gradient_accumulation_steps * processes,
@@ -480,7 +492,12 @@ def plan_rewards(
     samples = isinstance(arguments, GRPOArguments)
     examples = len(prompts(mixture.parts) if samples else preferences(mixture.parts))
     per_step = arguments.records_per_step(processes) // (arguments.num_generations if samples else 1)
-    steps = arguments.max_steps if arguments.max_steps > 0 else int(arguments.num_train_epochs * examples / per_step)
+    if arguments.max_steps > 0:
+        steps = arguments.max_steps
+    elif samples:  # an epoch holds whole batches of prompts alone
+        steps = int(arguments.num_train_epochs * examples / per_step)
+    else:
+        steps = steps_of(arguments, examples, processes)
     return RewardPlan(arguments, examples, per_step, steps, describe_homes(config, processor=processor))
 
 

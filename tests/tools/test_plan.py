@@ -3,18 +3,23 @@
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments
 
 from alignvlm.data import scenes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import freeze_all_but
-from alignvlm.tools.plan import describe, plan_stages, step_flops
+from alignvlm.tools.plan import describe, plan_stages, step_flops, steps_of
 from alignvlm.tools.plan import main as plan_main
 from tests.running import SOURCES, arguments_for, recompute_activations
 
@@ -47,6 +52,32 @@ def test_flops_are_those_pytorch_counts(make_model, processor, trains, recompute
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    records=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    accumulated=st.integers(1, 4),
+    epochs=st.sampled_from([0.5, 1, 1.5, 3]),
+    drop_last=st.booleans(),
+)
+def test_steps_are_those_that_the_trainer_counts(records, batch, accumulated, epochs, drop_last):
+    """Each epoch ends with a step, whatever is left for it."""
+    assume(not drop_last or records >= batch)
+    given_too = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            dataloader_drop_last=drop_last,
+            use_cpu=True,
+            report_to="none",
+            **given_too,
+        )
+        trainer = Trainer(nn.Linear(1, 1), arguments, train_dataset=[{"labels": 0}] * records)
+    counted = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
+    assert steps_of(arguments, records, 1) == counted
+
+
 def test_records_steps_and_parameters_are_those_of_the_run(checkpoint, tmp_path):
     fields = {
         "max_steps": None,
@@ -54,9 +85,9 @@ def test_records_steps_and_parameters_are_those_of_the_run(checkpoint, tmp_path)
         "gradient_accumulation_steps": 2,
         "projector_learning_rate": 1e-3,
     }
-    given = arguments_for(checkpoint, tmp_path / "run", **fields)
-    (plan,) = plan_stages([parse(*given)], processes=1)
-    entry = main(given)
+    words = arguments_for(checkpoint, tmp_path / "run", **fields)
+    (plan,) = plan_stages([parse(*words)], processes=1)
+    entry = main(words)
     assert plan.steps == entry["steps"] and plan.records == 2 * entry["records"]
     projector = sum(v.numel() for v in model_weights(checkpoint).values() if v is not None)
     assert plan.parameters["projector"][0] == projector == plan.parameters["projector"][1]
@@ -140,9 +171,9 @@ def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
 )
 def test_what_a_run_would_stumble_over_is_found(checkpoint, tmp_path, fields, message):
     model = fields.pop("model", checkpoint)
-    given = arguments_for(model, tmp_path, **{"projector_learning_rate": 1e-3, **fields})
+    words = arguments_for(model, tmp_path, **{"projector_learning_rate": 1e-3, **fields})
     with pytest.raises((ValueError, OSError), match=message):
-        plan_stages([parse(*given)], processes=1)
+        plan_stages([parse(*words)], processes=1)
 
 
 def test_the_command_line(checkpoint, tmp_path, capsys):
