@@ -137,20 +137,27 @@ def describe_in_a_fresh_process(folder: Path, picture: Path) -> str:
 def forecast(arguments: QuickstartArguments) -> str:
     """Estimates how long the quickstart will take here, from half a second of matrix products in its precision."""
     precision = choose_precision()
+    flops = expected_flops(arguments)
+    if flops is None:
+        return "How long it takes is not known beforehand: the recipe has sources without a count."
     rate = matrix_rate(precision.dtype, seconds=0.5)
-    minutes = round((FIXED_SECONDS + expected_flops(arguments) / (EFFICIENCY * rate)) / 60)
+    minutes = round((FIXED_SECONDS + flops / (EFFICIENCY * rate)) / 60)
     return (
         f"About {minutes} minutes at the speed this machine has now: an estimate from {rate / 1e9:.0f} GFLOP/s in "
         f"{precision.name} ({precision.reason})."
     )
 
 
-def expected_flops(arguments: QuickstartArguments) -> float:
-    """Returns the FLOPs of the training steps: those of a step or record, as earlier runs counted them, times their number."""
+def expected_flops(arguments: QuickstartArguments) -> float | None:
+    """Returns the FLOPs of the training steps: those of a step or record, as earlier runs counted them, times their number; None for a recipe
+    with a source that states no `count`."""
     flops = arguments.vision_steps * VISION_STEP_FLOPS + arguments.language_steps * LANGUAGE_STEP_FLOPS
     for number, record_flops in STAGE_RECORD_FLOPS.items():
         recipe = read_yaml(Path(arguments.recipe) / f"stage{number}.yaml")
-        flops += record_flops * sum(source["count"] for source in recipe["sources"])
+        counts = [source.get("count") for source in recipe["sources"]]
+        if None in counts:
+            return None
+        flops += record_flops * sum(counts)
     return flops
 
 

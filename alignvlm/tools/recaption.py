@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from alignvlm.data.bare_images import BareImages, list_images
-from alignvlm.data.formats import CAPTION_PROMPT
+from alignvlm.data.formats import CAPTION_PROMPT, IMAGE_TOKEN
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import ON_BAD_ROW
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
@@ -31,7 +31,7 @@ from hub_upload.licences import licence_of, read_licence
 from hub_upload.run_record import library_versions, read_run_record
 
 
-SKIP = "Replace it, or leave it out with --on_bad_image skip; what is captioned is kept."
+SKIP = "Leave it out with --on_bad_image skip, which keeps what is captioned; or replace it, which begins anew."
 SAMPLING = {"temperature": 1.0, "top_p": 1.0}
 
 
@@ -113,7 +113,7 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
     Raises:
         FileNotFoundError: for a model or data that are not there.
         FileExistsError: for an output that another program wrote.
-        ValueError: for options that contradict each other, and for images that cannot be read (`BadImage`).
+        ValueError: for options that contradict each other, a prompt that training would refuse, and for images that cannot be read (`BadImage`).
     """
     output = Path(arguments.output)
     limits = check_arguments(arguments)
@@ -136,6 +136,14 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
         asked = arguments.prompt
         if asked is None:
             asked = CAPTION_PROMPT if has_chat_template(processor) else ""
+        train_prompt = arguments.train_prompt
+        if train_prompt is None:
+            train_prompt = asked if has_chat_template(processor) else CAPTION_PROMPT
+        if IMAGE_TOKEN in train_prompt:
+            raise ValueError(
+                f"The captions would answer {train_prompt!r} in training, which holds the image placeholder {IMAGE_TOKEN}. Name a "
+                "--train_prompt without it: the image goes before the prompt by itself."
+            )
         settings = settings_of(arguments, images, asked)
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +164,6 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
     filters = {**asdict(limits), "scorer": scorer}
     by = {**settings["model"], "licence": _licence(arguments.model, arguments.revision)}
     by |= {name: settings[name] for name in ("prompt", "decoding")}
-    train_prompt = arguments.train_prompt
-    if train_prompt is None:
-        train_prompt = asked if has_chat_template(processor) else CAPTION_PROMPT
     return write_source(output, images, judged, train_prompt, by, {**settings, "filters": filters})
 
 

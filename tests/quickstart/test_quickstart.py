@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,3 +102,11 @@ def test_the_forecast_grows_with_the_work(small_recipe):
     minutes = [int(re.search(r"About (\d+) minute", forecast(arguments))[1]) for arguments in (usual, long)]
     assert minutes[0] < minutes[1]
     assert choose_precision().reason in forecast(usual)
+
+
+def test_a_recipe_with_data_of_ones_own_has_no_forecast(small_recipe, tmp_path):
+    recipe = tmp_path / "recipe"
+    shutil.copytree(small_recipe, recipe)
+    values = yaml.safe_load((recipe / "stage4.yaml").read_text())
+    (recipe / "stage4.yaml").write_text(yaml.safe_dump({**values, "sources": [{"data": "mine.jsonl"}]}))
+    assert "not known beforehand" in forecast(QuickstartArguments(recipe=str(recipe)))

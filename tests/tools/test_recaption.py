@@ -439,7 +439,9 @@ def test_a_bad_image_stops_or_is_left_out_and_nothing_is_captioned_twice(models,
     content = (damaged / "4.png").read_bytes()
     (damaged / "4.png").write_bytes(content[: len(content) // 2])
     command = [str(models["ours"]), str(damaged), str(tmp_path / "out/captions.jsonl"), *FEW]
-    with pytest.raises(SystemExit, match=r"^error: 4\.png: Cannot read the image 4\.png.*--on_bad_image skip"):
+    with pytest.raises(
+        SystemExit, match=r"^error: 4\.png: Cannot read the image 4\.png.*--on_bad_image skip, which keeps"
+    ):
         main(command)
     assert not list((tmp_path / "out").glob("captions*"))
     capsys.readouterr()
@@ -550,6 +552,10 @@ def test_a_caption_is_finished_where_the_model_ended_it(models, photos):
         (
             ["MODEL", "PHOTOS", "OUT", "--max_words", "3", "--min_words", "4"],
             "--max_words 3 is less than --min_words 4",
+        ),
+        (
+            ["MODEL", "PHOTOS", "OUT", "--train_prompt", "<image> What?"],
+            "'<image> What\\?' in training, which holds the",
         ),
         (["MODEL", "PHOTOS", "OUT", "--batch_size", "0"], "--batch_size 0 is less than 1"),
         (["MODEL", "PHOTOS", "OUT", "--dtype", "fp8"], "Unknown precision 'fp8'"),
