@@ -161,6 +161,7 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     # Train
     nested.enter(*own, StageMetrics(arguments, trainer, collator), *samples, *written)
     _train(arguments, trainer, resume_from)
+    trainer.check_trained()
 
     # Finish
     options = nested.leave()

@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from alignvlm.data.record import shown
 from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint
@@ -205,6 +206,9 @@ class StageTrainer:
             "losses_of_data": {**counts, **lists},
             "order": self.order,
         }
+
+    def check_trained(self) -> None:
+        """Raises a `RuntimeError` if no step had anything to learn from. All processes must call this."""
 
     def _check_optimizer(self) -> None:
         """Raises a `ValueError` for an `optim` whose library is missing, before anything is measured or trained."""
@@ -537,6 +541,15 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         }
         with self._drawn_mask_type():
             return super().training_step(model, inputs, *args, **kwargs)
+
+    def check_trained(self) -> None:
+        progress = self.progress()
+        if self._steps and not progress["computed"].get("rows"):
+            dropped = {kind: count for kind, count in progress["losses_of_data"].items() if isinstance(count, int)}
+            raise RuntimeError(
+                f"No record was trained on, so no checkpoint is written: all were dropped ({shown(dropped)}). Raise max_length, or look at "
+                "the data with `alignvlm data`."
+            )
 
     @contextmanager
     def _drawn_mask_type(self) -> Iterator[None]:

@@ -596,6 +596,13 @@ def test_what_people_have_for_trl_trains_and_is_asked(checkpoint, tmp_path, stre
         assert [data["name"] for data in entry["data"]] == ["scenes", "rows.jsonl"]
 
 
+def test_a_stage_that_drops_every_record_writes_nothing(checkpoint, tmp_path):
+    given = arguments_for(checkpoint, tmp_path / "run", max_length=20, max_steps=2, projector_learning_rate=1e-3)
+    with pytest.raises(RuntimeError, match=r"No record was trained on.*'.*': \d+.*Raise max_length"):
+        main(given)
+    assert not (tmp_path / "run" / RUN_RECORD).exists()
+
+
 @pytest.mark.slow
 def test_real_photos_through_the_flickr8k_recipe(shared_data, checkpoint, tmp_path):
     """Some steps of the recipe on the shared photos; the loss falls, and the result describes a validation photo."""
