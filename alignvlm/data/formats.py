@@ -5,6 +5,7 @@ that is not opened yet. It returns None for a row that the options leave out, an
 `FORMATS` names the functions; `record_of` chooses one by a row's columns.
 """
 
+import ast
 import base64
 import inspect
 import re
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -27,8 +29,15 @@ CAPTION_COLUMNS = (
     *("annotations_captions", "caption_str"),  # NoCaps, TextCaps
 )
 IMAGE_COLUMNS = ("images", "image", "filename", "file_name", "img_name")  # `file_name`: an imagefolder's
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # columns of a webdataset
-IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # of the bytes of an image file
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"),
+    *("avif", "jfif", "heic", "heif", "jp2"),
+)  # columns of a webdataset
+IMAGE_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\x00", b"MM\x00*")  # of the bytes of an image file
+IMAGE_BRANDS = (b"WEBP", b"avif", b"heic")  # of such bytes from the ninth on
+VIDEO_COLUMNS = ("video", "videos")
+VIDEO_TOKEN = "<video>"
+VIDEO_EXTENSIONS = ("mp4", "avi", "mkv", "mov", "webm")
 LONGEST_PATH = 4096  # characters, on Linux
 SPEAKERS = {
     "human": "user",
@@ -180,12 +189,42 @@ def _is_image_mapping(value: dict) -> bool:
     return isinstance(content, bytes) or (content is None and isinstance(path, str) and path != "")
 
 
-def check_no_image_is_left_out(row: dict) -> None:
-    """Refuses a row that has made a record without images if a column that no schema reads holds an image or the path of one.
+def check_all_is_seen(row: dict, record: Record, texts_alone: bool = False) -> None:
+    """Refuses a row with something to see that its record does not hold: a video that `<video>` shows, and, if the record has no images, a
+    video in one of `VIDEO_COLUMNS`, or an image or the path of one in a column that no schema reads.
+
+    Args:
+        texts_alone: the record is made without images on purpose.
 
     Raises:
         BadRow: naming the column.
     """
+    is_blind = not record.images and not texts_alone
+    for name in VIDEO_COLUMNS:
+        found = row.get(name) if isinstance(row.get(name), list) else [row.get(name)]
+        if _filled(row.get(name)) and (_shows_a_video(record) or (is_blind and any(map(_looks_like_a_video, found)))):
+            raise BadRow(
+                f"`{name}` is {shown(row[name])}, a video, which is not seen: only images are. Remove the row, or give its frames as "
+                f"`images` and remove {VIDEO_TOKEN}."
+            )
+    if is_blind:
+        _check_no_image_is_left_out(row)
+
+
+def _shows_a_video(record: Record) -> bool:
+    messages = (message for conversation in record.conversations for message in conversation.messages)
+    return any(VIDEO_TOKEN in (part.get("text") or "") for message in messages for part in Conversation.parts(message))
+
+
+def _looks_like_a_video(value: Any) -> bool:
+    """Tells whether a value is the path of a video file, or a mapping, as `datasets` writes a video."""
+    if isinstance(value, str):
+        return "://" not in value and value.rpartition(".")[2].lower() in VIDEO_EXTENSIONS
+    return isinstance(value, dict)
+
+
+def _check_no_image_is_left_out(row: dict) -> None:
+    """Refuses a row if a column that no schema reads holds an image or the path of one."""
     known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
     known.remove("A")  # a choice may be an image
     for name, value in row.items():
@@ -200,7 +239,7 @@ def _looks_like_an_image(value: Any) -> bool:
     if isinstance(value, str):  # texts of the web come with addresses
         return "://" not in value and _has_image_extension(value)
     if isinstance(value, bytes):
-        return value.startswith(IMAGE_BEGINNINGS)
+        return value.startswith(IMAGE_BEGINNINGS) or value[8:12] in IMAGE_BRANDS
     return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
 
 
@@ -297,7 +336,7 @@ def _check_all_are_trained(value: Any, column: str) -> None:
         if not isinstance(turn, dict) or SPEAKERS.get(str(turn.get("role", turn.get("from")))) != "assistant":
             continue
         for mark in ("weight", "train"):
-            if turn.get(mark) is not None and turn[mark] == 0:
+            if turn.get(mark) == 0 or _is_false(turn.get(mark)):
                 raise BadRow(
                     f"`{column}[{index}].{mark}` is {shown(turn[mark])}: an answer that must not be trained, and all of `{column}` would "
                     "be. Write the turns up to the next user's as `prompt` and the answer to learn as `completion`, which alone is trained."
@@ -392,7 +431,7 @@ def prompt_completion(row: dict) -> Record:
     before. Refuses what TRL's unpaired preferences label as a bad answer.
     """
     images = images_of(row)
-    if row.get("label") is False or row.get("label") == "False":  # a text in csv
+    if _is_false(row.get("label")):
         raise BadRow(
             f"`label` is {shown(row['label'])}: a bad answer, which would be trained as a good one. Keep only rows whose label is true, or "
             "make pairs of `chosen` and `rejected` for DPO. If the label says something else, remove its column."
@@ -439,6 +478,11 @@ def prompt_completion(row: dict) -> Record:
     found = conversation([*_system(row, turns), *turns], images, f"{asked}` and `{answered}")
     (said,) = found.conversations
     return Record(found.images, [replace(said, train_on="all" if trained > 1 else "last")])
+
+
+def _is_false(value: Any) -> bool:
+    """Tells whether a value is false, also as a csv holds it; the number 0 may be one of several labels."""
+    return value is False or (isinstance(value, str) and value.strip().lower() in ("false", "0", "0.0"))
 
 
 PROMPTS = ("prompt", "instruction")
@@ -579,7 +623,7 @@ def question(
                 f"The row has no `answers`: `{name}` is only the most frequent of them, and people's agreement is judged by all. Add them, or "
                 "judge by this one answer: --task local."
             )
-        answers = [text(row.get(name), name)]
+        answers = [_single(row.get(name), name)]
     asked = with_context(row, f"{asked} {instruction}".strip())
     columns = ("answer_type", "type") if kind_column is None else (kind_column,)
     kinds = (text(row[name], name, may_be_empty=True) for name in columns if isinstance(row.get(name), str))
@@ -606,6 +650,28 @@ def _given(answers: Any, column: str, may_be_empty: bool) -> list[str]:
         )
         for index, answer in enumerate(items(answers, column))
     ]
+
+
+def _single(value: Any, column: str) -> str:
+    """Returns one caption or answer.
+
+    Raises:
+        BadRow: also for a list of them that is written as a text, as a csv holds it. A list of other values may be what is asked for.
+    """
+    said = text(value, column)
+    if said.startswith("[") and said.endswith("]"):
+        try:
+            found = ast.literal_eval(said)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return said
+        if found and all(
+            isinstance(item, str) or (isinstance(item, dict) and {"raw", "answer"} & {*item}) for item in found
+        ):
+            raise BadRow(
+                f"`{column}` is {shown(value)}, a list written as a text, which would be learned with its brackets. Write a row for each "
+                f"item, or JSON lines with the list in `{'answers' if column in ANSWERS else 'captions'}`."
+            )
+    return said
 
 
 BY_LETTER = "Answer with the option's letter from the given choices directly."
@@ -723,7 +789,7 @@ def _captions(row: dict) -> list[str]:
     if name is None:
         raise BadRow(f"No caption: none of the columns {', '.join(CAPTION_COLUMNS)} is filled.")
     if not isinstance(row[name], list):
-        return [text(row[name], name)]
+        return [_single(row[name], name)]
     return [
         text(caption["raw"] if isinstance(caption, dict) and "raw" in caption else caption, f"{name}[{index}]")
         for index, caption in enumerate(items(row[name], name))
@@ -771,6 +837,7 @@ def plain_text(row: dict) -> Record:
 
 def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Record:
     """Reads an `imagefolder`: captions from its metadata file (`text`, `caption`), else the name of each image's folder."""
+    _check_no_question_is_left_out(row, "imagefolder")
     if names is None:
         return captions(row, prompt=prompt or CAPTION_PROMPT)
     images = images_of(row)
@@ -779,16 +846,35 @@ def label(row: dict, *, prompt: str = "", names: list[str] | None = None) -> Rec
 
 
 def webdataset(row: dict, *, prompt: str = CAPTION_PROMPT) -> Record | None:
-    """Reads a sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema."""
-    content = {} if row.get("json") is None else row["json"]
+    """Reads a sample of a webdataset: images, and a caption in `.txt`, or a `.json` whose keys are the columns of any other schema.
+
+    Raises:
+        BadRow: also for a sample without an image that would be trained as plain text.
+    """
+    sample = _columns_of(row)
+    if not sample["images"] and format_of(sample) == "plain_text":
+        raise BadRow(
+            f"The sample has no image, only texts: `text` is {shown(sample['text'])}. Put the image beside it, named after the sample with "
+            f"one of the extensions {', '.join(IMAGE_EXTENSIONS)}; remove the sample; or write `name: text` to train texts alone."
+        )
+    found = record_of(sample, prompt=prompt)
+    if found is not None:
+        check_all_is_seen(sample, found)
+    return found
+
+
+def _columns_of(sample: dict) -> dict:
+    """Returns what the members of a webdataset's sample hold as the columns of a row, with `images`."""
+    content = {} if sample.get("json") is None else sample["json"]
     if not isinstance(content, dict):
         raise BadRow(f"`json` is {shown(content)}; expected a mapping of column names to values.")
-    caption = {} if row.get("txt") is None else {"text": row["txt"]}
-    return record_of({**content, **caption, "images": images_of(row)}, prompt=prompt)
+    caption = {} if sample.get("txt") is None else {"text": sample["txt"]}
+    return {**content, **caption, "images": images_of(sample)}
 
 
 def text_only(row: dict) -> Record | None:
     """Reads any schema of `FORMATS` without its images, the parts of messages that show them, and `<image>` in what the user says."""
+    row = _columns_of(row) if "__key__" in row else row
     return record_of({name: _bare(value, name in ASKED) for name, value in row.items() if not is_image_column(name)})
 
 
@@ -859,11 +945,13 @@ def _check_no_question_is_left_out(row: dict, name: str) -> None:
     Raises:
         BadRow: naming the column.
     """
-    if name in ("captions", "plain_text"):
+    if name in ("captions", "plain_text", "imagefolder"):
         left_out = [column for column in (*PROMPTS, "question") if _filled(row.get(column))]
         remedy = "name the caption `completion`, remove the column, or write `format: captions` to ask by one prompt."
         if name == "plain_text":
             remedy = "name the answer `completion`, remove the column, or write `format: plain_text` to train the text alone."
+        if name == "imagefolder":
+            remedy = "name the caption `completion` and leave out `name: imagefolder`, or remove the column to ask by one prompt."
     elif name == "question":
         left_out = [column for column in row if _CHOICE_COLUMN.fullmatch(column) and _filled(row[column])]
         left_out = left_out if len(left_out) > 1 else []
@@ -899,10 +987,10 @@ def format_of(row: dict) -> str:
         if all(needed & row.keys() for needed in map(set, form.needs)):
             found[name] = sum(bool(needed & filled) for needed in map(set, form.needs))
     complete = [name for name, count in found.items() if count == len(FORMATS[name].needs)]
-    partial = sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
-    if not complete and not partial:
+    begun = sorted((name for name, count in found.items() if count), key=lambda name: -found[name])
+    if not complete and not begun:
         raise BadRow(_no_format(row))
-    return [*complete, *partial][0]
+    return [*complete, *begun][0]
 
 
 def _is_record(conversations: Any) -> bool:
@@ -934,3 +1022,24 @@ def options_of(read: Callable[..., Any]) -> list[str]:
     """Returns the options of a schema's function that a recipe may set."""
     parameters = inspect.signature(read).parameters.items()
     return [name for name, p in parameters if p.kind is p.KEYWORD_ONLY and name != "names"]
+
+
+def check_options(read: Callable[..., Any]) -> None:
+    """Checks the types of the options that a schema's function is given as a `functools.partial`.
+
+    Raises:
+        ValueError: also for a text that holds the image placeholder, which no option can give an image.
+    """
+    if not isinstance(read, partial):
+        return
+    parameters = inspect.signature(read.func).parameters
+    for name in read.keywords.keys() & set(options_of(read.func)):
+        value, kind = read.keywords[name], parameters[name].annotation
+        kinds = get_args(kind) or (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{name}={shown(value)}. Expected {EXPECTED[kinds[0]]}; or leave it out.")
+        if isinstance(value, str) and IMAGE_TOKEN in value:
+            raise ValueError(f"{name}={shown(value)} holds the image placeholder {IMAGE_TOKEN}. Remove it.")
+
+
+EXPECTED = {str: "a text, in quotes", int: "a whole number, without quotes", bool: "true or false, without quotes"}

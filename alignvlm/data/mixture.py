@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value, interleave_datas
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
+from alignvlm.data.formats import IMAGE_TOKEN
 from alignvlm.data.record import Record, shown
 from alignvlm.data.sources import Source, read_source
 from alignvlm.data.streams import STREAMED_RECORD
@@ -51,8 +52,16 @@ class Part:
         return self.image_tokens + self.text_tokens
 
     def measure(self, token_counts: TokenCounts, records: int = MEASURED_RECORDS) -> None:
-        """Sets the mean tokens per record from records spread evenly over the source (of a stream: its first)."""
+        """Sets the mean tokens per record from records spread evenly over the source (of a stream: its first).
+
+        Raises:
+            ValueError: for a stream without any record.
+        """
         counts = np.array([token_counts(record) for record in self.sample(records)], dtype=float)
+        if not len(counts):
+            bad = next((record["bad_row"] for record in self.source.rows), None)
+            reason = f"The first bad row: {bad}" if bad else "Its options leave out all rows. Correct or remove them."
+            raise ValueError(f"Source {self.name!r} has no record that can be used. {reason}")
         self.image_tokens, self.text_tokens = counts.mean(axis=0).tolist()
 
     def sample(self, records: int) -> Iterator[dict]:
@@ -302,6 +311,14 @@ def read_parts(
             raise ValueError(
                 f"share={shown(share)} of source {shown(entry)} is no number. Write it with a point: 0.1."
             )
+        if share is not None and not 0 < share < math.inf:
+            raise ValueError(
+                f"share={share} of source {shown(entry)} is not positive or no finite number. Leave out a source that should not be read."
+            )
+        if tag is not None and not isinstance(tag, str):
+            raise ValueError(f"tag={shown(tag)} of source {shown(entry)} is no text. Write it in quotes.")
+        if tag and IMAGE_TOKEN in tag:
+            raise ValueError(f"tag={shown(tag)} of source {shown(entry)} holds the image placeholder. Remove it.")
         if options.get("name") != "rehearsal":
             source = read_source(options, data_dir, streaming, max_bad_rows)
             parts.append(Part(options.get("name") or str(options.get("data")), source, share, tag))

@@ -16,7 +16,7 @@ from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
 from alignvlm.data.files import FOLDER, NOT_A_ROW
-from alignvlm.data.formats import check_no_image_is_left_out, images_of
+from alignvlm.data.formats import check_all_is_seen, check_options, images_of
 from alignvlm.data.record import BadRow, Conversation, Record, shown
 
 
@@ -36,6 +36,9 @@ class Reader:
         folder: where image paths start.
         images: the images of a config of their own.
         texts_alone: rows may have images that `read` leaves aside.
+
+    Raises:
+        ValueError: for an option of `read` of another type.
     """
 
     read: Callable[[dict], Record | None]
@@ -45,6 +48,9 @@ class Reader:
     folder: Path | None = None
     images: "ImageTable | None" = None
     texts_alone: bool = False
+
+    def __post_init__(self):
+        check_options(self.read)
 
     def __call__(self, rows: list[dict], name: str) -> dict:
         record = self.merged([found for row in rows if (found := self.of_row(row)) is not None])
@@ -60,8 +66,8 @@ class Reader:
             raise BadRow(row[NOT_A_ROW])
         try:
             record = self.read(row if self.images is None else self.images.joined(row))
-            if record is not None and not record.images and not self.texts_alone:
-                check_no_image_is_left_out(row)
+            if record is not None:
+                check_all_is_seen(row, record, self.texts_alone)
         except BadRow:
             raise
         except ValueError as error:  # a conversation that cannot be trained
@@ -81,7 +87,7 @@ class Reader:
 
     def merged(self, records: list[Record]) -> Record:
         """Merges the records of one image. Captions that answer one prompt become responses of one conversation; what an earlier row has is
-        left out."""
+        left out. A record may lack the last of its row's images, so those of the record with most of them are taken."""
         found: dict[Any, Conversation] = {}
         for row, record in enumerate(records):
             earlier = {} if self.keep_duplicates else dict(found)
@@ -97,7 +103,8 @@ class Reader:
                 elif _said(conversation) in before:
                     continue
                 found[key] = conversation
-        return replace(records[0], conversations=list(found.values()))
+        fullest = max(records, key=lambda record: len(record.images))
+        return replace(fullest, conversations=list(found.values()))
 
     def without_images(self) -> "Reader":
         """Returns the same reader for rows that hold `STAND_IN` in place of each image."""

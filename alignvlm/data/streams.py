@@ -1,5 +1,6 @@
 """Makes a stream of records from rows as they come, for data that is too large to index."""
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,22 @@ def stream(
         remove_columns=["row", "place"],
         features=STREAMED_RECORD,
     )
-    return mapped if limit is None else mapped.take(limit)
+    if limit is None or not skip_bad_rows:
+        return mapped if limit is None else mapped.take(limit)
+    return IterableDataset.from_generator(
+        _first_good, features=STREAMED_RECORD, gen_kwargs={"records": mapped, "limit": limit}
+    )
+
+
+def _first_good(records: IterableDataset, limit: int) -> Iterator[dict]:
+    """Yields that many good records, and the bad rows before the last of them."""
+    # Not record by record, which would divide the files among data workers although only one of them reads.
+    for batch in records.iter(batch_size=1):
+        record = {name: value for name, (value,) in batch.items()}
+        yield record
+        limit -= record["bad_row"] is None
+        if not limit:
+            return
 
 
 def _unnumbered(name: str, row: dict) -> dict:
@@ -41,9 +57,9 @@ def _unnumbered(name: str, row: dict) -> dict:
 def _records_of_batch(
     reader: Reader, group_by: str | None, skip_bad_rows: bool, batch: dict[str, list]
 ) -> dict[str, list]:
-    """Returns the records of some rows, and records that say what is wrong with a bad row."""
-    groups: list[tuple[str, list[dict]]] = []
-    records: list[dict] = []
+    """Returns the records of some rows, and, in their places among them, records that say what is wrong with a bad row."""
+    last: tuple[str, list[dict]] = ("", [])
+    found: list[tuple[str, list[dict]] | dict] = []
     for row, place in zip(batch["row"], batch["place"]):
         try:
             if reader.of_row(row) is None:
@@ -51,17 +67,21 @@ def _records_of_batch(
         except BadRow as error:
             if not skip_bad_rows:
                 raise error.at(place) from error
-            records.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
+            found.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
             continue
         key = "" if group_by is None else image_key(row) if group_by == "image" else str(row[group_by])
-        if key and groups and key == groups[-1][0]:
-            groups[-1][1].append(row)
+        if key and key == last[0]:
+            last[1].append(row)
         else:
-            groups.append((key, [row]))
-    for key, group in groups:
-        record = reader(group, key)
-        records.append({**record, "images": [_joined(image) for image in record["images"]], "bad_row": None})
+            last = (key, [row])
+            found.append(last)
+    records = [entry if isinstance(entry, dict) else _record(reader, *entry) for entry in found]
     return {name: [record[name] for record in records] for name in STREAMED_RECORD}
+
+
+def _record(reader: Reader, key: str, rows: list[dict]) -> dict:
+    record = reader(rows, key)
+    return {**record, "images": [_joined(image) for image in record["images"]], "bad_row": None}
 
 
 def _joined(image: Any) -> Any:

@@ -1,5 +1,6 @@
 """Row schemas one by one: what is said, by whom, where images stand; and what is said of a row that matches none."""
 
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -13,6 +14,7 @@ from alignvlm.data.formats import (
     FORMATS,
     format_of,
     images_of,
+    label,
     messages,
     prompt_completion,
     question,
@@ -283,6 +285,10 @@ def test_an_answer_that_is_not_trained_is_no_exchange_of_its_own():
         ("picture", {"bytes": b"", "path": None}),
         ("image_1", STAND_IN),
         ("photo", b"\x89PNG\r\n"),
+        ("photo", b"RIFF\x24\x00\x00\x00WEBPVP8 "),
+        ("photo", "0.avif"),
+        ("photo", "0.jfif"),
+        ("photo", ["0.HEIC"]),
     ],
 )
 @pytest.mark.parametrize(
@@ -299,6 +305,35 @@ def test_an_image_in_a_column_that_nobody_knows_is_not_left_out_in_silence(row, 
     with pytest.raises(BadRow, match=rf"`{column}` is .*an image that is not seen: name the column `image`"):
         Reader(record_of).of_row(row)
     assert Reader(text_only, texts_alone=True).of_row(row).images == []
+
+
+@pytest.mark.parametrize(
+    "sample, message",
+    [
+        ({"txt": "A cat."}, r"The sample has no image, only texts: `text` is 'A cat\.'.* or write `name: text`"),
+        ({"json": {"text": "A cat.", "key": "0"}}, "The sample has no image, only texts: `text`"),
+        ({"json": {"messages": said("What?", "A cat."), "photo": "0.avif"}}, "`photo` is .*that is not seen"),
+    ],
+)
+def test_a_sample_whose_image_is_not_there_is_no_text(sample, message):
+    row = {"__key__": "0", "__url__": "0.tar", **sample}
+    for read in (record_of, FORMATS["webdataset"].read):
+        with pytest.raises(BadRow, match=message):
+            Reader(read).of_row(row)
+    assert Reader(text_only, texts_alone=True).of_row(row).conversations[0].responses == ["A cat."]
+
+
+def test_a_sample_may_be_a_conversation_without_an_image():
+    row = {"__key__": "0", "json": {"messages": said("Hi", "Hello")}}
+    assert Reader(record_of).of_row(row).conversations[0].responses == ["Hello"]
+
+
+@pytest.mark.parametrize("members", [{"jpg": STAND_IN}, {}])
+def test_the_texts_of_a_sample_come_without_the_images_its_json_names(members):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    row = {"__key__": "0", **members, "json": {"image": "0.jpg", "conversations": turns}}
+    found = Reader(text_only, texts_alone=True).of_row(row)
+    assert found.images == [] and found.conversations[0].image_count == 0 and found.conversations[0].prompt == "What?"
 
 
 def test_what_is_no_image_is_not_taken_for_one():
@@ -391,3 +426,103 @@ def test_an_answer_that_names_no_choice_or_two_is_refused(answer):
 
 def test_a_question_whose_choices_are_empty_is_a_question():
     assert record_of({"question": "What?", "options": [], "answer": "A cat."}).conversations[0].responses == ["A cat."]
+
+
+@pytest.mark.parametrize("label", ["false", "FALSE", " False ", "0", "0.0"])
+def test_a_csv_says_in_several_ways_that_an_answer_is_bad(label):
+    with pytest.raises(BadRow, match=r"`label` is .*: a bad answer"):
+        prompt_completion({"prompt": "q", "completion": "a", "label": label})
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("caption", "['A dog.', 'Two dogs.']"),
+        ("captions", '["A dog."]'),
+        ("text", " ['A dog.'\n 'Two dogs.'] "),  # as numpy writes it
+        ("sentences", "[{'raw': 'A dog.', 'tokens': ['a', 'dog']}]"),
+        ("answer", "['yes', 'yes']"),
+        ("multiple_choice_answer", "['yes']"),
+    ],
+)
+def test_a_list_that_is_written_into_a_text_is_no_text(column, value):
+    row = {"image": "0.png", column: value} | ({"question": "q?"} if "answer" in column else {})
+    with pytest.raises(
+        BadRow, match=rf"`{column}` is .*, a list written as a text.* JSON lines with the list in `\w+s`"
+    ):
+        record_of(row)
+
+
+@pytest.mark.parametrize("answer", ["[3]", "[1, 2]", "[]", "[a dog]", "['a', 3]", "[sic] a dog", "[" * 5000 + "]"])
+def test_an_answer_in_brackets_may_be_an_answer(answer):
+    for row in ({"question": "q?", "answer": answer}, {"caption": answer}):
+        assert record_of({"image": "0.png", **row}).conversations[0].responses == [answer]
+
+
+@pytest.mark.parametrize("full_row_first", [False, True])
+def test_rows_of_one_image_are_merged_with_all_their_images(full_row_first):
+    """The last prompt of a row, which nobody answers, shows the second image and leaves it out with itself."""
+    images = ["0.png", "1.png"]
+    rows = [
+        {"images": images, "messages": [*said("<image> What?", "A cat."), *said("<image> And here?")]},
+        {"images": images, "messages": said("<image> <image> Both?", "Cats.")},
+    ]
+    record = Reader(record_of)(rows[::-1] if full_row_first else rows, "0")
+    assert [image["path"] for image in record["images"]] == images
+    assert {c["responses"][0]: len(c["messages"][0]["content"]) for c in record["conversations"]} == {
+        "A cat.": 2,
+        "Cats.": 3,
+    }
+
+
+@pytest.mark.parametrize("column", ["prompt", "instruction", "question"])
+def test_a_prompt_in_the_metadata_of_an_image_folder_is_not_left_out_in_silence(column):
+    row = {"image": "0.png", "text": "A cat.", column: "What?"}
+    with pytest.raises(BadRow, match=f"`{column}` is 'What.', which `imagefolder` does not ask: .*leave out `name: i"):
+        label(row)
+    assert label({**row, column: ""}).conversations[0].responses == ["A cat."]
+
+
+@pytest.mark.parametrize(
+    "read, options, message",
+    [
+        ("texts", {"min_relevance": "3"}, "min_relevance='3'. Expected a whole number, without quotes"),
+        ("texts", {"min_formatting": True}, "min_formatting=True. Expected a whole number"),
+        ("captions", {"prompt": 5}, "prompt=5. Expected a text, in quotes"),
+        ("captions", {"prompt": "<image> Caption"}, "prompt='<image> Caption' holds the image placeholder <image>"),
+        ("question", {"instruction": ["x"]}, r"instruction=\['x'\]. Expected a text, in quotes"),
+        ("question", {"all_answers": "no"}, "all_answers='no'. Expected true or false, without quotes"),
+        ("question", {"kind_column": 3}, "kind_column=3. Expected a text"),
+    ],
+)
+def test_an_option_of_another_type_is_named(read, options, message):
+    with pytest.raises(ValueError, match=message):
+        Reader(partial(FORMATS[read].read, **options))
+
+
+def test_options_of_their_types_are_taken():
+    Reader(partial(FORMATS["texts"].read, min_relevance=3, min_formatting=None))
+    Reader(partial(CATALOGUE["sharegpt4v"].read, prompt=None))
+    Reader(partial(CATALOGUE["imagefolder"].read, names=["cat"], prompt="What?"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": "0.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]},
+        {"videos": ["0"], "messages": said("<video>What?", "A cat.")},
+        {"video": {"bytes": b"", "path": None}, "question": "What?", "answer": "A cat."},
+        {"video": "clips/0.MP4", "text": "A cat."},
+        {"image": "0.png", "video": "0", "messages": said("<image> or <video>?", "A cat.")},
+    ],
+)  # fmt: skip
+def test_a_video_is_not_left_out_in_silence(row):
+    with pytest.raises(
+        BadRow, match=r"`videos?` is .*, a video, which is not seen.* Remove the row, or give its frames"
+    ):
+        Reader(record_of).of_row(row)
+
+
+@pytest.mark.parametrize("row", [{"video": None}, {"video": "yt-123"}, {"videos": []}, {"text": "<video> is a tag."}])
+def test_what_is_no_video_is_not_taken_for_one(row):
+    Reader(record_of).of_row({"text": "A cat.", **row})

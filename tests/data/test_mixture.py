@@ -24,6 +24,7 @@ from alignvlm.data.mixture import (
     load_mixture,
     records_per_epoch,
 )
+from alignvlm.data.sources import read_source
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.arguments import parse_anywhere
 from alignvlm.stages.loading import make_mixture
@@ -483,6 +484,49 @@ class TestLeftOut:
                 run(
                     self.arguments(checkpoint, photos, tmp_path / "c", on_bad_row="skip", max_bad_rows=1e-5, **options)
                 )
+
+    def test_bad_rows_of_a_stream_keep_their_place_and_are_no_part_of_the_limit(self, photos):
+        """Nor do they part the rows of one image."""
+        rows = [{"image": f"{i}.png", "caption": said} for i, said in ((0, "a"), (1, "b"), (1, ""), (1, "c"), (0, ""))]
+        rows += [{"image": f"{index}.png", "caption": "d"} for index in range(4, 20)]
+        (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def read(streaming: bool, **options) -> list[list[str] | str]:
+            source = read_source({"data": "rows.jsonl", **options}, photos, streaming, max_bad_rows=0.5)
+            records = source.rows if streaming else source
+            return [r.get("bad_row") or flat(c["responses"] for c in r["conversations"]) for r in records]
+
+        found = read(streaming=True)
+        assert found[:2] == [["a"], ["b", "c"]] and found[4:] == [["d"]] * 16
+        assert [re.match("rows.jsonl, line (.): ", problem)[1] for problem in found[2:4]] == ["3", "5"]
+        for limit in (1, 2, 3, 100):
+            limited = read(streaming=True, limit=limit)
+            assert [record for record in limited if isinstance(record, list)] == read(streaming=False, limit=limit)
+            assert limited == found[: len(limited)]
+
+    @pytest.mark.parametrize(
+        "captions, message", [(["", ""], "The first bad row: rows.jsonl, line 1: "), (["x"], "options leave out")]
+    )
+    def test_a_stream_without_a_record_is_told_in_a_sentence(self, photos, collator, captions, message):
+        rows = [{"image": "0.png", "question": "q?", "answer": said, "q_lang": "en"} for said in captions]
+        (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = {"data": "rows.jsonl", "format": "question", "language": "en" if len(rows) > 1 else "zh"}
+        with pytest.raises(ValueError, match=rf"Source 'rows.jsonl' has no record that can be used.*{message}"):
+            load_mixture([source], collator.token_counts, photos, streaming=True, max_bad_rows=0.5)
+
+
+@pytest.mark.parametrize("tag", [5, ["x"], True, "<image> x"])
+def test_a_tag_is_a_text_without_an_image(tag):
+    with pytest.raises(ValueError, match=r"tag=.* of source .*(is no text. Write it in quotes|Remove it)"):
+        load_mixture([{**CAPTIONS, "tag": tag}], lambda record: (1, 1))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+@pytest.mark.parametrize("share", [0, -0.5, math.nan, math.inf])
+def test_a_share_is_positive(share, streaming):
+    sources = [{**CAPTIONS, "share": share}, {**TEXTS, "share": 0.5}]
+    with pytest.raises(ValueError, match=r"share=.* of source .* is not positive.*Leave out a source"):
+        load_mixture(sources, lambda record: (1, 1), streaming=streaming)
 
 
 def test_batches_of_text_alone_train_too(checkpoint, tmp_path):
