@@ -1,6 +1,5 @@
 """Lists the images of a folder, a file of rows or a data set of the Hub, each once, whatever is said about them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +7,11 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from alignvlm.data.files import FOLDER, listing_hash, read_rows
+from alignvlm.data.files import FOLDER, IMAGE_SUFFIXES, NOT_UTF_8, is_utf_8, listing_hash, read_rows, visible_files
 from alignvlm.data.formats import images_of, is_image_column
 from alignvlm.data.reader import below, image_key, path_of
 from alignvlm.data.record import BadRow
 from alignvlm.data.sources import undecoded
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -76,22 +72,34 @@ def list_images(
         split, config, revision: of rows, as for `read_rows`.
         image_dir: where the paths of rows start; by default beside the file that names them.
         limit: at most this number of images, from the first.
-        on_bad_row: `raise`, or `skip` a row whose image is a URL or no image at all.
+        on_bad_row: `raise`, or `skip` a row whose image is a URL or no image at all, and a file whose name is not UTF-8.
 
     Raises:
         FileNotFoundError: if there is no such data, or no such `image_dir`.
-        ValueError: for data without images, and for a bad row (`BadRow`).
+        ValueError: for data without images, and for a bad row or a file name that is not UTF-8 (`BadRow`).
     """
     folder = Path(data)
-    files = _image_files(folder) if folder.is_dir() else []
-    if files:
+    files = visible_files(folder) if folder.is_dir() else []
+    if files := [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
         if image_dir is not None:
             raise ValueError(f"{data} is a folder of images: leave out the image_dir, which is for paths in rows.")
-        names = [file.relative_to(folder).as_posix() for file in files][:limit]
+        names, bad_rows = [], []
+        for file in files:
+            name = file.relative_to(folder).as_posix()
+            if is_utf_8(name):
+                names.append(name)
+                continue
+            problem = BadRow(NOT_UTF_8.format(name=ascii(name), folder=folder))
+            if on_bad_row == "raise":
+                raise problem
+            bad_rows.append(str(problem))
+        names = names[:limit]
         identity = {"data": folder.resolve().name, "listing_sha256": listing_hash(folder, names)}
         positions = [(index, 0) for index in range(len(names))]
         place = partial(_name_at, names)
-        return BareImages(Dataset.from_dict({"image": names}), positions, folder, identity, place, [], of_rows=False)
+        return BareImages(
+            Dataset.from_dict({"image": names}), positions, folder, identity, place, bad_rows, of_rows=False
+        )
     found = read_rows(data, split, config, revision, image_dir=image_dir)
     rows = undecoded(found, data)
     columns = [name for name in rows.column_names if is_image_column(name) or name == "filepath"]
@@ -120,20 +128,6 @@ def list_images(
     if not images.positions:
         raise ValueError(f"{data} holds no image in its columns {columns}.")
     return images
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Returns the image files below a folder, hidden ones excepted; also those of linked folders that lie elsewhere, each once."""
-    files, entered, home = [], set(), folder.resolve()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        found, place = Path(place).resolve(), Path(place)
-        if found in entered or (place != folder and place.is_symlink() and found.is_relative_to(home)):
-            folders.clear()
-            continue
-        entered.add(found)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [place / name for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.suffix.lower() in SUFFIXES)
 
 
 def _name_at(names: list[str], index: int) -> str:

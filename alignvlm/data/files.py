@@ -4,6 +4,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import posixpath
 import re
 from collections import Counter
@@ -33,7 +34,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from alignvlm.data.formats import is_image_column
+from alignvlm.data.formats import IMAGE_EXTENSIONS, is_image_column
 from alignvlm.data.record import BadRow, shown
 from alignvlm.data.tars import columns_of_samples, read_samples
 from hub_upload.repository import HTTPError
@@ -56,7 +57,13 @@ SPLIT_WORDS = {
     "testing",
     "eval",
 }  # in names of files
-ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # of `datasets` and LLaMA-Factory: they describe data sets
+ROW_TYPES = (".parquet", ".jsonl", ".csv", ".tar")  # a .json or .txt beside them may be about the data
+ABOUT_DATA = (
+    *("dataset_info.json", "dataset_infos.json"),  # of `datasets` and LLaMA-Factory: they describe data sets
+    *("dataset_dict.json", "state.json"),  # of `save_to_disk`
+    *("readme.txt", "license.txt", "licence.txt", "copying.txt", "notice.txt", "requirements.txt"),
+)  # in small letters
+IMAGE_SUFFIXES = tuple(f".{name}" for name in IMAGE_EXTENSIONS)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
 
 
@@ -115,6 +122,7 @@ def read_rows(
     file: str | None = None,
     folder_of_images: bool = False,
     only_tars: bool = False,
+    text_alone: bool = False,
     image_dir: str | Path | None = None,
     data_dir: str | Path = ".",
     streaming: bool = False,
@@ -127,9 +135,10 @@ def read_rows(
         data: a local file or folder (from `data_dir`, unless absolute), or a data set on the Hub.
         split: `a+b` joins two. A slice, `train[:10]`, only of a data set on the Hub.
         config, revision: of a Hub data set; locally, `config` is a folder in it.
-        file: the file to read of a Hub repository of files.
+        file: the file to read of a Hub repository of files, and of a local folder that holds it.
         folder_of_images: read images with a metadata file, or in one folder per label.
         only_tars: read no other files of a folder.
+        text_alone: read texts of a folder of images too, which are otherwise refused if they would be read without the images.
         image_dir: where image paths start (from `data_dir`, unless absolute); by default beside the file that names them.
         streaming: read rows as they are needed.
         hash_all: put the SHA-256 of every file into the identity, also of large files that hold images.
@@ -143,7 +152,9 @@ def read_rows(
     local = data_dir / Path(data).expanduser()
     if local.exists():
         reading = (folder_of_images, only_tars, image_dir is None, streaming, hash_all, keep_bad_lines)
-        found = _local(local, split, config, *reading)
+        if file and split == "train" and (local / file).is_file():
+            local = local / file
+        found = _local(local, split, config, text_alone, *reading)
     elif is_hub_id(data):
         found = _hub(data, split, config, revision, file, streaming)
     else:
@@ -165,7 +176,12 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and Path(name).suffix[1:] not in FILE_TYPES
+    return name.count("/") == 1 and type_of(Path(name))[1:] not in FILE_TYPES
+
+
+def type_of(file: Path) -> str:
+    """Returns the ending of a file's name, as `.jsonl`, in small letters."""
+    return file.suffix.lower()
 
 
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
@@ -213,6 +229,7 @@ def _local(
     path: Path,
     split: str,
     config: str | None,
+    text_alone: bool,
     folder_of_images: bool,
     only_tars: bool,
     beside_files: bool,
@@ -237,15 +254,17 @@ def _local(
         return _folder_of_images(within, split, streaming, hash_all)
     if any((within / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(within, split, streaming, hash_all)
-    files = [path] if path.is_file() else _files(within, split, only_tars)
+    files = [path] if path.is_file() else _files(within, split, only_tars, text_alone)
     if not files and only_tars:
         raise ValueError(f"{within} holds no tar files. Leave out `name: webdataset` to read files of other types.")
     if not files:
         raise ValueError(
             f"{within} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
         )
-    if files[0].suffix[1:] not in FILE_TYPES:
+    if type_of(files[0])[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
+    if type_of(files[0]) == ".txt" and not text_alone:
+        _check_no_table(files)
     parents = sorted({file.parent for file in files})
     starts, folders = parents[0], None
     if len(parents) > 1:
@@ -273,7 +292,7 @@ def _local(
             if len(bad) < len(values):
                 _check_each_is_there(path.name, unnamed, values, splits_there)
             chosen = [index for index, v in enumerate(values) if index in bad or _is_of(v, _names(split))]
-            empty = sum(value is None for value in values) - len(bad)
+            empty = sum(index not in bad and _is_empty(value) for index, value in enumerate(values))
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
     if path.is_dir() and unnamed and not has_splits and split != "train":
         raise ValueError(
@@ -288,7 +307,7 @@ def _folder_of_images(folder: Path, split: str, streaming: bool, hash_all: bool)
     """Reads the images of a folder, or of its folders that are named after the splits.
 
     Raises:
-        ValueError: for a split that is not there, in a folder that has others.
+        ValueError: for a split that is not there, in a folder that has others, and for a file name that is not UTF-8.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Name the folder that holds the images.")
@@ -301,11 +320,14 @@ def _folder_of_images(folder: Path, split: str, streaming: bool, hash_all: bool)
             f"{folder} has no folder of the split {absent[0]!r}; it has {', '.join(sorted(splits))}. Name a split that is there, or its folder as "
             "`data`, to take all of the folder's images."
         )
-    read = named or [folder]
-    patterns = [f"{glob.escape(str(each.resolve()))}/**" for each in read]  # `datasets` takes names for patterns
+    files = sorted(file for each in named or [folder] for file in visible_files(each) if file.is_file())
+    below = {parent for file in files for parent in file.parents if folder in parent.parents}
+    read = sorted({*(named or [folder]), *filter(Path.is_symlink, below)})  # `datasets` does not follow links
+    patterns = [f"{glob.escape(os.path.abspath(each))}/**" for each in read]  # it takes names for patterns
+    names = [file.relative_to(folder).as_posix() for file in files]
+    if bad := [name for name in names if not is_utf_8(name)]:
+        raise ValueError(NOT_UTF_8.format(name=ascii(bad[0]), folder=folder))
     rows = load_dataset("imagefolder", data_files=patterns, split="train", streaming=streaming)
-    names = sorted(file.relative_to(folder).as_posix() for each in read for file in each.rglob("*") if file.is_file())
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     identity: dict = {"data": folder.name, "split": split}
     if metadata := [folder / name for name in names if posixpath.basename(name) in METADATA]:
         identity["files"] = [_file_identity(file, True) for file in metadata]
@@ -315,12 +337,24 @@ def _folder_of_images(folder: Path, split: str, streaming: bool, hash_all: bool)
     return Rows(rows, identity, partial(_numbered, folder.name), folder)
 
 
+NOT_UTF_8 = "The file name {name} in {folder} is not UTF-8. Rename the file."
+
+
+def is_utf_8(name: str) -> bool:
+    """Tells whether a file's name is UTF-8 text; Python reads other bytes as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def listing_hash(folder: Path, names: list[str]) -> str:
     """Returns the SHA-256 of the files' names and sizes; a broken link has no size."""
     files = [folder / name for name in names]
     sizes = [file.stat().st_size if file.exists() else None for file in files]
     listing = "".join(f"{name} {size}\n" for name, size in zip(names, sizes))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
 
 
 def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
@@ -378,6 +412,10 @@ def _is_of(value: Any, splits: tuple[str, ...]) -> bool:
     return isinstance(value, str) and (value in splits or value.lower() in splits)
 
 
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _check_each_is_there(data: str, parts: list[str], values: Iterable[Any], splits_there: Callable[[], str]) -> None:
     """Reads values of the column `split` until each part of the split asked for has been among them.
 
@@ -395,7 +433,7 @@ def _check_each_is_there(data: str, parts: list[str], values: Iterable[Any], spl
 
 def _split_values(files: list[Path], keep_bad_lines: bool) -> Iterator[Any]:
     for file in files:
-        if file.suffix != ".parquet":
+        if type_of(file) != ".parquet":
             yield from (row.get("split") for _, row in read_file(file, keep_bad_lines) if NOT_A_ROW not in row)
         elif "split" in pq.read_schema(file).names:  # read without the images
             yield from pq.ParquetFile(file).read(columns=["split"])["split"].to_pylist()
@@ -415,43 +453,113 @@ def _names(split: str) -> tuple[str, ...]:
     return tuple(name for part in split.split("+") for name in SPLIT_NAMES.get(part, (part,)))
 
 
-def _files(folder: Path, split: str, only_tars: bool) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
+    """Returns the files below a folder, hidden ones and those of hidden folders excepted; also those of linked folders, each once."""
+    files, entered, home = [], set(), folder.resolve()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found, place = Path(place).resolve(), Path(place)
+        if found in entered or (place != folder and place.is_symlink() and _is_visible(found, home)):
+            folders.clear()
+            continue
+        entered.add(found)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [place / name for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _is_visible(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _files(folder: Path, split: str, only_tars: bool, text_alone: bool) -> list[Path]:
     """Returns the files of one type to read of a folder: those that are named after the split, anywhere below it; or else those of `_of_split`.
 
     Raises:
-        ValueError: for files of several types that are named after the split, or if all are named after other splits.
+        ValueError: for files of several types, for texts beside images unless `text_alone`, or if all are named after other splits.
     """
     types = ("tar",) if only_tars else FILE_TYPES
-    all_files = {file for file in folder.glob("**/*") if file.suffix[1:] in types and file.is_file()}
+    visible = visible_files(folder) if folder.is_dir() else []
+    all_files = {file for file in visible if type_of(file)[1:] in types and file.is_file()}
     there = sorted(
         file
         for file in all_files
-        if file.name not in ABOUT_DATA
+        if file.name.lower() not in ABOUT_DATA
         and not file.name.endswith("_stats.json")  # of img2dataset, whose X.parquet has no images, but X.tar
-        and not (file.suffix == ".parquet" and file.with_suffix(".tar") in all_files)
+        and not (type_of(file) == ".parquet" and file.with_suffix(".tar") in all_files)
     )
-    named = [file for file in there if file.suffix != ".txt" and _is_named_exactly(file, split)]
-    if len({file.suffix for file in named}) > 1:
-        names = ", ".join(str(file.relative_to(folder)) for file in named[:5])
-        raise ValueError(
-            f"{folder} holds files of several types for split {split!r}: {names}. Name one of them as `data`, or leave one type there."
-        )
+    named = [file for file in there if type_of(file) != ".txt" and _is_named_exactly(file, split)]
+    _check_one_type(named, folder, split)
     if named:
-        return [file for file in there if file.suffix == named[0].suffix and _is_named_exactly(file, split, True)]
-    top = [file for file in there if file.parent == folder]
-    groups = [
-        [file for file in top if file.match("dataset_*.json") and _karpathy(file) is not None],
-        [file for file in there if file.suffix == ".parquet"],
-        *([file for file in top if file.suffix == suffix] for suffix in (".jsonl", ".json", ".csv")),
-        [file for file in there if file.suffix == ".tar"],
-        [file for file in top if file.suffix == ".txt"],
-    ]
-    return next((_of_split(files, folder, split) for files in groups if files), [])
+        return [file for file in there if type_of(file) == type_of(named[0]) and _is_named_exactly(file, split, True)]
+    if karpathy := [
+        file
+        for file in there
+        if file.parent == folder and file.match("dataset_*.json") and _karpathy(file) is not None
+    ]:
+        return _of_split(karpathy, folder, split)
+    images = [file for file in visible if type_of(file) in IMAGE_SUFFIXES]
+    of_images = {file.with_suffix("") for file in images} | set(images)
+    beside = [file for file in there if type_of(file) == ".json" and file.with_suffix("") in of_images]
+    if tables := [file for file in there if type_of(file) in ROW_TYPES]:
+        found = _of_split(tables, folder, split)
+        folders = {file.parent for file in found if type_of(file) in (".jsonl", ".csv")}
+        lists = [file for file in there if type_of(file) == ".json" and file.parent in folders and file not in beside]
+        lists = [file for file in lists if _is_list_of_mappings(file)]
+        _check_one_type(found + _of_split(lists, folder, split, True), folder, split)
+        return found
+    for suffix in (".json", ".txt"):
+        if files := [file for file in there if type_of(file) == suffix]:
+            found = _of_split(files, folder, split)
+            alone = [file for file in found if images and (suffix == ".txt" or file in beside)]
+            if alone and not text_alone:
+                raise ValueError(
+                    f"{folder} holds {_some(alone, folder)}: texts beside images, which would be trained without them. Write one file, .jsonl or "
+                    ".csv, with a column `image` of the images' paths and a column `caption` (or another schema's), and name it as `data`; or a "
+                    "metadata.jsonl of `file_name` and `text` for `name: imagefolder`. For the texts alone, write `name: text`."
+                )
+            return found
+    return []
+
+
+def _check_one_type(files: list[Path], folder: Path, split: str) -> None:
+    if len({type_of(file) for file in files}) > 1:
+        first = {type_of(file): file for file in reversed(files)}.values()
+        raise ValueError(
+            f"{folder} holds files of several types for split {split!r}: {_some([*first, *files], folder)}. Name one of them as `data`, or leave one "
+            "type there."
+        )
+
+
+def _some(files: list[Path], folder: Path) -> str:
+    """Returns the names of the first files, for messages."""
+    return ", ".join(sorted(str(file.relative_to(folder)) for file in list(dict.fromkeys(files))[:5]))
+
+
+def _check_no_table(files: list[Path]) -> None:
+    """Checks that texts do not begin as a table of images, as the `captions.txt` of Flickr8k.
+
+    Raises:
+        ValueError: if one does.
+    """
+    for file in files:
+        with _opened(file) as stream:
+            first = stream.readline().strip()
+        column, *others = re.split(r"[,;|\t]", first)
+        if others and is_image_column(column.partition("#")[0]):
+            raise ValueError(
+                f"{file}, line 1: {shown(first)} is of a table of images, and a .txt file is read as plain text. Save it as .csv, with commas between "
+                "columns and a first line of their names, as `image,caption`. For the texts alone, write `name: text`."
+            )
+
+
+def _is_list_of_mappings(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", stream.read(256)) is not None
 
 
 def _is_named_exactly(file: Path, split: str, numbered: bool = False) -> bool:
     """Tells whether a file is called as a split, as `train.jsonl` or `train-00000.parquet`; or, if `numbered`, also `train_2.jsonl`."""
-    shard = "(-.*)?" if file.suffix in (".parquet", ".tar") else ""
+    shard = "(-.*)?" if type_of(file) in (".parquet", ".tar") else ""
     number = r"([-_.]?\d+([-_.]?of[-_.]?\d+)?)?" if numbered else ""
     return any(re.fullmatch(re.escape(name) + shard + number, file.stem) for name in _names(split))
 
@@ -461,19 +569,18 @@ def _is_named(files: list[Path], part: str, folder: Path) -> bool:
     return any(file.name.startswith(_names(part)) or _words(file, folder) & set(_names(part)) for file in files)
 
 
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+def _of_split(files: list[Path], folder: Path, split: str, may_be_none: bool = False) -> list[Path]:
     """Returns the files whose names, or whose folders' names, hold the split's (`my_train.jsonl`, `train/0.parquet`); without any, those that
     are named after no split.
 
     Raises:
-        ValueError: if all are named after other splits.
+        ValueError: if all are named after other splits, unless `may_be_none`.
     """
     found = [file for file in files if _words(file, folder) & set(_names(split))]
     found = found or [file for file in files if not _words(file, folder) & SPLIT_WORDS]
-    if not found:
-        names = ", ".join(str(file.relative_to(folder)) for file in files[:5])
+    if not found and not may_be_none:
         raise ValueError(
-            f"The files in {folder} are named after other splits than {split!r}: {names}. Name the split, or the file itself to take all of its "
+            f"The files in {folder} are named after other splits than {split!r}: {_some(files, folder)}. Name the split, or the file itself to take all of its "
             "rows."
         )
     return found
@@ -489,7 +596,7 @@ def _file_identity(file: Path, hashed: bool) -> dict:
     identity = {"name": file.name, "bytes": file.stat().st_size}
     return (
         {**identity, "sha256": sha256_of([file])}
-        if hashed or file.suffix not in (".parquet", ".arrow", ".tar")
+        if hashed or type_of(file) not in (".parquet", ".arrow", ".tar")
         else identity
     )
 
@@ -516,58 +623,126 @@ def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, d
     """Yields the rows of one file as they are written, each with its place.
 
     Raises:
-        BadRow: for a line that is not JSON, or has more values than the CSV file columns, unless `keep_bad_lines` keeps it as a row that
-            says so.
+        BadRow: for a line that is not JSON, an entry that is no mapping, or a row of CSV whose quotes do not close or that has more values
+            than columns, unless `keep_bad_lines` keeps it as a row that says so. Also for a file of columns in place of rows.
         ValueError: for a file that is not UTF-8.
     """
-    if file.suffix == ".parquet":
+    if type_of(file) == ".parquet":
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 yield f"{file.name}, row {number} (counted from 0)", row
                 number += 1
-    elif file.suffix == ".tar":
-        for key, sample in read_samples(file):
-            place = f"{file.name}, sample {key}"
-            if isinstance(sample, BadRow) and not keep_bad_lines:
-                raise sample.at(place)
-            yield place, {NOT_A_ROW: str(sample)} if isinstance(sample, BadRow) else sample
-    elif file.suffix == ".txt":
+    elif type_of(file) == ".txt":
         for number, paragraph in enumerate(_paragraphs(file), 1):
             yield f"{file.name}, paragraph {number}", {"text": paragraph}
-    elif file.suffix == ".csv":
+    else:
+        for place, row in _rows_or_problems(file):
+            if not isinstance(row, BadRow):
+                yield place, row
+            elif keep_bad_lines:
+                yield place, {NOT_A_ROW: str(row)}
+            else:
+                raise row.at(place) from row.__cause__
+
+
+def _rows_or_problems(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
+    """Yields each row of a tar, csv, json or jsonl file, or what is wrong with it, with its place."""
+    if type_of(file) == ".tar":
+        for key, sample in read_samples(file):
+            yield f"{file.name}, sample {key}", sample
+    elif type_of(file) == ".csv":
         with _opened(file, newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream), 1):
-                place = f"{file.name}, row {number}"
-                if None in row:
-                    problem = BadRow(
+            for number, row in enumerate(_rows_of_csv(file, stream), 1):
+                if isinstance(row, dict) and None in row:
+                    row = BadRow(
                         f"more values than columns: {shown(row[None])} is left over. Put texts with commas in quotes."
                     )
-                    if not keep_bad_lines:
-                        raise problem.at(place)
-                    row = {NOT_A_ROW: str(problem)}
-                yield place, row
+                yield f"{file.name}, row {number}", row
     elif _is_one_value(file):
         content = _one_value(file)
         if isinstance(content, dict):
+            _check_is_row(content, file)
             content = content["images"] if _is_karpathy(content) else [content]
         for number, row in enumerate(content, 1):
-            yield f"{file.name}, entry {number}", _mapping(row, f"{file.name}, entry {number}")
+            yield f"{file.name}, entry {number}", _mapping(row)
     else:
         with _opened(file) as stream:
             for number, line in enumerate(stream, 1):
-                place = f"{file.name}, line {number}"
                 line = line.strip()
                 if not line:
                     continue
                 try:
-                    row = json.loads(line)
+                    row = _mapping(json.loads(line))
                 except json.JSONDecodeError as error:
-                    problem = BadRow(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
-                    if not keep_bad_lines:
-                        raise problem.at(place) from error
-                    row = {NOT_A_ROW: str(problem)}
-                yield place, _mapping(row, place)
+                    row = BadRow(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
+                    row.__cause__ = error
+                yield f"{file.name}, line {number}", row
+
+
+class _LinesOfRow:
+    """The lines of a CSV file, which keeps those of the row that is being read, so that they can be read anew.
+
+    Args:
+        stream: the file.
+        number: of the last line read, from 1.
+        taken: the lines read since `taken` was emptied.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.number = stream, 0
+        self.taken: list[str] = []
+        self.again: list[str] = []  # the next one last
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.pop() if self.again else next(self.stream)
+        self.number += 1
+        self.taken.append(line)
+        return line
+
+    def back_to_the_second(self) -> tuple[int, str]:
+        """Goes back behind the first line of the row; returns its number and the line."""
+        first, *rest = self.taken
+        self.again += reversed(rest)
+        self.number -= len(rest)
+        return self.number, first
+
+
+def _rows_of_csv(file: Path, stream: TextIO) -> Iterator[dict | BadRow]:
+    """Yields the rows of a CSV file. A row that cannot be read is its first line alone: an open quote does not take the lines after it.
+
+    Raises:
+        BadRow: for column names that cannot be read.
+    """
+    lines = _LinesOfRow(stream)
+    rows = csv.DictReader(lines, strict=True)
+    try:
+        columns = rows.fieldnames
+    except csv.Error as error:
+        raise _not_csv(lines, error).at(file.name) from error
+    while columns is not None:
+        lines.taken.clear()
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            while len(lines.taken) > 1 and not lines.taken[0].strip():  # of empty lines before the row
+                lines.taken.pop(0)
+            yield _not_csv(lines, error)
+
+
+def _not_csv(lines: _LinesOfRow, error: csv.Error) -> BadRow:
+    number, line = lines.back_to_the_second()
+    problem = BadRow(
+        f"line {number} is not CSV ({error}): {shown(line.rstrip())}. Close the quotation mark, or write the value in quotes with each quotation "
+        'mark in it doubled, "".'
+    )
+    problem.__cause__ = error
+    return problem
 
 
 @contextmanager
@@ -592,24 +767,39 @@ def _one_value(file: Path) -> Any:
             raise BadRow(f"{file}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from error
 
 
-def _mapping(row: Any, place: str) -> dict:
-    if not isinstance(row, dict):
-        raise BadRow(f"{place}: {shown(row)} is no row; expected a mapping of column names to values.")
-    return row
+def _mapping(row: Any) -> dict | BadRow:
+    return row if isinstance(row, dict) else BadRow(f"{shown(row)} is no row; expected a mapping of names to values.")
+
+
+def _check_is_row(content: dict, file: Path) -> None:
+    """Checks that the only mapping of a file is not a table by columns, as `to_json` of a table may write it.
+
+    Raises:
+        BadRow: if it is.
+    """
+    values = list(content.values())
+    if not all(isinstance(value, list) and not any(isinstance(each, dict) for each in value) for value in values):
+        return
+    if len({len(value) for value in values}) == 1 and len(values[0]) > 1:
+        columns = ", ".join(f"`{name}`" for name in content)
+        raise BadRow(
+            f"{file} is one mapping, whose columns {columns} are lists of {len(values[0])} values, where a list of rows is expected. Write "
+            '[{"image": "0.jpg", "caption": "A cat."}, ...], as `to_json(orient="records")` of pandas does.'
+        )
 
 
 def _is_one_value(file: Path) -> bool:
-    """Tells whether a file is one JSON list, or one mapping over several lines (or Karpathy's), rather than a mapping on each line."""
+    """Tells whether a file is one JSON list or, if it is called .json, one mapping, rather than a mapping on each of several lines."""
     with _opened(file) as stream:
         begin = stream.read(64).lstrip()
-    if begin.startswith("[") or file.suffix != ".json":
+    if begin.startswith("[") or type_of(file) != ".json":
         return begin.startswith("[")
     with _opened(
         file
     ) as stream:  # read to its end only if the first line is no row, be it a bad one of many or the begin of one
         first = next(filter(None, map(str.strip, stream)), "")
         if _is_json(first):
-            return '"sentences"' in first and _is_karpathy(json.loads(first))
+            return first.startswith("{") and not any(map(str.strip, stream))
         return first.startswith("{") and _is_json(first + stream.read())
 
 
@@ -633,7 +823,7 @@ def load_files(files: list[Path], keep_bad_lines: bool = False, folders: list[st
     Raises:
         ValueError: for files that do not fit into one table, are not UTF-8, or have a bad line; the message names them.
     """
-    if files[0].suffix != ".parquet":
+    if type_of(files[0]) != ".parquet":
         return _load_as_written(files, keep_bad_lines, folders)
     try:
         rows = load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
@@ -654,14 +844,14 @@ def _load_as_written(files: list[Path], keep_bad_lines: bool, folders: list[str]
     """
     columns: dict[str, None] = {}
     for file in files:
-        if file.suffix == ".tar":  # its images are read once, below
+        if type_of(file) == ".tar":  # its images are read once, below
             columns |= dict.fromkeys(chain(*columns_of_samples(file).values()))
         else:
             for _, row in read_file(file, keep_bad_lines):
                 columns |= dict.fromkeys(row)
     if not columns:
         return Dataset.from_dict({})
-    if in_tar := files[0].suffix == ".tar":
+    if in_tar := type_of(files[0]) == ".tar":
         columns |= dict.fromkeys(["__key__", "__url__", *([NOT_A_ROW] if keep_bad_lines else [])])
     if folders is not None:
         columns[FOLDER] = None
@@ -690,7 +880,7 @@ def _rows_as_json(written: tuple, columns: tuple[str, ...], keep_bad_lines: bool
     """Yields rows with each value as JSON, images of a tar file excepted. `written` holds path, `FOLDER`, bytes and time of each
     file, so that a changed file is read anew."""
     for path, folder, *_ in written:
-        in_tar = Path(path).suffix == ".tar"
+        in_tar = type_of(Path(path)) == ".tar"
         for _, row in read_file(Path(path), keep_bad_lines):
             values = {name: folder if name == FOLDER else row.get(name) for name in columns}
             yield {
@@ -717,10 +907,10 @@ class _PlaceInFiles:
     def __call__(self, index: int) -> str:
         if not self.places:
             for file, folder in zip(self.files, self.folders):
-                if file.suffix == ".parquet":  # not read for this: it may hold images
+                if type_of(file) == ".parquet":  # not read for this: it may hold images
                     count = pq.read_metadata(file).num_rows
                     places = (f"{file.name}, row {number} (counted from 0)" for number in range(count))
-                elif file.suffix == ".tar":
+                elif type_of(file) == ".tar":
                     places = (f"{file.name}, sample {key}" for key in columns_of_samples(file))
                 else:
                     places = (place for place, _ in read_file(file, self.keep_bad_lines))

@@ -166,6 +166,7 @@ def read_source(
         file=kind.file,
         folder_of_images=kind.image_folder,
         only_tars=kind.read is webdataset,
+        text_alone=read is text_only,
         image_dir=common["image_dir"],
         streaming=streaming,
         hash_all=hash_all,

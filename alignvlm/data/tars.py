@@ -52,8 +52,11 @@ def _members(archive: tarfile.TarFile) -> dict[str, dict[str, tarfile.TarInfo]]:
         if name is None or not member.isfile():
             continue
         key, column = name.groups()
-        if is_image_column(column) or column in ("txt", "json"):
-            found.setdefault(key, {})[column] = member
+        if column.lower() in ("txt", "json"):
+            column = column.lower()
+        elif not is_image_column(column):
+            continue
+        found.setdefault(key, {})[column] = member
     return found
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -126,6 +127,64 @@ def test_a_row_of_csv_with_too_many_values_is_named_or_skipped(tmp_path, streami
 
 
 @both_ways
+@pytest.mark.parametrize("after", ["E?,e", 'E?,"e"', '"D\nd?",d'])
+@pytest.mark.parametrize("bad", ['"Welcome sign', '"Welcome" says the sign'])
+def test_a_row_of_csv_whose_quotes_do_not_close_takes_no_other_row_with_it(tmp_path, bad, after, streaming):
+    (tmp_path / "rows.csv").write_text(f'question,answer\n"A\n?",a\n\nB?,{bad}\nC?,c\n{after}\n')
+    with pytest.raises(BadRow, match=f"^rows.csv, row 2: line 5 is not CSV .*: 'B.,{bad}'. Close the quotation mark"):
+        records_of(tmp_path, streaming, data="rows.csv")
+    source = read_source({"data": "rows.csv"}, tmp_path, streaming, max_bad_rows=0.01)
+    rows = list(source.rows) if streaming else list(source)
+    assert [row["conversations"][0]["responses"] for row in rows if row["conversations"]] == [
+        ["a"],
+        ["c"],
+        ["d" if after.startswith('"D') else "e"],
+    ]
+    bad_rows = [row["bad_row"] for row in rows if row["bad_row"]] if streaming else source.bad_rows
+    assert len(bad_rows) == 1 and bad_rows[0].startswith("rows.csv, row 2: line 5 is not CSV")
+
+
+def test_a_header_of_csv_whose_quotes_do_not_close_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text('question,"answer\nA?,a\n')
+    for max_bad_rows in (None, 0.01):
+        with pytest.raises(BadRow, match=r"rows\.csv: line 1 is not CSV"):
+            read_source({"data": "rows.csv"}, tmp_path, max_bad_rows=max_bad_rows)
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("bad", ["null", "3", '"text"', "[1]"])
+def test_a_row_that_is_no_mapping_is_named_or_skipped(tmp_path, name, bad, streaming):
+    written = ['{"text": "A."}', bad, '{"text": "B."}']
+    (tmp_path / name).write_text("\n".join(written) if name == "rows.jsonl" else f"[{','.join(written)}]")
+    place = rf"^{name}, (line|entry) 2: .* is no row; expected a mapping"
+    with pytest.raises(BadRow, match=place):
+        records_of(tmp_path, streaming, data=name)
+    source = read_source({"data": name}, tmp_path, streaming, max_bad_rows=0.01)
+    rows = list(source.rows) if streaming else list(source)
+    assert [row["conversations"][0]["responses"] for row in rows if row["conversations"]] == [["A."], ["B."]]
+    (problem,) = [row["bad_row"] for row in rows if row["bad_row"]] if streaming else source.bad_rows
+    assert re.match(place, problem)
+
+
+@both_ways
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_of_columns_is_no_record(tmp_path, indent, streaming):
+    """As `to_json` of a table writes it by columns: one record of all images was trained."""
+    (tmp_path / "rows.json").write_text(
+        json.dumps({"image": ["0.png", "1.png"], "caption": ["A.", "B."]}, indent=indent)
+    )
+    with pytest.raises(ValueError, match=r"rows\.json .*`image`, `caption`.* lists of 2 values.*a list of rows"):
+        records_of(tmp_path, streaming, data="rows.json")
+    row = {"images": ["0.png", "1.png"], "captions": ["A.", "B."]}
+    (tmp_path / "rows.json").write_text(f"{json.dumps(row)}\n" * 2)  # rows of lists, one on each line
+    assert len(records_of(tmp_path, streaming, data="rows.json")[0].images) == 2
+    chat = {"images": ["0.png", "1.png"], "messages": [{"role": "user", "content": "<image><image>?"}, {"role": "assistant", "content": "A."}]}  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(chat, indent=indent))
+    assert len(records_of(tmp_path, streaming, data="rows.json")[0].images) == 2
+
+
+@both_ways
 def test_texts_of_csv_keep_line_breaks_quotes_and_length(tmp_path, streaming):
     """Both ways read what `csv` reads; a text may be longer than its 128 KiB."""
     long = "word " * 40_000
@@ -163,6 +222,20 @@ def test_all_images_of_a_webdataset_are_seen(tmp_path, streaming):
     for index, record in enumerate(found):
         (image,) = record.images
         assert abs(read_image(image).getpixel((0, 0))[0] - 20 * index) < 3
+
+
+@both_ways
+def test_a_samples_endings_may_be_in_capitals(tmp_path, streaming):
+    members = {
+        "0.PNG": png(0),
+        "0.TXT": "A.",
+        "1.Png": png(20),
+        "1.JSON": '{"caption": "B."}',
+        "2.jpg": png(40, "JPEG"),
+    }
+    tar(tmp_path / "shard.tar", {**members, "2.JPG": png(80, "JPEG"), "2.txt": "C."})
+    found = records_of(tmp_path, streaming, data="shard.tar")
+    assert [(said(record)[0][-1], len(record.images)) for record in found] == [("A.", 1), ("B.", 1), ("C.", 2)]
 
 
 @both_ways

@@ -1,6 +1,7 @@
 """Which files, folders and rows a source reads: all of the split that is asked for, and nothing else in its place."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from alignvlm.data.bare_images import list_images
+from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import BadRow
 from alignvlm.data.sources import read_source
@@ -142,6 +144,129 @@ def test_files_of_several_types_for_one_split_are_refused(tmp_path):
         texts_of(tmp_path, data=".")
 
 
+def rows_in(folder: Path, name: str) -> None:
+    """Writes a file whose one row says the file's name."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    row = {"text": name}
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), file)
+    elif file.suffix == ".tar":
+        tar(file, {"0.png": png(0), "0.txt": name})
+    else:
+        written = {".csv": f"text\n{name}\n", ".jsonl": json.dumps(row) + "\n", ".json": json.dumps([row])}
+        file.write_text(written.get(file.suffix.lower(), name))
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "read, beside",
+    [
+        *(([f"rows.{kind}", f"sub/rows.{kind}"], []) for kind in ("jsonl", "csv", "json", "txt", "parquet", "tar")),
+        (["train/rows.jsonl", "train/sub/more.jsonl"], ["rows.csv", "test/rows.jsonl", "val.parquet"]),
+        (["rows.jsonl"], [".cache/a.parquet", "._rows.jsonl", "sub/.old/rows.jsonl", ".hidden.csv", "test.csv"]),
+        (["a.parquet"], ["README.md", "LICENSE.txt", "notes.txt", "sub/meta.json", "dataset_infos.json"]),
+        (["a.tar"], ["README.md", "LICENSE.txt", "meta.json", "0.json"]),
+        (["rows.jsonl"], ["README.md", "requirements.txt", "dataset_infos.json", "sub/annotations.json"]),
+        (["sub/rows.json"], ["LICENSE.txt", "saved/dataset_dict.json", "saved/train/state.json"]),
+        (["ROWS.JSONL", "sub/rows.jsonl"], []),
+        (["rows.CSV"], ["notes.TXT"]),
+        (["book.txt"], ["LICENSE.txt", "README.txt", "README.md"]),
+    ],
+)
+def test_a_folders_rows_of_one_type_are_read_wherever_they_stand(tmp_path, read, beside, streaming):
+    for name in (*read, *beside):
+        rows_in(tmp_path, name)
+    assert sorted(texts_of(tmp_path, streaming, data=".")) == sorted(read)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("captions.jsonl", "questions.csv"),
+        ("cache/old.parquet", "captions.jsonl"),
+        ("0.tar", "sub/rows.csv"),
+        ("train/a.jsonl", "train/b.csv"),
+        ("captions.jsonl", "more.json"),
+        ("a/more.json", "a/rows.csv"),
+    ],
+)
+def test_rows_of_several_types_are_refused(tmp_path, names):
+    for name in (*names, "test.parquet", "LICENSE.txt"):
+        rows_in(tmp_path, name)
+    with pytest.raises(ValueError, match=f"several types for split 'train': {', '.join(names)}. Name one of them as"):
+        texts_of(tmp_path, data=".")
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["train.jsonl", "rows.parquet"])
+def test_rows_of_a_linked_folder_are_read_once(tmp_path, name, streaming):
+    data = tmp_path / "data"
+    for place in ("data", "elsewhere", "data/.store"):
+        rows_in(tmp_path, f"{place}/{name}")
+    photo(tmp_path / "elsewhere/0.png", 40)
+    (data / "more").symlink_to(tmp_path / "elsewhere")
+    (data / "again").symlink_to(tmp_path / "elsewhere")
+    (data / "stored").symlink_to(data / ".store")
+    (data / "up").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "loop").symlink_to(data)
+    assert sorted(texts_of(tmp_path, streaming, data="data")) == sorted(
+        [f"data/{name}", f"elsewhere/{name}", f"data/.store/{name}"]
+    )
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "names, problem",
+    [
+        (("0.png", "0.txt", "1.png", "1.txt"), r"0\.txt, 1\.txt.* texts beside images"),
+        (("a/0.JPG", "a/0.txt"), r"a/0\.txt.* texts beside images"),
+        (("Images/0.jpg", "captions.txt"), r"captions\.txt.* texts beside images"),
+        (("0.png", "0.json", "1.png", "1.json"), r"0\.json, 1\.json.* texts beside images"),
+        (("0.avif", "0.avif.json", "rows.json"), r"0\.avif\.json.* texts beside images"),
+        (("train/0.png", "train/0.json", "test/0.json"), r"train/0\.json.* texts beside images"),
+    ],
+)
+def test_texts_beside_images_are_not_trained_without_them(tmp_path, names, problem, streaming):
+    for name in names:
+        rows_in(tmp_path, name)
+    with pytest.raises(ValueError, match=problem + ".*column `image`.*`name: imagefolder`.*`name: text`"):
+        texts_of(tmp_path, streaming, data=".")
+    texts = {name for name in names if Path(name).suffix in (".txt", ".json") and "test" not in name}
+    assert set(texts_of(tmp_path, streaming, data=".", name="text")) == texts
+    rows_in(tmp_path, "rows.jsonl")
+    (tmp_path / "rows.json").unlink(missing_ok=True)
+    if "train/0.json" not in names:
+        assert texts_of(tmp_path, streaming, data=".") == ["rows.jsonl"]
+
+
+@both_ways
+@pytest.mark.parametrize("first", ["image,caption", "10.jpg#0\tA dog.", "0.png|A cat."])
+def test_a_table_of_images_is_not_trained_as_plain_text(tmp_path, first, streaming):
+    """As Flickr8k's captions.txt, whose images are in another folder."""
+    (tmp_path / "captions.txt").write_text(f"\ufeff{first}\n0.png,A dog.\n", encoding="utf-8")
+    for data in ("captions.txt", "."):
+        with pytest.raises(ValueError, match=r"captions\.txt, line 1: .* table of images.*Save it as \.csv"):
+            texts_of(tmp_path, streaming, data=data)
+    assert len(texts_of(tmp_path, streaming, data="captions.txt", name="text")) == 1
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["llava_pretrain", "sharegpt4v", "llava_instruct"])
+def test_of_a_copy_of_a_repository_the_file_of_its_name_is_read(tmp_path, name, streaming):
+    file = CATALOGUE[name].file
+    for number, other in enumerate((file, "conversation_58k.json", f"{file[:-5]}_meta.json", "train.json")):
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"{number}."}]
+        (tmp_path / other).write_text(json.dumps([{"image": "0.png", "conversations": said}]))
+    given = {"name": name, "data": ".", "image_dir": "."}
+    assert texts_of(tmp_path, streaming, **given) == ["0."]
+    assert [each["name"] for each in read_source(given, tmp_path).identity["files"]] == [file]
+    with pytest.raises(ValueError, match="the split 'test'"):
+        texts_of(tmp_path, streaming, **given, split="test")
+    (tmp_path / file).unlink()  # another copy: by the files' names, as any folder
+    assert texts_of(tmp_path, streaming, **given) == ["3."]
+
+
 @both_ways
 def test_each_split_of_a_sum_must_be_there(tmp_path, streaming):
     rows = [{"text": "A."}]
@@ -168,14 +293,20 @@ def test_each_split_of_a_sum_must_be_among_the_rows(tmp_path, kind, streaming):
 
 
 @both_ways
-def test_a_split_is_found_in_capitals_and_rows_without_one_are_counted(tmp_path, streaming):
-    splits = ["train", "Train", None, "val"]
-    lines(tmp_path, "rows.jsonl", [{"text": f"{split}.", "split": split} for split in splits])
-    assert texts_of(tmp_path, streaming, data="rows.jsonl") == ["train.", "Train."]
+@pytest.mark.parametrize("empty, name", [(None, "rows.jsonl"), ("", "rows.csv"), (" ", "rows.csv"), ("", "rows.parquet")])  # fmt: skip
+def test_a_split_is_found_in_capitals_and_rows_without_one_are_counted(tmp_path, empty, name, streaming):
+    rows = [{"text": f"{split}.", "split": split} for split in ["train", "Train", empty, "val"]]
+    if name == "rows.csv":
+        (tmp_path / name).write_text("text,split\n" + "".join(f"{row['text']},{row['split']}\n" for row in rows))
+    elif name == "rows.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        lines(tmp_path, name, rows)
+    assert texts_of(tmp_path, streaming, data=name) == ["train.", "Train."]
     if not streaming:
-        assert read_source({"data": "rows.jsonl"}, tmp_path).left_out == 1
-    with pytest.raises(ValueError, match=r"no rows of split 'test'\. .*'train': 1, 'Train': 1, None: 1, 'val': 1\."):
-        texts_of(tmp_path, streaming, data="rows.jsonl", split="test")
+        assert read_source({"data": name}, tmp_path).left_out == 1
+    with pytest.raises(ValueError, match=rf"split 'test'\. .*'train': 1, 'Train': 1, {empty!r}: 1, 'val': 1\."):
+        texts_of(tmp_path, streaming, data=name, split="test")
 
 
 KARPATHY = {"images": [{"filename": "0.png", "split": "train", "sentences": [{"raw": "A cat."}]}], "dataset": "x"}
@@ -272,6 +403,50 @@ def test_images_below_a_linked_folder_are_listed_once(tmp_path):
     images = list_images(str(tmp_path / "photos"))
     assert [images[index]["path"] for index in range(len(images))] == ["b/1.png", "far/0.png"]
     assert read_image(images[1]).size == (4, 4)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "JPEG"])
+def test_images_of_every_type_that_pillow_reads_are_listed(tmp_path, kind):
+    name = {"AVIF": "0.avif", "JPEG2000": "0.JP2", "JPEG": "0.jfif"}[kind]
+    (tmp_path / name).write_bytes(png(200, kind))
+    images = list_images(str(tmp_path))
+    assert images[0]["path"] == name and read_image(images[0]).size == (4, 4)
+
+
+def test_a_type_that_pillow_cannot_read_is_a_bad_image_when_it_is_read(tmp_path):
+    for name in ("0.heic", "1.heif", "notes.md"):
+        (tmp_path / name).write_bytes(b"?")
+    images = list_images(str(tmp_path))
+    assert len(images) == 2
+    with pytest.raises(BadImage, match=r"0\.heic"):
+        read_image(images[0])
+
+
+def test_a_file_name_that_is_not_utf_8_is_named(tmp_path):
+    photo(tmp_path / "0.png", 40)
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(png(80))
+    with pytest.raises(ValueError, match=r"'caf\\udce9\.png' in .* is not UTF-8.*Rename the file"):
+        list_images(str(tmp_path))
+    images = list_images(str(tmp_path), on_bad_row="skip")
+    assert len(images) == 1 and "caf\\udce9.png" in images.bad_rows[0]
+    with pytest.raises(ValueError, match=r"'caf\\udce9\.png' in .* is not UTF-8"):
+        texts_of(tmp_path, name="imagefolder", data=".")
+
+
+@both_ways
+def test_linked_folders_of_a_folder_of_images_are_read(tmp_path, streaming):
+    photo(tmp_path / "elsewhere" / "deep" / "0.png", 40)
+    photo(tmp_path / "photos" / "dog" / "1.png", 80)
+    for name in ("cow", "hen"):  # of one label `datasets` makes none
+        photo(tmp_path / "splits" / "train" / name / "1.png", 120)
+    (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "photos" / "dog" / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "splits" / "test").symlink_to(tmp_path / "photos")
+    given = {"name": "imagefolder", "streaming": streaming}
+    assert sorted(texts_of(tmp_path, data="photos", **given)) == ["cat", "dog"]
+    assert sorted(texts_of(tmp_path, data="splits", **given, split="train")) == ["cow", "hen"]
+    assert sorted(texts_of(tmp_path, data="splits", **given, split="test")) == ["cat", "dog"]
+    assert sorted(texts_of(tmp_path, data="splits", **given, split="train+test")) == ["cat", "cow", "dog", "hen"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
