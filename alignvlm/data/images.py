@@ -81,7 +81,8 @@ def image_size(value: Image.Image | dict | str | os.PathLike) -> tuple[int, int]
         value = {"bytes": None, "path": None if value is None else os.fspath(value)}
     try:
         image = _open(value) if isinstance(value, dict) else value
-        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        # Of a TIFF Pillow gives the size that it has when it is turned.
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise BadImage(f"Cannot read {describe_image(value)}: {error}") from error
     return (image.width, image.height) if turned else (image.height, image.width)

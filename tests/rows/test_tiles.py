@@ -135,14 +135,16 @@ def test_a_size_is_read_from_the_header_as_the_image_is_decoded(tmp_path):
     image = picture((40, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
+    turned = ("turned.jpg", "turned.png", "turned.webp", "turned.tif")
+    for name in turned:
+        image.save(tmp_path / name, exif=exif)
     image.save(tmp_path / "plain.png")
-    for name in ("turned.jpg", "plain.png"):
+    for name in (*turned, "plain.png"):
         path = tmp_path / name
         decoded = read_image(path)
         for value in (path, {"bytes": path.read_bytes(), "path": None}, decoded):
             assert image_size(value) == (decoded.height, decoded.width)
-    assert image_size(tmp_path / "turned.jpg") == (40, 20)
+    assert {image_size(tmp_path / name) for name in turned} == {(40, 20)}
 
 
 def test_counts_of_undecoded_images_are_those_of_decoded_ones(processor, tmp_path):
