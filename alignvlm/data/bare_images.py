@@ -76,11 +76,17 @@ def list_images(
 
     Raises:
         FileNotFoundError: if there is no such data, or no such `image_dir`.
-        ValueError: for data without images, and for a bad row or a file name that is not UTF-8 (`BadRow`).
+        ValueError: for data without images, for a folder that has images in files and in rows (parquet, tar), and for a bad row or a file name
+            that is not UTF-8 (`BadRow`).
     """
     folder = Path(data)
-    files = visible_files(folder) if folder.is_dir() else []
-    if files := [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]:
+    there = visible_files(folder) if folder.is_dir() else []
+    if files := [file for file in there if file.suffix.lower() in IMAGE_SUFFIXES]:
+        if with_rows := [file for file in there if file.suffix.lower() in (".parquet", ".tar")]:
+            raise ValueError(
+                f"{data} holds images in files, as {files[0].relative_to(folder)}, and in rows, as {with_rows[0].relative_to(folder)}. Name one "
+                "of the files with rows, or the folder that holds images alone."
+            )
         if image_dir is not None:
             raise ValueError(f"{data} is a folder of images: leave out the image_dir, which is for paths in rows.")
         names, bad_rows = [], []

@@ -479,3 +479,13 @@ def test_images_that_are_not_there_are_no_common_image(tmp_path):
         ["A dog."],
     ]
     assert len(list_images(str(tmp_path / "rows.jsonl"))) == 2
+
+
+def test_images_beside_parquet_are_not_taken_for_the_data(tmp_path):
+    """As the pictures of a data set's card beside its rows."""
+    photo(tmp_path / "assets/logo.png", 0)
+    rows = Dataset.from_list([{"image": {"bytes": png(9), "path": None}}] * 2)
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"in files, as assets/logo\.png, and in rows, as train\.parquet\. Name one"):
+        list_images(str(tmp_path))
+    assert len(list_images(str(tmp_path / "train.parquet"))) == 1  # one image, twice
