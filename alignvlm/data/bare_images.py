@@ -7,11 +7,13 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from alignvlm.data.files import FOLDER, IMAGE_SUFFIXES, NOT_UTF_8, is_utf_8, listing_hash, read_rows, visible_files
+from alignvlm.data.file_rows import type_of
+from alignvlm.data.files import FOLDER, NOT_UTF_8, is_utf_8, listing_hash, read_rows
 from alignvlm.data.formats import images_of, is_image_column
 from alignvlm.data.reader import below, image_key, path_of
 from alignvlm.data.record import BadRow
 from alignvlm.data.sources import undecoded
+from alignvlm.data.which_files import IMAGE_SUFFIXES, visible_files
 
 
 @dataclass
@@ -81,8 +83,8 @@ def list_images(
     """
     folder = Path(data)
     there = visible_files(folder) if folder.is_dir() else []
-    if files := [file for file in there if file.suffix.lower() in IMAGE_SUFFIXES]:
-        if with_rows := [file for file in there if file.suffix.lower() in (".parquet", ".tar")]:
+    if files := [file for file in there if type_of(file) in IMAGE_SUFFIXES]:
+        if with_rows := [file for file in there if type_of(file) in (".parquet", ".tar")]:
             raise ValueError(
                 f"{data} holds images in files, as {files[0].relative_to(folder)}, and in rows, as {with_rows[0].relative_to(folder)}. Name one "
                 "of the files with rows, or the folder that holds images alone."

@@ -1,6 +1,5 @@
 """Reads the rows of a split from the Hub or from disk, and tells what was read and where each row stands."""
 
-import csv
 import glob
 import hashlib
 import json
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -34,36 +33,24 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from alignvlm.data.formats import IMAGE_EXTENSIONS, is_image_column
+from alignvlm.data.file_rows import NOT_A_ROW, read_file, type_of
+from alignvlm.data.formats import is_image_column
 from alignvlm.data.record import BadRow, shown
-from alignvlm.data.tars import columns_of_samples, read_samples
+from alignvlm.data.tars import columns_of_samples
+from alignvlm.data.which_files import (
+    FILE_TYPES,
+    SPLIT_WORDS,
+    check_no_table,
+    files_of_split,
+    is_named,
+    names_of_split,
+    visible_files,
+)
 from hub_upload.repository import HTTPError
 from hub_upload.run_record import sha256_of
 
 
-FILE_TYPES = ("json", "jsonl", "csv", "parquet", "txt", "tar")
-NOT_A_ROW = "__not_a_row__"  # the column of kept bad lines: it says what is wrong with the line
 FOLDER = "__folder__"  # the column of the folder where a row's image paths start, below `Rows.folder`, if files stand in several
-csv.field_size_limit(1 << 30)  # of a text; by default 128 KiB
-SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
-SPLIT_WORDS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "test",
-    "testing",
-    "eval",
-}  # in names of files
-ROW_TYPES = (".parquet", ".jsonl", ".csv", ".tar")  # a .json or .txt beside them may be about the data
-ABOUT_DATA = (
-    *("dataset_info.json", "dataset_infos.json"),  # of `datasets` and LLaMA-Factory: they describe data sets
-    *("dataset_dict.json", "state.json"),  # of `save_to_disk`
-    *("readme.txt", "license.txt", "licence.txt", "copying.txt", "notice.txt", "requirements.txt"),
-)  # in small letters
-IMAGE_SUFFIXES = tuple(f".{name}" for name in IMAGE_EXTENSIONS)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
 
 
@@ -179,11 +166,6 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and type_of(Path(name))[1:] not in FILE_TYPES
 
 
-def type_of(file: Path) -> str:
-    """Returns the ending of a file's name, as `.jsonl`, in small letters."""
-    return file.suffix.lower()
-
-
 def _hub(data: str, split: str, config: str | None, revision: str | None, file: str | None, streaming: bool) -> Rows:
     """Reads the rows of a Hub data set at a commit that the identity states, so that a run can be repeated.
 
@@ -254,7 +236,7 @@ def _local(
         return _folder_of_images(within, split, streaming, hash_all)
     if any((within / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(within, split, streaming, hash_all)
-    files = [path] if path.is_file() else _files(within, split, only_tars, text_alone)
+    files = [path] if path.is_file() else files_of_split(within, split, only_tars, text_alone)
     if not files and only_tars:
         raise ValueError(f"{within} holds no tar files. Leave out `name: webdataset` to read files of other types.")
     if not files:
@@ -264,19 +246,19 @@ def _local(
     if type_of(files[0])[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
     if type_of(files[0]) == ".txt" and not text_alone:
-        _check_no_table(files)
+        check_no_table(files)
     parents = sorted({file.parent for file in files})
     starts, folders = parents[0], None
     if len(parents) > 1:
         starts, folders = folder, [file.parent.relative_to(folder).as_posix() for file in files]
-    unnamed = [part for part in split.split("+") if path.is_file() or not _is_named(files, part, folder)]
+    unnamed = [part for part in split.split("+") if path.is_file() or not is_named(files, part, folder)]
     place: Callable[[int], str] = _PlaceInFiles(files, keep_bad_lines, folders)
     if not beside_files:
         folders = None
     empty, splits_there = 0, str
     if streaming:
         has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
-        given = {"files": files, "folders": folders or [None] * len(files), "splits": _names(split)}
+        given = {"files": files, "folders": folders or [None] * len(files), "splits": names_of_split(split)}
         given |= {"has_splits": has_splits, "keep_bad_lines": keep_bad_lines}
         rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
         if has_splits:
@@ -291,7 +273,7 @@ def _local(
             splits_there = partial(_described, Counter(shown(v) for index, v in enumerate(values) if index not in bad))
             if len(bad) < len(values):
                 _check_each_is_there(path.name, unnamed, values, splits_there)
-            chosen = [index for index, v in enumerate(values) if index in bad or _is_of(v, _names(split))]
+            chosen = [index for index, v in enumerate(values) if index in bad or _is_of(v, names_of_split(split))]
             empty = sum(index not in bad and _is_empty(value) for index, value in enumerate(values))
             rows, place = rows.select(chosen), partial(_place_of_chosen, place, chosen)
     if path.is_dir() and unnamed and not has_splits and split != "train":
@@ -311,7 +293,9 @@ def _folder_of_images(folder: Path, split: str, streaming: bool, hash_all: bool)
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Name the folder that holds the images.")
-    of_part = {part: [folder / name for name in _names(part) if (folder / name).is_dir()] for part in split.split("+")}
+    of_part = {
+        part: [folder / name for name in names_of_split(part) if (folder / name).is_dir()] for part in split.split("+")
+    }
     named = list(dict.fromkeys(each for found in of_part.values() for each in found))
     splits = {each.name for each in named} | {each.name for each in folder.iterdir() if each.is_dir()} & SPLIT_WORDS
     absent = [part for part, found in of_part.items() if not found]
@@ -366,9 +350,9 @@ def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
     saved = load_from_disk(folder)
     if isinstance(saved, DatasetDict):
         for part in split.split("+"):
-            if not set(_names(part)) & set(saved):
+            if not set(names_of_split(part)) & set(saved):
                 raise ValueError(f"{folder} has no split {part!r}; its splits: {', '.join(saved)}.")
-        chosen = [name for name in saved if name in _names(split)]
+        chosen = [name for name in saved if name in names_of_split(split)]
         rows = concatenate_datasets([saved[name] for name in chosen])
     else:
         rows, chosen = saved, ["."]
@@ -424,7 +408,7 @@ def _check_each_is_there(data: str, parts: list[str], values: Iterable[Any], spl
     """
     absent = list(parts)
     for value in values:
-        absent = [part for part in absent if not _is_of(value, _names(part))]
+        absent = [part for part in absent if not _is_of(value, names_of_split(part))]
         if not absent:
             return
     if absent:
@@ -449,148 +433,6 @@ def _described(splits: Counter) -> str:
     return f" Rows by their column `split`: {counted}. Name a value that is there."
 
 
-def _names(split: str) -> tuple[str, ...]:
-    return tuple(name for part in split.split("+") for name in SPLIT_NAMES.get(part, (part,)))
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Returns the files below a folder, hidden ones and those of hidden folders excepted; also those of linked folders, each once."""
-    files, entered, home = [], set(), folder.resolve()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        found, place = Path(place).resolve(), Path(place)
-        if found in entered or (place != folder and place.is_symlink() and _is_visible(found, home)):
-            folders.clear()
-            continue
-        entered.add(found)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [place / name for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def _is_visible(path: Path, folder: Path) -> bool:
-    return path.is_relative_to(folder) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _files(folder: Path, split: str, only_tars: bool, text_alone: bool) -> list[Path]:
-    """Returns the files of one type to read of a folder: those that are named after the split, anywhere below it; or else those of `_of_split`.
-
-    Raises:
-        ValueError: for files of several types, for texts beside images unless `text_alone`, or if all are named after other splits.
-    """
-    types = ("tar",) if only_tars else FILE_TYPES
-    visible = visible_files(folder) if folder.is_dir() else []
-    all_files = {file for file in visible if type_of(file)[1:] in types and file.is_file()}
-    there = sorted(
-        file
-        for file in all_files
-        if file.name.lower() not in ABOUT_DATA
-        and not file.name.endswith("_stats.json")  # of img2dataset, whose X.parquet has no images, but X.tar
-        and not (type_of(file) == ".parquet" and file.with_suffix(".tar") in all_files)
-    )
-    named = [file for file in there if type_of(file) != ".txt" and _is_named_exactly(file, split)]
-    _check_one_type(named, folder, split)
-    if named:
-        return [file for file in there if type_of(file) == type_of(named[0]) and _is_named_exactly(file, split, True)]
-    if karpathy := [
-        file
-        for file in there
-        if file.parent == folder and file.match("dataset_*.json") and _karpathy(file) is not None
-    ]:
-        return _of_split(karpathy, folder, split)
-    images = [file for file in visible if type_of(file) in IMAGE_SUFFIXES]
-    of_images = {file.with_suffix("") for file in images} | set(images)
-    beside = [file for file in there if type_of(file) == ".json" and file.with_suffix("") in of_images]
-    if tables := [file for file in there if type_of(file) in ROW_TYPES]:
-        found = _of_split(tables, folder, split)
-        folders = {file.parent for file in found if type_of(file) in (".jsonl", ".csv")}
-        lists = [file for file in there if type_of(file) == ".json" and file.parent in folders and file not in beside]
-        lists = [file for file in lists if _is_list_of_mappings(file)]
-        _check_one_type(found + _of_split(lists, folder, split, True), folder, split)
-        return found
-    for suffix in (".json", ".txt"):
-        if files := [file for file in there if type_of(file) == suffix]:
-            found = _of_split(files, folder, split)
-            alone = [file for file in found if images and (suffix == ".txt" or file in beside)]
-            if alone and not text_alone:
-                raise ValueError(
-                    f"{folder} holds {_some(alone, folder)}: texts beside images, which would be trained without them. Write one file, .jsonl or "
-                    ".csv, with a column `image` of the images' paths and a column `caption` (or another schema's), and name it as `data`; or a "
-                    "metadata.jsonl of `file_name` and `text` for `name: imagefolder`. For the texts alone, write `name: text`."
-                )
-            return found
-    return []
-
-
-def _check_one_type(files: list[Path], folder: Path, split: str) -> None:
-    if len({type_of(file) for file in files}) > 1:
-        first = {type_of(file): file for file in reversed(files)}.values()
-        raise ValueError(
-            f"{folder} holds files of several types for split {split!r}: {_some([*first, *files], folder)}. Name one of them as `data`, or leave one "
-            "type there."
-        )
-
-
-def _some(files: list[Path], folder: Path) -> str:
-    """Returns the names of the first files, for messages."""
-    return ", ".join(sorted(str(file.relative_to(folder)) for file in list(dict.fromkeys(files))[:5]))
-
-
-def _check_no_table(files: list[Path]) -> None:
-    """Checks that texts do not begin as a table of images, as the `captions.txt` of Flickr8k.
-
-    Raises:
-        ValueError: if one does.
-    """
-    for file in files:
-        with _opened(file) as stream:
-            first = stream.readline().strip()
-        column, *others = re.split(r"[,;|\t]", first)
-        if others and is_image_column(column.partition("#")[0]):
-            raise ValueError(
-                f"{file}, line 1: {shown(first)} is of a table of images, and a .txt file is read as plain text. Save it as .csv, with commas between "
-                "columns and a first line of their names, as `image,caption`. For the texts alone, write `name: text`."
-            )
-
-
-def _is_list_of_mappings(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", stream.read(256)) is not None
-
-
-def _is_named_exactly(file: Path, split: str, numbered: bool = False) -> bool:
-    """Tells whether a file is called as a split, as `train.jsonl` or `train-00000.parquet`; or, if `numbered`, also `train_2.jsonl`."""
-    shard = "(-.*)?" if type_of(file) in (".parquet", ".tar") else ""
-    number = r"([-_.]?\d+([-_.]?of[-_.]?\d+)?)?" if numbered else ""
-    return any(re.fullmatch(re.escape(name) + shard + number, file.stem) for name in _names(split))
-
-
-def _is_named(files: list[Path], part: str, folder: Path) -> bool:
-    """Tells whether a file's name begins with a split, or its path below the folder holds it as a word."""
-    return any(file.name.startswith(_names(part)) or _words(file, folder) & set(_names(part)) for file in files)
-
-
-def _of_split(files: list[Path], folder: Path, split: str, may_be_none: bool = False) -> list[Path]:
-    """Returns the files whose names, or whose folders' names, hold the split's (`my_train.jsonl`, `train/0.parquet`); without any, those that
-    are named after no split.
-
-    Raises:
-        ValueError: if all are named after other splits, unless `may_be_none`.
-    """
-    found = [file for file in files if _words(file, folder) & set(_names(split))]
-    found = found or [file for file in files if not _words(file, folder) & SPLIT_WORDS]
-    if not found and not may_be_none:
-        raise ValueError(
-            f"The files in {folder} are named after other splits than {split!r}: {_some(files, folder)}. Name the split, or the file itself to take all of its "
-            "rows."
-        )
-    return found
-
-
-def _words(file: Path, folder: Path) -> set[str]:
-    """Returns the words of a file's path below a folder."""
-    return set(re.findall("[a-z]+", str(file.relative_to(folder)).lower()))
-
-
 def _file_identity(file: Path, hashed: bool) -> dict:
     """Returns the name, the bytes and the SHA-256; the SHA-256 of parquet, arrow and tar files, which hold the images, only if `hashed`."""
     identity = {"name": file.name, "bytes": file.stat().st_size}
@@ -599,221 +441,6 @@ def _file_identity(file: Path, hashed: bool) -> dict:
         if hashed or type_of(file) not in (".parquet", ".arrow", ".tar")
         else identity
     )
-
-
-def _karpathy(file: Path) -> list | None:
-    """Returns the rows of a json file of Karpathy's form, `{"images": [{"sentences": ...}, ...], "dataset": ...}`; None of another."""
-    if not _is_one_value(file):
-        return None
-    content = _one_value(file)
-    return content["images"] if _is_karpathy(content) else None
-
-
-def _is_karpathy(content: Any) -> bool:
-    """Tells whether a json file's content is a mapping whose `images` are rows with `sentences`."""
-    images = content.get("images") if isinstance(content, dict) else None
-    return (
-        bool(images)
-        and isinstance(images, list)
-        and all(isinstance(row, dict) and "sentences" in row for row in images)
-    )
-
-
-def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yields the rows of one file as they are written, each with its place.
-
-    Raises:
-        BadRow: for a line that is not JSON, an entry that is no mapping, or a row of CSV whose quotes do not close or that has more values
-            than columns, unless `keep_bad_lines` keeps it as a row that says so. Also for a file of columns in place of rows.
-        ValueError: for a file that is not UTF-8.
-    """
-    if type_of(file) == ".parquet":
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                yield f"{file.name}, row {number} (counted from 0)", row
-                number += 1
-    elif type_of(file) == ".txt":
-        for number, paragraph in enumerate(_paragraphs(file), 1):
-            yield f"{file.name}, paragraph {number}", {"text": paragraph}
-    else:
-        for place, row in _rows_or_problems(file):
-            if not isinstance(row, BadRow):
-                yield place, row
-            elif keep_bad_lines:
-                yield place, {NOT_A_ROW: str(row)}
-            else:
-                raise row.at(place) from row.__cause__
-
-
-def _rows_or_problems(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
-    """Yields each row of a tar, csv, json or jsonl file, or what is wrong with it, with its place."""
-    if type_of(file) == ".tar":
-        for key, sample in read_samples(file):
-            yield f"{file.name}, sample {key}", sample
-    elif type_of(file) == ".csv":
-        with _opened(file, newline="") as stream:
-            for number, row in enumerate(_rows_of_csv(file, stream), 1):
-                if isinstance(row, dict) and None in row:
-                    row = BadRow(
-                        f"more values than columns: {shown(row[None])} is left over. Put texts with commas in quotes."
-                    )
-                yield f"{file.name}, row {number}", row
-    elif _is_one_value(file):
-        content = _one_value(file)
-        if isinstance(content, dict):
-            _check_is_row(content, file)
-            content = content["images"] if _is_karpathy(content) else [content]
-        for number, row in enumerate(content, 1):
-            yield f"{file.name}, entry {number}", _mapping(row)
-    else:
-        with _opened(file) as stream:
-            for number, line in enumerate(stream, 1):
-                line = line.strip()
-                if not line:
-                    continue
-                try:
-                    row = _mapping(json.loads(line))
-                except json.JSONDecodeError as error:
-                    row = BadRow(f"not JSON ({error.msg} at column {error.colno}): {shown(line)}")
-                    row.__cause__ = error
-                yield f"{file.name}, line {number}", row
-
-
-class _LinesOfRow:
-    """The lines of a CSV file, which keeps those of the row that is being read, so that they can be read anew.
-
-    Args:
-        stream: the file.
-        number: of the last line read, from 1.
-        taken: the lines read since `taken` was emptied.
-    """
-
-    def __init__(self, stream: TextIO):
-        self.stream, self.number = stream, 0
-        self.taken: list[str] = []
-        self.again: list[str] = []  # the next one last
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self.again.pop() if self.again else next(self.stream)
-        self.number += 1
-        self.taken.append(line)
-        return line
-
-    def back_to_the_second(self) -> tuple[int, str]:
-        """Goes back behind the first line of the row; returns its number and the line."""
-        first, *rest = self.taken
-        self.again += reversed(rest)
-        self.number -= len(rest)
-        return self.number, first
-
-
-def _rows_of_csv(file: Path, stream: TextIO) -> Iterator[dict | BadRow]:
-    """Yields the rows of a CSV file. A row that cannot be read is its first line alone: an open quote does not take the lines after it.
-
-    Raises:
-        BadRow: for column names that cannot be read.
-    """
-    lines = _LinesOfRow(stream)
-    rows = csv.DictReader(lines, strict=True)
-    try:
-        columns = rows.fieldnames
-    except csv.Error as error:
-        raise _not_csv(lines, error).at(file.name) from error
-    while columns is not None:
-        lines.taken.clear()
-        try:
-            yield next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            while len(lines.taken) > 1 and not lines.taken[0].strip():  # of empty lines before the row
-                lines.taken.pop(0)
-            yield _not_csv(lines, error)
-
-
-def _not_csv(lines: _LinesOfRow, error: csv.Error) -> BadRow:
-    number, line = lines.back_to_the_second()
-    problem = BadRow(
-        f"line {number} is not CSV ({error}): {shown(line.rstrip())}. Close the quotation mark, or write the value in quotes with each quotation "
-        'mark in it doubled, "".'
-    )
-    problem.__cause__ = error
-    return problem
-
-
-@contextmanager
-def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Opens a file of UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        ValueError: for text of another encoding, when it is read.
-    """
-    try:
-        with file.open(encoding="utf-8-sig", newline=newline) as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-
-
-def _one_value(file: Path) -> Any:
-    with _opened(file) as stream:
-        try:
-            return json.load(stream)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"{file}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from error
-
-
-def _mapping(row: Any) -> dict | BadRow:
-    return row if isinstance(row, dict) else BadRow(f"{shown(row)} is no row; expected a mapping of names to values.")
-
-
-def _check_is_row(content: dict, file: Path) -> None:
-    """Checks that the only mapping of a file is not a table by columns, as `to_json` of a table may write it.
-
-    Raises:
-        BadRow: if it is.
-    """
-    values = list(content.values())
-    if not all(isinstance(value, list) and not any(isinstance(each, dict) for each in value) for value in values):
-        return
-    if len({len(value) for value in values}) == 1 and len(values[0]) > 1:
-        columns = ", ".join(f"`{name}`" for name in content)
-        raise BadRow(
-            f"{file} is one mapping, whose columns {columns} are lists of {len(values[0])} values, where a list of rows is expected. Write "
-            '[{"image": "0.jpg", "caption": "A cat."}, ...], as `to_json(orient="records")` of pandas does.'
-        )
-
-
-def _is_one_value(file: Path) -> bool:
-    """Tells whether a file is one JSON list or, if it is called .json, one mapping, rather than a mapping on each of several lines."""
-    with _opened(file) as stream:
-        begin = stream.read(64).lstrip()
-    if begin.startswith("[") or type_of(file) != ".json":
-        return begin.startswith("[")
-    with _opened(
-        file
-    ) as stream:  # read to its end only if the first line is no row, be it a bad one of many or the begin of one
-        first = next(filter(None, map(str.strip, stream)), "")
-        if _is_json(first):
-            return first.startswith("{") and not any(map(str.strip, stream))
-        return first.startswith("{") and _is_json(first + stream.read())
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
-def _paragraphs(file: Path) -> list[str]:
-    with _opened(file) as stream:
-        return [part for part in (part.strip("\n") for part in stream.read().split("\n\n")) if part]
 
 
 def load_files(files: list[Path], keep_bad_lines: bool = False, folders: list[str] | None = None) -> Dataset:

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
-from alignvlm.data.files import FOLDER, NOT_A_ROW
+from alignvlm.data.file_rows import NOT_A_ROW
+from alignvlm.data.files import FOLDER
 from alignvlm.data.formats import check_all_is_seen, check_options, images_of
 from alignvlm.data.record import BadRow, Conversation, Record, shown
 
