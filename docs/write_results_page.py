@@ -104,6 +104,7 @@ def draw_points(axes, runs: dict, summary: dict, metric: str) -> None:
         values = {arm: runs[arm][seed]["values"][metric] for arm in arms if seed in runs[arm]}
         axes.plot(list(values), list(values.values()), "o-", color=GREY, linewidth=0.8, markersize=3)
     axes.plot(arms, [summary[arm][metric]["mean"] for arm in arms], "_", color=BLUE, markersize=26, markeredgewidth=3)
+    axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms])
     axes.set_ylabel(metric)
     axes.margins(x=0.2)
 
