@@ -70,18 +70,22 @@ def test_small_photos_train_the_encoder_in_stage_2_alone_and_share_its_features_
     world, tmp_path
 ):
     found = world(SmallPhotos, tmp_path).findings(seed=3)
-    stages = [stage for finding in found.values() for arm in finding.arms.values() for stage in arm]
-    for number, changes in stages:
+    arms = {
+        name: {arm: [*finding.shared, *stages] for arm, stages in finding.arms.items()}
+        for name, finding in found.items()
+    }
+    for number, changes in (stage for finding in arms.values() for stages in finding.values() for stage in stages):
         assert number == 2 if "vision_learning_rate" not in changes else changes["vision_learning_rate"] is None
     cached = {
-        name: {arm: {changes["features_dir"] for _, changes in stages} for arm, stages in finding.arms.items()}
-        for name, finding in found.items()
+        name: {arm: {changes["features_dir"] for _, changes in stages} for arm, stages in finding.items()}
+        for name, finding in arms.items()
     }
     features = {str(tmp_path / "features")}
     assert cached == {
         "masks": {"causal": features, "image": features, "prefix": {None}, "mutual": {None}},
         "alignment": {"short": {None}, "long": {None}},
         "downstream": {"from stage 0": features, "from stage 3": features},
+        "recaptions": dict.fromkeys(found["recaptions"].arms, features),
     }
     for mask, stages in found["masks"].arms.items():
         assert [changes.pop("attention_mask_type") for _, changes in stages] == [mask] * 2
