@@ -234,9 +234,8 @@ class Photos:
             summary = recaption(recaption_parser().parse_args([*options, str(folder / own), *sampling]))
             shutil.copy(folder / own, folder / f"all-{own}")
             limit = ["--min_agreement", str(summary["quantiles"]["agreement"][1])]
-            recaption(
-                recaption_parser().parse_args([*options, str(folder / own), *sampling, *limit])
-            )  # no new samples
+            # Into the same file, whose samples are kept: nothing is sampled again.
+            recaption(recaption_parser().parse_args([*options, str(folder / own), *sampling, *limit]))
             shutil.copy(folder / own, folder / agreed)
 
         def arm(source: dict) -> list[tuple[int, dict]]:

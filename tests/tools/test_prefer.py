@@ -57,6 +57,21 @@ def test_answers_are_sampled_from_all_tokens(speaking, tmp_path):
     assert prefer(parser().parse_args(words))["pairs"] > 0
 
 
+def test_a_prompt_without_room_makes_no_pair_and_ends_nothing(speaking, tmp_path):
+    checkpoint = tmp_path / "short"
+    shutil.copytree(speaking, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 100
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (9, 8), (200, 30, 60)).save(tmp_path / "0.png")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"image": "0.png", "captions": ["a red circle"]}) + "\n")
+    sources = [*json.loads(SOURCES), {"data": str(tmp_path / "long.jsonl"), "prompt": "red " * 200}]
+    words = [str(checkpoint), *OPTIONS, "--sources", json.dumps(sources), "--reward", "cider"]
+    with pytest.warns(UserWarning, match="6 prompts are not answered"):
+        summary = prefer(parser().parse_args([*words, "--output_dir", str(tmp_path / "out")]))
+    assert summary["prompts"] == 5 and 0 < summary["pairs"] <= 4
+
+
 def test_stage_5_trains_on_the_pairs(pairs, checkpoint, tmp_path):
     folder, summary = pairs
     fields = {
