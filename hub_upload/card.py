@@ -145,7 +145,7 @@ def _stage(stage: dict) -> dict:
         + (f"; LoRA of rank {lora.get('r') or lora['rank']}" if lora else ""),  # older records say `rank`
         "sources": ", ".join(_source(source) for source in stage["sources"]),
         "records": "a stream" if stage.get("records") is None else f"{stage['records']:,}",
-        "steps": f"{stage['steps']:,}",
+        "steps": f"{stage['steps']:,}" + (f" of {stage['of_steps']:,}" if stage.get("unfinished") else ""),
         "before": loss(stage.get("eval_loss_before")),
         "after": loss(stage.get("eval_loss_after")),
     }

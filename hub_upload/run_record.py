@@ -1,6 +1,6 @@
 """The run record of a checkpoint, `alignvlm_run.json`: how its weights were trained, with versions and hashes.
 
-It is written last, so a folder with a run record is complete.
+It is written after the weights, so a folder with a run record has all of them.
 """
 
 import contextlib

@@ -130,6 +130,7 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     set_seed(arguments.seed)
     resume_from = checkpoint_to_resume(arguments)
     record = read_run_record(arguments.model, arguments.model_revision)
+    commit = commit_of(arguments.model, arguments.model_revision)
     _check_push(arguments, record)
     check_new_projector(arguments, record)
     held, written = asked_for(arguments, HELD), asked_for(arguments, WRITTEN)
@@ -155,6 +156,11 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     for option in (*held, *own, *samples, *written):
         option.check(trainer)
     check_unfinished(arguments, resume_from, trainer.total_steps())
+    entry = partial(_entry, arguments, commit, trainer, mixture, rows, held_out)
+    trainer.run_record = lambda progress: {
+        **record,
+        "stages": [*record["stages"], entry(progress) | {"unfinished": True, "of_steps": trainer.state.max_steps}],
+    }
     if trainer.is_world_process_zero():
         print(_describe(arguments, trainer.parameter_counts, trainer.learning_rates, mixture, rows), flush=True)
 
@@ -165,8 +171,8 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
 
     # Finish
     options = nested.leave()
-    entry = _entry(arguments, trainer, mixture, rows, held_out) | options
-    record["stages"].append(entry)
+    finished = entry(trainer.progress()) | options
+    record["stages"].append(finished)
     state_dict = trainer.gathered_state_dict()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -180,7 +186,7 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():  # nobody has to wait for it
         _push(arguments)
-    return entry
+    return finished
 
 
 def _train(arguments: StageArguments, trainer: StageTrainer, resume_from: str | None) -> None:
@@ -212,19 +218,25 @@ def _how_to_go_on(number: int, trainer: StageTrainer, given: str | None) -> str:
 
 def _entry(
     arguments: StageArguments,
+    commit: str | None,
     trainer: StageTrainer,
     mixture: Mixture,
     rows: TrainingRows,
     held_out: Mixture | None,
+    progress: dict[str, Any],
 ) -> dict[str, Any]:
-    """Collects what the run record says of the stage, but for its options and metrics."""
-    progress = trainer.progress()
+    """Collects what the run record says of the stage, but for its options and metrics.
+
+    Args:
+        commit: of the model the stage began with, if it came from the Hub.
+        progress: `trainer.progress()`.
+    """
     config = trainer.accelerator.unwrap_model(trainer.model).config
     layers = {"vision_feature_layer": config.feature_layers} if len(config.feature_layers) > 1 else {}
     return {
         "stage": arguments.stage,
         "model": arguments.model,
-        "model_revision": commit_of(arguments.model, arguments.model_revision),
+        "model_revision": commit,
         "learning_rates": arguments.learning_rates,
         "attention_mask_type": arguments.attention_mask_type,
         **mask_types_record(arguments.mask_type_shares, arguments.seed, trainer.state.global_step),

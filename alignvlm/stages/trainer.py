@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from alignvlm.stages.mask_types import drawn_mask_type
 from alignvlm.stages.optimizers import MuonAdamW, hidden_matrices
 from alignvlm.stages.schedules import infinite_schedule
 from alignvlm.stages.signals import EvaluationStopped, sheltered
+from hub_upload.run_record import write_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration
 
 
@@ -131,6 +132,7 @@ class StageTrainer:
         self._counts = torch.zeros(4, dtype=torch.float64)  # images, annotations, tokens, positions since the last log
         self._counted_since = time.perf_counter()
         self._group_modules: list[str] = []  # of each group of the optimizer
+        self.run_record: Callable[[dict], dict] | None = None  # of a checkpoint-N, from `progress`
         self.saves_aside = False  # whether the next checkpoint is one that no save_steps asks for
         self.may_leave_evaluation = False  # by EvaluationStopped; not that of eval_on_start, before the first step
         for callback in LIBRARY_CALLBACKS:
@@ -421,6 +423,8 @@ class StageTrainer:
         progress = self.progress()
         if self.is_world_process_zero():
             (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+            if self.run_record is not None:
+                write_run_record(output_dir, self.run_record(progress))
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def evaluate(self, *args, **kwargs):

@@ -232,6 +232,17 @@ def test_resuming_a_stream_that_began_again_equals_an_uninterrupted_run(checkpoi
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
+def test_what_begins_with_a_checkpoint_from_the_middle_of_a_stage_knows_how_it_was_trained(streamed, tmp_path):
+    fields = {"language_learning_rate": 1e-2, "max_steps": 1}
+    main(arguments_for(streamed / "checkpoint-4", tmp_path / "next", stage=4, **fields))
+    earlier, last = read_run_record(tmp_path / "next")["stages"]
+    of_the_run = read_run_record(streamed)["stages"][-1]
+    assert earlier["logged_losses"] == of_the_run["logged_losses"][:4] and earlier["data"] == of_the_run["data"]
+    assert (earlier["steps"], earlier["of_steps"], earlier["unfinished"]) == (4, 6, True)
+    assert (last["stage"], last["steps"]) == (4, 1) and not {"of_steps", "unfinished"} & {*last, *of_the_run}
+    assert " 4 of 6 |" in (tmp_path / "next/README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("num_train_epochs", [None, 2])
 def test_a_finished_run_is_not_started_again_nor_taken_a_step_too_far(checkpoint, tmp_path, num_train_epochs, capfd):
     """Whether its steps end within an epoch or with one."""

@@ -323,6 +323,7 @@ def test_a_stage_that_has_not_finished_has_the_log_of_its_checkpoint(checkpoint,
         (folder / name).unlink()
     written = Page(report_of_run(tmp_path))
     assert "stage1 has not finished: what is shown of it is its checkpoint-4, of 4 steps" in written.text
+    assert any("projector at most 0.01" in its["aria-label"] for its in written.all("svg", role="img"))
     assert any("Stage 1: loss in training" in its["aria-label"] for its in written.all("svg", role="img"))
     assert "The checkpoint is not here" in written.text
 

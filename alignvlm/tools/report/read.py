@@ -134,13 +134,10 @@ def _read_stages(folder: Path, notes: list[str]) -> tuple[list[dict], dict]:
     if checkpoint is None:
         return [], {}
     state = _read_json(checkpoint / "trainer_state.json", notes) or {}
-    log = [entry for entry in state.get("log_history") or [] if "loss" in entry]
     notes.append(
         f"{folder.name} has not finished: what is shown of it is its {checkpoint.name}, of {state.get('max_steps')} steps."
     )
-    digits = "".join(filter(str.isdecimal, folder.name))
-    entry = {"steps": state.get("global_step"), "log": log, "unfinished": True}
-    return [{"stage": int(digits) if digits else folder.name, **entry}], {}
+    return _read_stages(checkpoint, notes)
 
 
 def _results(folder: Path, notes: list[str]) -> list[tuple[Path, dict]]:
