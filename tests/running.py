@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from trl import TrlParser
+
+from alignvlm.stages.arguments import StageArguments
 
 
 SOURCES = [
@@ -37,6 +40,12 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
         if value is not None
         for item in (f"--{name}", json.dumps(value) if isinstance(value, list) else str(value))
     ]
+
+
+def parse(given: list[str]) -> StageArguments:
+    """The arguments of a stage's command line."""
+    (arguments,) = TrlParser(StageArguments).parse_args_and_config(given)
+    return arguments
 
 
 def recompute_activations(model) -> None:

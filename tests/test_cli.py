@@ -1,7 +1,6 @@
 """The command `alignvlm`: its help, and what it says to mistyped commands, options and fields."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -347,13 +346,3 @@ def test_an_error_of_a_data_worker_is_told_without_the_workers_traceback(failing
 
 def read_first(batch: list[str]):
     return read_image(batch[0])
-
-
-@pytest.mark.slow
-def test_several_processes_tell_a_mistake_once(tmp_path):
-    config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    fields = arguments_for(tmp_path / "nowhere", tmp_path / "out", projector_learning_rate=1e-3)
-    done = run(*launcher, str(ROOT / "training/stage3.py"), *fields)
-    assert done.returncode != 0 and len(re.findall("^error: No such folder: ", done.stderr, re.MULTILINE)) == 1
-    assert "alignvlm/stages/stage.py" not in done.stderr  # no traceback of ours

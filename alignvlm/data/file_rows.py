@@ -67,12 +67,32 @@ def _is_karpathy(content: Any) -> bool:
     )
 
 
+def _rows_of_coco(content: dict, file: Path) -> list[dict] | None:
+    """Returns a row for each image of a file of captions in COCO's own form, in the form of Karpathy's rows; None of another.
+
+    Raises:
+        BadRow: for a caption of an image that is not listed.
+    """
+    images, annotations = content.get("images"), content.get("annotations")
+    for entries, names in ((images, {"id", "file_name"}), (annotations, {"image_id", "caption"})):
+        if not (
+            isinstance(entries, list) and entries and all(isinstance(e, dict) and names <= e.keys() for e in entries)
+        ):
+            return None
+    captions: dict[Any, list] = {image["id"]: [] for image in images}
+    for number, annotation in enumerate(annotations, 1):
+        if (image := annotation["image_id"]) not in captions:
+            raise BadRow(f"{file}, entry {number} of `annotations`: image_id={shown(image)} is no `id` of `images`.")
+        captions[image].append(annotation["caption"])
+    return [{"filename": image["file_name"], "sentences": captions[image["id"]]} for image in images]
+
+
 def _rows_or_problems(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
     """Yields each row of a tar, csv, json or jsonl file, or what is wrong with it, with its place."""
     if type_of(file) == ".tar":
         for key, sample in read_samples(file):
             yield f"{file.name}, sample {key}", sample
-    elif type_of(file) == ".csv":
+    elif type_of(file) in (".csv", ".tsv"):
         with opened(file, newline="") as stream:
             for number, row in enumerate(_rows_of_csv(file, stream), 1):
                 if isinstance(row, dict) and None in row:
@@ -84,7 +104,7 @@ def _rows_or_problems(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
         content = _one_value(file)
         if isinstance(content, dict):
             _check_is_row(content, file)
-            content = content["images"] if _is_karpathy(content) else [content]
+            content = content["images"] if _is_karpathy(content) else _rows_of_coco(content, file) or [content]
         for number, row in enumerate(content, 1):
             yield f"{file.name}, entry {number}", _mapping(row)
     else:
@@ -124,6 +144,12 @@ class _LinesOfRow:
         self.taken.append(line)
         return line
 
+    def put_back(self) -> None:
+        """Goes back before the last line read, if there was one."""
+        if self.taken:
+            self.again.append(self.taken.pop())
+            self.number -= 1
+
     def back_to_the_second(self) -> tuple[int, str]:
         """Goes back behind the first line of the row; returns its number and the line."""
         first, *rest = self.taken
@@ -139,7 +165,7 @@ def _rows_of_csv(file: Path, stream: TextIO) -> Iterator[dict | BadRow]:
         BadRow: for column names that cannot be read.
     """
     lines = _LinesOfRow(stream)
-    rows = csv.DictReader(lines, strict=True)
+    rows = csv.DictReader(lines, strict=True, delimiter=_delimiter(file, lines))
     try:
         columns = rows.fieldnames
     except csv.Error as error:
@@ -147,13 +173,24 @@ def _rows_of_csv(file: Path, stream: TextIO) -> Iterator[dict | BadRow]:
     while columns is not None:
         lines.taken.clear()
         try:
-            yield next(rows)
+            row = next(rows)
+            if any(row.values()):  # a row of separators alone is as an empty line
+                yield row
         except StopIteration:
             return
         except csv.Error as error:
             while len(lines.taken) > 1 and not lines.taken[0].strip():  # of empty lines before the row
                 lines.taken.pop(0)
             yield _not_csv(lines, error)
+
+
+def _delimiter(file: Path, lines: _LinesOfRow) -> str:
+    """Returns what stands between the columns: in a .csv a comma or, where its first line has none, the semicolon or the tab that is there."""
+    if type_of(file) == ".tsv":
+        return "\t"
+    first = next(lines, "")
+    lines.put_back()
+    return next((each for each in ",;\t" if each in first), ",")
 
 
 def _not_csv(lines: _LinesOfRow, error: csv.Error) -> BadRow:

@@ -39,6 +39,7 @@ from alignvlm.data.record import BadRow, shown
 from alignvlm.data.tars import columns_of_samples
 from alignvlm.data.which_files import (
     FILE_TYPES,
+    IMAGE_SUFFIXES,
     SPLIT_WORDS,
     check_no_table,
     files_of_split,
@@ -240,8 +241,11 @@ def _local(
     if not files and only_tars:
         raise ValueError(f"{within} holds no tar files. Leave out `name: webdataset` to read files of other types.")
     if not files:
+        alone = any(type_of(file) in IMAGE_SUFFIXES for file in visible_files(within))
+        captioned = " For captions of the images there: `alignvlm recaption MODEL FOLDER OUT.jsonl`." if alone else ""
         raise ValueError(
             f"{within} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
+            f"{captioned}"
         )
     if type_of(files[0])[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")

@@ -1000,20 +1000,23 @@ def _is_record(conversations: Any) -> bool:
 
 def _no_format(row: dict) -> str:
     """Returns the message for a row that matches no schema: its columns, and what it lacks of the nearest schemas."""
-    filled = sorted(name for name, value in row.items() if value is not None)
+    there = sorted(name for name, value in row.items() if value is not None)
+    filled = {name for name in there if _filled(row[name])}
     known = {name for form in FORMATS.values() for needed in form.needs for name in needed}
     hints = []
     for name, form in FORMATS.items():
-        missing = [needed for needed in form.needs if not set(filled) & set(needed)]
+        missing = [needed for needed in form.needs if not filled & set(needed)]
         if len(missing) < len(form.needs):
             hints.append(f"`{name}` lacks {' and '.join(' or '.join(needed) for needed in missing)}")
-    for name in filled:
+    for name in there:
         if name not in known and (match := get_close_matches(name, known, n=1, cutoff=0.75)):
             hints.append(f"`{name}` may be meant as `{match[0]}`")
         elif name not in known and isinstance(value := row[name], list) and value and isinstance(value[0], dict):
             hints.append(f"`{name}` holds {len(value)} mappings: if these are the rows, save this list alone")
+    if not filled and not hints:
+        return f"The row is empty: none of its columns {sorted(row)} has a value. Remove it."
     return (
-        f"The row matches no schema: it has {filled}; {'; '.join(hints) or 'none comes near'}. Schemas: {', '.join(FORMATS)} "
+        f"The row matches no schema: it has {there}; {'; '.join(hints) or 'none comes near'}. Schemas: {', '.join(FORMATS)} "
         "(docs/data.md)."
     )
 

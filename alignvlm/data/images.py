@@ -67,7 +67,7 @@ def read_image(value: Image.Image | dict | str | os.PathLike) -> Image.Image:
         raise
     # Pillow's decoders raise what their format's parser happens to raise on damaged data.
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"Cannot read {name}: {error}") from error
+        raise _unreadable(name, error) from error
 
 
 def image_size(value: Image.Image | dict | str | os.PathLike) -> tuple[int, int]:
@@ -84,8 +84,13 @@ def image_size(value: Image.Image | dict | str | os.PathLike) -> tuple[int, int]
         # Of a TIFF Pillow gives the size that it has when it is turned.
         turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
     except (OSError, ValueError, SyntaxError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"Cannot read {describe_image(value)}: {error}") from error
+        raise _unreadable(describe_image(value), error) from error
     return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _unreadable(name: str, error: Exception) -> BadImage:
+    is_windows_path = isinstance(error, FileNotFoundError) and "\\" in name and os.sep == "/"
+    return BadImage(f"Cannot read {name}: {error}" + ("; write / between folders, not \\" if is_windows_path else ""))
 
 
 def read_sent_image(content: bytes) -> Image.Image:
@@ -118,7 +123,7 @@ def image_hash(value: Image.Image | dict | str | os.PathLike) -> str:
         try:
             content = _content(value)
         except OSError as error:
-            raise BadImage(f"Cannot read {describe_image(value)}: {error}") from error
+            raise _unreadable(describe_image(value), error) from error
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

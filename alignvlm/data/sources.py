@@ -6,8 +6,9 @@ set. A record is a row as `Record.to_row` writes it; its images stay undecoded u
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,7 @@ COMMON = (
 )
 
 
+OF_MIXTURES = ("share", "tag")  # arguments of a recipe's sources, which `load_mixture` reads
 TEXTS = {
     "data": "a path or the id of a data set on the Hub, a number in quotes; of several, each is a source of its own",
     "split": "`train+val` joins two splits",
@@ -233,17 +235,23 @@ def _schema(name: str, kind: DataSet, common: dict, options: dict) -> Callable[.
         raise ValueError(f"Source {name!r}: limit={limit!r}. Expected a number of records, 1 or more.")
     read = kind.read if common["format"] is None else FORMATS[common["format"]].read
     valid = options_of(read)
-    if unknown := set(options) - set(valid):
-        raise ValueError(
-            f"Source {name!r} does not know {sorted(unknown)}. Its arguments: {', '.join([*COMMON, *valid])}."
-        )
+    _check_known(name, options, [*COMMON, *valid], given=valid)
     return read
+
+
+def _check_known(name: str, options: dict, names: Iterable[str], given: Iterable[str]) -> None:
+    """Raises a `ValueError` for options that are not `given`; `names` are all arguments that may stand beside them."""
+    if not (unknown := sorted(set(options) - set(given))):
+        return
+    names = [*names, *OF_MIXTURES]
+    nearest = [match for key in unknown for match in get_close_matches(str(key).replace("-", "_"), names, 1)]
+    meant = f" Did you mean {' and '.join(nearest)}?" if nearest else ""
+    raise ValueError(f"Source {name!r} does not know {unknown}.{meant} Its arguments: {', '.join(names)}.")
 
 
 def _generated(name: str, kind: DataSet, options: dict, streaming: bool) -> Source:
     valid = inspect.signature(kind.generate).parameters
-    if unknown := set(options) - set(valid):
-        raise ValueError(f"Source {name!r} does not know {sorted(unknown)}. Its arguments: {', '.join(valid)}.")
+    _check_known(name, options, valid, given=valid)
     if missing := [key for key, p in valid.items() if p.default is p.empty and key not in options]:
         raise ValueError(f"Source {name!r} needs {', '.join(missing)}.")
     for key, value in options.items():

@@ -9,7 +9,7 @@ from alignvlm.data.formats import IMAGE_EXTENSIONS, is_image_column
 from alignvlm.data.record import shown
 
 
-FILE_TYPES = ("json", "jsonl", "csv", "parquet", "txt", "tar")
+FILE_TYPES = ("json", "jsonl", "csv", "tsv", "parquet", "txt", "tar")
 SPLIT_NAMES = {"val": ("val", "validation"), "validation": ("validation", "val")}  # names of the same split
 SPLIT_WORDS = {
     "train",
@@ -22,7 +22,7 @@ SPLIT_WORDS = {
     "testing",
     "eval",
 }  # in names of files
-ROW_TYPES = (".parquet", ".jsonl", ".csv", ".tar")  # a .json or .txt beside them may be about the data
+ROW_TYPES = (".parquet", ".jsonl", ".csv", ".tsv", ".tar")  # a .json or .txt beside them may be about the data
 ABOUT_DATA = (
     *("dataset_info.json", "dataset_infos.json"),  # of `datasets` and LLaMA-Factory: they describe data sets
     *("dataset_dict.json", "state.json"),  # of `save_to_disk`
@@ -76,7 +76,7 @@ def files_of_split(folder: Path, split: str, only_tars: bool, text_alone: bool) 
     beside = [file for file in there if type_of(file) == ".json" and file.with_suffix("") in of_images]
     if tables := [file for file in there if type_of(file) in ROW_TYPES]:
         found = _of_split(tables, folder, split)
-        folders = {file.parent for file in found if type_of(file) in (".jsonl", ".csv")}
+        folders = {file.parent for file in found if type_of(file) in (".jsonl", ".csv", ".tsv")}
         lists = [file for file in there if type_of(file) == ".json" and file.parent in folders and file not in beside]
         lists = [file for file in lists if _is_list_of_mappings(file)]
         _check_one_type(found + _of_split(lists, folder, split, True), folder, split)

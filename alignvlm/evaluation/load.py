@@ -1,10 +1,12 @@
 """Loads a checkpoint for inference: the one way for evaluation, `alignvlm ask` and `alignvlm chat`."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
 from hub_upload.package import weights_of
@@ -61,9 +63,10 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an unknown `dtype`, a number of tokens that cannot be left, and a checkpoint that lacks weights.
+        ValueError: for an unknown `dtype`, a number of tokens that cannot be left, a model that does not answer about images, and a
+            checkpoint that lacks weights.
     """
-    check_model(checkpoint, revision)
+    check_checkpoint(checkpoint, revision, ours=False)
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise FileNotFoundError(f"The folder {checkpoint!r} holds no checkpoint: it has no config.json.")
     options = {"revision": revision} if revision else {}
@@ -83,6 +86,30 @@ def load_checkpoint(
     if all(found):  # a stage with `lora_merge: false` saves its LoRA weights apart
         model.load_adapter(str(Path(found[0]).parent))
     return model.eval().to(device), processor, precision
+
+
+def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) -> None:
+    """Checks that a checkpoint exists, and is no backbone, before anything is loaded.
+
+    Args:
+        ours: whether it must be one of AlignVLM; else any model that answers about images will do.
+
+    Raises:
+        FileNotFoundError: as `hub_upload.repository.check_model`.
+        ValueError: for a model of another kind, such as a language model; the message says how a checkpoint is made of it.
+    """
+    check_model(name, revision)
+    if (file := file_of(name, "config.json", revision)) is None:  # of adapters
+        return
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    others = not ours and ("auto_map" in config or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if kind != AlignVLMConfig.model_type and not others:
+        what = "no checkpoint of AlignVLM" if ours else "no checkpoint that answers about images"
+        raise ValueError(
+            f"{str(name)!r} is {what} but a model of type {kind!r}. `alignvlm assemble` makes a checkpoint of a vision encoder and a language "
+            "model: name what it writes."
+        )
 
 
 def load_weights(model_class: type, checkpoint: str, **options) -> PreTrainedModel:

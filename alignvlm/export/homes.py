@@ -5,7 +5,7 @@ code of ours. `obstacles` compares a configuration, and its processor, with a ho
 way, it is named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,15 @@ class Home:
         return f"{self.name} ({self.class_name})"
 
 
-def _encoder(config: AlignVLMConfig) -> list[Obstacle]:
-    """What every home asks of the encoder: patches of the configured size, in rows, behind a known number of tokens."""
+def _encoder(config: AlignVLMConfig, takes: Collection[str] = TOKENS_BEFORE_PATCHES) -> list[Obstacle]:
+    """What homes ask of an encoder of patches: the configured size, in rows, behind a known number of tokens.
+
+    Args:
+        takes: the types that the home takes, for the sentence about one that no home of this kind does.
+    """
     vision = config.vision_config
     if vision.model_type not in TOKENS_BEFORE_PATCHES:
-        known = ", ".join(TOKENS_BEFORE_PATCHES)
-        return [Obstacle(f"the vision encoder is {vision.model_type!r}, and transformers' own classes take {known}")]
+        return [Obstacle(f"it takes the vision encoders {', '.join(takes)}, not {vision.model_type!r}")]
     grid = tuple(side // vision.patch_size for side in config.input_size)
     if config.feature_grid != grid:
         return [Obstacle(f"the encoder's features are a grid of {config.feature_grid}, its patches one of {grid}")]
@@ -130,7 +133,7 @@ def _llava(config: AlignVLMConfig) -> list[Obstacle]:
 
 def _final_output(config: AlignVLMConfig) -> list[Obstacle]:
     """What homes ask that read the encoder's final output as it is."""
-    found = _encoder(config)
+    found = _encoder(config, [kind for kind, tokens in TOKENS_BEFORE_PATCHES.items() if not tokens])
     if TOKENS_BEFORE_PATCHES.get(config.vision_config.model_type, 0):
         kind = config.vision_config.model_type
         found.append(Obstacle(f"it takes no encoder with tokens before the patches, such as {kind!r}"))
@@ -222,7 +225,7 @@ def _llama_cpp_pool(config: AlignVLMConfig) -> list[Obstacle]:
 
 
 def _llama_cpp_mlp(config: AlignVLMConfig) -> list[Obstacle]:
-    found = _encoder(config)
+    found = _encoder(config, ["siglip_vision_model"])
     kind = config.vision_config.model_type
     if not found and kind != "siglip_vision_model":
         behind = ", since llama.cpp puts a class token behind the patches" if TOKENS_BEFORE_PATCHES[kind] else ""

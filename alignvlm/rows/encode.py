@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from alignvlm.data.record import Conversation
-from alignvlm.rows.tiles import Grid, cuts_images, grids_up_to, has_grids, tokens_of
+from alignvlm.rows.tiles import Grid, cuts_images, has_grids, largest_grids, tokens_of
 from modeling_alignvlm import WHOLE, AlignVLMProcessor, number_images
 
 
@@ -127,7 +127,7 @@ class Encoder:
         """The number of tokens of an image of the most tiles, with their marks; in native shape the most that an image can have."""
         if not cuts_images(self.processor):
             return self.processor.image_seq_length
-        return max(len(self.image_tokens(grid)) for grid in grids_up_to(self.processor.max_tiles))
+        return max(len(self.image_tokens(grid)) for grid in largest_grids(self.processor.max_tiles))
 
     def _checked(self, grids: Sequence[Grid] | None, image_count: int) -> tuple[Grid, ...]:
         """Returns the grids of a conversation's images. Where all images have as many tokens, none need be given."""

@@ -4,6 +4,7 @@ A grid is `(rows, columns)`: of the tiles that the processor cuts an image into,
 tokens. Processors of older checkpoints, with their own code, know neither.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def set_max_tiles(config: PreTrainedConfig, processor: ProcessorMixin, max_tiles
     """Lets a checkpoint cut images into at most this number of tiles, beside their overview; 1: not at all.
 
     Raises:
-        ValueError: for fewer than 1, and for a checkpoint whose own code knows no tiles.
+        ValueError: for fewer than 1, for more than the language model's context holds, and for a checkpoint whose own code knows no tiles.
     """
     if max_tiles < 1:
         raise ValueError(f"max_tiles={max_tiles} must be at least 1, which cuts no image.")
@@ -51,6 +52,13 @@ def set_max_tiles(config: PreTrainedConfig, processor: ProcessorMixin, max_tiles
         raise ValueError(
             f"max_tiles={max_tiles} cuts images into squares, and the encoder {config.vision_config.model_type!r} takes them in their native "
             "shape. Leave it out; for more of an image, assemble the checkpoint with more max_num_patches."
+        )
+    context = getattr(config.text_config, "max_position_embeddings", None) or math.inf
+    tokens = (max_tiles + 1) * processor.image_seq_length
+    if max_tiles > 1 and tokens > context:
+        raise ValueError(
+            f"max_tiles={max_tiles}: an image of so many tiles, with its overview, has {tokens:,} tokens, and the context of the language model "
+            f"holds {context:,}. At most {max(int(context // processor.image_seq_length) - 1, 1)} fit."
         )
     processor.max_tiles = max_tiles
     config.image_block = None if max_tiles == 1 else config.image_block or "image"
@@ -79,9 +87,9 @@ def _grid_of(processor: ProcessorMixin, image: Any) -> Grid:
         return WHOLE
 
 
-def grids_up_to(count: int) -> list[Grid]:
-    """Returns all grids of at most `count` tiles."""
-    return [(rows, columns) for rows in range(1, count + 1) for columns in range(1, count // rows + 1)]
+def largest_grids(count: int) -> list[Grid]:
+    """Returns the grids of at most `count` tiles to which neither a row nor a column can be added."""
+    return [(rows, count // rows) for rows in range(1, count + 1) if count // rows > count // (rows + 1)]
 
 
 def tokens_of(processor: ProcessorMixin, grid: Grid) -> int:

@@ -38,6 +38,11 @@ REFUSED = {
     "eval_packing": "held-out records have rows of their own",
     "assistant_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
     "completion_only_loss": "the loss is that of responses; `turns` and `train_on` of a source say of which",
+    "dataset_text_field": "the schema of a source says which columns are read",
+    "dataset_num_proc": "dataloader_num_workers read the records",
+    "truncation_mode": "where max_length is too short, an answer is cut at its end",
+    "packing_strategy": "row_length fills rows with several records",
+    "use_liger_kernel": "Liger has no kernels for models of this type",
     "chat_template_path": "the chat template is the checkpoint's",
     "eos_token": "the special tokens are the checkpoint's",
     "pad_token": "the special tokens are the checkpoint's",
@@ -48,6 +53,8 @@ REFUSED = {
     "bf16_full_eval": "held-out records are measured in the stage's precision, and this would round the weights that are trained",
     "fp16_full_eval": "held-out records are measured in the stage's precision, and this would round the weights that are trained",
 }
+# Values of these that ask for what happens anyway.
+GRANTED = {"completion_only_loss": True, "eval_packing": False}
 HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
 
@@ -224,6 +231,10 @@ class OptimizationArguments:
             _check_numbers(self, "save_steps", above=True)
         _check_numbers(self, "gradient_accumulation_steps", lowest=1)
         _check_numbers(self, "weight_decay", "max_grad_norm")
+        _check_numbers(self, "adam_epsilon", above=True)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be a number from 0 to {2**32 - 1}.")
         self._check_schedule()
@@ -645,7 +656,7 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
     def _refuse_what_nothing_reads(self) -> None:
         defaults = {given.name: given.default for given in fields(self)}
         for name, instead in REFUSED.items():
-            if name in defaults and getattr(self, name) not in (defaults[name], False):
+            if name in defaults and getattr(self, name) not in (defaults[name], GRANTED.get(name, defaults[name])):
                 raise ValueError(f"{name}: leave it out; {instead}.")
 
     def _check_evaluation(self) -> None:

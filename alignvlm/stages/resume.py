@@ -73,15 +73,20 @@ def checkpoint_to_resume(arguments: StageArguments) -> str | None:
 
 
 def check_unfinished(arguments: StageArguments, checkpoint: str | None, total_steps: int) -> None:
-    """Refuses to go on with a run that has taken all its steps and written its checkpoint.
+    """Refuses to go on with a run that has taken all its steps and written its checkpoint, or more steps than it is now to have.
 
     Raises:
         ValueError: for such a run.
     """
-    if checkpoint is None or not _is_finished(arguments):
+    if checkpoint is None:
         return
     steps = _step_of(checkpoint)
-    if steps >= total_steps:
+    if steps > total_steps and not _is_finished(arguments):
+        raise ValueError(
+            f"{checkpoint} has taken {steps} steps, and the run is now to have {total_steps} (max_steps, num_train_epochs and the data say how "
+            f"many): give what it had, or more. To end with this checkpoint, name it as the model of the next stage."
+        )
+    if steps >= total_steps and _is_finished(arguments):
         raise ValueError(
             f"The run in {arguments.output_dir!r} is finished: {steps} of {total_steps} steps are taken, and its checkpoint is complete. "
             "To train longer, raise max_steps or num_train_epochs; to train anew, name another output_dir."

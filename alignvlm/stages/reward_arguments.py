@@ -42,6 +42,7 @@ REFUSED = {
     "sync_ref_model": "the reference is the model that the stage starts from",
     "precompute_ref_log_probs": "images are read as they are needed",
     "padding_free": "rows are padded",
+    "use_liger_kernel": "Liger has no kernels for models of this type",
     "bf16_full_eval": "it would round the weights that are trained",
     "fp16_full_eval": "it would round the weights that are trained",
 }

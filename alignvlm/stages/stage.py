@@ -19,6 +19,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
+from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.evaluation.precision import warn_if_emulated
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import TrainingRows
@@ -58,7 +59,7 @@ from alignvlm.stages.trainer import AlignVLMTrainer, StageTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.licences import licence_of
 from hub_upload.push import push
-from hub_upload.repository import check_model, commit_of
+from hub_upload.repository import commit_of
 from hub_upload.run_record import library_versions, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import OFF
@@ -117,7 +118,7 @@ def run_stage(arguments: StageArguments, make_trainer: Callable = make_trainer) 
     Args:
         make_trainer: makes the stage's trainer and options, as the function of this name does.
     """
-    check_model(arguments.model, arguments.model_revision)
+    check_checkpoint(arguments.model, arguments.model_revision)
     check_no_other_model(arguments.output_dir)
     check_writable(arguments.output_dir)
     warn_if_emulated(arguments.chosen_precision, arguments.device)

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from safetensors import safe_open
 from torch import nn
 
+from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.checkpoint import complete_checkpoints
 from alignvlm.stages.embedding_loss import HEAD, EmbeddingHead, layer_of
@@ -23,7 +24,7 @@ from alignvlm.stages.loading import load_model
 from alignvlm.stages.lora import LORA_FOLDER, LORA_PREFIX, add_lora, language_linear_layers, remove_lora, save_lora
 from alignvlm.stages.options import StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but, module_of
-from hub_upload.repository import check_model, commit_of
+from hub_upload.repository import commit_of
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration
 
 
@@ -183,7 +184,7 @@ class KeepLanguage(WeightsOption):
         source = copy.copy(arguments)
         if arguments.keep_language_from is not None:
             source.model, source.model_revision = arguments.keep_language_from, None
-            check_model(source.model)
+            check_checkpoint(source.model)
             check_same_language_model(arguments.model, arguments.model_revision, source.model)
         share, read = arguments.keep_language, lambda: load_model(source).state_dict()
         return cls(share, source.model, source.model_revision, read)

@@ -15,13 +15,13 @@ from accelerate import PartialState
 
 from alignvlm.evaluation.controls import table
 from alignvlm.evaluation.evaluate_model import parser as evaluation_parser
-from alignvlm.evaluation.load import load_weights, model_identity
+from alignvlm.evaluation.load import check_checkpoint, load_weights, model_identity
 from alignvlm.evaluation.one_task import evaluate_checkpoint
 from alignvlm.stages.checkpoint import check_writable, save_checkpoint
 from alignvlm.stages.lora import merge_saved_lora
 from alignvlm.stages.weights import check_same_language_model, keep_language
 from hub_upload.command_line import run
-from hub_upload.repository import check_model, commit_of
+from hub_upload.repository import commit_of
 from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
@@ -34,6 +34,9 @@ SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 def parser() -> argparse.ArgumentParser:
     p = evaluation_parser()
     p.description, p.usage = __doc__.split("\n")[0], "%(prog)s CHECKPOINT --untouched CHECKPOINT [options]"
+    for action in p._actions:
+        if action.dest in NOT_HERE:
+            action.help = argparse.SUPPRESS
     p.epilog = "All other options are those of `alignvlm evaluate` for one task."
     p.add_argument("--untouched", help="The checkpoint whose language model gets the share, such as that of stage 0.")
     p.add_argument(
@@ -60,7 +63,7 @@ def blend(
     if same := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--shares: {same[0]} would be the folder of two of them. Leave one out; six digits count.")
     for name, commit in ((checkpoint, revision), (untouched, None)):
-        check_model(name, commit)
+        check_checkpoint(name, commit)
     record = read_run_record(checkpoint, revision)
     if not any("language" in stage.get("learning_rates", {}) for stage in record["stages"]):
         raise ValueError(f"No stage of {checkpoint!r} has trained its language model: there is nothing to mix.")
@@ -114,12 +117,17 @@ def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditiona
 def main(argv: list[str] | None = None) -> None:
     """Writes the checkpoints, measures them where the command line says on what, and prints a table."""
     arguments = parser().parse_args(argv)
-    if not (arguments.checkpoint and arguments.untouched and arguments.output_dir):
-        raise SystemExit("error: Give a checkpoint, --untouched (another checkpoint) and --output_dir.")
     if others := [name for name in NOT_HERE if getattr(arguments, name)]:
         raise SystemExit(
             f"error: --{others[0]} is of `alignvlm evaluate` alone. Leave it out, or give it that and the new checkpoints."
         )
+    needed = {
+        "a checkpoint": "checkpoint",
+        "--untouched (another checkpoint)": "untouched",
+        "--output_dir": "output_dir",
+    }
+    if missing := [what for what, name in needed.items() if not getattr(arguments, name)]:
+        raise SystemExit(f"error: Give {' and '.join(missing)}.")
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise SystemExit(

@@ -23,6 +23,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, load_mixture
+from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.export.homes import describe_homes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.filling import WINDOW
@@ -39,7 +40,6 @@ from alignvlm.stages.tiles import check_not_cut, check_not_native, cut_images
 from alignvlm.stages.trainer import MODULES, freeze_all_but
 from alignvlm.stages.weights import LoRA
 from hub_upload.command_line import positive, run
-from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
@@ -515,7 +515,7 @@ def plan_stages(
         folder = Path(arguments.model).resolve()
         try:
             if folder not in known:
-                check_model(arguments.model, arguments.model_revision)
+                check_checkpoint(arguments.model, arguments.model_revision)
                 options = {"revision": arguments.model_revision}
                 known[folder] = (
                     AlignVLMConfig.from_pretrained(arguments.model, **options),
@@ -524,7 +524,7 @@ def plan_stages(
                 )
             kept = arguments.keep_language_from
             if kept is not None and Path(kept).resolve() not in known:
-                check_model(kept)
+                check_checkpoint(kept)
             config, processor, record = known[folder]
             config, processor = as_the_stage_merges(arguments, config, processor)
             if isinstance(arguments, RewardArguments):

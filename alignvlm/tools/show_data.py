@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.stages.loading import as_the_stage_merges, make_collator, make_mixture
 from alignvlm.stages.reward_arguments import WHOLE_IMAGES, RewardArguments, parse_any_stage
 from alignvlm.stages.tiles import check_not_cut, cut_images
 from alignvlm.tools.contact_sheet import describe_parts, write_contact_sheet
 from hub_upload.command_line import run
-from hub_upload.repository import check_model
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
 
@@ -38,7 +38,7 @@ class ShowArguments:
 def main(argv: list[str] | None = None) -> None:
     """Prints what a stage's sources hold, and writes the contact sheet if `--show` asks for it."""
     arguments, show = parse_any_stage(sys.argv[1:] if argv is None else argv, ShowArguments)
-    check_model(arguments.model, arguments.model_revision)
+    check_checkpoint(arguments.model, arguments.model_revision)
     processor = AlignVLMProcessor.from_pretrained(arguments.model, revision=arguments.model_revision)
     config = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision)
     config, processor = as_the_stage_merges(arguments, config, processor)

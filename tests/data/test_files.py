@@ -1,6 +1,7 @@
 """Files as people have them: what is read is what is written in them."""
 
 import base64
+import csv
 import io
 import json
 import re
@@ -115,6 +116,29 @@ def test_a_file_without_rows_is_called_that(tmp_path, written, streaming):
     (tmp_path / written[0]).write_text(written[1])
     with pytest.raises(ValueError, match=f"^{written[0]} has no rows of split 'train'"):
         records_of(tmp_path, streaming, data=written[0])
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "name, separator", [("rows.csv", ";"), ("rows.csv", "\t"), ("rows.tsv", "\t"), ("rows.csv", ",")]
+)
+def test_columns_may_be_separated_as_a_spreadsheet_does(tmp_path, name, separator, streaming):
+    """Excel writes semicolons where a comma is the decimal sign, a byte order mark, and rows of separators alone at the end."""
+    rows = [
+        ["question", "answer"],
+        ["How many, roughly?", "3"],
+        ['"A; b"?', "b\tc"],
+        ["", ""],
+        ["Last?", "d"],
+        ["", ""],
+    ]
+    with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as stream:
+        csv.writer(stream, delimiter=separator).writerows(rows)
+    found = records_of(tmp_path, streaming, data=name)
+    assert [record.conversations[0].responses for record in found] == [["3"], ["b\tc"], ["d"]]
+    assert found[0].conversations[0].prompt == "How many, roughly?"
+    found = records_of(tmp_path, streaming, data=".", split="train")
+    assert len(found) == 3
 
 
 @both_ways

@@ -174,8 +174,9 @@ def test_the_answer_most_people_gave_is_trained():
         ({"image": "a.png", "question": "q?", "anwser": "a"}, "`question` lacks multiple_choice_answer or answer or answers; .*`anwser` may be meant as `answer`"),
         ({"prompt": "p"}, "`prompt_completion` lacks completion or response or answer or output"),
         ({"mesages": []}, "`mesages` may be meant as `messages`"),
+        ({"image": "", "caption": None}, r"The row is empty: none of its columns \['caption', 'image'\] has a value"),
         ({"blob": 1}, "none comes near. Schemas: webdataset, annotations, messages"),
-        ({}, r"it has \[\]"),
+        ({}, "The row is empty"),
     ],
 )  # fmt: skip
 def test_a_row_that_matches_no_schema_is_told_what_the_nearest_miss(row, message):

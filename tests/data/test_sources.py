@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from alignvlm.data.catalogue import BY_KIND, CATALOGUE
 from alignvlm.data.formats import BY_LETTER, FORMATS
-from alignvlm.data.images import read_image
+from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.record import BadRow, Record
 from alignvlm.data.sources import read_source
 from alignvlm.evaluation.judge import METRICS
@@ -863,6 +863,26 @@ def test_a_plain_folder_of_images_says_what_it_lacks(folder):
     for streaming in (False, True):
         with pytest.raises(ValueError, match=r"images is a folder of images that says nothing.*metadata\.jsonl"):
             read_source({"name": "imagefolder", "data": "images"}, folder, streaming)
+        with pytest.raises(
+            ValueError, match=r"holds no train-.*For captions of the images there: `alignvlm recaption"
+        ):
+            read_source({"data": "images"}, folder, streaming)
+
+
+def test_what_a_source_does_not_know_is_told_with_the_nearest_name(folder):
+    given = {"name": "local", "data": lines(folder, "rows.jsonl", [{"image": "images/0.png", "caption": "A."}])}
+    for wrong, right in (("shar", "share"), ("tagg", "tag"), ("image-dir", "image_dir"), ("promt", "prompt")):
+        with pytest.raises(
+            ValueError, match=rf"does not know \['{wrong}'\]. Did you mean {right}\? Its arguments: data,"
+        ):
+            read_source({**given, wrong: "x"}, folder)
+    with pytest.raises(ValueError, match=r"does not know \['cuont'\]. Did you mean count\? .*, share, tag\."):
+        read_source({"name": "scenes", "cuont": 3})
+
+
+def test_a_path_of_windows_is_told(folder):
+    with pytest.raises(BadImage, match=r"Cannot read .*images.0\.png.*; write / between folders"):
+        read_image({"bytes": None, "path": str(folder / "images\\0.png")})
 
 
 def test_splits_limits_prompts_and_tags(folder):

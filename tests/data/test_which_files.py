@@ -489,3 +489,19 @@ def test_images_beside_parquet_are_not_taken_for_the_data(tmp_path):
     with pytest.raises(ValueError, match=r"in files, as assets/logo\.png, and in rows, as train\.parquet\. Name one"):
         list_images(str(tmp_path))
     assert len(list_images(str(tmp_path / "train.parquet"))) == 1  # one image, twice
+
+
+@pytest.mark.parametrize("name", [None, "coco_captions"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])
+def test_captions_in_cocos_own_form_are_read(tmp_path, name, streaming):
+    images = [{"id": 7, "file_name": "b.jpg", "height": 1}, {"id": 3, "file_name": "a.jpg", "height": 1}]
+    annotations = [{"id": n, "image_id": 3 + 4 * (n % 2), "caption": f"Caption {n}."} for n in range(4)]
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    (tmp_path / "captions_train2014.json").write_text(json.dumps(content, indent=1))
+    given = {"data": "captions_train2014.json", **({"name": name} if name else {})}
+    first, second = (record.conversations[0].responses for record in records_of(tmp_path, streaming, **given))
+    assert (first, second) == (["Caption 1.", "Caption 3."], ["Caption 0.", "Caption 2."])
+    content["annotations"].append({"image_id": 5, "caption": "Of no image."})
+    (tmp_path / "captions_train2014.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"entry 5 of `annotations`: image_id=5 is no `id` of `images`"):
+        records_of(tmp_path, streaming, **given)

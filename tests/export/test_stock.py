@@ -408,7 +408,7 @@ NO_HOME = {
     ),
     "encoder": (
         {**MAP, "vision_feature_layer": -2, "vision": RESNET},
-        "the vision encoder is 'resnet', and transformers' own classes take siglip_vision_model, clip_vision_model",
+        "it takes the vision encoders siglip_vision_model, clip_vision_model, vit, dinov2, not 'resnet'",
     ),
     "two": ({"mask_type": "mutual"}, "its attention mask is 'causal', not 'mutual'; it reads hidden states"),
 }

@@ -81,6 +81,7 @@ def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
         client = Client({**BASE, **hub.environment(tmp_path / "home")}, tmp_path)
         try:
             client("hub_client:quick")
+            client("hub_client:check_spaces_once")
             push = "hub_upload.space:push_space"
             dry = client(push, "user/demo", ["user/model"], dry_run=True)
             assert dry["commit"] is None and "spaces/user/demo" not in hub.repositories

@@ -21,11 +21,15 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from alignvlm.evaluation.load import load_checkpoint
+from alignvlm.stages import stage
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.chat_templates import CHATML_TEMPLATE
+from alignvlm.tools import plan, show_data
 from hub_upload.run_record import write_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import make_tokenizer
+from tests.running import arguments_for, parse
 from tests.stages.conftest import SIZES
 
 
@@ -50,6 +54,25 @@ def test_any_mask_type_can_be_assembled(vision, language, tmp_path, mask_type):
     model, _ = assemble(BackboneArguments(vision, str(language), str(tmp_path), attention_mask_type=mask_type))
     assert model.config.attention_mask_type == mask_type
     assert AlignVLMForConditionalGeneration.from_pretrained(tmp_path).config.attention_mask_type == mask_type
+
+
+@pytest.mark.parametrize("program", ["a stage", "data", "plan", "ask", "keep_language_from"])
+def test_a_backbone_is_not_taken_for_a_checkpoint(checkpoint, vision, language, tmp_path, program):
+    rates = {"projector_learning_rate": 1e-3, "language_learning_rate": 1e-3}
+    given = arguments_for(language, tmp_path / "run", **rates)
+    kept = arguments_for(checkpoint, tmp_path / "run", **rates, keep_language=0.5, keep_language_from=str(vision))
+    call = {
+        "a stage": lambda: stage.main(given),
+        "data": lambda: show_data.main(given),
+        "plan": lambda: plan.plan_stages([parse(given)], processes=1),
+        "ask": lambda: load_checkpoint(str(language), torch.device("cpu")),
+        "keep_language_from": lambda: stage.main(kept),
+    }[program]
+    kind = "siglip_vision_model" if program == "keep_language_from" else "llama"
+    with pytest.raises(
+        ValueError, match=f"is no checkpoint .* but a model of type '{kind}'. `alignvlm assemble` makes"
+    ):
+        call()
 
 
 def test_a_model_that_is_there_is_not_written_over(vision, language, tmp_path):

@@ -30,7 +30,6 @@ from transformers import (
 from alignvlm.data import scenes
 from alignvlm.evaluation.answer import answer
 from alignvlm.rows.collator import AlignVLMCollator
-from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.language_trial import last_position, try_language_model
 from alignvlm.stages.stage import main as run_stage
@@ -38,7 +37,7 @@ from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.conftest import make_tokenizer
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 from tests.stages.conftest import SIZES, VISION
 
 
@@ -141,12 +140,6 @@ def test_a_language_model_of_another_form_is_refused(vision, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"BertModel.* have other weights"):
         assemble(BackboneArguments(vision, str(tmp_path), str(tmp_path / "stage0")))
-
-
-def parse(given) -> StageArguments:
-    from trl import TrlParser
-
-    return TrlParser(StageArguments).parse_args_and_config(given)[0]
 
 
 def test_without_packing_a_row_holds_one_annotation(mpt, tmp_path):

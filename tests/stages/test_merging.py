@@ -6,17 +6,10 @@ import torch
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.export.homes import HOMES, obstacles
-from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.stage import main
 from alignvlm.tools.plan import plan_stages
 from modeling_alignvlm import AlignVLMConfig, AlignVLMProcessor
-from tests.running import arguments_for
-
-
-def parse(given: list[str]) -> StageArguments:
-    from trl import TrlParser
-
-    return TrlParser(StageArguments).parse_args_and_config(given)[0]
+from tests.running import arguments_for, parse
 
 
 def test_a_stage_trains_on_merged_tokens_and_hands_them_on(checkpoint, tmp_path):

@@ -19,7 +19,6 @@ from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
 from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.export.homes import HOMES, obstacles
 from alignvlm.rows.tiles import grids_of
-from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.reward_arguments import WHOLE_IMAGES
 from alignvlm.stages.stage import main
@@ -36,17 +35,11 @@ from tests.conftest import TEXT, make_tokenizer
 from tests.modeling_alignvlm.test_native_shapes import NATIVE
 from tests.modeling_alignvlm.test_remote_code import run_child
 from tests.modeling_alignvlm.test_tiles import picture
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 
 
 SIGNS = [{"name": "scene_signs", "count": 12, "image_size": 40}, {"name": "scene_texts", "count": 4}]
 FIELDS = {"sources": SIGNS, "projector_learning_rate": 1e-3, "vision_learning_rate": 1e-3, "max_steps": 2}
-
-
-def parse(given: list[str]) -> StageArguments:
-    from trl import TrlParser
-
-    return TrlParser(StageArguments).parse_args_and_config(given)[0]
 
 
 @pytest.fixture(scope="module")

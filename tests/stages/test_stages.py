@@ -267,6 +267,16 @@ def test_a_finished_run_is_not_started_again_nor_taken_a_step_too_far(checkpoint
     assert all(torch.equal(value, written[name]) for name, value in weights(tmp_path / "run").items())
 
 
+def test_a_run_is_not_ended_by_fewer_steps_than_it_has_taken(checkpoint, streamed, tmp_path):
+    folder = copied(streamed, tmp_path / "run", 4)
+    fields = {**SAVING, "sources": STREAM, "streaming": True}
+    with pytest.raises(ValueError, match=r"checkpoint-4 has taken 4 steps, and the run is now to have 2 .*or more"):
+        main([*arguments_for(checkpoint, folder, **{**fields, "max_steps": 2}), "--resume_from_checkpoint"])
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])["steps"] == 6
+
+
 OTHER = [{**STREAM[0], "count": 11}]
 
 
@@ -524,6 +534,11 @@ def test_recipes_are_valid(path):
         ({"infinite_schedule": '{"cooldown": "half"}'}, "Expected a mapping such as .*cooldown"),
         ({"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit': .*bitsandbytes"),
         ({"report_to": "tensorbord"}, "'tensorbord' is not installed.*Valid here: none"),
+        ({"completion_only_loss": False}, "completion_only_loss: leave it out; the loss is that of responses"),
+        ({"dataset_text_field": "caption"}, "dataset_text_field: leave it out; the schema of a source says"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: leave it out; Liger has no kernels"),
+        ({"adam_beta1": 2.0}, "adam_beta1=2.0 must be at least 0 and below 1"),
+        ({"adam_epsilon": 0}, "adam_epsilon=0.0 must be above 0"),
         ({"padding_free": True}, "padding_free: leave it out; row_length fills rows"),
         ({"eos_token": "</s>"}, "eos_token: leave it out; the special tokens are the checkpoint's"),
         (

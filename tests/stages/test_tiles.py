@@ -8,23 +8,16 @@ import pytest
 from alignvlm.evaluation.answer import answer
 from alignvlm.export.homes import HOMES, obstacles
 from alignvlm.rows.encode import Encoder
-from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.stage import main
 from alignvlm.tools.plan import describe, plan_stages
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.modeling_alignvlm.test_tiles import picture
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 
 
 SIGNS = [{"name": "scene_signs", "count": 8, "image_size": 40}]
 TILES = {"sources": SIGNS, "max_tiles": 6, "tile_marks": True, "projector_learning_rate": 1e-3, "max_steps": 1}
-
-
-def parse(given: list[str]) -> StageArguments:
-    from trl import TrlParser
-
-    return TrlParser(StageArguments).parse_args_and_config(given)[0]
 
 
 def test_one_line_of_a_recipe_cuts_images_from_then_on(checkpoint, tmp_path, make_model):
@@ -58,6 +51,7 @@ def test_one_line_of_a_recipe_cuts_images_from_then_on(checkpoint, tmp_path, mak
     "fields, sentence",
     [
         ({"max_tiles": 0}, "max_tiles=0 must be at least 1"),
+        ({"max_tiles": 10**6}, r"max_tiles=1000000: an image of so many tiles.* holds [\d,]+\. At most \d+ fit"),
         ({"max_tiles": None}, "tile_marks=True is for images that are cut into tiles"),
         ({"image_block": "row"}, "image_block='row'. Valid values: tile, image"),
         ({"cache_features": True}, "one feature map an image, and max_tiles=6 cuts images"),
@@ -70,6 +64,17 @@ def test_what_cannot_be_is_said_before_anything_runs(checkpoint, tmp_path, field
     for start in (main, lambda given: plan_stages([parse(given)], processes=1, sample=2)):
         with pytest.raises((ValueError, SystemExit), match=sentence):
             start(given)
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_the_most_tokens_of_an_image_are_those_of_its_largest_grid(checkpoint, marks):
+    processor = AlignVLMProcessor.from_pretrained(checkpoint)
+    processor.tile_marks = marks
+    for count in range(2, 20):
+        processor.max_tiles = count
+        encoder = Encoder(processor)
+        grids = [(rows, columns) for rows in range(1, count + 1) for columns in range(1, count // rows + 1)]
+        assert encoder.most_image_tokens == max(len(encoder.image_tokens(grid)) for grid in grids)
 
 
 def test_an_assembled_checkpoint_cuts_images(vision, tmp_path, tokenizer):

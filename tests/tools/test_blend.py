@@ -80,7 +80,8 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
         (["{trained}/0", "--untouched", "no/such/folder"], "No such folder: 'no/such/folder'"),
         (["{checkpoint}", "--untouched", "{checkpoint}"], "No stage of .* has trained its language model"),
         (["{trained}/0.25", "--untouched", "{checkpoint}"], "is mixed already, with the share 0.25"),
-        (["{trained}/0"], "Give a checkpoint, --untouched"),
+        (["{trained}/0"], "Give --untouched"),
+        (["{trained}/0", "--compare", "a.json", "b.json"], "--compare is of `alignvlm evaluate` alone"),
         (
             ["{trained}/0", "--untouched", "{checkpoint}", "--server", "http://localhost:1/v1"],
             "--server is of `alignvlm evaluate` alone",
@@ -116,7 +117,7 @@ def test_a_mixture_of_something_else_is_not_taken_for_this_one(checkpoint, train
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in mixed.iterdir()} == written
 
 
-def test_several_processes_are_refused(checkpoint, trained, tmp_path):
+def test_several_processes_are_refused_and_say_so_once(checkpoint, trained, tmp_path):
     config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
     command = [
         sys.executable,
@@ -130,5 +131,7 @@ def test_several_processes_are_refused(checkpoint, trained, tmp_path):
     command += [str(trained / "0"), "--untouched", str(checkpoint), "--output_dir", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode and "error: `alignvlm blend` runs on one process, and there are 2" in done.stderr
+    told = re.findall("^error: `alignvlm blend` runs on one process, and there are 2", done.stderr, re.MULTILINE)
+    assert done.returncode and len(told) == 1
+    assert "alignvlm/tools/blend.py" not in done.stderr  # no traceback of ours
     assert not (tmp_path / "out").exists()
