@@ -3,8 +3,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
-# One process per core, at most four; each file's tests in one of them.
+# One process per core, at most four, each of one thread; each file's tests in one of them.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 .PHONY: quickstart reproduce test test-full test-newest test-lowest lint bench docs clean
 
@@ -17,11 +18,11 @@ reproduce: .venv/ready
 	$(RUN) benchmarks/findings.py --reproduce
 
 test: .venv/test-ready
-	$(RUN) -m pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
 
 # Property tests with twenty-five times as many examples.
 test-full: .venv/test-ready
-	ALIGNVLM_TEST_EXAMPLES=25 $(RUN) -m pytest $(PARALLEL)
+	ALIGNVLM_TEST_EXAMPLES=25 $(PYTEST) $(PARALLEL)
 
 # The model, remote-code, generation, stage, export and Hub tests under other releases of the libraries: the newest that the ranges in
 # pyproject.toml allow on the day the environment is made (`make clean` for new ones), and the lowest they claim. torch is the same
@@ -31,7 +32,7 @@ OF_THE_HUB = test_hub and lfs and (loading_from_the_hub or beginning_to_end)
 SELECTED = -k "not (flickr8k_recipe or kernels_agree or test_masking or two_processes or test_hub) or $(OF_THE_HUB)"
 
 test-newest test-lowest: test-%: .venv-%/test-ready .venv/test-ready
-	ALIGNVLM_OTHER_PYTHON=$(CURDIR)/$(RUN) .venv-$*/bin/python -m pytest $(PARALLEL) $(RELEASE_TESTS) $(SELECTED)
+	OMP_NUM_THREADS=1 ALIGNVLM_OTHER_PYTHON=$(CURDIR)/$(RUN) .venv-$*/bin/python -m pytest $(PARALLEL) $(RELEASE_TESTS) $(SELECTED)
 
 lint: .venv/test-ready
 	$(RUN) -m ruff check .

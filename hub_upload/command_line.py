@@ -20,7 +20,7 @@ TRACEBACK_OPTION, TRACEBACK_VARIABLE = "--traceback", "ALIGNVLM_TRACEBACK"
 MISTAKE = 2  # exit status
 OURS = ("alignvlm", "hub_upload", "modeling_alignvlm", "demo")
 # A launcher ends the other processes of a machine when the first has failed; who is alive after this many seconds has its own error to tell.
-OTHERS_SECONDS = 5.0
+OTHERS_SECONDS = 10.0
 
 
 class ArgumentParser(argparse.ArgumentParser):

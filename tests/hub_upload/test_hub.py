@@ -496,7 +496,7 @@ def run(hub: LoopbackHub, folder: Path, *command, code: int = 0, **environment: 
 
 
 @pytest.mark.slow
-def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkpoint, tmp_path):
+def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, lfs_client, checkpoint, tmp_path):
     lfs_hub.faults.clear()
     output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/cli", "--tag", "v1")
     repository = lfs_hub.repositories["user/cli"]
@@ -505,11 +505,17 @@ def test_the_command_line_prints_how_to_load_and_never_the_token(lfs_hub, checkp
     assert "Private" in output and "hf_loop" not in output and "Kept" not in output
     with_notes = {**lfs_hub.files("user/cli"), "notes.txt": lfs_hub.store(b"x")}
     repository.commit("main", with_notes, "by hand")
-    again = ("-m", "hub_upload.push", checkpoint, "user/cli")
-    output = run(lfs_hub, tmp_path, *again, PYTHONPATH=str(ROOT))
+
+    def again(*options: str) -> str:
+        """What the command prints in the process of the client."""
+        before = lfs_client.log.stat().st_size
+        lfs_client("hub_upload.push:main", [checkpoint, "user/cli", *options])
+        return lfs_client.log.read_bytes()[before:].decode()
+
+    output = again()
     assert "holds exactly this already; no commit was made" in output
     assert "Kept on user/cli, where it is no part of the checkpoint: notes.txt. --delete_others deletes it" in output
-    output = run(lfs_hub, tmp_path, *again, "--delete_others", "--dry_run", PYTHONPATH=str(ROOT))
+    output = again("--delete_others", "--dry_run")
     assert "Would delete on user/cli: notes.txt" in output and "nothing was sent" in output
     assert lfs_hub.files("user/cli") == with_notes
     output = run(lfs_hub, tmp_path, ROOT / "hub_upload/push.py", checkpoint, "user/my--model", code=2)
