@@ -119,6 +119,8 @@ def order_of_records(
     }
     order |= {"rows": rows.description} if rows.description else {}
     given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
+    if len(given.get("mask_type_shares", {})) > 1:
+        given["seed_of_mask_types"] = arguments.seed  # `data_seed` may be that of the records
     model = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]  # which it is, wherever it lies
     order["settings"] = {**given, "run_record_of_model": model}
     return json.loads(json.dumps(order))

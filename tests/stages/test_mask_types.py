@@ -95,6 +95,8 @@ def test_a_resumed_run_draws_the_same(checkpoint, tmp_path):
     mix = '{"causal": 0.5, "image": 0.5}'
     whole = run(checkpoint, tmp_path / "whole", mix, **given)
     run(checkpoint, tmp_path / "pieces", mix, **{**given, "max_steps": 4})
+    with pytest.raises(ValueError, match="with other settings: seed_of_mask_types was 42 and is 3"):
+        run(checkpoint, tmp_path / "pieces", mix, **given, seed=3, data_seed=42, resume_from_checkpoint="last")
     resumed = run(checkpoint, tmp_path / "pieces", mix, **given, resume_from_checkpoint="last")
     assert resumed["resumed_at"] == [4] and resumed["logged_losses"] == whole["logged_losses"]
     causal = run(tmp_path / "whole", tmp_path / "next", "causal", **{**given, "max_steps": 1})
