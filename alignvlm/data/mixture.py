@@ -324,14 +324,15 @@ def read_parts(
             parts.append(Part(options.get("name") or str(options.get("data")), source, share, tag))
             continue
         stage = options.get("stage")
-        found = [e for e in earlier_stages or [] if e["stage"] == stage]
+        known = earlier_stages or []
+        found = [index for index, each in enumerate(known) if each["stage"] == stage]
         if not found or set(options) != {"name", "stage"}:
             raise ValueError(
-                f"Cannot rehearse {entry}: expected `stage`, one of {[e['stage'] for e in earlier_stages or []]}, the stages of the "
+                f"Cannot rehearse {entry}: expected `stage`, one of {[each['stage'] for each in known]}, the stages of the "
                 "model's run record, and optionally `share` and `tag`."
             )
-        names = [s for s in found[-1]["sources"] if s.get("name") != "rehearsal"]
-        again = read_parts(names, token_counts, data_dir, streaming, max_bad_rows=max_bad_rows)
+        before, rehearsed = known[: found[-1]], known[found[-1]]["sources"]  # which may have rehearsed one before it
+        again = read_parts(rehearsed, token_counts, data_dir, streaming, before, max_bad_rows)
         for part, proportion in zip(again, _proportions(again, token_counts, streaming)):
             part.tag = tag or part.tag
             part.share = None if share is None else share * proportion

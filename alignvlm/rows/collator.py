@@ -4,7 +4,7 @@ Mask types whose trunk sees the prompt cannot share the trunk: their records bec
 those that `alignvlm/rows/filling.py` has put together, or, with a `row_length`, those of a batch that fit.
 """
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,24 @@ class AlignVLMCollator:
         rows = self.rows(record)
         image = sum(row.input_ids.count(self.processor.image_token_id) for row in rows)
         return image, sum(map(len, rows)) - image
+
+    def left_out(self, records: Iterable[dict]) -> str | None:
+        """Says how much of records `max_length` leaves out; None: nothing."""
+        count, annotations, lost, cut = 0, 0, 0, 0
+        for record in records:
+            own = sum(len(conversation["responses"]) for conversation in record["conversations"])
+            losses: list[dict] = []
+            self.rows(record, losses)
+            kinds = [loss["kind"] for loss in losses]
+            count, annotations = count + 1, annotations + own
+            lost += own if "dropped_record" in kinds else kinds.count("dropped_annotation")
+            cut += kinds.count("cut_response")
+        if not lost + cut:
+            return None
+        cuts = f", and cuts {cut:,} responses" if cut else ""
+        return (
+            f"max_length={self.packer.max_length} leaves out {lost:,} of the {annotations:,} annotations of {count:,} records{cuts}"
+        )
 
     def tile_count(self, row: Row) -> int:
         """Counts what the encoder encodes for a row: its images, or their tiles."""

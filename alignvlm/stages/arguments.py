@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from multiprocessing import get_all_start_methods
 from typing import Any
 
@@ -55,6 +55,17 @@ REFUSED = {
 }
 # Values of these that ask for what happens anyway.
 GRANTED = {"completion_only_loss": True, "eval_packing": False}
+# Beginnings of the names of fields that say where things lie, what is measured, shown and kept, and on how many devices.
+CHANGE_NOTHING = tuple(
+    """
+    model sources eval_ text_sources alignment_records metric_for greater_is do_ per_device_eval data_dir
+    features_dir output_dir resume_ allow_other restore_ run_name project trackio report log_ logging_ show_
+    disable_tqdm save_ push_ hub_ use_cpu local_rank deepspeed fsdp ddp_ dataset_kwargs accelerator_config
+    dataloader_num dataloader_p stage skip_memory debug remove_unused bf16 fp16 tf32 learning_rate
+    gradient_checkpointing activation_checkpointing pad_to_multiple_of
+    """.split()
+)
+BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
 NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
 
@@ -297,6 +308,19 @@ class OptimizationArguments:
         """What autocast computes in; None in float32."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else None
 
+    def settings(self) -> dict[str, Any]:
+        """The sizes of batches and the fields that are not at their defaults, by name and as JSON holds them, but for learning rates, which are
+        recorded apart, and those that change nothing that is trained."""
+        found = {}
+        for given in fields(self):
+            if given.name.startswith(CHANGE_NOTHING) or given.name.endswith(("_learning_rate", "_token")):
+                continue
+            default = given.default if given.default_factory is MISSING else given.default_factory()
+            if getattr(self, given.name) != default or given.name in BATCH_SIZES:
+                found[given.name] = getattr(self, given.name)
+        values = self.to_dict()
+        return {name: values[name] for name in sorted(found)}
+
     def optimization_record(self) -> dict[str, Any]:
         """The options of this part that are on, for the run record."""
         options = {
@@ -398,6 +422,8 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
             raise ValueError(
                 f"frozen_16_bit needs bf16 or fp16, which say in which 16 bits; the stage computes in {self.chosen_precision}."
             )
+        self._refuse_options_of("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge")
+        self._refuse_options_of("projector_start", "projector_start_records", "projector_start_ridge")
         self._check_keep_language()
         self._check_projector_start()
         if self.average_last and self.save_strategy == "no":
@@ -410,6 +436,15 @@ class WeightsArguments(OptimizationArguments, ModelArguments):
             raise ValueError(
                 f"save_total_limit={self.save_total_limit} keeps less checkpoints than average_last={self.average_last}."
             )
+
+    def _refuse_options_of(self, owner: str, *names: str) -> None:
+        """Refuses options that only `owner` reads, where it is off."""
+        if getattr(self, owner):
+            return
+        defaults = {given.name: given.default for given in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} is read by {owner} only: set it, too.")
 
     def _check_keep_language(self) -> None:
         if not 0 <= self.keep_language < 1:
@@ -624,6 +659,8 @@ class RecordArguments:
                 )
         if self.push_to:
             check_name(self.push_to)
+        elif self.push_license:
+            raise ValueError(f"push_license={self.push_license!r} is read by push_to only: set it, too.")
         if self.push_to_hub or (self.hub_model_id and not self.push_to):
             raise ValueError(
                 "push_to_hub and hub_model_id would upload everything in output_dir, optimizer states too: leave them out. push_to: user/name "

@@ -172,7 +172,7 @@ def save_checkpoint(
     (folder / RUN_RECORD).unlink(missing_ok=True)
     model.save_pretrained(folder, state_dict=state_dict)
     processor.save_pretrained(folder)
-    shutil.copyfile(_licence_file(), folder / "LICENSE")
+    write_licence(folder)
     card = make_card(record, json.loads((folder / "config.json").read_text(encoding="utf-8")), parameter_count(folder))
     readme = folder / "README.md"
     try:
@@ -182,6 +182,11 @@ def save_checkpoint(
     except ValueError as error:  # too late to stop; packaging will ask for it to be mended
         logger.warning(f"{readme} was left as it is: {error}")
     write_run_record(folder, record)
+
+
+def write_licence(folder: str | os.PathLike) -> None:
+    """Copies the code's licence into the folder of a checkpoint."""
+    shutil.copyfile(_licence_file(), Path(folder) / "LICENSE")
 
 
 def _licence_file() -> Path:

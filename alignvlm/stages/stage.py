@@ -61,7 +61,7 @@ from hub_upload.licences import licence_of
 from hub_upload.push import push
 from hub_upload.repository import commit_of
 from hub_upload.run_record import library_versions, read_run_record
-from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 from modeling_alignvlm.configuration_alignvlm import OFF
 
 
@@ -139,6 +139,7 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     model = load_model(arguments)
     if PartialState().is_main_process:
         check_room(arguments.output_dir, model)
+    _tell_of_another_mask_type(arguments, record)
     cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
 
@@ -188,6 +189,18 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     if trainer.is_world_process_zero():  # nobody has to wait for it
         _push(arguments)
     return finished
+
+
+def _tell_of_another_mask_type(arguments: StageArguments, record: dict[str, Any]) -> None:
+    """Warns of a stage that gives a trained checkpoint another mask type, which a recipe without the line may not mean."""
+    if not record["stages"] or not PartialState().is_main_process:
+        return
+    before = AlignVLMConfig.from_pretrained(arguments.model, revision=arguments.model_revision).attention_mask_type
+    if before not in arguments.mask_type_shares:
+        logger.warning(
+            f"{arguments.model} was trained under the mask type {before!r}, and this stage trains under {described(arguments.mask_type_shares)}. "
+            f"To go on under it: attention_mask_type: {before}"
+        )
 
 
 def _train(arguments: StageArguments, trainer: StageTrainer, resume_from: str | None) -> None:
@@ -255,6 +268,7 @@ def _entry(
         "precision": arguments.chosen_precision.name,
         "precision_reason": arguments.chosen_precision.reason,
         **arguments.optimization_record(),
+        "settings": arguments.settings(),
         **_filled(rows, progress["computed"]),
         "processes": arguments.world_size,
         "seconds": round(progress["seconds"], 1),

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from alignvlm.data.record import shown
 from alignvlm.rows.collator import count_images
 from alignvlm.rows.packing import IGNORED
-from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint
+from alignvlm.stages.checkpoint import INTERRUPTED, PROGRESS, how_to_go_on, last_complete_checkpoint, write_licence
 from alignvlm.stages.embedding_loss import HEAD, with_head
 from alignvlm.stages.held_out import LabelWeighted, RepeatedToFill
 from alignvlm.stages.log_lines import LIBRARY_CALLBACKS, RATE, LogLines, peak_memory_gb
@@ -425,6 +425,8 @@ class StageTrainer:
             (Path(output_dir) / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
             if self.run_record is not None:
                 write_run_record(output_dir, self.run_record(progress))
+                if not has_lora(self.model):  # as a stage's own folder it can be packaged
+                    write_licence(output_dir)
         self.accelerator.wait_for_everyone()  # trainer_state.json, which comes next, tells that a checkpoint is complete
 
     def evaluate(self, *args, **kwargs):

@@ -56,6 +56,8 @@ def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1
             f"{np.percentile(tokens, 95):>6.0f} {max(tokens):>7} {sum(images) / max(sum(tokens), 1):>9.1%} {f'{len(bad)} of {seen}':>12}"
         )
         lines += [f"  {message}" for message in bad[:5]]
+        if left_out := collator.left_out(part.sample(seen)):
+            lines.append(f"  {left_out}")
         if bad_rows := part.source.bad_rows:
             lines += [f"  {len(bad_rows)} bad rows, left out:", *(f"    {message}" for message in bad_rows[:5])]
     return "\n".join(lines)

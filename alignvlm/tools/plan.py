@@ -11,7 +11,7 @@ import glob
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ GPUS = {
     "RTX3090": (71e12, 24e9),
 }
 FULL = 0.95  # the share of filled rows below which the plan names another `row_length`
+READ_WHOLE = 200  # records of a source that are encoded as a stage does
 PROCESS_BYTES = 0.5e9  # libraries and their state
 TOKENS_OF_HEAD, WORDS_OF_HEAD = 4096, 8192  # of a tile of TRL's fused head
 
@@ -244,6 +245,7 @@ class Plan:
     fuller: int | None  # the closest `row_length` that fills rows to `FULL`
     features: "KeptSize | None" = None  # with `cache_features`
     start_flops: float = 0.0  # of `projector_start`
+    left_out: list[str | None] = field(default_factory=list)  # of each source: see `AlignVLMCollator.left_out`
 
     @property
     def flops(self) -> float:
@@ -444,6 +446,7 @@ def plan_stage(
         fuller,
         features,
         start_flops,
+        [collator.left_out(part.sample(READ_WHOLE)) for part in mixture.parts],
     )
 
 
@@ -540,7 +543,7 @@ def plan_stages(
     return plans
 
 
-def other_turns(part: Part, token_counts: TokenCounts, records: int = 200) -> tuple[str, float] | None:
+def other_turns(part: Part, token_counts: TokenCounts, records: int = READ_WHOLE) -> tuple[str, float] | None:
     """Returns the other way to take turns (`whole` or `independent`) and the tokens that a record would have with it.
 
     Returns None if both ways give the same number of tokens, or if the source has no such choice.
@@ -575,6 +578,8 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         lines.append(
             f"  {part.name:<20} {drawn} ({part.image_tokens:.0f} image + {part.text_tokens:.0f} text tokens a record)"
         )
+        if plan.left_out[index] is not None:
+            lines.append(f"  {'':<20} {plan.left_out[index]}")
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]
             lines.append(f"  {'':<20} with `turns: {turns}`: {tokens:.0f} tokens a record")

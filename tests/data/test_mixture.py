@@ -377,6 +377,22 @@ def test_rehearsal_keeps_the_proportions_of_the_earlier_stage(processor):
     assert tokens[2] / sum(tokens[1:]) == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_stage_that_rehearsed_is_rehearsed_whole(processor):
+    """Its own rehearsal stands for the stage before it, in the share that it had there."""
+    collator = AlignVLMCollator(processor)
+    texts = {"name": "scene_texts", "count": 40}
+    rehearsed = [{**CAPTIONS, "share": 0.8}, {"name": "rehearsal", "stage": 1, "share": 0.2}]
+    stages = [{"stage": 1, "sources": [texts]}, {"stage": 3, "sources": rehearsed}]
+    again = [QUESTIONS, {"name": "rehearsal", "stage": 3, "share": 0.5}]
+    mixture = load_mixture(again, collator.token_counts, earlier_stages=stages)
+    assert [part.name for part in mixture.parts] == ["scenes", "scenes", "scene_texts"]
+    tokens = [part.tokens * draws for part, draws in zip(mixture.parts, mixture.draws)]
+    assert sum(tokens[1:]) / sum(tokens) == pytest.approx(0.5, abs=0.05)
+    assert tokens[2] / sum(tokens[1:]) == pytest.approx(0.2, abs=0.05)
+    with pytest.raises(ValueError, match=r"one of \[\], the stages"):  # of the stages before it, none is left
+        load_mixture(again, collator.token_counts, earlier_stages=stages[1:])
+
+
 class TestLeftOut:
     @pytest.fixture
     def photos(self, tmp_path):

@@ -24,6 +24,7 @@ from alignvlm.stages.checkpoint import PROGRESS, read_progress
 from alignvlm.stages.reward_stage import main as reward_main
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import AlignVLMTrainer, module_of
+from hub_upload.package import package
 from hub_upload.run_record import RUN_RECORD, read_run_record, write_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.running import SOURCES, arguments_for
@@ -241,6 +242,10 @@ def test_what_begins_with_a_checkpoint_from_the_middle_of_a_stage_knows_how_it_w
     assert (earlier["steps"], earlier["of_steps"], earlier["unfinished"]) == (4, 6, True)
     assert (last["stage"], last["steps"]) == (4, 1) and not {"of_steps", "unfinished"} & {*last, *of_the_run}
     assert " 4 of 6 |" in (tmp_path / "next/README.md").read_text(encoding="utf-8")
+    package(streamed / "checkpoint-4", tmp_path / "packaged")
+    assert [entry["logged_losses"] for entry in read_run_record(tmp_path / "packaged")["stages"]] == [
+        earlier["logged_losses"]
+    ]
 
 
 @pytest.mark.parametrize("num_train_epochs", [None, 2])
@@ -265,6 +270,26 @@ def test_a_finished_run_is_not_started_again_nor_taken_a_step_too_far(checkpoint
     assert (again["steps"], again["train_loss"]) == (steps, straight["train_loss"])
     assert again["logged_losses"] == straight["logged_losses"]
     assert all(torch.equal(value, written[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_the_run_record_holds_what_a_run_is_repeated_with(checkpoint, tmp_path):
+    given = {"optim": "sgd", "optim_args": None, "data_seed": 5, "neftune_noise_alpha": 1.5, "weight_decay": 0.1}
+    rates = {"projector_learning_rate": 1e-3, "max_steps": 1}
+    entry = main(arguments_for(checkpoint, tmp_path, **given, **rates))
+    expected = {**given, "max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert entry["settings"] == {name: value for name, value in expected.items() if value is not None}
+    assert read_run_record(tmp_path)["stages"][-1]["settings"] == entry["settings"]
+
+
+def test_another_mask_type_than_the_stage_before_had_is_told(streamed, checkpoint, tmp_path, caplog):
+    """Not of a checkpoint that no stage has trained, nor of one of the types that the stage mixes."""
+    fields = {"projector_learning_rate": 1e-3, "max_steps": 1}
+    mixed = '{"causal": 0.5, "image": 0.5}'
+    for model, masks, told in ((checkpoint, "causal", False), (streamed, mixed, False), (streamed, "causal", True)):
+        caplog.clear()
+        main(arguments_for(model, tmp_path / f"{model.name}-{len(masks)}", attention_mask_type=masks, **fields))
+        sentence = "was trained under the mask type 'image', and this stage trains under mask type 'causal'"
+        assert (sentence in caplog.text) == told
 
 
 def test_a_run_is_not_ended_by_fewer_steps_than_it_has_taken(checkpoint, streamed, tmp_path):
@@ -528,6 +553,10 @@ def test_recipes_are_valid(path):
         ({"max_bad_rows": 50}, "max_bad_rows=50.0 is a share of what is read: give a number from 0 to 1"),
         ({"lora_r": 2, "language_learning_rate": 1e-3, "lora_alpha": 0}, "lora_alpha=0.0 must be above 0"),
         ({"lora_r": 2, "language_learning_rate": 1e-3, "lora_alpha": "nan"}, "lora_alpha=nan must be above 0"),
+        ({"lora_alpha": 8}, "lora_alpha=8.0 is read by lora_r only: set it, too"),
+        ({"lora_target_modules": '["nope"]'}, r"lora_target_modules=\['nope'\] is read by lora_r only"),
+        ({"projector_start_records": 5}, "projector_start_records=5 is read by projector_start only"),
+        ({"push_license": "mit"}, "push_license='mit' is read by push_to only"),
         ({"seed": -1}, "seed=-1 must be a number from 0 to 4294967295"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "'warmup_stable_decay' cannot be made .*num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "'cosine_with_min_lr' cannot be made .*min_lr"),
@@ -562,7 +591,7 @@ def test_recipes_are_valid(path):
         ({"sources": '[{"name": "scenes", "count": 4, "share": "1e-1"}]'}, "share='1e-1' .* is no number"),
         ({"sources": "[]"}, "needs `model`"),
         ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
-        ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Its arguments: count"),
+        ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Did you mean count\? Its arguments: count"),
         ({"sources": '[{"name": "local", "data": "none.jsonl"}]'}, "No such file or folder: .*none.jsonl"),
         ({"text_sources": [{"name": "scenes", "count": 2}]}, "text_sources: a record of 'scenes' has an image"),
     ],

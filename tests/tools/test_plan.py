@@ -21,13 +21,13 @@ from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import freeze_all_but
 from alignvlm.tools.plan import describe, plan_stages, step_flops, steps_of
 from alignvlm.tools.plan import main as plan_main
+from alignvlm.tools.show_data import main as data_main
 from tests.running import SOURCES, arguments_for, recompute_activations
+from tests.running import parse as parse_list
 
 
 def parse(*given) -> StageArguments:
-    from trl import TrlParser
-
-    return TrlParser(StageArguments).parse_args_and_config(list(given))[0]
+    return parse_list(list(given))
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
@@ -223,3 +223,31 @@ def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
     with pytest.raises(ValueError, match="a response without a rejected answer"):
         recipe.write_text(re.sub("method: grpo.*\n|rewards.*\n|num_gen.*\n", "", recipe.read_text()) + "method: dpo\n")
         plan_main(["--config", str(recipe)])
+
+
+def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_out(checkpoint, tmp_path, capsys):
+    """Annotations of records that are too long, a response that is cut, and a record of which nothing is left."""
+    long = " ".join(["word"] * 60)
+    rows = [
+        {"prompt": "What?", "completion": "short"},
+        {"prompt": "What?", "completion": long},
+        {"prompt": long, "completion": "no room"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    captions = {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 6}
+    sources = [captions, {"data": str(tmp_path / "rows.jsonl")}]
+    given = arguments_for(
+        checkpoint, tmp_path / "run", sources=sources, projector_learning_rate=1e-3, max_length=45, max_steps=-1
+    )
+    (plan,) = plan_stages([parse(*given)], processes=1, sample=2)
+    data_main(given)
+    printed = capsys.readouterr().out
+    entry = main(given)
+    dropped = entry["losses_of_data"]
+    lost = [int(re.search(r"leaves out (\d+) of", said)[1]) for said in plan.left_out]
+    assert lost == [dropped["dropped_annotation"], 1] and dropped["dropped_record"] == 1 and dropped["cut_response"] >= 1
+    for said in plan.left_out:
+        assert said.startswith("max_length=45 leaves out ") and said in printed and said in describe(plan, "H100", 0.4)
+    assert ", and cuts 1 responses" in plan.left_out[1]
+    wide = plan_stages([parse(*given, "--max_length", "512")], processes=1, sample=2)[0]
+    assert wide.left_out == [None, None] and "leaves out" not in describe(wide, "H100", 0.4)
