@@ -5,14 +5,13 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hub_upload.card_text import GENERATED, join_card, split_card
+from hub_upload.card_text import GENERATED, PLACEHOLDER, join_card, split_card
 from hub_upload.licences import HALVES, licence_name, licence_of
 from hub_upload.serving import is_for_vllm
 from hub_upload.shared_files import CARD_TEMPLATE, shared_folder
 
 
 MINIMUM_TRANSFORMERS = "5.23"
-PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, whose repository is not known yet
 CAPTIONING, ANSWERING = "image-to-text", "visual-question-answering"
 # Each metric's number in the front matter, the name it has there, and what kind of task it judges.
 HEADLINES = {
@@ -91,6 +90,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             projector=PROJECTORS[config.get("projector_type", "mlp")],
             mask_type=config.get("attention_mask_type", "image"),
             for_vllm=is_for_vllm(config),
+            projector_from=_projector_from(record),
             transformers=MINIMUM_TRANSFORMERS,
             loaded_with=_releases(record.get("loaded_with", {})),
             made_with=_releases(versions),
@@ -106,6 +106,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             results=[row for result in results for row in _rows(result)],
             definitions=sorted({item for result in results for item in result["definitions"].items()}),
             image_size=_image_size(config),
+            tiles=_tiles(stages, config),
         )
     )
     return join_card(*split_card(text), GENERATED)
@@ -119,7 +120,7 @@ def _releases(versions: dict[str, str]) -> str:
 
 
 def _image_size(config: dict) -> str:
-    """Says what becomes of an image, between "It sees pictures at" and "pixels"."""
+    """Says what becomes of an image or of a tile, between "It sees pictures at" or "tiles of" and "pixels"."""
     vision = config["vision_config"]
     if most := config.get("max_num_patches"):
         side = vision.get("patch_size", 16)
@@ -127,6 +128,25 @@ def _image_size(config: dict) -> str:
     size = config.get("image_size") or vision.get("image_size", 224)
     height, width = size if isinstance(size, list) else (size, size)
     return f"{height} x {width}"
+
+
+def _tiles(stages: list[dict], config: dict) -> str:
+    """Says into how many tiles images are cut; how many an untrained model cuts is not on record."""
+    if not stages:
+        return "tiles" if config.get("image_block") else ""
+    most = stages[-1].get("max_tiles", 1)
+    return f"up to {most} tiles" if most > 1 else ""
+
+
+def _projector_from(record: dict) -> str:
+    """Says what a model's projector was trained as before its own stages, after "its projector is"; nothing if it is random."""
+    start = record.get("projector") or {}
+    stages = [str(stage) for stage in start.get("stages", [])]
+    if not stages:
+        return ""
+    after = f"stages {', '.join(stages[:-1])} and {stages[-1]}" if len(stages) > 1 else f"stage {stages[0]}"
+    converted = ", followed by a linear map to the embeddings of this language model" if start.get("converted") else ""
+    return f"that of {_named(start['from'])} after {after}{converted}"
 
 
 def _named(name: str) -> str:
@@ -138,17 +158,38 @@ def _stage(stage: dict) -> dict:
         return "-" if value is None else f"{value:.3f}"
 
     rates = ", ".join(f"{name} ({rate:g})" for name, rate in stage["learning_rates"].items())
-    lora = stage.get("lora")
+    shares = stage.get("attention_mask_type_shares", {})
+    masks = [f"`{name}` ({_percent(share)})" for name, share in shares.items()]
     return {
         **stage,
-        "trained": rates
-        + (f"; LoRA of rank {lora.get('r') or lora['rank']}" if lora else ""),  # older records say `rank`
+        "trained": "; ".join([rates, *_how(stage)]),
+        "masks": ", ".join(masks) or f"`{stage['attention_mask_type']}`",
         "sources": ", ".join(_source(source) for source in stage["sources"]),
         "records": "a stream" if stage.get("records") is None else f"{stage['records']:,}",
         "steps": f"{stage['steps']:,}" + (f" of {stage['of_steps']:,}" if stage.get("unfinished") else ""),
         "before": loss(stage.get("eval_loss_before")),
         "after": loss(stage.get("eval_loss_after")),
     }
+
+
+def _how(stage: dict) -> list[str]:
+    """Says by what else than its learning rates a stage made its weights."""
+    found = []
+    if method := stage.get("method"):
+        rewards = stage.get("rewards", []) if method == "grpo" else []  # under DPO they only judge answers
+        by = f" with reward{'s' if len(rewards) > 1 else ''} {', '.join(rewards)}" if rewards else ""
+        found.append(f"{method.upper()}{by}")
+    if lora := stage.get("lora"):
+        found.append(f"LoRA of rank {lora.get('r') or lora['rank']}")  # older records say `rank`
+    if len(averaged := stage.get("averaged", [])) > 1:
+        found.append(f"mean of the last {len(averaged)} checkpoints")
+    if share := stage.get("keep_language", {}).get("share"):
+        found.append(f"keeps {_percent(share)} of the untouched language model")
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _source(source: dict) -> str:

@@ -15,6 +15,7 @@ from hub_upload.licences import FIELDS, strictest
 GENERATED = "generated"  # written from the run record, and not edited since
 FOLDER = "edited in the folder"  # a card edited in the checkpoint's folder, as it was pushed
 HAND = "edited"  # anything else
+PLACEHOLDER = "USER/REPOSITORY"  # in the card of a folder, whose repository is not known yet
 _MARK = re.compile(
     r"\n*<!-- AlignVLM card: (generated|edited in the folder|edited)(?:, sha256 ([0-9a-f]{64}))?\. .*?-->\n*"
 )
@@ -68,15 +69,17 @@ def join_card(data: dict, body: str, author: str) -> str:
 def renewed_metadata(theirs: dict, ours: dict, license_given: bool = False) -> dict:
     """Renews the metadata of an existing card by those of a new one.
 
-    Fields that only the existing card has stay, except results (`model-index`), which hold for the old weights. Its language stays, and
-    its tags stay beside ours. Its license stays if it is the stricter one, unless `license_given`.
+    Fields that only the existing card has stay, except results (`model-index`), which hold for the old weights. Its language and its
+    `model_name` stay, but not the name of `PLACEHOLDER`; its tags stay beside ours. Its license stays if it is the stricter one, unless
+    `license_given`.
 
     Raises:
         ValueError: if neither license is the stricter one.
     """
+    if theirs.get("model_name") == PLACEHOLDER.split("/")[-1]:
+        theirs = {name: value for name, value in theirs.items() if name != "model_name"}
     merged = {**ours, **{name: value for name, value in theirs.items() if name not in (*ours, "model-index")}}
-    if theirs.get("language"):
-        merged["language"] = theirs["language"]
+    merged |= {name: theirs[name] for name in ("language", "model_name") if theirs.get(name)}
     tags = theirs.get("tags") or []
     merged["tags"] = list(dict.fromkeys([*ours.get("tags", []), *(tags if isinstance(tags, list) else [tags])]))
     old, new = ({name: data[name] for name in FIELDS if data.get(name)} for data in (theirs, ours))
