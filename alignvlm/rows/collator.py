@@ -123,9 +123,7 @@ class AlignVLMCollator:
         if not lost + cut:
             return None
         cuts = f", and cuts {cut:,} responses" if cut else ""
-        return (
-            f"max_length={self.packer.max_length} leaves out {lost:,} of the {annotations:,} annotations of {count:,} records{cuts}"
-        )
+        return f"max_length={self.packer.max_length} leaves out {lost:,} of the {annotations:,} annotations of {count:,} records{cuts}"
 
     def tile_count(self, row: Row) -> int:
         """Counts what the encoder encodes for a row: its images, or their tiles."""

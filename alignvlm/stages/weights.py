@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import logging
 
 from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.stages.arguments import StageArguments
@@ -26,6 +27,9 @@ from alignvlm.stages.options import StageOption
 from alignvlm.stages.trainer import AlignVLMTrainer, freeze_all_but, module_of
 from hub_upload.repository import commit_of
 from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration
+
+
+logger = logging.get_logger(__name__)
 
 
 class WeightsOption(StageOption, ABC):
@@ -146,6 +150,11 @@ class Average(WeightsOption):
 
     def after(self, model: nn.Module) -> None:
         self.averaged = complete_checkpoints(self.output_dir)[-self.count :]
+        if len(self.averaged) < self.count:
+            logger.warning(
+                f"average_last={self.count}: {self.output_dir} holds {len(self.averaged)} checkpoints, of which the mean is taken. Set a smaller "
+                "save_steps for more."
+            )
         if self.averaged:
             unknown = model.load_state_dict(average_weights(self.averaged), strict=False).unexpected_keys
             if unknown:  # what is missing is tied to what is there

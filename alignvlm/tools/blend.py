@@ -3,8 +3,8 @@
     alignvlm blend out/stage3 --untouched out/stage0 --task scenes --data out/scenes --text novel.txt --output_dir out/line
     alignvlm blend out/stage3 --untouched out/stage0 --shares 0.3 --output_dir out/mixed    # writes out/mixed/keep_0.3
 
-Every share gets a complete checkpoint, `keep_<share>`, with its results; `line.json` and a table hold all of them. What a stage with
-`keep_language` would have written is the same (WiSE-FT, arXiv 2109.01903).
+Every share gets a complete checkpoint, `keep_<share>`, with its results; a table holds all of them, and `line.json` those of earlier calls on
+the same weights, too. What a stage with `keep_language` would have written is the same (WiSE-FT, arXiv 2109.01903).
 """
 
 import argparse
@@ -22,12 +22,15 @@ from alignvlm.stages.lora import merge_saved_lora
 from alignvlm.stages.weights import check_same_language_model, keep_language
 from hub_upload.command_line import run
 from hub_upload.repository import commit_of
-from hub_upload.run_record import RUN_RECORD, read_run_record, write_json
+from hub_upload.run_record import RUN_RECORD, read_json, read_run_record, write_json
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
 # Options of `alignvlm evaluate` that ask something else than one task of each checkpoint.
-NOT_HERE = ("server", "server_model", "compare", "tasks", "controls", "name")
+NOT_HERE = ("server", "server_model", "server_requests", "compare", "tasks", "data_dir", "controls", "name")
+# Options that are read without an evaluation, too.
+OF_BLENDING = ("checkpoint", "untouched", "shares", "output_dir", "revision", "use_cpu", "task", "text")
+LINE = "line.json"
 SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
@@ -98,26 +101,36 @@ def blend(
 
 def _check_same_mixture(folder: Path, share: float, weights: dict[str, dict]) -> None:
     """Raises a `ValueError` for a complete checkpoint that is not this share of these weights."""
-    if not (folder / RUN_RECORD).is_file():
-        return
-    stages = read_run_record(str(folder))["stages"]
-    there = stages[-1].get("keep_language", {}) if stages else {}
-    if (there.get("share"), there.get("weights")) != (share, weights):
+    there = _mixture(folder)
+    if there is not None and (there.get("share"), there.get("weights")) != (share, weights):
         raise ValueError(
             f"{folder} holds another mixture than {share:g} of these two checkpoints. Remove the folder, or name another --output_dir."
         )
 
 
-def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditionalGeneration:
-    model = load_weights(AlignVLMForConditionalGeneration, checkpoint, revision=revision, dtype=torch.float32)
-    merge_saved_lora(model, checkpoint, revision)
-    return model
+def _mixture(folder: Path) -> dict | None:
+    """Returns what the run record of a complete checkpoint says of its mixture; None if there is no such checkpoint."""
+    if not (folder / RUN_RECORD).is_file():
+        return None
+    stages = read_run_record(str(folder))["stages"]
+    return stages[-1].get("keep_language", {}) if stages else {}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Writes the checkpoints, measures them where the command line says on what, and prints a table."""
-    arguments = parser().parse_args(argv)
-    if others := [name for name in NOT_HERE if getattr(arguments, name)]:
+def _read_line(folder: Path, weights: dict[str, dict]) -> dict[float, dict]:
+    """Returns the rows of `line.json` by their shares: those whose checkpoints are still there and mix these weights."""
+    rows = read_json(folder / LINE) if (folder / LINE).is_file() else []
+    found = {}
+    for row in rows:
+        there = _mixture(folder / row["checkpoint"]) or {}
+        if (there.get("share"), there.get("weights")) == (row["share"], weights):
+            found[row["share"]] = row
+    return found
+
+
+def _check_options(arguments: argparse.Namespace, defaults: argparse.ArgumentParser) -> None:
+    """Ends the program for options that nothing would read."""
+    given = [name for name, value in vars(arguments).items() if value != defaults.get_default(name)]
+    if others := [name for name in given if name in NOT_HERE]:
         raise SystemExit(
             f"error: --{others[0]} is of `alignvlm evaluate` alone. Leave it out, or give it that and the new checkpoints."
         )
@@ -128,6 +141,26 @@ def main(argv: list[str] | None = None) -> None:
     }
     if missing := [what for what, name in needed.items() if not getattr(arguments, name)]:
         raise SystemExit(f"error: Give {' and '.join(missing)}.")
+    unread = [name for name in given if name not in OF_BLENDING]
+    if unread and not (arguments.task or arguments.text):
+        raise SystemExit(
+            f"error: --{unread[0]} is of an evaluation, and there is none: give --task or --text, too, or leave it out."
+        )
+    if arguments.data and not arguments.task:
+        raise SystemExit("error: --data is of a --task, and there is none: give one, or leave it out.")
+
+
+def _load(checkpoint: str, revision: str | None = None) -> AlignVLMForConditionalGeneration:
+    model = load_weights(AlignVLMForConditionalGeneration, checkpoint, revision=revision, dtype=torch.float32)
+    merge_saved_lora(model, checkpoint, revision)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the checkpoints, measures them where the command line says on what, and prints a table."""
+    options = parser()
+    arguments = options.parse_args(argv)
+    _check_options(arguments, options)
     state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise SystemExit(
@@ -136,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(arguments.output_dir)
     asked = [(arguments.task, arguments.data)] if arguments.task else []
     asked += [("text_perplexity", arguments.text)] if arguments.text else []
-    line, lines = [], []
-    given = (arguments.checkpoint, arguments.untouched, arguments.shares, folder, arguments.revision)
-    for share, each in zip(arguments.shares, blend(*given)):
+    folders = blend(arguments.checkpoint, arguments.untouched, arguments.shares, folder, arguments.revision)
+    line, lines = _read_line(folder, _mixture(folders[0])["weights"]), []
+    for share, each in zip(arguments.shares, folders):
         own = {"checkpoint": str(each), "revision": None, "output_dir": None}
         results = [
             evaluate_checkpoint(
@@ -146,12 +179,13 @@ def main(argv: list[str] | None = None) -> None:
             )
             for task, data in asked
         ]
-        line.append({"share": share, "checkpoint": each.name, **{r["task"]: r["metrics"] for r in results}})
+        measured = {"share": share, "checkpoint": each.name, **{r["task"]: r["metrics"] for r in results}}
+        line[share] = line.get(share, {}) | measured
         head, rule, *rows = table([(result, {}) for result in results]).split("\n")
         lines += [] if lines else [f"| share {head}", f"| ----- {rule}"]
         lines += [f"| {share:<5g} {row}" for row in rows]
-    write_json(folder / "line.json", line)
-    print("\n".join(lines if asked else [str(folder / each["checkpoint"]) for each in line]))
+    write_json(folder / LINE, [line[share] for share in sorted(line)])
+    print("\n".join(lines if asked else map(str, folders)))
 
 
 if __name__ == "__main__":

@@ -662,10 +662,10 @@ def main(argv: list[str] | None = None) -> None:
     for plan in plans:
         text = plan.describe() if isinstance(plan, RewardPlan) else describe(plan, options.gpu, options.utilisation)
         print(text + "\n")
-    hours = sum(plan.flops for plan in plans) / (GPUS[options.gpu][0] * options.utilisation * options.processes) / 3600
-    print(
-        f"In all {sum(plan.flops for plan in plans) / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}."
-    )
+    if flops := sum(plan.flops for plan in plans):
+        hours = flops / (GPUS[options.gpu][0] * options.utilisation * options.processes) / 3600
+        without = " without stage 5" if any(isinstance(plan, RewardPlan) for plan in plans) else ""
+        print(f"In all{without} {flops / 1e18:,.3g} EFLOP, {hours:,.2g} hours on {options.processes} x {options.gpu}.")
     print("\nWhat `alignvlm export` can make of the last stage (docs/export.md):")
     print("\n".join(f"  {line}" for line in plans[-1].homes))
 

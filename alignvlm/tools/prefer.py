@@ -2,8 +2,8 @@
 
     alignvlm prefer out/stage4 --sources '[{"name": "scenes", "annotations": ["short_caption"], "count": 200}]' --reward cider --output_dir out/pairs
 
-Writes `pairs.parquet` in TRL's form (`images`, `prompt`, `chosen`, `rejected`), which a recipe reads as `{data: out/pairs/pairs.parquet}`. A prompt whose
-answers are all equally good makes no pair. The same command goes on where it stopped; several processes (`accelerate launch`) share the work.
+Writes `pairs.parquet` in TRL's form (`images`, `prompt`, `chosen`, `rejected`), which a recipe reads as `{data: out/pairs/pairs.parquet}`. Empty
+answers are left out, and a prompt whose other answers are all equally good makes no pair. The same command goes on where it stopped; several processes (`accelerate launch`) share the work.
 """
 
 import argparse
@@ -75,6 +75,11 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError(f"--sources is not valid JSON: {error}.") from error
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise ValueError(f'--sources is {shown(sources)}; expected a list of sources: [{{"data": ...}}, ...].')
+    for source in sources:
+        if "share" in source:
+            raise ValueError(
+                f"share={source['share']} of a source: every prompt is answered once. Set its `limit` (of scenes: `count`)."
+            )
     parts = read_parts(sources, lambda record: (0, 0), arguments.data_dir)
     found = [(parts[place["part"]].source.metric_of(said), said) for place, said in conversations_of(parts)]
     (reward,) = make_rewards([arguments.reward], [said.responses for metric, said in found if metric == CIDER])
@@ -102,7 +107,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
             [[example["prompt"]] * arguments.samples for example in examples],
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
-            refuse_long_prompts=False,  # its answers are equal, so they make no pair
+            refuse_long_prompts=False,  # their answers are empty, so they make no pair
             do_sample=True,
             temperature=arguments.temperature,
             **FROM_ALL_TOKENS,
@@ -129,8 +134,10 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return None
     rows = [row for index, output in enumerate(outputs) if (row := pair_of(asked, index, **output)) is not None]
     if not rows:
+        empty = [not text for output in outputs for text in output["answers"]]
         raise ValueError(
-            f"All answers to each of {len(asked)} prompts are equally good. Raise --samples or --temperature, or take another reward."
+            f"None of {len(asked)} prompts has two answers of which one is better; {sum(empty)} of {len(empty)} answers are empty. Raise "
+            "--samples or --temperature, or take another reward."
         )
     Dataset.from_list(rows, features=PREFERENCES).to_parquet(str(Path(arguments.output_dir) / PAIRS))
     summary = {
@@ -144,9 +151,10 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def pair_of(asked: Dataset, index: int, answers: list[str], rewards: list[float]) -> dict[str, Any] | None:
-    """Makes a row of the best and the worst answer to a prompt; None if they are equally good, or one of them is empty."""
-    best, worst = (choose(range(len(answers)), key=lambda k: rewards[k]) for choose in (max, min))
-    if rewards[best] == rewards[worst] or not (answers[best] and answers[worst]):
+    """Makes a row of the best and the worst answer to a prompt, of those that are not empty; None if they are equally good."""
+    said = [k for k, text in enumerate(answers) if text]
+    best, worst = (choose(said, key=lambda k: rewards[k], default=None) for choose in (max, min))
+    if best is None or rewards[best] == rewards[worst]:
         return None
     example = asked[index]
     said = {

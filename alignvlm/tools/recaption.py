@@ -8,7 +8,9 @@ other filters captions nothing again. `captioner.py` asks the model, `caption_fi
 """
 
 import argparse
+import math
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -33,6 +35,17 @@ from hub_upload.run_record import library_versions, read_run_record
 
 SKIP = "Leave it out with --on_bad_image skip, which keeps what is captioned; or replace it, which begins anew."
 SAMPLING = {"temperature": 1.0, "top_p": 1.0}
+# What an option may be: whether a number is, and in words.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (
+        lambda value: 0 < value < math.inf,
+        "a number above 0; without --samples the likeliest caption is taken",
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "max_repetition": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "min_agreement": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "min_score": (lambda value: -1 <= value <= 1, "a number from -1 to 1"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -189,6 +202,12 @@ def check_arguments(arguments: argparse.Namespace) -> Limits:
     for name in ("batch_size", "max_new_tokens", "num_beams", "samples", "limit"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} is less than 1.")
+    for name, (is_valid, valid) in RANGES.items():
+        value = getattr(arguments, name)
+        if value is not None and not is_valid(value):
+            raise ValueError(f"--{name} {value:g} is out of range: give {valid}.")
+    if arguments.min_words < 0:
+        raise ValueError(f"--min_words {arguments.min_words} is less than 0.")
     if arguments.max_words is not None and arguments.max_words < arguments.min_words:
         raise ValueError(f"--max_words {arguments.max_words} is less than --min_words {arguments.min_words}.")
     return Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})

@@ -160,3 +160,16 @@ def test_a_part_of_the_arguments_checks_its_own_fields(tmp_path):
     assert DataAlone(sources='[{"name": "scenes"}]', **given).sources == [{"name": "scenes"}]
     with pytest.raises(ValueError, match="needs `model`"):
         DataAlone(**given)
+
+
+@pytest.mark.parametrize("there", [0, 2, 3])
+def test_a_mean_of_fewer_checkpoints_than_asked_for_is_told(checkpoint, tmp_path, caplog, there):
+    arguments = parsed(checkpoint, tmp_path, **RATES, average_last=3, save_strategy="steps")
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint)
+    freeze_all_but(model, arguments.learning_rates)
+    nested = Nested(model)
+    nested.enter(*asked_for(arguments, WRITTEN))
+    for step in range(1, there + 1):
+        pretend_to_train(model, tmp_path / f"checkpoint-{step}", step)
+    assert len(nested.leave().get("averaged", [])) == there
+    assert (f"average_last=3: {tmp_path} holds {there} checkpoints" in caplog.text) == (there < 3)

@@ -65,6 +65,29 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
     entry = read_run_record(tmp_path / "line/keep_0.25")["stages"][-1]
     assert entry["keep_language"]["share"] == 0.25 and entry["stage"] == 3
 
+    def line_after(*more: str) -> list[dict]:
+        blend([*given[:3], "--output_dir", str(tmp_path / "line"), *more])
+        return json.loads((tmp_path / "line/line.json").read_text())
+
+    added = line_after("--shares", "0.5", *on[4:])
+    assert [row["share"] for row in added] == [0, 0.25, 0.5, 1] and [added[i] for i in (0, 1, 3)] == line
+    assert added[2]["text_perplexity"] and "scenes" not in added[2]
+    assert line_after("--shares", "0.25") == added  # measures nothing, so nothing of it is replaced
+    (tmp_path / "line/keep_0.25/results/text_perplexity.json").unlink()
+    (tmp_path / "text.txt").write_text("A blue circle is below. " * 20)
+    again = line_after("--shares", "0.25", *on[4:])
+    assert again[1]["scenes"] == line[1]["scenes"] and again[1]["text_perplexity"] != line[1]["text_perplexity"]
+    shutil.rmtree(tmp_path / "line/keep_0")
+    assert [row["share"] for row in line_after("--shares", "1")] == [0.25, 0.5, 1]
+
+
+def test_options_that_are_refused_are_not_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        blend(["--help"])
+    shown = capsys.readouterr().out
+    assert "--untouched" in shown and "--limit" in shown
+    assert not re.search("--(server|server_requests|data_dir|tasks)\\b", shown)
+
 
 @pytest.mark.parametrize(
     "words, message",
@@ -85,6 +108,19 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
         (
             ["{trained}/0", "--untouched", "{checkpoint}", "--server", "http://localhost:1/v1"],
             "--server is of `alignvlm evaluate` alone",
+        ),
+        (["{trained}/0", "--server_requests", "3"], "--server_requests is of `alignvlm evaluate` alone"),
+        (["{trained}/0", "--data_dir", "sets"], "--data_dir is of `alignvlm evaluate` alone"),
+        *(
+            (
+                ["{trained}/0", "--untouched", "{checkpoint}", *words],
+                f"{words[0]} is of an evaluation, and there is none: give --task or --text, too, or leave it out",
+            )
+            for words in (["--data", "a.jsonl"], ["--limit", "2"], ["--blank_image"], ["--dtype", "fp32"])
+        ),
+        (
+            ["{trained}/0", "--untouched", "{checkpoint}", "--text", "a.txt", "--data", "a.jsonl"],
+            "--data is of a --task, and there is none: give one, or leave it out",
         ),
     ],
 )

@@ -245,7 +245,9 @@ def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_
     entry = main(given)
     dropped = entry["losses_of_data"]
     lost = [int(re.search(r"leaves out (\d+) of", said)[1]) for said in plan.left_out]
-    assert lost == [dropped["dropped_annotation"], 1] and dropped["dropped_record"] == 1 and dropped["cut_response"] >= 1
+    assert (
+        lost == [dropped["dropped_annotation"], 1] and dropped["dropped_record"] == 1 and dropped["cut_response"] >= 1
+    )
     for said in plan.left_out:
         assert said.startswith("max_length=45 leaves out ") and said in printed and said in describe(plan, "H100", 0.4)
     assert ", and cuts 1 responses" in plan.left_out[1]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from alignvlm.data.sources import read_source
 from alignvlm.evaluation.rewards import make_rewards
 from alignvlm.stages.reward_stage import main as train
-from alignvlm.tools.prefer import main, parser, prefer
+from alignvlm.tools.prefer import main, pair_of, parser, prefer
 from tests.running import arguments_for
 
 
@@ -38,13 +38,42 @@ def test_the_best_sample_is_preferred_to_the_worst(pairs):
     for output, references in zip(outputs, captions, strict=True):
         scored = reward([None] * 6, output["answers"], references=[references] * 6, metric=["cider"] * 6)
         assert scored == output["rewards"]
-        best, worst = (output["answers"][scored.index(choose(scored))] for choose in (max, min))
-        if max(scored) > min(scored) and best and worst:
-            expected.append((best, worst))
+        said = [(value, text) for value, text in zip(scored, output["answers"]) if text]
+        best, worst = (choose(said, key=lambda each: each[0]) for choose in (max, min))
+        if best[0] > worst[0]:
+            expected.append((best[1], worst[1]))
     assert [
         (row["chosen"][0]["content"][0]["text"], row["rejected"][0]["content"][0]["text"]) for row in rows
     ] == expected
     assert rows[0]["images"][0].size == (64, 64)
+
+
+def test_empty_answers_are_left_out_before_the_best_and_the_worst_are_chosen():
+    asked = Dataset.from_list(
+        [{"images": [], "prompt": [{"role": "user", "content": [{"type": "text", "text": "?"}]}]}]
+    )
+
+    def texts(answers: list[str], rewards: list[float]) -> list[str] | None:
+        row = pair_of(asked, 0, answers, rewards)
+        return row and [row[name][0]["content"][0]["text"] for name in ("chosen", "rejected")]
+
+    assert (
+        texts(["a dog", "", "a cat"], [1, 0, 0.5]) == texts(["a cat", "", "a dog"], [0.5, 2, 1]) == ["a dog", "a cat"]
+    )
+    assert texts(["a dog", "a dog", ""], [1, 1, 0]) is texts(["", ""], [1, 0]) is texts(["a dog", ""], [1, 0]) is None
+
+
+def test_the_error_without_a_pair_counts_empty_answers(speaking, tmp_path):
+    """Behind a prompt without room, all answers are empty."""
+    checkpoint = shutil.copytree(speaking, tmp_path / "short")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 20
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    sources = json.dumps([{**json.loads(SOURCES)[0], "tag": "red " * 20}])
+    words = [str(checkpoint), *OPTIONS, "--sources", sources, "--output_dir", str(tmp_path / "out")]
+    message = "None of 4 prompts has two answers of which one is better; 24 of 24 answers are empty"
+    with pytest.warns(UserWarning, match="prompts are not answered"), pytest.raises(ValueError, match=message):
+        prefer(parser().parse_args(words))
 
 
 def test_answers_are_sampled_from_all_tokens(speaking, tmp_path):
@@ -118,6 +147,10 @@ def test_answers_of_another_model_or_to_other_prompts_are_not_reused(speaking, t
     [
         (["--samples", "1"], "samples=1, temperature=1: a pair needs two samples"),
         (["--reward", "accuracy"], "The reward 'accuracy' judges no answer of these sources"),
+        (
+            ["--sources", '[{"name": "scenes", "count": 4, "share": 0.5}]'],
+            "share=0.5 of a source: every prompt is answered once. Set its `limit`",
+        ),
         (["--sources", "[{]"], "--sources is not valid JSON"),
         (["--sources", '{"data": "a.jsonl"}'], "--sources is {'data': 'a.jsonl'}; expected a list of sources"),
         (["--sources", '["a.jsonl"]'], r"--sources is \['a.jsonl'\]; expected a list of sources"),

@@ -558,6 +558,24 @@ def test_a_caption_is_finished_where_the_model_ended_it(models, photos):
             "'<image> What\\?' in training, which holds the",
         ),
         (["MODEL", "PHOTOS", "OUT", "--batch_size", "0"], "--batch_size 0 is less than 1"),
+        (["NOWHERE", "PHOTOS", "OUT", "--min_words", "-1"], "--min_words -1 is less than 0"),
+        *(
+            (
+                ["NOWHERE", "PHOTOS", "OUT", "--samples", "2", "--scorer", "NOWHERE", option, value],
+                f"{option} {value} is out of range: give {given}",
+            )
+            for option, value, given in (
+                ("--temperature", "0", "a number above 0; without --samples the likeliest caption is taken"),
+                ("--temperature", "-1", "a number above 0"),
+                ("--temperature", "nan", "a number above 0"),
+                ("--top_p", "5", "a number above 0 and at most 1"),
+                ("--top_p", "0", "a number above 0 and at most 1"),
+                ("--max_repetition", "50", "a number from 0 to 1"),
+                ("--min_agreement", "70", "a number from 0 to 1"),
+                ("--min_agreement", "-0.1", "a number from 0 to 1"),
+                ("--min_score", "25", "a number from -1 to 1"),
+            )
+        ),
         (["MODEL", "PHOTOS", "OUT", "--dtype", "fp8"], "Unknown precision 'fp8'"),
         (["MODEL", "PHOTOS", "OUT", "--image_dir", "x"], "is a folder of images: leave out the image_dir"),
         (["MODEL", "PHOTOS", "OUT", "--scorer", "GIT"], "does not embed images and texts; name a CLIP or SigLIP"),

@@ -31,7 +31,7 @@ from alignvlm.tools.report.metrics import task_views, time_line
 from alignvlm.tools.report.one_run import report_of_run
 from alignvlm.tools.report.read import read_run
 from alignvlm.tools.report.report import main, report_of_stage, write_report
-from alignvlm.tools.report.two_runs import _differences
+from alignvlm.tools.report.two_runs import _differences, _settings
 from hub_upload.package import is_allowed
 from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import MASK_TYPES, AlignVLMConfig, AlignVLMProcessor
@@ -227,6 +227,16 @@ def test_masks_are_drawn_as_the_model_applies_them(checkpoint, name):
     assert round(drawn) == sum(row.count("1") for row in view.rows)
 
 
+def test_all_mask_types_of_a_stage_count_as_used(checkpoint):
+    processor, config = (kind.from_pretrained(checkpoint) for kind in (AlignVLMProcessor, AlignVLMConfig))
+    mixed = {"attention_mask_type": "image", "attention_mask_type_shares": {"image": 0.5, "causal": 0.5}}
+    stages = [{"stage": 1, "attention_mask_type": "image"}, {"stage": 2, **mixed}]
+    example = mask_example(processor, config, one_turn("What?", ["A red circle."], 1), stages)
+    used = {view.name: view.stages for view in example.views}
+    assert used == {"image": [1, 2], "causal": [2], "prefix": [], "mutual": []}
+    assert {view.name for view in example.views[:2]} == {"image", "causal"}
+
+
 def test_of_many_image_tokens_some_are_drawn(checkpoint, processor):
     config = AlignVLMConfig.from_pretrained(checkpoint)
     config.image_grid = [20, 20]
@@ -328,6 +338,29 @@ def test_a_stage_that_has_not_finished_has_the_log_of_its_checkpoint(checkpoint,
     assert "The checkpoint is not here" in written.text
 
 
+def test_of_several_runs_in_a_folder_one_is_shown_and_the_others_are_named(checkpoint, run):
+    """`other` is a stage 1 of its own, `part` a stage 2 that differs from `stage2` and comes before it."""
+    for folder, previous, stage in (("other", checkpoint, 1), ("part", run / "stage1", 2)):
+        run_stage(arguments_for(previous, run / folder, stage=stage, max_steps=1, projector_learning_rate=1e-3))
+        evaluate(run / folder, run / "scenes", "--limit", "1")
+    shutil.copytree(run / "other/results", run / "results")  # names the checkpoint by its folder
+    shown = read_run(run)
+    assert shown.checkpoint == run / "stage2"
+    assert {result.checkpoint.name for result in shown.results} == {"stage1", "stage2"}
+    written = Page(report_of_run(run, attention=False))
+    assert "holds stages of several runs: that of stage2 is shown; other and part are left out" in written.text
+    assert "the first 1 images only" not in written.text
+    alone = read_run(run / "other")
+    assert alone.checkpoint == run / "other" and not alone.notes and len(alone.results) == 1
+
+
+def test_a_run_alone_in_its_folder_leaves_nothing_out(checkpoint, run):
+    untrained = shutil.copytree(checkpoint, run / checkpoint.name)  # what stage 1 started from
+    evaluate(untrained, run / "scenes", "--limit", "1")
+    shown = read_run(run)
+    assert shown.notes == [] and [result.stage for result in shown.results] == [0, 1, 2, 2]
+
+
 def test_a_result_alone_opens(trained_run, tmp_path):
     in_place = Page(report_of_run(trained_run / "stage1/results/scenes.json", data=str(trained_run / "scenes")))
     assert in_place.all("canvas") and "Stage 1" in in_place.text
@@ -393,16 +426,39 @@ def test_two_runs_have_paired_differences_and_the_answers_that_changed(trained_r
         f"{len(changed)} of {len(pairs)} answers differ: {better} are better in the second, {worse} worse"
         in written.text
     )
+    assert "Where both were asked the same questions, each question is compared with itself" in written.text
     assert written.all("article", data_groups="better") and written.all("img")
 
 
 def test_two_runs_that_were_asked_otherwise_are_not_compared(trained_run, tmp_path):
     written = Page(write_report(trained_run / "stage1", trained_run / "stage2", tmp_path / "both.html").read_text())
     assert "do not answer the same questions" in written.text and not written.all("article")
+    assert "asked the same questions" not in written.text
     assert "Stage 2, learning rates" in written.text
     shutil.copytree(trained_run / "stage1", tmp_path / "bare", ignore=shutil.ignore_patterns("results"))
     written = Page(write_report(tmp_path / "bare", trained_run / "stage2", tmp_path / "both.html").read_text())
     assert "Only stage2 has a result of the task 'scenes'" in written.text
+    assert "asked the same questions" not in written.text
+    shutil.copytree(trained_run / "stage2", tmp_path / "bare2", ignore=shutil.ignore_patterns("results"))
+    written = Page(write_report(tmp_path / "bare", tmp_path / "bare2", tmp_path / "both.html").read_text())
+    assert "Neither run has results" in written.text and "asked the same questions" not in written.text
+    shutil.copytree(trained_run / "stage2", tmp_path / "blank", ignore=shutil.ignore_patterns("scenes.json"))
+    written = Page(write_report(tmp_path / "bare", tmp_path / "blank", tmp_path / "both.html").read_text())
+    assert "Neither run has results but of controls" in written.text
+
+
+def test_settings_of_two_runs_stand_beside_each_other_by_the_number_of_the_stage(run, tmp_path):
+    record = read_run_record(run / "stage2")
+    first, second = record["stages"]
+    again = {**second, "seed": 7}
+    for name, stages in (("short", [first, second]), ("long", [first, {**second, "stage": 4}, {**again, "stage": 4}])):
+        shutil.copytree(run / "stage2", tmp_path / name, ignore=shutil.ignore_patterns("results"))
+        (tmp_path / name / RUN_RECORD).write_text(json.dumps({**record, "stages": stages}))
+    found = _settings(read_run(tmp_path / "short"), read_run(tmp_path / "long"))
+    settings = {title: values for title, *values in found}
+    assert {title.split(",")[0] for title in settings} == {"Stage 2", "Stage 4", "Stage 4 (time 2)"}
+    assert settings["Stage 2, seed"] == ["1", "none"] and settings["Stage 4, seed"] == ["none", "1"]
+    assert settings["Stage 4 (time 2), seed"] == ["none", "7"]
 
 
 def test_a_stage_writes_its_report_unless_told_not_to(checkpoint, tmp_path, monkeypatch):

@@ -85,7 +85,11 @@ def mask_example(
     tokens = [_token(processor, branch, layout, config, position) for position in kept]
     used: dict[str, list] = {}
     for stage in stages:
-        used.setdefault(stage.get("attention_mask_type") or config.attention_mask_type, []).append(stage.get("stage"))
+        own = stage.get("attention_mask_type_shares") or [
+            stage.get("attention_mask_type") or config.attention_mask_type
+        ]
+        for name in own:
+            used.setdefault(name, []).append(stage.get("stage"))
     names = sorted(MASK_TYPES, key=lambda name: name not in used)
     views = []
     for name in names:

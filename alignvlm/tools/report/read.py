@@ -59,7 +59,7 @@ class Run:
         results: of all checkpoints, in the order of the stages.
         checkpoint: the folder of the last stage, if it is here.
         backbones: what stage 0 was assembled from.
-        notes: sentences about what could not be read.
+        notes: sentences about what could not be read, and what was left out.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads a run.
+    """Reads a run; of several in one folder that with the most stages, of equals the last by name.
 
     Args:
         path: a folder with a folder for each stage, a stage's folder, a folder of results, or the JSON file of one result.
@@ -92,19 +92,32 @@ def read_run(path: str | Path) -> Run:
     if path.is_file():
         return _read_result_file(run, path)
     folders = [path] if _is_stage(path) else sorted(filter(_is_stage, path.iterdir()), key=lambda each: each.name)
-    read = [(folder, *_read_stages(folder, run.notes)) for folder in folders]
+    own_notes: dict[Path, list[str]] = {folder: [] for folder in folders}
+    read = [(folder, *_read_stages(folder, own_notes[folder])) for folder in folders]
     read.sort(key=lambda each: (len(each[1]), each[0].name))
     for folder, stages, backbones in read:
+        if stages:
+            run.stages, run.checkpoint, run.backbones = stages, folder, backbones
+    left_out = [folder.name for folder, stages, _ in read if not _is_part(folder, stages, run.stages)]
+    for folder, stages, _ in read:
+        if folder.name in left_out:
+            run.notes += own_notes[folder] if not stages else []  # what could not be read
+            continue
+        run.notes += own_notes[folder]
         run.results += [
             Result(content, file, folder, _number(stages)) for file, content in _results(folder / "results", run.notes)
         ]
-        if stages:
-            run.stages, run.checkpoint, run.backbones = stages, folder, backbones
+    if left_out:
+        run.notes.append(
+            f"{run.name} holds stages of several runs: that of {run.checkpoint.name} is shown; {_listed(left_out)} left out, and so are their "
+            "results. Name such a folder to see it."
+        )
     if folders != [path]:  # results beside the stages, or alone, name the folder of their checkpoint
         named = {folder.name: (folder, _number(stages)) for folder, stages, _ in read}
         for file, content in _results(path / "results" if folders else path, run.notes):
             name = (content.get("model") or {}).get("name")
-            run.results.append(Result(content, file, *named.get(name, (None, None))))
+            if name not in left_out:
+                run.results.append(Result(content, file, *named.get(name, (None, None))))
     order = [folder for folder, _, _ in read]
     run.results.sort(key=lambda each: order.index(each.checkpoint) if each.checkpoint in order else len(order))
     if not run.stages and not run.results:
@@ -117,6 +130,26 @@ def read_run(path: str | Path) -> Run:
 
 def _is_stage(folder: Path) -> bool:
     return folder.is_dir() and ((folder / RUN_RECORD).is_file() or last_complete_checkpoint(folder) is not None)
+
+
+def _is_part(folder: Path, stages: list[dict], of: list[dict]) -> bool:
+    """Tells whether a folder's stages are the first ones of a run; of a folder before the first, whether that started from it."""
+    if not stages:
+        return not of or Path(str(of[0].get("model", folder))).name == folder.name
+    return all(map(_is_same, stages, of))
+
+
+def _is_same(first: dict, second: dict) -> bool:
+    """Tells whether two entries are of one training, as far as both say it, mixed alike with an untouched language model."""
+    names = [name for name in ("stage", "seconds", "train_loss", "logged_losses") if name in first and name in second]
+    alike = all(first[name] == second[name] for name in names)
+    return alike and first.get("keep_language") == second.get("keep_language")
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    """Lists the first names, as the beginning of a sentence on what they are."""
+    shown = names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]} are" if shown[1:] else f"{shown[0]} is"
 
 
 def _number(stages: list[dict]) -> int | None:

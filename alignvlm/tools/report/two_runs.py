@@ -85,7 +85,8 @@ def compare_runs(first: Run, second: Run, data: str | None, near: list[Path]) ->
         if task not in other
     ]
     if not any(own):
-        notes.append("Neither run has results of `alignvlm evaluate`, so there are no answers to compare.")
+        but = " but of controls" if first.results or second.results else ""
+        notes.append(f"Neither run has results{but} of `alignvlm evaluate`, so there are no answers to compare.")
     return [_compared(own[0][task], own[1][task], data, near) for task in own[0] if task in own[1]], notes
 
 
@@ -155,13 +156,23 @@ def _settings(first: Run, second: Run) -> list[tuple[str, str, str]]:
         "train_loss",
     )
     found = []
-    for index in range(max(len(first.stages), len(second.stages))):
-        stages = [run.stages[index] if index < len(run.stages) else {} for run in (first, second)]
+    runs = [_by_title(run.stages) for run in (first, second)]
+    for title in sorted({**runs[0], **runs[1]}):
+        stages = [run.get(title, {}) for run in runs]
         for name in names:
             values = [_shown(stage.get(name)) for stage in stages]
             if values[0] != values[1]:
-                title = f"Stage {index + 1}, {name.replace('_', ' ')}"
-                found.append((title, values[0], values[1]))
+                found.append((f"{title}, {name.replace('_', ' ')}", values[0], values[1]))
+    return found
+
+
+def _by_title(stages: list[dict]) -> dict[str, dict]:
+    """Returns the stages by their own numbers; of several with one number, the later ones are counted."""
+    found: dict[str, dict] = {}
+    numbers = [stage.get("stage", "?") for stage in stages]
+    for index, stage in enumerate(stages):
+        time = numbers[: index + 1].count(numbers[index])
+        found[f"Stage {numbers[index]}" + (f" (time {time})" if time > 1 else "")] = stage
     return found
 
 
