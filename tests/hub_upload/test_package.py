@@ -264,8 +264,11 @@ def test_what_else_lies_in_the_folder_of_results_is_left_aside(checkpoint, tmp_p
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
+    unfinished = shutil.copytree(trained / "checkpoint-2", tmp_path / "unfinished")
+    for name in ("LICENSE", "alignvlm_run.json"):
+        (unfinished / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"not a complete checkpoint: LICENSE, alignvlm_run\.json missing"):
-        package(trained / "checkpoint-2", tmp_path / "out")
+        package(unfinished, tmp_path / "out")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("")
