@@ -5,9 +5,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from trl import TrlParser
-
-from alignvlm.stages.arguments import StageArguments
 
 
 SOURCES = [
@@ -42,8 +39,13 @@ def arguments_for(model: Path, output: Path, **fields) -> list[str]:
     ]
 
 
-def parse(given: list[str]) -> StageArguments:
-    """The arguments of a stage's command line."""
+def parse(given: list[str]):
+    """The `StageArguments` of a stage's command line."""
+    # Here, since children import this module before the package: once that is imported, the Auto classes prefer its classes.
+    from trl import TrlParser
+
+    from alignvlm.stages.arguments import StageArguments
+
     (arguments,) = TrlParser(StageArguments).parse_args_and_config(given)
     return arguments
 
