@@ -4,7 +4,7 @@ Mask types whose trunk sees the prompt cannot share the trunk: their records bec
 those that `alignvlm/rows/filling.py` has put together, or, with a `row_length`, those of a batch that fit.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,38 @@ class KeptImage:
 
     image: Any
     key: str
+
+
+@dataclass
+class LeftOut:
+    """How much of records `max_length` leaves out; as text, a sentence, which is empty if nothing is.
+
+    Args:
+        max_length: as of the collator.
+    """
+
+    max_length: int | None
+    records: int = 0
+    annotations: int = 0
+    lost: int = 0  # annotations
+    cut: int = 0  # responses
+
+    def note(self, record: dict, losses: list[dict]) -> None:
+        """Counts a record, and what `AlignVLMCollator.rows` dropped of it."""
+        own = sum(len(conversation["responses"]) for conversation in record["conversations"])
+        kinds = [loss["kind"] for loss in losses]
+        self.records, self.annotations = self.records + 1, self.annotations + own
+        self.lost += own if "dropped_record" in kinds else kinds.count("dropped_annotation")
+        self.cut += kinds.count("cut_response")
+
+    def __str__(self) -> str:
+        if not self.lost + self.cut:
+            return ""
+        cuts = f", and cuts {self.cut:,} responses" if self.cut else ""
+        return (
+            f"max_length={self.max_length} leaves out {self.lost:,} of the {self.annotations:,} annotations of {self.records:,} "
+            f"records{cuts}"
+        )
 
 
 class AlignVLMCollator:
@@ -103,27 +135,18 @@ class AlignVLMCollator:
             dropped += ({**loss, "source": record.get("source", "")} for loss in own)
         return rows if piece is None else rows[piece : piece + 1]
 
-    def token_counts(self, record: dict) -> tuple[int, int]:
-        """Counts the image and the text tokens of a record's rows; its images need not be readable. Marks between tiles are text."""
-        rows = self.rows(record)
+    def token_counts(self, record: dict, left_out: LeftOut | None = None) -> tuple[int, int]:
+        """Counts the image and the text tokens of a record's rows; its images need not be readable. Marks between tiles are text.
+
+        Args:
+            left_out: notes what the record loses.
+        """
+        losses: list[dict] = []
+        rows = self.rows(record, losses)
+        if left_out is not None:
+            left_out.note(record, losses)
         image = sum(row.input_ids.count(self.processor.image_token_id) for row in rows)
         return image, sum(map(len, rows)) - image
-
-    def left_out(self, records: Iterable[dict]) -> str | None:
-        """Says how much of records `max_length` leaves out; None: nothing."""
-        count, annotations, lost, cut = 0, 0, 0, 0
-        for record in records:
-            own = sum(len(conversation["responses"]) for conversation in record["conversations"])
-            losses: list[dict] = []
-            self.rows(record, losses)
-            kinds = [loss["kind"] for loss in losses]
-            count, annotations = count + 1, annotations + own
-            lost += own if "dropped_record" in kinds else kinds.count("dropped_annotation")
-            cut += kinds.count("cut_response")
-        if not lost + cut:
-            return None
-        cuts = f", and cuts {cut:,} responses" if cut else ""
-        return f"max_length={self.packer.max_length} leaves out {lost:,} of the {annotations:,} annotations of {count:,} records{cuts}"
 
     def tile_count(self, row: Row) -> int:
         """Counts what the encoder encodes for a row: its images, or their tiles."""

@@ -311,15 +311,15 @@ class OptimizationArguments:
     def settings(self) -> dict[str, Any]:
         """The sizes of batches and the fields that are not at their defaults, by name and as JSON holds them, but for learning rates, which are
         recorded apart, and those that change nothing that is trained."""
-        found = {}
+        names = []
         for given in fields(self):
             if given.name.startswith(CHANGE_NOTHING) or given.name.endswith(("_learning_rate", "_token")):
                 continue
             default = given.default if given.default_factory is MISSING else given.default_factory()
             if getattr(self, given.name) != default or given.name in BATCH_SIZES:
-                found[given.name] = getattr(self, given.name)
+                names.append(given.name)
         values = self.to_dict()
-        return {name: values[name] for name in sorted(found)}
+        return {name: values[name] for name in sorted(names)}
 
     def optimization_record(self) -> dict[str, Any]:
         """The options of this part that are on, for the run record."""

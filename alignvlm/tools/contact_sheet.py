@@ -12,7 +12,7 @@ from PIL import Image
 
 from alignvlm.data.images import BadImage, read_image
 from alignvlm.data.mixture import Mixture, Part
-from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.collator import AlignVLMCollator, LeftOut
 from alignvlm.rows.packing import IGNORED, Row
 from alignvlm.rows.tiles import image_inputs_of
 from modeling_alignvlm import AlignVLMProcessor
@@ -36,11 +36,9 @@ def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1
     ]
     for index, part in enumerate(mixture.parts):
         streamed = isinstance(part.source.rows, IterableDataset)
-        tokens, images, annotations, bad, seen = [], [], [], [], 0
+        tokens, images, bad, left_out = [], [], [], LeftOut(collator.packer.max_length)
         for record in part.sample(sample or (1000 if streamed else len(part.source))):
-            seen += 1
-            annotations.append(sum(len(conversation["responses"]) for conversation in record["conversations"]))
-            image, text = collator.token_counts(record)
+            image, text = collator.token_counts(record, left_out)
             tokens.append(image + text)
             images.append(image)
             try:
@@ -52,11 +50,11 @@ def describe_parts(mixture: Mixture, collator: AlignVLMCollator, sample: int = 1
         drawn = "" if mixture.draws is None else f"{mixture.draws[index]:,}"
         share = "" if part.share is None else f"{part.share:.1%}"
         lines.append(
-            f"{part.name:<20} {count:>9} {drawn:>9} {share:>6} {np.mean(annotations):>11.2f} {np.mean(tokens):>12.1f} "
-            f"{np.percentile(tokens, 95):>6.0f} {max(tokens):>7} {sum(images) / max(sum(tokens), 1):>9.1%} {f'{len(bad)} of {seen}':>12}"
+            f"{part.name:<20} {count:>9} {drawn:>9} {share:>6} {left_out.annotations / left_out.records:>11.2f} {np.mean(tokens):>12.1f} "
+            f"{np.percentile(tokens, 95):>6.0f} {max(tokens):>7} {sum(images) / max(sum(tokens), 1):>9.1%} {f'{len(bad)} of {left_out.records}':>12}"
         )
         lines += [f"  {message}" for message in bad[:5]]
-        if left_out := collator.left_out(part.sample(seen)):
+        if str(left_out):
             lines.append(f"  {left_out}")
         if bad_rows := part.source.bad_rows:
             lines += [f"  {len(bad_rows)} bad rows, left out:", *(f"    {message}" for message in bad_rows[:5])]

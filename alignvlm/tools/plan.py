@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from alignvlm.data.mixture import MEASURED_RECORDS, Mixture, Part, TokenCounts, load_mixture
 from alignvlm.evaluation.load import check_checkpoint
 from alignvlm.export.homes import describe_homes
-from alignvlm.rows.collator import AlignVLMCollator
+from alignvlm.rows.collator import AlignVLMCollator, LeftOut
 from alignvlm.rows.filling import WINDOW
 from alignvlm.rows.packing import IGNORED, Row, best_fit, fuller_row_length, joined
 from alignvlm.stages.arguments import StageArguments
@@ -245,7 +245,7 @@ class Plan:
     fuller: int | None  # the closest `row_length` that fills rows to `FULL`
     features: "KeptSize | None" = None  # with `cache_features`
     start_flops: float = 0.0  # of `projector_start`
-    left_out: list[str | None] = field(default_factory=list)  # of each source: see `AlignVLMCollator.left_out`
+    left_out: list[str] = field(default_factory=list)  # of each source: see `LeftOut`
 
     @property
     def flops(self) -> float:
@@ -446,7 +446,7 @@ def plan_stage(
         fuller,
         features,
         start_flops,
-        [collator.left_out(part.sample(READ_WHOLE)) for part in mixture.parts],
+        [left_out_of(part, collator) for part in mixture.parts],
     )
 
 
@@ -543,6 +543,14 @@ def plan_stages(
     return plans
 
 
+def left_out_of(part: Part, collator: AlignVLMCollator, records: int = READ_WHOLE) -> str:
+    """Says what `max_length` leaves out of a source's records; nothing if it leaves out nothing."""
+    found = LeftOut(collator.packer.max_length)
+    for record in part.sample(records):
+        collator.token_counts(record, found)
+    return str(found)
+
+
 def other_turns(part: Part, token_counts: TokenCounts, records: int = READ_WHOLE) -> tuple[str, float] | None:
     """Returns the other way to take turns (`whole` or `independent`) and the tokens that a record would have with it.
 
@@ -578,7 +586,7 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         lines.append(
             f"  {part.name:<20} {drawn} ({part.image_tokens:.0f} image + {part.text_tokens:.0f} text tokens a record)"
         )
-        if plan.left_out[index] is not None:
+        if plan.left_out[index]:
             lines.append(f"  {'':<20} {plan.left_out[index]}")
         if plan.other_turns[index] is not None:
             turns, tokens = plan.other_turns[index]

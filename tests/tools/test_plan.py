@@ -252,4 +252,4 @@ def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_
         assert said.startswith("max_length=45 leaves out ") and said in printed and said in describe(plan, "H100", 0.4)
     assert ", and cuts 1 responses" in plan.left_out[1]
     wide = plan_stages([parse(*given, "--max_length", "512")], processes=1, sample=2)[0]
-    assert wide.left_out == [None, None] and "leaves out" not in describe(wide, "H100", 0.4)
+    assert wide.left_out == ["", ""] and "leaves out" not in describe(wide, "H100", 0.4)
