@@ -109,9 +109,9 @@ def publish(
 ) -> Pushed:
     """Makes one commit of what `compare` says of the branch's head, on exactly that head, and reads it back; see `hub_upload.push.push`."""
     if not dry_run:
-        _patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
+        patiently(lambda: api.create_repo(repository, private=private is not False, exist_ok=True), repository)
     try:
-        info = _patiently(lambda: api.model_info(repository), repository)
+        info = patiently(lambda: api.model_info(repository), repository)
     except PushError as error:
         if dry_run and isinstance(error.__cause__, RepositoryNotFoundError):
             return Pushed(repository, None, True, private is not False)
@@ -163,24 +163,24 @@ def publish(
 def _head(api: HfApi, repository: str, revision: str, make: bool = True) -> str | None:
     """Finds the commit of the branch. Creates a missing branch if `make`, else returns None for it."""
     try:
-        return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
+        return patiently(lambda: api.model_info(repository, revision=revision), repository).sha
     except RevisionNotFoundError:
         if not make:
             return None
-        _patiently(lambda: api.create_branch(repository, branch=revision, exist_ok=True), repository)
-        return _patiently(lambda: api.model_info(repository, revision=revision), repository).sha
+        patiently(lambda: api.create_branch(repository, branch=revision, exist_ok=True), repository)
+        return patiently(lambda: api.model_info(repository, revision=revision), repository).sha
 
 
 def files_at(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
     """Lists the files of a commit, by their paths."""
-    tree = _patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
+    tree = patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit)), repository)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def read_at(api: HfApi, repository: str, commit: str, name: str) -> str:
     """Reads a text file of a commit."""
     with tempfile.TemporaryDirectory() as temporary:
-        path = _patiently(
+        path = patiently(
             lambda: api.hf_hub_download(repository, name, revision=commit, local_dir=temporary), repository
         )
         return Path(path).read_bytes().decode(errors="replace")
@@ -216,17 +216,17 @@ def _verify(api: HfApi, repository: str, commit: str, change: Change) -> None:
 
 
 def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
-    refs = _patiently(lambda: api.list_repo_refs(repository), repository)
+    refs = patiently(lambda: api.list_repo_refs(repository), repository)
     existing = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
     if existing is None:
-        _patiently(lambda: api.create_tag(repository, tag=tag, revision=commit), repository)
+        patiently(lambda: api.create_tag(repository, tag=tag, revision=commit), repository)
     elif existing != commit:
         raise PushError(
             f"The files are pushed as {commit}, but the tag {tag!r} already names {existing}, and tags do not move. Take another tag."
         )
 
 
-def _patiently(call, repository: str):
+def patiently(call, repository: str):
     """Returns the call's result; tries again after overload and lost connections, and explains other errors."""
     for attempt in range(TRIES):
         try:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_upload.card_text import split_card
 from hub_upload.checks import LOCAL_PATH, SECRETS
@@ -31,6 +32,7 @@ from hub_upload.commit import (
     PushError,
     check_name,
     files_at,
+    patiently,
     publish,
     read_at,
     same_content,
@@ -156,6 +158,8 @@ def push_space(
     """
     for name in (repository, *models):
         check_name(name)
+    for name in models:
+        _check_model(name)
     api = SpaceApi()
     with tempfile.TemporaryDirectory() as temporary:
         staged = package_space(Path(temporary) / "staged", models)
@@ -172,6 +176,19 @@ def push_space(
             dry_run=dry_run,
             message=message or f"Demo of {' and '.join(models)}",
         )
+
+
+def _check_model(name: str) -> None:
+    """Raises a `PushError` if the Hub has no such model."""
+    try:
+        patiently(lambda: HfApi().model_info(name), name)
+    except PushError as error:
+        if not isinstance(error.__cause__, RepositoryNotFoundError):
+            raise
+        raise PushError(
+            f"The Hub has no model {name!r} that this token may read, so the Space would show nothing. Push it first: "
+            f"push.py FOLDER {name}."
+        ) from error
 
 
 def _compare(api: SpaceApi, repository: str, commit: str, staged: Path, delete_others: bool) -> Change:

@@ -148,10 +148,12 @@ def _is_named_exactly(file: Path, split: str, numbered: bool = False) -> bool:
 
 
 def is_named(files: list[Path], part: str, folder: Path) -> bool:
-    """Tells whether a file's name begins with a split, or its path below the folder holds it as a word."""
+    """Tells whether a file's path below the folder holds a split as a word, or a longer word for it (`training`, not `valuable` for `val`)."""
+    names = names_of_split(part)
     return any(
-        file.name.startswith(names_of_split(part)) or _words(file, folder) & set(names_of_split(part))
+        word in names or (word in SPLIT_WORDS and word.startswith(names))
         for file in files
+        for word in _words(file, folder)
     )
 
 

@@ -67,7 +67,7 @@ CHANGE_NOTHING = tuple(
 )
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 HELD_OUT_METRICS = ("loss", "entropy", "mean_token_accuracy")  # of TRL, on eval_sources
-NEEDED = "A stage needs `model` (a checkpoint to start from) and `sources` (what to train on)."
+NEEDED = "A stage needs `model` (a checkpoint to start from), `sources` (what to train on) and `output_dir` (where its checkpoint goes)."
 
 
 @dataclass
@@ -637,6 +637,8 @@ class RecordArguments:
     )
 
     def __post_init__(self):
+        if not self.output_dir:  # transformers would write into trainer_output
+            raise ValueError(NEEDED)
         super().__post_init__()
         if self.enable_jit_checkpoint:
             raise ValueError(

@@ -83,6 +83,11 @@ def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
             client("hub_client:quick")
             client("hub_client:check_spaces_once")
             push = "hub_upload.space:push_space"
+            with pytest.raises(ClientError, match="has no model 'user/model' that this token may read"):
+                client(push, "user/demo", ["user/model"])
+            assert "spaces/user/demo" not in hub.repositories
+            for name in ("user/model", "user/other"):
+                hub.create(name)
             dry = client(push, "user/demo", ["user/model"], dry_run=True)
             assert dry["commit"] is None and "spaces/user/demo" not in hub.repositories
             pushed = client(push, "user/demo", ["user/model"])
@@ -141,6 +146,7 @@ def test_the_command_pushes_a_space(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode and "--model" in done.stderr
         command += ["--model", "user/model", "--public"]
+        hub.create("user/model")
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"Public: {hub.url}/spaces/user/demo" in done.stdout

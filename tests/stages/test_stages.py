@@ -590,6 +590,7 @@ def test_recipes_are_valid(path):
         ({"sources": "scenes"}, "not valid JSON.*Expected a list such as"),
         ({"sources": '[{"name": "scenes", "count": 4, "share": "1e-1"}]'}, "share='1e-1' .* is no number"),
         ({"sources": "[]"}, "needs `model`"),
+        ({"output_dir": ""}, r"`output_dir` \(where its checkpoint goes\)"),
         ({"sources": '[{"name": "photos"}]'}, "'photos'. Valid names: llava_pretrain"),
         ({"sources": '[{"name": "scenes", "counts": 3}]'}, r"\['counts'\]. Did you mean count\? Its arguments: count"),
         ({"sources": '[{"name": "local", "data": "none.jsonl"}]'}, "No such file or folder: .*none.jsonl"),
