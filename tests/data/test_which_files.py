@@ -283,7 +283,7 @@ def test_each_split_of_a_sum_must_be_there(tmp_path, streaming):
 def test_a_longer_word_names_a_split_only_where_it_is_one_for_it(tmp_path, streaming):
     (tmp_path / "photos").mkdir()
     lines(tmp_path / "photos", "valuable.jsonl", [{"text": "A."}])
-    with pytest.raises(ValueError, match="No file in .* is named after the split 'val'"):
+    with pytest.raises(ValueError, match=r"No file in .* is named after the split 'val'"):
         texts_of(tmp_path, streaming, data="photos", split="val")
     assert texts_of(tmp_path, streaming, data="photos") == ["A."]
 

@@ -1,0 +1,262 @@
+"""What pooled features of an image add to the words of a question: a small network that sees both, beside one that sees the words alone.
+
+    python benchmarks/questions_and_images.py --data FOLDER --vision MOBILENET
+
+The network scores the most frequent answers of the training questions by the question's words, as `questions_alone.py` does, plus by the product of the
+image's and the question's embedding, element by element (Antol et al., 2015, arXiv 1505.00468). The image's is made of the mean of the frozen
+encoder's last map, standardised. The same network without the second half is trained beside it. Both are trained as often over all questions as was best
+on a tenth of the training images. What the image adds is the difference between the two; how much the first leans on it, that to its own
+answers about another image. Each is judged as a model's answers are, with the interval of the paired bootstrap over images.
+
+FOLDER is that of `questions_alone.py`, MOBILENET a folder of transformers (or Hub name). Fifteen minutes of one core, most of it the encoder.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/questions_and_images.py`
+
+from alignvlm.evaluation.judge import compare, judge
+from alignvlm.evaluation.questions import EvaluationSet, load_task, shuffled
+from benchmarks.questions_alone import ANSWERS, FILES, NUMBERS, features_of
+from benchmarks.stage_runs import machine, prepare_photos, update_results
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results.json"
+PASSES = 8  # over the training questions, at most
+BATCH = 256
+NETWORKS = 3  # whose scores are added up
+
+
+class Answerer(nn.Module):
+    """Scores answers by the words of a question and the features of an image.
+
+    Args:
+        words: number of known words (and of two and three in a row).
+        features: length of an image's vector.
+        answers: number of answers.
+        size: length of the embeddings that are multiplied.
+        sees: whether the image counts; without it only the words do.
+    """
+
+    def __init__(self, words: int, features: int, answers: int, size: int = 64, sees: bool = True):
+        super().__init__()
+        self.sees = sees
+        self.by_words = nn.EmbeddingBag(words, answers, mode="sum")
+        nn.init.zeros_(self.by_words.weight)
+        self.question = nn.EmbeddingBag(words, size, mode="mean")
+        self.image = nn.Linear(features, size)
+        self.by_both = nn.Linear(size, answers)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, words: Tensor, starts: Tensor, images: Tensor) -> Tensor:
+        """Returns the scores (`(questions, answers)`).
+
+        Args:
+            words: the numbers of all questions' words in a row (int64).
+            starts: where each question's begin (`(questions,)`, int64).
+            images: `(questions, features)`, float32.
+        """
+        scores = self.by_words(words, starts)
+        if not self.sees:
+            return scores + self.by_both.bias
+        question = torch.tanh(4 * self.question(words, starts))
+        image = torch.tanh(self.image(self.dropout(images)))
+        return scores + self.by_both(self.dropout(question * image))
+
+
+class Questions:
+    """The questions of a file, each with the position of its image.
+
+    Attributes:
+        asked: as `judge` takes them, without predictions.
+        images: of each question its image's position in the file (int64).
+        others: the same, of another image (see `alignvlm.evaluation.questions.shuffled`).
+    """
+
+    def __init__(self, data: EvaluationSet):
+        self.data, self.asked = data, []
+        pairs = []
+        for one, other in zip(data.asked, shuffled(data.asked, seed=0), strict=True):
+            for conversation in one.conversations:
+                asked = {"id": one.id, "prompt": conversation.prompt, "references": conversation.responses}
+                asked |= {"kind": conversation.kind, "metric": data.source.metric_of(conversation)}
+                self.asked.append(asked)
+                pairs.append((one.index, other.index))
+        self.images, self.others = torch.tensor(pairs).T
+
+    def batches(self, vocabulary: dict[str, int], order: list[int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yields the positions of questions, and their words as `Answerer` takes them."""
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            words, starts = [], []
+            for position in chosen:
+                starts.append(len(words))
+                found = features_of(self.asked[position]["prompt"])
+                words += sorted(vocabulary[name] for name in found if name in vocabulary)
+            yield chosen, torch.tensor(words, dtype=torch.long), torch.tensor(starts)
+
+
+@torch.no_grad()
+def pooled_features(data: EvaluationSet, vision: str) -> Tensor:
+    """Returns the mean over positions of the encoder's last output, for each record's first image (`(records, features)`, float32)."""
+    model, processor = AutoModel.from_pretrained(vision), AutoImageProcessor.from_pretrained(vision)
+    model = model.eval().to(memory_format=torch.channels_last)
+    found = []
+    for first in range(0, len(data.asked), 16):
+        images = [group[0] for group in data.images(data.asked[first : first + 16])]
+        output = model(processor(images, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last))
+        last = output.last_hidden_state
+        found.append(last.mean((2, 3)) if last.dim() == 4 else last.mean(1))  # a map, or tokens
+    return torch.cat(found)
+
+
+class Classifier:
+    """Networks of one kind, which every `train_pass` trains once on the same questions, in another order.
+
+    Args:
+        training: the questions.
+        features: of the images of `training` (`(records, features)`).
+        positions: of the questions that are trained on; their words and most frequent answers are the known ones.
+        sees: whether the networks see the image.
+    """
+
+    def __init__(self, training: Questions, features: Tensor, positions: list[int], sees: bool):
+        self.training, self.features = training, features
+        asked = [training.asked[position] for position in positions]
+        counts = Counter(name for question in asked for name in features_of(question["prompt"]))
+        self.vocabulary = {name: at for at, name in enumerate(sorted(name for name, n in counts.items() if n > 2))}
+        given = Counter(question["references"][0] for question in asked)
+        self.answers = [answer for answer, _ in given.most_common(ANSWERS)]
+        self.center, self.scale = features.mean(0), features.std(0) + 1e-3
+        number = {answer: at for at, answer in enumerate(self.answers)}
+        self.known = [position for position in positions if training.asked[position]["references"][0] in number]
+        self.labels = torch.tensor([number.get(question["references"][0], -1) for question in training.asked])
+        self.networks, self.optimizers = [], []
+        torch.manual_seed(0)
+        for _ in range(NETWORKS):
+            network = Answerer(len(self.vocabulary), features.shape[1], len(self.answers), sees=sees)
+            self.networks.append(network)
+            self.optimizers.append(torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.1, fused=True))
+
+    def train_pass(self) -> None:
+        """Trains each network once on all the questions."""
+        for network, optimizer in zip(self.networks, self.optimizers, strict=True):
+            network.train()
+            order = [self.known[at] for at in torch.randperm(len(self.known)).tolist()]
+            for chosen, words, starts in self.training.batches(self.vocabulary, order):
+                scores = network(words, starts, self.standard(self.features[self.training.images[chosen]]))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(scores, self.labels[chosen]).backward()
+                optimizer.step()
+            network.eval()
+
+    def standard(self, features: Tensor) -> Tensor:
+        """Standardises features by the mean and deviation of the training images."""
+        return (features - self.center) / self.scale
+
+    @torch.no_grad()
+    def __call__(
+        self, questions: Questions, features: Tensor, positions: list[int], another: bool = False, samples: int = 1000
+    ) -> dict:
+        """Answers questions about their images, or about other images; returns what `judge` makes of it, with so many bootstrap samples."""
+        images = questions.others if another else questions.images
+        judged = []
+        for chosen, words, starts in questions.batches(self.vocabulary, positions):
+            seen = self.standard(features[images[chosen]])
+            scores = sum(network(words, starts, seen).log_softmax(-1) for network in self.networks)
+            for position, best in zip(chosen, scores.argmax(-1).tolist(), strict=True):
+                judged.append({**questions.asked[position], "prediction": self.answers[best]})
+        return {"task": "local", **judge(judged, samples)}
+
+
+def accuracy(result: dict) -> float:
+    """The share of right answers of a result."""
+    (metric,) = result["metrics"].values()
+    return metric["accuracy"]
+
+
+def measure(training: Questions, held_out: Questions, features: Tensor, features_held_out: Tensor) -> dict:
+    """Trains networks with and without images, and judges their answers to the held-out questions.
+
+    Returns:
+        `passes`; `numbers`: for each number of the metric its `value` and `interval` with `image`, with `another_image`, and of `words` alone;
+        `differences`: what the own image makes to the other two, with intervals.
+    """
+    tenth = set(sorted({question["id"] for question in training.asked})[::10])
+    inside, outside = (
+        [at for at, question in enumerate(training.asked) if (question["id"] in tenth) == held]
+        for held in (True, False)
+    )
+    passes, results = {}, {}
+    everything, asked = list(range(len(training.asked))), list(range(len(held_out.asked)))
+    for name, sees in (("words", False), ("image", True)):
+        classifier, tried = Classifier(training, features, outside, sees), []
+        for _ in range(PASSES):
+            classifier.train_pass()
+            tried.append(accuracy(classifier(training, features, inside, samples=1)))
+        passes[name] = tried.index(max(tried)) + 1
+        classifier = Classifier(training, features, everything, sees)
+        for _ in range(passes[name]):
+            classifier.train_pass()
+        results[name] = classifier(held_out, features_held_out, asked)
+    results["another_image"] = classifier(held_out, features_held_out, asked, another=True)
+    numbers = {}
+    for name, result in results.items():
+        (metric,) = result["metrics"].values()
+        for number in NUMBERS:
+            if metric.get(number) is not None:
+                found = {"value": metric[number], "interval": metric["intervals"].get(number)}
+                numbers.setdefault(number, {})[name] = found
+    differences = {name: compare(results[name], results["image"]) for name in ("words", "another_image")}
+    return {"questions": len(asked), "passes": passes, "numbers": numbers, "differences": differences}
+
+
+def table(found: dict) -> str:
+    """The table of docs/results.md."""
+    lines = [
+        "| task | metric | words and image | another image | words alone | image over words (95% interval) | own over another image (95% interval) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task, result in found["tasks"].items():
+        for number, values in result["numbers"].items():
+            cells = [f"{values[name]['value']:.3f}" for name in ("image", "another_image", "words")]
+            for name in ("words", "another_image"):
+                gain = result["differences"][name][number]
+                low, high = gain["interval"]
+                cells.append(f"{gain['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
+            lines.append(f"| {task} | {NUMBERS[number]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True)
+    p.add_argument("--vision", required=True)
+    p.add_argument("--results", default=str(RESULTS), help="JSON file of the results.")
+    arguments = p.parse_args()
+    tasks = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare_photos(Path(arguments.data), Path(temporary))
+        for task, names in FILES.items():
+            folder = Path(temporary) / task
+            sets = [load_task("local", name, str(folder / f"{name}.jsonl"), image_dir=str(folder)) for name in names]
+            features = [pooled_features(data, arguments.vision) for data in sets]
+            tasks[task] = measure(*map(Questions, sets), *features)
+            print(task, tasks[task], flush=True)
+    found = {"machine": machine(), "tasks": tasks}
+    update_results(Path(arguments.results), "questions_and_images", found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
