@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -16,6 +17,11 @@ from modeling_alignvlm import AlignVLMConfig
 
 
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+UNDER_LORA = ".base_layer."  # in the names of weights that stand below LoRA weights while a stage runs
+IN_A_LORA_STAGE = (
+    "It is a checkpoint from the middle of a stage with LoRA: go on with that stage (--resume_from_checkpoint) and take the folder that "
+    "it writes in the end."
+)
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
@@ -96,9 +102,12 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
 
     Raises:
         FileNotFoundError: as `hub_upload.repository.check_model`.
-        ValueError: for a model of another kind, such as a language model; the message says how a checkpoint is made of it.
+        ValueError: for a model of another kind, such as a language model; the message says how a checkpoint is made of it. And for a folder
+            of a stage with LoRA that has not ended.
     """
     check_model(name, revision)
+    if any(UNDER_LORA in weight for file in Path(name).glob("*.safetensors") for weight in _names_in(file)):
+        raise ValueError(f"{str(name)!r} cannot be loaded. {IN_A_LORA_STAGE}")
     if (file := file_of(name, "config.json", revision)) is None:  # of adapters
         return
     config = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -110,6 +119,15 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
             f"{str(name)!r} is {what} but a model of type {kind!r}. `alignvlm assemble` makes a checkpoint of a vision encoder and a language "
             "model: name what it writes."
         )
+
+
+def _names_in(file: Path) -> list[str]:
+    """Returns the names of a file's weights; none of one that cannot be read, of which loading tells."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return list(weights.keys())
+    except SafetensorError:
+        return []
 
 
 def load_weights(model_class: type, checkpoint: str, **options) -> PreTrainedModel:
@@ -124,11 +142,8 @@ def load_weights(model_class: type, checkpoint: str, **options) -> PreTrainedMod
     missing, other = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     has = f" It has {other[0]!r}, which the model does not know." if other else ""
     remedy = "Take the folder of a finished stage."
-    if any(".base_layer." in name for name in other):
-        remedy = (
-            "It is a checkpoint from the middle of a stage with LoRA: go on with that stage (--resume_from_checkpoint) and take "
-            "the folder that it writes in the end."
-        )
+    if any(UNDER_LORA in name for name in other):
+        remedy = IN_A_LORA_STAGE
     raise ValueError(
         f"The checkpoint {checkpoint!r} lacks {len(missing)} of the model's weights, the first {missing[0]!r}.{has} {remedy}"
     )

@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from alignvlm.data import scenes
-from alignvlm.evaluation.load import load_checkpoint
+from alignvlm.evaluation.load import load_checkpoint, load_weights
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.lora import add_lora, merge_saved_lora
 from alignvlm.stages.stage import main
 from alignvlm.stages.trainer import module_of
+from alignvlm.tools.plan import plan_stages
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 
 
 LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "down_proj"]}
@@ -139,11 +140,18 @@ def test_a_checkpoint_from_the_middle_of_a_lora_stage_is_no_start(checkpoint, tm
     """Its linear layers have other names, so that they would be drawn at random."""
     main(arguments_for(checkpoint, tmp_path / "stage", **LORA, **RATES, save_strategy="steps", save_steps=2))
     middle = tmp_path / "stage/checkpoint-2"
-    message = r"checkpoint-2.* lacks 6 of the model.s weights, the first .model\.language_model\..*base_layer.*go on with that stage"
+    given, message = (
+        arguments_for(middle, tmp_path / "next", **RATES),
+        "checkpoint-2' cannot be loaded.*go on with that stage",
+    )
     with pytest.raises(ValueError, match=message):
-        main(arguments_for(middle, tmp_path / "next", **RATES))
-    with pytest.raises(ValueError, match=r"lacks 6 of the model's weights"):
+        main(given)
+    with pytest.raises(ValueError, match=message):
+        plan_stages([parse(given)], processes=1)
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(str(middle), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"lacks 6 of the model's weights.*go on with that stage"):
+        load_weights(AlignVLMForConditionalGeneration, str(middle))
 
 
 def test_bad_targets_are_named(make_model):
