@@ -217,7 +217,10 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
             if metric.get(number) is not None:
                 found = {"value": metric[number], "interval": metric["intervals"].get(number)}
                 numbers.setdefault(number, {})[name] = found
-    differences = {name: compare(results[name], results["image"]) for name in ("words", "another_image")}
+    differences = {
+        name: {number: gain for number, gain in compare(results[name], results["image"]).items() if number in NUMBERS}
+        for name in ("words", "another_image")
+    }
     return {"questions": len(asked), "passes": passes, "numbers": numbers, "differences": differences}
 
 
