@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain, count
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -95,6 +96,30 @@ def check_name(repository: str) -> None:
         raise PushError(f"{repository!r} names no repository. Expected user/name.")
 
 
+def free_tag(repository: str, tag: str) -> str:
+    """Returns `tag`, or where a repository has it already the first that it has not of `tag-2`, `tag-3` and so on.
+
+    Raises:
+        PushError: if the Hub does not answer.
+    """
+    try:
+        refs = patiently(lambda: HfApi().list_repo_refs(repository), repository)
+    except PushError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            return tag
+        raise
+    taken = {ref.name for ref in refs.tags}
+    return next(name for name in chain([tag], (f"{tag}-{number}" for number in count(2))) if name not in taken)
+
+
+def is_public(repository: str) -> bool:
+    """Whether a repository is public; False where the Hub does not say."""
+    try:
+        return HfApi().model_info(repository).private is False
+    except (HTTPError, OSError, ValueError):
+        return False
+
+
 def publish(
     api: HfApi,
     repository: str,
@@ -123,6 +148,8 @@ def publish(
         )
     head = _head(api, repository, revision, make=not dry_run) or info.sha
     first = change = compare(head)
+    if tag:
+        _check_tag(api, repository, tag, None if change.operations else head)
     pushed = Pushed(repository, None, bool(change.operations), bool(info.private))
     pushed.removed, pushed.kept, pushed.card = first.removed, first.kept, first.card
     for attempt in range(TRIES):
@@ -215,12 +242,25 @@ def _verify(api: HfApi, repository: str, commit: str, change: Change) -> None:
         )
 
 
-def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
+def _tagged(api: HfApi, repository: str, tag: str) -> str | None:
+    """Returns the commit that a tag names; None if there is no such tag."""
     refs = patiently(lambda: api.list_repo_refs(repository), repository)
-    existing = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+
+
+def _check_tag(api: HfApi, repository: str, tag: str, commit: str | None) -> None:
+    """Raises a `PushError` if a tag names another commit than this one, or any if this is None, one that is yet to be made."""
+    if (existing := _tagged(api, repository, tag)) not in (None, commit):
+        raise PushError(
+            f"{repository}: the tag {tag!r} already names {existing}, and tags do not move. Nothing was sent. Take another tag."
+        )
+
+
+def _tag(api: HfApi, repository: str, tag: str, commit: str) -> None:
+    existing = _tagged(api, repository, tag)
     if existing is None:
         patiently(lambda: api.create_tag(repository, tag=tag, revision=commit), repository)
-    elif existing != commit:
+    elif existing != commit:  # somebody made it meanwhile
         raise PushError(
             f"The files are pushed as {commit}, but the tag {tag!r} already names {existing}, and tags do not move. Take another tag."
         )

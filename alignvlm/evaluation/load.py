@@ -54,6 +54,7 @@ def load_checkpoint(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     merge_image_tokens: int | None = None,
+    others: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin, Precision]:
     """Returns model, processor and what the model computes in. Loads LoRA weights that a stage saved apart (`lora/`), too.
 
@@ -66,13 +67,14 @@ def load_checkpoint(
         attn_implementation: as for `from_pretrained`.
         merge_image_tokens: of an image, until this number is left, also of a checkpoint that was trained without; 0: none. None: as the
             checkpoint has it.
+        others: load any model of transformers that answers about images, too; its processor is not ours.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for an unknown `dtype`, a number of tokens that cannot be left, a model that does not answer about images, and a
-            checkpoint that lacks weights.
+        ValueError: for an unknown `dtype`, a number of tokens that cannot be left, a model that is none of ours (or, with `others`, does not
+            answer about images), and a checkpoint that lacks weights.
     """
-    check_checkpoint(checkpoint, revision, ours=False)
+    check_checkpoint(checkpoint, revision, ours=not others)
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
         raise FileNotFoundError(f"The folder {checkpoint!r} holds no checkpoint: it has no config.json.")
     options = {"revision": revision} if revision else {}
@@ -115,10 +117,15 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
     others = not ours and ("auto_map" in config or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     if kind != AlignVLMConfig.model_type and not others:
         what = "no checkpoint of AlignVLM" if ours else "no checkpoint that answers about images"
-        raise ValueError(
-            f"{str(name)!r} is {what} but a model of type {kind!r}. `alignvlm assemble` makes a checkpoint of a vision encoder and a language "
-            "model: name what it writes."
+        remedy = (
+            "`alignvlm assemble` makes a checkpoint of a vision encoder and a language model: name what it writes."
         )
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            remedy = (
+                "Name the checkpoint that it was exported from. To evaluate a model of another class, serve it and give `alignvlm evaluate` "
+                "the --server."
+            )
+        raise ValueError(f"{str(name)!r} is {what} but a model of type {kind!r}. {remedy}")
 
 
 def _names_in(file: Path) -> list[str]:

@@ -5,6 +5,7 @@ What a stage trains, at which learning rates, under which mask and on which sour
     accelerate launch training/stage3.py --config training/recipes/nano/stage3.yaml [--any_field value]
 """
 
+import shlex
 import shutil
 import signal
 import sys
@@ -57,6 +58,7 @@ from alignvlm.stages.signals import Interrupted, StopOnSignal
 from alignvlm.stages.tiles import cut_images
 from alignvlm.stages.trainer import AlignVLMTrainer, StageTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
+from hub_upload.commit import free_tag, is_public
 from hub_upload.licences import licence_of
 from hub_upload.push import push
 from hub_upload.repository import commit_of
@@ -334,15 +336,17 @@ def _push(arguments: StageArguments) -> None:
         return
     tag = f"stage{arguments.stage}"
     try:
+        tag = free_tag(arguments.push_to, tag)
         pushed = push(arguments.output_dir, arguments.push_to, private=None, tag=tag, license=arguments.push_license)
     except Exception as error:  # whatever it is
-        again = f"python hub_upload/push.py {arguments.output_dir} {arguments.push_to} --tag {tag}"
-        again += f" --license {arguments.push_license}" if arguments.push_license else ""
+        again = ["python", "hub_upload/push.py", str(arguments.output_dir), arguments.push_to, "--tag", tag]
+        again += ["--license", arguments.push_license] if arguments.push_license else []
+        again += ["--public"] if is_public(arguments.push_to) else []
         logger.error(
-            f"The push did not succeed: {error}\nThe checkpoint is complete in {arguments.output_dir}. Try again: {again}"
+            f"The push did not succeed: {error}\nThe checkpoint is complete in {arguments.output_dir}. Try again: {shlex.join(again)}"
         )
     else:
-        print("\n".join([*pushed.notes(), "Pushed. To load it:", pushed.how_to_load()]), flush=True)
+        print("\n".join([*pushed.notes(), f"Pushed, tag {tag}. To load it:", pushed.how_to_load()]), flush=True)
 
 
 def main(argv: list[str] | None = None, report: Callable[[str], None] | None = None) -> dict[str, Any]:

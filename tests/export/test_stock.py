@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from alignvlm.evaluation.load import load_checkpoint
 from alignvlm.export.export import export, main
 from alignvlm.export.homes import HOMES, describe_homes, obstacles
 from alignvlm.export.stock import WRITERS, compare, stock_model
@@ -152,6 +153,14 @@ def exported(given, tmp_path_factory) -> dict[tuple[str, str], Path]:
     done = subprocess.run(command, cwd=home_folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folders
+
+
+def test_what_needs_our_processor_refuses_an_export_and_names_what_takes_it(exported):
+    folder = str(exported[ALL[0]])
+    with pytest.raises(ValueError, match="Name the checkpoint that it was exported from.* the --server"):
+        load_checkpoint(folder, torch.device("cpu"))
+    model, _, _ = load_checkpoint(folder, torch.device("cpu"), others=True)  # as `alignvlm recaption` does
+    assert type(model).__module__.startswith("transformers.models.")
 
 
 @torch.no_grad()

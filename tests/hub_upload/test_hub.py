@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -124,8 +125,13 @@ def test_a_push_from_beginning_to_end(hub, client, checkpoint, tmp_path):
     assert holds(hub, "user/whole", staged) and third["removed"] == ["stray.txt"]
     assert repository.history() == ["third", "by hand", "Upload mine", "initial commit"]
     assert repository.tags == {"v1": pushed["commit"], "v2": third["commit"]}
-    with pytest.raises(ClientError, match=r"the tag 'v1' already names .* Take another tag"):
-        client("hub_upload.push:send", staged, "user/whole", tag="v1")
+    for weights in ("of v2", "others"):  # those that are there already under another tag, and new ones
+        if weights == "others":
+            change_weights(mine)
+            package(mine, staged, repository="user/whole")
+        with pytest.raises(ClientError, match=r"the tag 'v1' already names .* Nothing was sent\. Take another tag"):
+            client("hub_upload.push:send", staged, "user/whole", tag="v1")
+        assert repository.refs["main"] == third["commit"]
 
 
 def text_of(hub: LoopbackHub, repository: str, name: str) -> str:
@@ -640,12 +646,22 @@ def test_training_goes_on_from_the_hub_and_pushes_each_stage(lfs_hub, lfs_client
     assert not [name for name in lfs_hub.files("user/trained") if "optimizer" in name or "checkpoint" in name]
     record = read_run_record(tmp_path / "4")
     assert record["stages"][0]["model"] == "user/start" and record["stages"][0]["model_revision"] == pushed["commit"]
-    # A Hub that is down costs no training.
+    # Trained again, it gets a tag of its own: the first names other weights.
+    first, fields = repository.tags["stage3"], {**fields, "model_revision": None}
+    output = train(checkpoint, tmp_path / "again", stage=3, seed=7, **fields)
+    assert "Pushed, tag stage3-2." in output, output[-3000:]
+    assert repository.tags["stage3"] == first and repository.tags["stage3-2"] == repository.refs["main"] != first
+    # A Hub that is down costs no training, and the command that it then prints does what failed.
+    repository.private = False
     lfs_hub.faults[:] = [{"method": "POST", "path": "/commit/", "status": 403, "times": 9}]
-    output = train(checkpoint, tmp_path / "down", stage=1, **{**fields, "model_revision": None})
-    assert "The push did not succeed: Your token may not write" in output and "python hub_upload/push.py" in output
-    assert read_run_record(tmp_path / "down")["stages"][-1]["steps"] == 1
+    output = train(checkpoint, tmp_path / "it is down", stage=3, **fields)
+    assert "The push did not succeed: Your token may not write" in output
+    assert read_run_record(tmp_path / "it is down")["stages"][-1]["steps"] == 1
     lfs_hub.faults.clear()
+    (command,) = re.findall("Try again: (python .*)", output)
+    _, script, *given = shlex.split(command)
+    run(lfs_hub, tmp_path, ROOT / script, *given)
+    assert repository.tags["stage3-3"] == repository.refs["main"] and not repository.private
 
 
 @pytest.mark.slow
