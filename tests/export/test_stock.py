@@ -157,7 +157,7 @@ def exported(given, tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 def test_what_needs_our_processor_refuses_an_export_and_names_what_takes_it(exported):
     folder = str(exported[ALL[0]])
-    with pytest.raises(ValueError, match="Name the checkpoint that it was exported from.* the --server"):
+    with pytest.raises(ValueError, match=r"Name the checkpoint that it was exported from.* the --server"):
         load_checkpoint(folder, torch.device("cpu"))
     model, _, _ = load_checkpoint(folder, torch.device("cpu"), others=True)  # as `alignvlm recaption` does
     assert type(model).__module__.startswith("transformers.models.")
