@@ -24,7 +24,7 @@ class BareImages:
         rows: the columns that hold images or their paths.
         positions: of each image, its row and its number in the row.
         folder: where paths start; None for a data set of the Hub.
-        identity: what was read; goes into settings.
+        identity: what was read, by names and sizes where the images are files; goes into settings.
         place: returns where the row of an index stands.
         bad_rows: what is wrong with the rows that were left out, each with its place.
         all_paths: whether every image is a path below `folder`, rather than bytes in a row.
@@ -78,8 +78,8 @@ def list_images(
 
     Raises:
         FileNotFoundError: if there is no such data, or no such `image_dir`.
-        ValueError: for data without images, for a folder that has images in files and in rows (parquet, tar), and for a bad row or a file name
-            that is not UTF-8 (`BadRow`).
+        ValueError: for data without images, for a folder that has images in files and in rows (parquet, tar), for an option of rows with a
+            folder of images, and for a bad row or a file name that is not UTF-8 (`BadRow`).
     """
     folder = Path(data)
     there = visible_files(folder) if folder.is_dir() else []
@@ -91,6 +91,13 @@ def list_images(
             )
         if image_dir is not None:
             raise ValueError(f"{data} is a folder of images: leave out the image_dir, which is for paths in rows.")
+        for name, value, default in (
+            ("split", split, "train"),
+            ("data_config", config, None),
+            ("data_revision", revision, None),
+        ):
+            if value != default:
+                raise ValueError(f"{data} is a folder of images: leave out --{name} {value}, which is for rows.")
         names, bad_rows = [], []
         for file in files:
             name = file.relative_to(folder).as_posix()

@@ -338,7 +338,11 @@ def is_utf_8(name: str) -> bool:
 
 
 def listing_hash(folder: Path, names: list[str]) -> str:
-    """Returns the SHA-256 of the files' names and sizes; a broken link has no size."""
+    """Returns the SHA-256 of the files' names and sizes; a broken link has no size.
+
+    Run records state it, so it is quick and stays the same when a folder is copied. It does not tell that a file was replaced by another of
+    its size: who must know that also hashes the contents.
+    """
     files = [folder / name for name in names]
     sizes = [file.stat().st_size if file.exists() else None for file in files]
     listing = "".join(f"{name} {size}\n" for name, size in zip(names, sizes))

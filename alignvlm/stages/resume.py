@@ -28,6 +28,23 @@ SETTINGS = (
     *("projector_start", "projector_start_records", "projector_start_ridge"),
     *("loss_type", "token_weighting", "embedding_loss", "embedding_loss_layer"),
 )
+# What of TRL's configs also decides what stage 5 samples and its loss, by method; a release of TRL need not have all of it.
+SETTINGS_OF_METHOD = {
+    "grpo": (
+        *("max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"),
+        *("chat_template_kwargs", "disable_dropout", "router_aux_loss_coef"),
+        *("epsilon", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl"),
+        *("scale_rewards", "multi_objective_aggregation", "mask_truncated_completions", "off_policy_mask_threshold"),
+        *("sapo_temperature_neg", "sapo_temperature_pos"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max"),
+        *("entropy_coef_delta", "entropy_target"),
+    ),
+    "dpo": (
+        *("loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "discopop_tau"),
+        *("f_divergence_type", "f_alpha_divergence_coef", "disable_dropout", "router_aux_loss_coef"),
+    ),
+}
 # What else decides which records, or how much of them, a step reads: the batches of prompts are those of GRPO.
 READING = ("max_length", "dataloader_drop_last", "generation_batch_size", "num_iterations", "shuffle_dataset")
 
@@ -118,7 +135,8 @@ def order_of_records(
         **{name: getattr(arguments, name) for name in READING if hasattr(arguments, name)},
     }
     order |= {"rows": rows.description} if rows.description else {}
-    given = {name: getattr(arguments, name) for name in SETTINGS if hasattr(arguments, name)}
+    names = (*SETTINGS, *SETTINGS_OF_METHOD.get(getattr(arguments, "method", None), ()))
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     if len(given.get("mask_type_shares", {})) > 1:
         given["seed_of_mask_types"] = arguments.seed  # `data_seed` may be that of the records
     model = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]  # which it is, wherever it lies

@@ -4,7 +4,9 @@ The recipe's `method` chooses which; a field of the other method is unknown.
 """
 
 import argparse
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,42 @@ REFUSED = {
     "fp16_full_eval": "it would round the weights that are trained",
 }
 
+# Numbers of TRL's configs that it checks only while it trains, or not at all: what is valid, and how a refusal says it.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("num_iterations", "max_completion_length", "generation_batch_size", "steps_per_generation"),
+        (lambda value: value >= 1, "a whole number of 1 or more"),
+    ),
+    "num_generations": (lambda value: value >= 2, "a whole number of 2 or more, which are compared with each other"),
+    "top_k": (lambda value: value >= 0, "a whole number of 1 or more, or 0 for all tokens"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    **dict.fromkeys(
+        ("min_p", "top_entropy_quantile", "ld_alpha"), (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    ),
+    "label_smoothing": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    **dict.fromkeys(
+        ("temperature", "repetition_penalty", "delta", "sapo_temperature_neg", "sapo_temperature_pos")
+        + ("off_policy_mask_threshold", "discopop_tau"),
+        (lambda value: 0 < value < math.inf, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        ("beta", "epsilon", "epsilon_high"), (lambda value: 0 <= value < math.inf, "a number of 0 or more")
+    ),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "f_alpha_divergence_coef")
+        + ("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        (math.isfinite, "a finite number"),
+    ),
+}
+# Values of TRL's configs that only the code of its trainers names; for others see `_values_of`.
+VALUES = {
+    "scale_rewards": ("group", "batch", "none"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "truncation_mode": ("keep_start",),  # images stand at the start
+}
+WITH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+
 WHOLE_IMAGES = "stage 5 shows complete images"
 
 
@@ -74,7 +112,12 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
         for name, default in _other_options():
             if getattr(self, name) != default:
                 raise ValueError(f"{name} is an option of stages 1 to 4, which stage 5 does not have. Leave it out.")
+        for given in fields(self):
+            if given.name in RANGES and not (given.default is None and getattr(self, given.name) is None):
+                _check_range(given.name, getattr(self, given.name))
         super().__post_init__()
+        for name in ("loss_type", "f_divergence_type", *VALUES):
+            self._check_values(name)
         if len(self.mask_type_shares) > 1:
             raise ValueError(
                 f"attention_mask_type={self.mask_type_shares}: stage 5 does not mix mask types, because answers are compared under one. Name one."
@@ -91,6 +134,13 @@ class RewardArguments(RecordArguments, DataArguments, WeightsArguments):
                 raise ValueError(
                     f"share={source['share']} of a source: stage 5 reads every prompt once an epoch. Set its `limit` (of scenes: `count`)."
                 )
+
+    def _check_values(self, name: str) -> None:
+        """Refuses a word, or one of several, that TRL does not know."""
+        given, valid = getattr(self, name, None), VALUES.get(name) or _values_of(self, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and valid and value not in valid:
+                raise ValueError(f"Unknown {name} {value!r}. Valid values: {', '.join(valid)}.")
 
     def optimization_record(self) -> dict[str, Any]:
         names = (
@@ -109,6 +159,27 @@ def _other_options() -> Iterable[tuple[str, Any]]:
                 yield given.name, given.default_factory() if given.default is MISSING else given.default
 
 
+def _check_range(name: str, value: Any, of: str = "") -> None:
+    is_valid, valid = RANGES[name]
+    if not isinstance(value, int | float) or not is_valid(value):
+        raise ValueError(f"{of}{name}={value} is out of range: give {valid}.")
+
+
+def _values_of(config: Any, name: str) -> tuple[str, ...]:
+    """Returns the values of a field that its help lists, as TRL writes them: `Supported values are 'grpo', ... and 'vespo'.`; () for none."""
+    said = next((given.metadata.get("help", "") for given in fields(config) if given.name == name), "")
+    listed = re.search(r"values are:? ([^.]*)\.", said)
+    return tuple(re.findall(r"[`']+(\w+)[`']+", listed[1])) if listed else ()
+
+
+def _check_weights(name: str, weights: list[float] | None, of: str, weighed: list[str]) -> None:
+    """Refuses weights of which there are not as many as of what they weigh, or which are not finite."""
+    if weights is not None and (len(weights) != len(weighed) or not all(map(math.isfinite, weights))):
+        raise ValueError(
+            f"{name}={weights} must be {len(weighed)} finite number(s), one for each of {of} ({', '.join(weighed)})."
+        )
+
+
 @dataclass
 class GRPOArguments(RewardArguments, ActivationCheckpointing, GRPOConfig):
     """Stage 5 by GRPO (arXiv 2402.03300)."""
@@ -120,6 +191,14 @@ class GRPOArguments(RewardArguments, ActivationCheckpointing, GRPOConfig):
         super().__post_init__()
         if not self.rewards:
             raise ValueError(f"GRPO needs `rewards`, which say what a good answer is: any of {', '.join(REWARDS)}.")
+        _check_weights("reward_weights", self.reward_weights, "rewards", self.rewards)
+        more = self.generation_kwargs or {}
+        for name in RANGES.keys() & more.keys():
+            _check_range(name, more[name], "generation_kwargs: ")
+        for name in ("temperature", "repetition_penalty"):  # YAML's 2 is an int, which transformers refuses
+            setattr(self, name, float(getattr(self, name)))
+            if name in more:
+                more[name] = float(more[name])
 
 
 @dataclass
@@ -132,6 +211,7 @@ class DPOArguments(RewardArguments, ActivationCheckpointing, DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_loss()
         if self.rewards and not self.eval_sources:
             raise ValueError(
                 f"rewards={self.rewards}: DPO learns from pairs, and rewards judge only answers to eval_sources. Name eval_sources, or leave "
@@ -141,6 +221,25 @@ class DPOArguments(RewardArguments, ActivationCheckpointing, DPOConfig):
             raise ValueError(
                 "eval_sources: under DPO only rewards and show_every read them. Name `rewards` (any of "
                 f"{', '.join(REWARDS)}), or leave them out."
+            )
+
+    def _check_loss(self) -> None:
+        """Refuses what TRL's losses do not have together."""
+        losses, smoothing = self.loss_type, self.label_smoothing
+        _check_weights("loss_weights", self.loss_weights, "loss_type", losses)
+        if not self.beta:
+            raise ValueError(f"beta={self.beta} leaves DPO nothing to learn: give a number above 0.")
+        if "robust" in losses and smoothing >= 0.5:
+            raise ValueError(f"label_smoothing={smoothing}: loss_type robust takes a number from 0 to below 0.5.")
+        if "exo_pair" in losses and not smoothing:
+            raise ValueError(f"label_smoothing={smoothing}: loss_type exo_pair takes a number above 0, such as 0.001.")
+        if getattr(self, "use_weighting", False) and (sorting := {"aot", "aot_unpaired"} & set(losses)):
+            raise ValueError(f"use_weighting: loss_type {min(sorting)} does not have it. Leave it out.")
+        divergence = getattr(self, "f_divergence_type", "reverse_kl")
+        if divergence != "reverse_kl" and (without := [name for name in losses if name not in WITH_DIVERGENCE]):
+            raise ValueError(
+                f"f_divergence_type={divergence!r}: loss_type {without[0]} does not have it. Leave it out, or take a loss_type of "
+                f"{', '.join(WITH_DIVERGENCE)}."
             )
 
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from alignvlm.evaluation.precision import choose_precision
-from hub_upload.repository import check_model
+from hub_upload.repository import check_model, file_of
+from hub_upload.run_record import read_json
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,46 @@ def _without_prompt(output: Tensor, prompt: Tensor | None) -> Tensor:
     length = 0 if prompt is None else prompt.shape[1]
     repeated = length > 0 and torch.equal(output[:, 1:length], prompt[:, 1:])  # BLIP replaces the first token
     return output[:, length:] if repeated else output
+
+
+SCORERS = "a CLIP or SigLIP, as google/siglip-base-patch16-224"
+FEATURES = {"get_image_features", "get_text_features"}
+# Types with both features whose output has no `image_embeds` and `text_embeds` to compare.
+OTHER_EMBEDDINGS = ("blip-2", "flava")
+
+
+def check_scorer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Checks that a scorer is there and embeds images and texts, by its configuration and processor, before anything is captioned. A model with
+    code of its own is checked when it is loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it does not embed images and texts, or has no processor of both.
+    """
+    try:
+        check_model(name, revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--scorer {name!r} is neither a folder with a config.json nor a model of the Hub that can be read here"
+            f"{'' if revision is None else f' at the revision {revision!r}'}: name {SCORERS}."
+        ) from error
+    file = file_of(name, "config.json", revision)
+    config = read_json(Path(file)) if file else {}  # a folder of adapters has none
+    if not (trust_remote_code and "auto_map" in config):
+        kind = config.get("model_type")
+        names = MODEL_MAPPING_NAMES.get(kind, "")
+        model_class = getattr(transformers, names if isinstance(names, str) else names[0], None)
+        # `dir`, because classes that lack a library raise ImportError for any attribute
+        if kind in OTHER_EMBEDDINGS or not set(dir(model_class)) >= FEATURES:
+            raise ValueError(
+                f"--scorer {name!r} (of type {kind!r}) does not embed images and texts; name a CLIP or SigLIP."
+            )
+    try:
+        load_processor(name, revision, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(
+            f"--scorer {name!r} has no processor of images and texts that can be loaded: name {SCORERS}."
+        ) from error
 
 
 class Scorer:

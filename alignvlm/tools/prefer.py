@@ -9,6 +9,8 @@ answers are left out, and a prompt whose other answers are all equally good make
 import argparse
 import io
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,13 @@ from hub_upload.run_record import write_json
 PAIRS, SUMMARY = "pairs.parquet", "pairs.json"
 # As stage 5 and `recaption` sample, whatever the checkpoint's `generation_config` says; transformers' own default is the 50 likeliest.
 FROM_ALL_TOKENS = {"top_k": 0, "top_p": 1.0}
+SEEDS = 2**32  # numpy's
+# Options of which the parser checks only the type: what is valid, and how a refusal says it.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "samples": (lambda value: value >= 2, "a whole number of 2 or more, of which a pair is made"),
+    "temperature": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "seed": (lambda value: 0 <= value < SEEDS, f"a whole number from 0 to {SEEDS - 1}"),
+}
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 PREFERENCES = Features({"images": List(Image()), "prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES})
 
@@ -62,11 +71,11 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: for sources that are not valid, a reward that judges none of their answers, and options out of range.
     """
-    if arguments.samples < 2 or arguments.temperature <= 0:
-        raise ValueError(
-            f"samples={arguments.samples}, temperature={arguments.temperature:g}: a pair needs two samples that differ, so at least 2 and a "
-            "temperature above 0."
-        )
+    for name, (is_valid, valid) in RANGES.items():
+        value = getattr(arguments, name)
+        if not is_valid(value):
+            raise ValueError(f"--{name} {value} is out of range: give {valid}.")
+    state = PartialState(cpu=arguments.use_cpu or not torch.accelerator.is_available())  # before anything asks for one
     logging.disable_progress_bar()
     check_writable(arguments.output_dir)
     try:
@@ -98,7 +107,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
     def sample(indices: range) -> list[dict[str, Any]]:
         """Returns the answers to each prompt and their rewards."""
         model, processor, _ = loaded
-        set_seed(arguments.seed + indices.start)
+        set_seed((arguments.seed + indices.start) % SEEDS)
         examples = [asked[index] for index in indices]
         answers = answer(
             model,
@@ -128,7 +137,7 @@ def prefer(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
     work = Work(len(asked), settings, sample, prepare=prepare)
     folder = progress_folder(Path(arguments.output_dir), "pairs", settings)
-    state, size = PartialState(), max(arguments.batch_size // arguments.samples, 1)
+    size = max(arguments.batch_size // arguments.samples, 1)
     outputs = run_batches(work, size, folder, state, "prompts")
     if outputs is None:
         return None
@@ -183,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{summary['pairs']} pairs of {summary['prompts']} prompts in {Path(arguments.output_dir) / PAIRS}; mean reward of all answers: "
             f"{summary['mean_reward']:.3f}"
         )
+    PartialState().destroy_process_group()  # its threads can abort the process if they outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ other filters captions nothing again. `captioner.py` asks the model, `caption_fi
 """
 
 import argparse
+import hashlib
 import math
 import platform
 from collections.abc import Callable
@@ -16,18 +17,27 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
+from tqdm.auto import tqdm
 
 from alignvlm.data.bare_images import BareImages, list_images
 from alignvlm.data.formats import CAPTION_PROMPT, IMAGE_TOKEN
-from alignvlm.data.images import BadImage, read_image
+from alignvlm.data.images import BadImage, image_hash, read_image
 from alignvlm.data.record import ON_BAD_ROW
 from alignvlm.evaluation.batches import Work, progress_folder, run_batches
 from alignvlm.evaluation.load import add_loading_options, evaluation_tag, load_checkpoint, model_identity
 from alignvlm.tools.caption_filters import Judged, Limits, measure, most_agreed, rejection
 from alignvlm.tools.caption_source import beside, write_source
-from alignvlm.tools.captioner import Caption, Captioner, Scorer, has_chat_template, load_processor
+from alignvlm.tools.captioner import (
+    SCORERS,
+    Caption,
+    Captioner,
+    Scorer,
+    check_scorer,
+    has_chat_template,
+    load_processor,
+)
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import licence_of, read_licence
 from hub_upload.run_record import library_versions, read_run_record
@@ -124,9 +134,10 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
         The summary that was written, on the main process; None on the others.
 
     Raises:
-        FileNotFoundError: for a model or data that are not there.
+        FileNotFoundError: for a model, a scorer or data that are not there.
         FileExistsError: for an output that another program wrote.
-        ValueError: for options that contradict each other, a prompt that training would refuse, and for images that cannot be read (`BadImage`).
+        ValueError: for options that contradict each other or have no effect, a prompt that training would refuse, a scorer that does not embed
+            images and texts, and for images that cannot be read (`BadImage`).
     """
     output = Path(arguments.output)
     limits = check_arguments(arguments)
@@ -157,7 +168,10 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
                 f"The captions would answer {train_prompt!r} in training, which holds the image placeholder {IMAGE_TOKEN}. Name a "
                 "--train_prompt without it: the image goes before the prompt by itself."
             )
+        if arguments.scorer:
+            check_scorer(arguments.scorer, arguments.scorer_revision, arguments.trust_remote_code)
         settings = settings_of(arguments, images, asked)
+    settings["images_sha256"] = _content_hash(images, state)
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
     captioned = _shared(_caption_work(arguments, images, settings, state), arguments, output, state)
@@ -172,7 +186,7 @@ def recaption(arguments: argparse.Namespace) -> dict | None:
     if arguments.on_bad_image == "raise":  # what is kept may be of a run that skipped
         bad = next((i for i, one in enumerate(judged) if one.caption is None), None)
         if bad is not None:
-            raise BadImage(f"{images.place_of(bad)}: {judged[bad].rejected['problem']} {SKIP}")
+            raise bad_image(images.place_of(bad), judged[bad].rejected["problem"])
     scorer = model_identity(arguments.scorer, arguments.scorer_revision) if arguments.scorer else None
     filters = {**asdict(limits), "scorer": scorer}
     by = {**settings["model"], "licence": _licence(arguments.model, arguments.revision)}
@@ -194,11 +208,12 @@ def check_arguments(arguments: argparse.Namespace) -> Limits:
         raise ValueError(f"The output {arguments.output!r} is the data itself. Name another file.")
     if output.exists() and not beside(output, ".summary.json").exists():
         raise FileExistsError(f"{arguments.output!r} is there already, and not from this command. Name another file.")
-    for name, needs in (("temperature", "samples"), ("top_p", "samples"), ("min_agreement", "samples")):
-        if getattr(arguments, name) is not None and arguments.samples < 2:
-            raise ValueError(f"--{name} needs --{needs} of 2 or more; one caption per image is not sampled.")
-    if arguments.min_score is not None and not arguments.scorer:
-        raise ValueError("--min_score needs a --scorer: a CLIP or SigLIP, as google/siglip-base-patch16-224.")
+    for name, default in (("temperature", None), ("top_p", None), ("min_agreement", None), ("seed", 0)):
+        if getattr(arguments, name) != default and arguments.samples < 2:
+            raise ValueError(f"--{name} needs --samples of 2 or more; one caption per image is not sampled.")
+    for name in ("min_score", "scorer_revision"):
+        if getattr(arguments, name) is not None and not arguments.scorer:
+            raise ValueError(f"--{name} needs a --scorer: {SCORERS}.")
     for name in ("batch_size", "max_new_tokens", "num_beams", "samples", "limit"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} is less than 1.")
@@ -236,6 +251,24 @@ def settings_of(arguments: argparse.Namespace, images: BareImages, prompt: str) 
     }
 
 
+def _content_hash(images: BareImages, state: PartialState) -> str:
+    """Returns the SHA-256 of all images' contents, undecoded, in their order; each process reads its share.
+
+    Names and sizes do not tell that an image was replaced by another of its resolution in an uncompressed format, and the time of a file
+    changes when a folder is copied or touched, which must not cost the captions. So each file is read once more, which costs little beside
+    decoding and captioning it.
+    """
+    mine = range(state.process_index, len(images), state.num_processes)
+    hashes = []
+    for index in tqdm(mine, desc="read", disable=not state.is_main_process):
+        try:
+            hashes.append((index, image_hash(images[index])))
+        except BadImage:
+            hashes.append((index, "unreadable"))
+    lines = "".join(f"{found}\n" for _, found in sorted(gather_object(hashes)))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def _shared(work: Work, arguments: argparse.Namespace, output: Path, state: PartialState) -> list:
     """Runs the work and returns all its outputs to every process."""
     title = "scores" if "scorer" in work.settings else "captions"
@@ -259,6 +292,7 @@ def _caption_work(arguments: argparse.Namespace, images: BareImages, settings: d
                 arguments.trust_remote_code,
                 arguments.dtype,
                 arguments.attn_implementation,
+                others=True,
             )
         if state.is_main_process:
             print(f"{arguments.model} computes in {precision}")
@@ -308,8 +342,14 @@ def _read(images: BareImages, index: int, on_bad_image: str) -> Image.Image | st
         return read_image(images[index])
     except BadImage as error:
         if on_bad_image == "raise":
-            raise BadImage(f"{images.place_of(index)}: {error} {SKIP}") from error
+            raise bad_image(images.place_of(index), str(error)) from error
         return str(error)
+
+
+def bad_image(place: str, problem: str) -> BadImage:
+    """Returns the error of an image that is not skipped; the problem of a decoder may end without a full stop."""
+    problem = problem.rstrip()
+    return BadImage(f"{place}: {problem}{'' if problem.endswith(('.', '!', '?')) else '.'} {SKIP}")
 
 
 def _judged(one: dict, chosen: tuple[int, float] | None, score: float | None, limits: Limits) -> Judged:

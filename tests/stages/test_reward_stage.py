@@ -1,6 +1,8 @@
 """Stage 5 through TRL's real trainers, on tiny models: what the log-probabilities are of, and that it is a stage like others."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -551,6 +553,148 @@ def test_what_stage_5_cannot_do_is_refused_with_a_sentence(checkpoint, pairs, me
     with pytest.raises(ValueError, match=message):
         main(given(checkpoint, pairs / "run", method, **fields))
     assert not (pairs / "run" / RUN_RECORD).exists()
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("grpo", {"temperature": 0}, "temperature=0.0 is out of range: give a number above 0."),
+        ("grpo", {"temperature": "nan"}, "temperature=nan is out of range: give a number above 0."),
+        ("grpo", {"temperature": "inf"}, "temperature=inf is out of range: give a number above 0."),
+        ("grpo", {"top_k": -3}, "top_k=-3 is out of range: give a whole number of 1 or more, or 0 for all tokens."),
+        ("grpo", {"top_p": 1.5}, "top_p=1.5 is out of range: give a number above 0 and at most 1."),
+        ("grpo", {"min_p": 2}, "min_p=2.0 is out of range: give a number from 0 to 1."),
+        ("grpo", {"repetition_penalty": 0}, "repetition_penalty=0.0 is out of range: give a number above 0."),
+        ("grpo", {"num_generations": 0}, "num_generations=0 is out of range: give a whole number of 2 or more"),
+        ("grpo", {"num_iterations": 0}, "num_iterations=0 is out of range: give a whole number of 1 or more."),
+        ("grpo", {"steps_per_generation": 0}, "steps_per_generation=0 is out of range: give a whole number of 1"),
+        ("grpo", {"max_completion_length": 0}, "max_completion_length=0 is out of range: give a whole number of 1"),
+        ("dpo", {"max_completion_length": 0}, "max_completion_length=0 is out of range: give a whole number of 1"),
+        ("grpo", {"epsilon_high": "nan"}, "epsilon_high=nan is out of range: give a number of 0 or more."),
+        ("grpo", {"beta": -1}, "beta=-1.0 is out of range: give a number of 0 or more."),
+        ("dpo", {"beta": 0}, "beta=0.0 leaves DPO nothing to learn: give a number above 0."),
+        (
+            "grpo",
+            {"generation_kwargs": '{"temperature": 0}'},
+            "generation_kwargs: temperature=0 is out of range: give a number above 0.",
+        ),
+        (
+            "grpo",
+            {"reward_weights": 1},
+            "reward_weights=[1.0] must be 2 finite number(s), one for each of rewards (cider, accuracy).",
+        ),
+        ("grpo", {"loss_type": "grpoo"}, "Unknown loss_type 'grpoo'. Valid values: grpo, "),
+        ("grpo", {"scale_rewards": "grup"}, "Unknown scale_rewards 'grup'. Valid values: group, batch, none."),
+        (
+            "grpo",
+            {"importance_sampling_level": "word"},
+            "Unknown importance_sampling_level 'word'. Valid values: token, sequence.",
+        ),
+        (
+            "grpo",
+            {"multi_objective_aggregation": "sum"},
+            "Unknown multi_objective_aggregation 'sum'. Valid values: sum_",
+        ),
+        ("dpo", {"loss_type": "sigmoidal"}, "Unknown loss_type 'sigmoidal'. Valid values: sigmoid, hinge, "),
+        ("dpo", {"f_divergence_type": "kl"}, "Unknown f_divergence_type 'kl'. Valid values: reverse_kl, forward_kl, "),
+        (
+            "dpo",
+            {"f_divergence_type": "forward_kl", "loss_type": "nca_pair"},
+            "f_divergence_type='forward_kl': loss_type nca_pair does not have it. Leave it out, or take",
+        ),
+        ("dpo", {"label_smoothing": 1}, "label_smoothing=1.0 is out of range: give a number from 0 to below 1."),
+        (
+            "dpo",
+            {"label_smoothing": 0.5, "loss_type": "robust"},
+            "label_smoothing=0.5: loss_type robust takes a number from 0 to below 0.5.",
+        ),
+        ("dpo", {"loss_type": "exo_pair"}, "label_smoothing=0.0: loss_type exo_pair takes a number above 0"),
+        ("dpo", {"loss_type": "aot", "use_weighting": True}, "use_weighting: loss_type aot does not have it. Leave"),
+        ("dpo", {"ld_alpha": 1.5}, "ld_alpha=1.5 is out of range: give a number from 0 to 1."),
+        ("dpo", {"discopop_tau": 0}, "discopop_tau=0.0 is out of range: give a number above 0."),
+        ("dpo", {"truncation_mode": "keep_end"}, "Unknown truncation_mode 'keep_end'. Valid values: keep_start."),
+    ],
+    ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_what_trl_has_no_loss_or_sampling_for_is_refused_with_the_arguments(tmp_path, method, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_rewards(given(tmp_path, tmp_path / "run", method, **fields))
+
+
+def test_the_values_that_trl_names_are_taken(tmp_path):
+    for loss in ("grpo", "dr_grpo", "dapo", "bnpo"):
+        assert parse_rewards(given(tmp_path, tmp_path / "run", "grpo", loss_type=loss)).loss_type == loss
+    both = [*given(tmp_path, tmp_path / "run", "dpo"), "--loss_type", "sigmoid", "sft", "--loss_weights", "1", "0.5"]
+    assert parse_rewards(both).loss_type == ["sigmoid", "sft"]
+    recipe = tmp_path / "stage5.yaml"
+    recipe.write_text("temperature: 2\nscale_rewards: none\ngeneration_kwargs: {repetition_penalty: 2}\n")
+    read = parse_rewards(["--config", str(recipe), *given(tmp_path, tmp_path / "run", "grpo")])
+    taken = (read.temperature, read.generation_kwargs["repetition_penalty"])
+    assert all(type(value) is float and value == 2 for value in taken) and read.scale_rewards == "none"
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """A run of one step of each method, in a folder with its checkpoint and, for DPO, its pairs beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"images": [], "prompt": "?", "chosen": "yes", "rejected": "no"}] * 2
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for method in ("grpo", "dpo"):
+        main(given(checkpoint, folder / method, method, **ONE_STEP))
+    return {method: folder / method for method in ("grpo", "dpo")}
+
+
+ONE_STEP = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "was"),
+    [
+        ("grpo", {"max_completion_length": 5}, 6),
+        ("grpo", {"top_p": 0.5}, 1.0),
+        ("grpo", {"top_k": 5}, 0),
+        ("grpo", {"min_p": 0.1}, None),
+        ("grpo", {"repetition_penalty": 1.5}, 1.0),
+        ("grpo", {"epsilon": 0.1}, 0.2),
+        ("grpo", {"epsilon_high": 0.1}, None),
+        ("grpo", {"delta": 2.0}, None),
+        ("grpo", {"loss_type": "grpo"}, "dapo"),
+        ("grpo", {"scale_rewards": "batch"}, "group"),
+        ("grpo", {"importance_sampling_level": "sequence"}, "token"),
+        ("grpo", {"mask_truncated_completions": True}, False),
+        ("dpo", {"loss_type": "ipo"}, "sigmoid"),
+        ("dpo", {"label_smoothing": 0.1}, 0.0),
+        ("dpo", {"ld_alpha": 0.5}, None),
+        ("dpo", {"loss_weights": 0.5}, None),
+        ("dpo", {"discopop_tau": 0.1}, 0.05),
+        ("dpo", {"f_divergence_type": "forward_kl"}, "reverse_kl"),
+        ("dpo", {"f_alpha_divergence_coef": 0.1}, 0.5),
+        ("dpo", {"use_weighting": True}, False),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_resuming_with_another_loss_or_sampling_is_refused(checkpoint, finished, tmp_path, method, change, was):
+    ((name, _),) = change.items()
+    folder = shutil.copytree(finished[method], tmp_path / "run")
+    fields = {**ONE_STEP, "max_steps": 2, "data_dir": finished[method].parent, **change}
+    with pytest.raises(ValueError, match=rf"with other settings: .*\b{name}\b.* was {re.escape(repr(was))} and is "):
+        main([*given(checkpoint, folder, method, **fields), "--resume_from_checkpoint"])
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_a_run_that_did_not_note_its_loss_goes_on_and_what_only_measures_may_change(
+    checkpoint, finished, tmp_path, method
+):
+    folder = shutil.copytree(finished[method], tmp_path / "run")
+    file = folder / "checkpoint-1/alignvlm_progress.json"
+    progress = json.loads(file.read_text())
+    settings = progress["order"]["settings"]
+    change = {"epsilon": 0.1} if method == "grpo" else {"max_completion_length": 5}
+    assert settings.pop("epsilon", None) == (0.2 if method == "grpo" else None)
+    file.write_text(json.dumps(progress))
+    fields = {**ONE_STEP, "max_steps": 2, "data_dir": finished[method].parent, **change}
+    assert main([*given(checkpoint, folder, method, **fields), "--resume_from_checkpoint"])["resumed_at"] == [1]
 
 
 def test_another_method_is_refused(checkpoint, tmp_path):

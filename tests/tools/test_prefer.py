@@ -12,6 +12,7 @@ from alignvlm.data.sources import read_source
 from alignvlm.evaluation.rewards import make_rewards
 from alignvlm.stages.reward_stage import main as train
 from alignvlm.tools.prefer import main, pair_of, parser, prefer
+from tests import forked
 from tests.running import arguments_for
 
 
@@ -122,6 +123,17 @@ def test_finished_work_is_not_done_again(pairs, speaking, capsys):
     assert (folder / "pairs.parquet").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_make_the_pairs_of_one(speaking, tmp_path):
+    given = [str(speaking), *OPTIONS, "--batch_size", "6", "--output_dir"]  # a prompt a batch
+    forked.run("alignvlm.tools.prefer:main", [*given, str(tmp_path / "two")], log=tmp_path / "log", processes=2)
+    main([*given, str(tmp_path / "one")])
+    finished = sorted((tmp_path / "two").glob(".pairs-*/*.jsonl"))
+    assert [len(file.read_text().splitlines()) for file in finished] == [2, 2]
+    for name in ("pairs.parquet", "pairs.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 @pytest.mark.parametrize("changed", ["weights", "sources"])
 def test_answers_of_another_model_or_to_other_prompts_are_not_reused(speaking, tmp_path, changed):
     def pairs_in(name: str, tag: str = "") -> bytes:
@@ -145,7 +157,16 @@ def test_answers_of_another_model_or_to_other_prompts_are_not_reused(speaking, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "1"], "samples=1, temperature=1: a pair needs two samples"),
+        (
+            ["--samples", "1"],
+            "--samples 1 is out of range: give a whole number of 2 or more, of which a pair is made.",
+        ),
+        *(
+            (["--temperature", value], f"--temperature {float(value)} is out of range: give a number above 0.")
+            for value in ("0", "-1", "nan", "inf")
+        ),
+        (["--seed", "-1"], "--seed -1 is out of range: give a whole number from 0 to 4294967295."),
+        (["--seed", str(2**32)], f"--seed {2**32} is out of range: give a whole number from 0 to {2**32 - 1}."),
         (["--reward", "accuracy"], "The reward 'accuracy' judges no answer of these sources"),
         (
             ["--sources", '[{"name": "scenes", "count": 4, "share": 0.5}]'],

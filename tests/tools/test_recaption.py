@@ -1,6 +1,7 @@
 """`alignvlm recaption` with real tiny models: ours, LLaVA, BLIP-2, GIT, BLIP; what it writes is a source that trains."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -53,7 +54,7 @@ from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.stage import run_stage
 from alignvlm.tools.caption_filters import Limits, measure, most_agreed, rejection, repetition, similarity
 from alignvlm.tools.captioner import Caption, Captioner
-from alignvlm.tools.recaption import main
+from alignvlm.tools.recaption import bad_image, main
 from tests import forked
 from tests.conftest import TEXT, make_tokenizer
 from tests.running import arguments_for
@@ -340,7 +341,7 @@ def test_other_filters_choose_anew_without_the_model(models, photos, tmp_path, m
     limit = sorted(words)[3] + 1
     assert min(words) < limit <= max(words)
 
-    def not_again(*_):
+    def not_again(*_, **__):
         raise AssertionError("the model is loaded again")
 
     monkeypatch.setattr("alignvlm.tools.recaption.load_checkpoint", not_again)
@@ -366,6 +367,47 @@ def test_other_filters_choose_anew_without_the_model(models, photos, tmp_path, m
     assert not (tmp_path / "captions.jsonl").exists() and len(rows_of(tmp_path / "captions.rejected.jsonl")) == 7
     with pytest.raises(ValueError, match="Schemas:"):  # nobody trains on them by accident
         read_source({"data": str(tmp_path / "captions.rejected.jsonl"), "image_dir": str(photos)})
+
+
+@pytest.mark.parametrize("kind", ["folder", "rows of paths", "tar"])
+def test_a_replaced_image_is_captioned_anew_and_a_touched_one_is_not(kind, models, tmp_path, monkeypatch):
+    """Uncompressed images of one resolution have one size in bytes."""
+
+    def write(name: str, color: str) -> None:
+        Image.new("RGB", (32, 32), color).save(tmp_path / "photos" / name)
+        if kind == "tar":
+            subprocess.run(["tar", "-cf", data, "-C", tmp_path / "photos", "a.bmp", "a.txt", "b.bmp", "b.txt"])
+
+    (tmp_path / "photos").mkdir()
+    data, more = {
+        "folder": (tmp_path / "photos", []),
+        "rows of paths": (tmp_path / "rows.jsonl", ["--image_dir", str(tmp_path / "photos")]),
+        "tar": (tmp_path / "train.tar", []),
+    }[kind]
+    for name in ("a", "b"):
+        (tmp_path / f"photos/{name}.txt").write_text("An old caption.\n")
+        Image.new("RGB", (32, 32), "blue").save(tmp_path / f"photos/{name}.bmp")
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.bmp"}\n{"image": "b.bmp"}\n')
+    write("b.bmp", "red")
+    command = [str(models["git"]), str(data), str(tmp_path / "out/captions.jsonl"), *FEW, *more]
+    main(command)
+    blue, red = captions_of(tmp_path / "out/captions.jsonl")
+    assert blue != red
+    write("b.bmp", "white")
+    main(command)
+    first, white = captions_of(tmp_path / "out/captions.jsonl")
+    assert first == blue and white not in (blue, red)
+
+    def not_again(*_, **__):
+        raise AssertionError("the model is loaded again")
+
+    monkeypatch.setattr("alignvlm.tools.recaption.load_checkpoint", not_again)
+    for file in (tmp_path / "photos").iterdir():
+        os.utime(file, (1, 1))
+    main(command)
+    write("b.bmp", "red")  # it is the first again, and so are its captions
+    main(command)
+    assert captions_of(tmp_path / "out/captions.jsonl") == [blue, red]
 
 
 def test_samples_are_measured_and_the_most_agreed_is_taken(models, photos, tmp_path):
@@ -458,12 +500,25 @@ def test_a_bad_image_stops_or_is_left_out_and_nothing_is_captioned_twice(models,
         main(command)
 
 
+@pytest.mark.parametrize(
+    ("problem", "sentences"),
+    [
+        ("it is damaged", "a.png: it is damaged. Leave it out"),
+        ("It is too large.", "a.png: It is too large. Leave it out"),
+    ],
+)
+def test_a_bad_image_is_told_in_sentences_whatever_its_problem_ends_with(problem, sentences):
+    assert str(bad_image("a.png", problem)).startswith(sentences)
+
+
 def test_a_broken_link_is_a_bad_image_and_a_linked_folder_is_captioned(models, photos, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "far").symlink_to(photos / "below")
     (tmp_path / "photos" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     command = [str(models["ours"]), str(tmp_path / "photos"), str(tmp_path / "captions.jsonl"), *FEW]
-    with pytest.raises(SystemExit, match=r"^error: gone\.png: Cannot read the image gone\.png.*--on_bad_image skip"):
+    with pytest.raises(
+        SystemExit, match=r"^error: gone\.png: Cannot read the image gone\.png.*gone\.png'\. Leave it out"
+    ):
         main(command)
     main([*command, "--on_bad_image", "skip"])
     assert [row["image"] for row in rows_of(tmp_path / "captions.jsonl")] == ["photos/far/5.png", "photos/far/6.png"]
@@ -578,6 +633,15 @@ def test_a_caption_is_finished_where_the_model_ended_it(models, photos):
         ),
         (["MODEL", "PHOTOS", "OUT", "--dtype", "fp8"], "Unknown precision 'fp8'"),
         (["MODEL", "PHOTOS", "OUT", "--image_dir", "x"], "is a folder of images: leave out the image_dir"),
+        *(
+            (
+                ["MODEL", "PHOTOS", "OUT", option, value],
+                f"is a folder of images: leave out {option} {value}, which is for",
+            )
+            for option, value in (("--split", "tset"), ("--data_config", "zzz"), ("--data_revision", "main"))
+        ),
+        (["NOWHERE", "PHOTOS", "OUT", "--scorer_revision", "main"], "--scorer_revision needs a --scorer"),
+        (["NOWHERE", "PHOTOS", "OUT", "--seed", "4"], "--seed needs --samples of 2 or more"),
         (["MODEL", "PHOTOS", "OUT", "--scorer", "GIT"], "does not embed images and texts; name a CLIP or SigLIP"),
         (["LANGUAGE", "PHOTOS", "OUT"], "it is no image-text model"),
     ],
@@ -615,3 +679,23 @@ def test_mistakes_are_named_and_leave_no_captions(arguments, message, models, ph
             ]
         )
     assert (tmp_path / "taken.jsonl").read_text() == "mine\n" and not (tmp_path / "out/captions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ("/no/such", "--scorer '/no/such' is neither a folder with a config.json nor a model of the Hub"),
+        ("no/such", "--scorer 'no/such' is neither a folder with a config.json nor a model of the Hub"),
+        ("PHOTOS", "--scorer '.*my photos' is neither a folder with a config.json"),
+        ("GIT", "--scorer '.*git' .of type 'git'. does not embed images and texts; name a CLIP or SigLIP"),
+        ("BLIP2", "--scorer '.*blip2' .of type 'blip-2'. does not embed images and texts; name a CLIP or SigLIP"),
+        ("NO PROCESSOR", "--scorer '.*clip' has no processor of images and texts"),
+    ],
+)
+def test_a_mistaken_scorer_is_told_before_anything_is_captioned(scorer, message, models, photos, tmp_path):
+    CLIPConfig().save_pretrained(tmp_path / "clip")
+    paths = {"PHOTOS": photos, "GIT": models["git"], "BLIP2": models["blip2"], "NO PROCESSOR": tmp_path / "clip"}
+    command = [str(models["git"]), str(photos), str(tmp_path / "out/captions.jsonl"), *FEW]
+    with pytest.raises(SystemExit, match=rf"^error: {message}"):
+        main([*command, "--scorer", str(paths.get(scorer, scorer))])
+    assert not (tmp_path / "out").exists()
