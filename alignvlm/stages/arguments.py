@@ -626,7 +626,8 @@ class RecordArguments:
     push_to: str | None = field(
         default=None,
         metadata={
-            "help": "Repository of the Hub, user/name, that gets the checkpoint of the stage, tagged stage<N>. Private if new."
+            "help": "Repository of the Hub, user/name, that gets the checkpoint of the stage, tagged stage<N>, or stage<N>-2 where that is "
+            "taken. Private if new."
         },
     )
     push_license: str | None = field(
