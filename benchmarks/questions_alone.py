@@ -22,6 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/questions_alone.py`
 
+from alignvlm.data.record import Conversation
+from alignvlm.data.sources import Source
 from alignvlm.evaluation.judge import judge
 from alignvlm.evaluation.questions import load_source
 from benchmarks.stage_runs import machine, prepare_photos, update_results
@@ -96,18 +98,23 @@ class QuestionClassifier:
         return [self.answers[index] for index in logits.argmax(-1).tolist()]
 
 
+def question_of(name: str, conversation: Conversation, source: Source) -> dict:
+    """Returns a question of the record of this name as `judge` takes it, without a prediction."""
+    return {
+        "id": name,
+        "prompt": conversation.prompt,
+        "references": conversation.responses,
+        "kind": conversation.kind,
+        "metric": source.metric_of(conversation),
+    }
+
+
 def read(file: Path, split: str) -> list[dict]:
     """Reads the questions of a file as `judge` takes them, without predictions."""
     source = load_source("local", split, str(file))
     names = source.ids or map(str, range(len(source)))
     return [
-        {
-            "id": name,
-            "prompt": conversation.prompt,
-            "references": conversation.responses,
-            "kind": conversation.kind,
-            "metric": source.metric_of(conversation),
-        }
+        question_of(name, conversation, source)
         for name, conversations in zip(names, source.conversations(False), strict=True)
         for conversation in conversations
     ]

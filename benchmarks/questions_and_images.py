@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 
 from alignvlm.evaluation.judge import compare, judge
 from alignvlm.evaluation.questions import EvaluationSet, load_task, shuffled
-from benchmarks.questions_alone import ANSWERS, FILES, NUMBERS, features_of
+from benchmarks.questions_alone import ANSWERS, FILES, NUMBERS, features_of, question_of
 from benchmarks.stage_runs import machine, prepare_photos, update_results
 
 
@@ -88,9 +88,7 @@ class Questions:
         pairs = []
         for one, other in zip(data.asked, shuffled(data.asked, seed=0), strict=True):
             for conversation in one.conversations:
-                asked = {"id": one.id, "prompt": conversation.prompt, "references": conversation.responses}
-                asked |= {"kind": conversation.kind, "metric": data.source.metric_of(conversation)}
-                self.asked.append(asked)
+                self.asked.append(question_of(one.id, conversation, data.source))
                 pairs.append((one.index, other.index))
         self.images, self.others = torch.tensor(pairs).T
 
@@ -132,10 +130,10 @@ class Classifier:
 
     def __init__(self, training: Questions, features: Tensor, positions: list[int], sees: bool):
         self.training, self.features = training, features
-        asked = [training.asked[position] for position in positions]
-        counts = Counter(name for question in asked for name in features_of(question["prompt"]))
+        questions = [training.asked[position] for position in positions]
+        counts = Counter(name for question in questions for name in features_of(question["prompt"]))
         self.vocabulary = {name: at for at, name in enumerate(sorted(name for name, n in counts.items() if n > 2))}
-        given = Counter(question["references"][0] for question in asked)
+        given = Counter(question["references"][0] for question in questions)
         self.answers = [answer for answer, _ in given.most_common(ANSWERS)]
         self.center, self.scale = features.mean(0), features.std(0) + 1e-3
         number = {answer: at for at, answer in enumerate(self.answers)}
@@ -198,7 +196,7 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
         for held in (True, False)
     )
     passes, results = {}, {}
-    everything, asked = list(range(len(training.asked))), list(range(len(held_out.asked)))
+    everything, all_held_out = list(range(len(training.asked))), list(range(len(held_out.asked)))
     for name, sees in (("words", False), ("image", True)):
         classifier, tried = Classifier(training, features, outside, sees), []
         for _ in range(PASSES):
@@ -208,8 +206,8 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
         classifier = Classifier(training, features, everything, sees)
         for _ in range(passes[name]):
             classifier.train_pass()
-        results[name] = classifier(held_out, features_held_out, asked)
-    results["another_image"] = classifier(held_out, features_held_out, asked, another=True)
+        results[name] = classifier(held_out, features_held_out, all_held_out)
+    results["another_image"] = classifier(held_out, features_held_out, all_held_out, another=True)
     numbers = {}
     for name, result in results.items():
         (metric,) = result["metrics"].values()
@@ -221,7 +219,7 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
         name: {number: gain for number, gain in compare(results[name], results["image"]).items() if number in NUMBERS}
         for name in ("words", "another_image")
     }
-    return {"questions": len(asked), "passes": passes, "numbers": numbers, "differences": differences}
+    return {"questions": len(all_held_out), "passes": passes, "numbers": numbers, "differences": differences}
 
 
 def table(found: dict) -> str:
