@@ -71,8 +71,8 @@ class AlignVLMCollator:
         processor (`AlignVLMProcessor`): with a chat template.
         mask_type (`str` or `list[str]`): the mask types of training; a row whose answers would leak under any of them is refused.
         max_length (`int`, *optional*):
-            the longest row of a record. Branches that do not fit are dropped. If none fits, the first branch whose prompt leaves room
-            is kept with its response cut, never an image. A record without such a branch is dropped.
+            the longest row of a record. Branches for which there is no room make further rows of the same images. A branch that is longer
+            by itself has its response cut, never an image; if its prompt leaves no room for a response, it is dropped.
         pad_to_multiple_of (`int`, *optional*).
         row_length (`int`, *optional*):
             join the rows of a batch to rows of at most this number of tokens, best fit. A stage's `row_length` does better: it chooses
@@ -123,8 +123,8 @@ class AlignVLMCollator:
         self.features, self.sizes = features, sizes
 
     def rows(self, record: dict, dropped: list[dict] | None = None) -> list[Row]:
-        """Makes the rows of one record: one, or one per branch where the trunk cannot be shared; of a record with a `piece`, that one
-        of them. Adds dropped data to `dropped`, with the first."""
+        """Makes the rows of one record: one, more where it is longer than `max_length`, or one per branch where the trunk cannot be
+        shared; of a record with a `piece`, that one of them. Adds dropped data to `dropped`, with the first."""
         conversations = Record.from_row(record).conversations
         grids = grids_of(self.processor, record["images"])
         branches = [branch for conversation in conversations for branch in self.encoder.encode(conversation, grids)]

@@ -56,7 +56,8 @@ class TrainingRows:
 
 @dataclass
 class Pieces:
-    """The rows that records make by themselves: one each, or one per branch where the trunk cannot be shared; `(pieces,)` each.
+    """The rows that records make by themselves: one each, more where a record is longer than `max_length`, or one per branch where the trunk
+    cannot be shared; `(pieces,)` each.
 
     Args:
         record, number: the record's index in the mixture, and which of its rows it is.

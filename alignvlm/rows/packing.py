@@ -149,15 +149,23 @@ class Packer:
         self.shares_trunk = shares_trunk
 
     def rows(self, images: list, branches: list[Branch], dropped: list[dict]) -> list[Row]:
-        """Returns the rows of one record: one, or one per branch if the trunk cannot be shared; none if nothing fits.
+        """Returns the rows of one record: one, or more where its branches are longer than one row, or one per branch if the trunk cannot
+        be shared; none if nothing fits.
 
         Args:
             images: the record's images, as the rows will hold them.
-            dropped: gets a mapping for each branch or record that does not fit: see `AlignVLMCollator`.
+            dropped: gets a mapping for each response that is cut, and each branch or record that does not fit: see `AlignVLMCollator`.
         """
-        groups = [branches] if self.shares_trunk else [[branch] for branch in branches]
-        fitting = (self._fitting(group, dropped) for group in groups)
-        return [self._row(images, group) for group in fitting if group]
+        fitting = self._fitting(branches, dropped)
+        if not self.shares_trunk:
+            groups = [[branch] for branch in fitting]
+        elif self.max_length is None or len(fitting) < 2:
+            groups = [fitting] if fitting else []
+        else:
+            trunk = self.trunk_length(fitting)
+            rows = best_fit([len(branch) - trunk for branch in fitting], self.max_length - trunk)
+            groups = [[fitting[i] for i in row] for row in rows]
+        return [self._row(images, group) for group in groups]
 
     def arranged(self, rows: list[Row]) -> list[Row]:
         """Returns the rows of a batch from those of its records; without any, one row of one token without a label."""
@@ -182,7 +190,7 @@ class Packer:
         return row
 
     def _fitting(self, branches: list[Branch], dropped: list[dict]) -> list[Branch]:
-        """Returns the branches that fit into `max_length` after their trunk; else one with its response cut; else none."""
+        """Returns the branches that fit into `max_length`, of longer ones the beginning up to a trained token, if there is one."""
         if self.max_length is None:
             return branches
         if branches[0].image_count() and self.max_length < self.encoder.up_to_an_image + 2:
@@ -192,27 +200,19 @@ class Packer:
                 f"max_length={self.max_length} leaves no room for a prompt and a response behind {self.encoder.up_to_an_image} tokens up "
                 f"to the end of an image{of_tiles}. Raise max_length."
             )
-        used = self.trunk_length(branches)
-        trunk, chosen, left_out = used, [], []
+        chosen, losses = [], []
         for branch in branches:
-            if used + len(branch) - trunk <= self.max_length:
-                chosen.append(branch)
-                used += len(branch) - trunk
-            else:
-                left_out.append(branch)
+            cut = branch if len(branch) <= self.max_length else shortened(branch, self.max_length)
+            if cut is None:
+                what = f"{branch.prompt_length} + {branch.response_length} tokens"
+                losses.append({"kind": "dropped_annotation", "what": what})
+                continue
+            chosen.append(cut)
+            if cut is not branch:
+                what = f"{branch.response_length} tokens to {cut.response_length}"
+                losses.append({"kind": "cut_response", "what": what})
         if not chosen:
-            for branch in branches:
-                cut = shortened(branch, self.max_length)
-                if cut is not None:
-                    chosen, left_out = [cut], [other for other in branches if other is not branch]
-                    what = f"{branch.response_length} tokens to {cut.response_length}"
-                    dropped.append({"kind": "cut_response", "what": what})
-                    break
-            else:
-                what = f"{len(branches)} prompts, none of which leaves room for a response"
-                dropped.append({"kind": "dropped_record", "what": what})
-                return []
-        for branch in left_out:
-            what = f"{branch.prompt_length - trunk} + {branch.response_length} tokens"
-            dropped.append({"kind": "dropped_annotation", "what": what})
+            what = f"{len(branches)} prompts, none of which leaves room for a response"
+            losses = [{"kind": "dropped_record", "what": what}]
+        dropped += losses
         return chosen

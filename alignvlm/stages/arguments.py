@@ -715,7 +715,7 @@ class StageArguments(RecordArguments, DataArguments, WeightsArguments, TrainerAr
         if self.max_length is None or self.max_length > self.row_length:
             raise ValueError(
                 f"max_length={self.max_length} allows records that are longer than rows of row_length={self.row_length} tokens. Set "
-                f"max_length: {self.row_length} or less; what of a record is longer is dropped, and the run record says so."
+                f"max_length: {self.row_length} or less; what of a record is longer makes further rows."
             )
         if self.max_steps > 0 and self.image_start_fraction:
             raise ValueError(

@@ -441,13 +441,17 @@ class TestLeftOut:
         assert (batch["labels"] == -100).all() and "pixel_values" not in batch
         assert make_model()(**batch).logits.isfinite().all()
 
-    def test_over_long_records_lose_annotations_then_the_end_of_a_response_and_all_of_it_is_counted(
+    def test_over_long_annotations_lose_the_end_of_a_response_or_all_of_it_and_it_is_counted(
         self, checkpoint, photos, tmp_path
     ):
         rows = [
             {
                 "image": "0.png",
-                "annotations": [{"prompt": "p", "response": "short"}, {"prompt": "p", "response": "long " * 40}],
+                "annotations": [
+                    {"prompt": "p", "response": "short"},
+                    {"prompt": "p", "response": "long " * 40},
+                    {"prompt": "long " * 40, "response": "r"},
+                ],
             },
             {"image": "1.png", "annotations": [{"prompt": "p", "response": "long " * 40}]},
             {"image": "2.png", "annotations": [{"prompt": "long " * 40, "response": "r"}]},
@@ -456,7 +460,7 @@ class TestLeftOut:
         entry = run(self.arguments(checkpoint, photos, tmp_path / "a", max_length=40))
         assert entry["losses_of_data"] == {
             "dropped_annotation": 1,
-            "cut_response": 1,
+            "cut_response": 2,
             "dropped_record": 1,
             "bad_image_list": [],
             "bad_row_list": [],

@@ -85,24 +85,25 @@ def test_text_records_and_padding(processor, make_model):
     assert make_model()(**text_only).loss.isfinite()
 
 
-def test_long_records_lose_whole_annotations_then_the_end_of_a_response(processor):
+def test_annotations_that_do_not_fit_make_further_rows_and_long_ones_lose_the_end_of_a_response(processor):
     whole = AlignVLMCollator(processor)([record(*QUESTIONS)])
     length = whole["input_ids"].shape[1]
-    cut = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
-    assert cut["branch_ids"].max() == 2
-    assert [loss["kind"] for loss in cut["losses_of_data"]] == ["dropped_annotation"]
+    divided = AlignVLMCollator(processor, max_length=length - 1)([record(*QUESTIONS)])
+    assert divided["branch_ids"].amax(1).tolist() == [2, 0] and len(divided["pixel_values"]) == 2
+    assert divided["input_ids"].shape[1] < length and "losses_of_data" not in divided
     up_to_image = int((whole["input_ids"][0] == processor.image_token_id).nonzero().max()) + 1
-    long = record(("What is it?", "red " * 50))
-    cut = AlignVLMCollator(processor, max_length=40)([long])
+    long = ("What is it?", "red " * 50)
+    cut = AlignVLMCollator(processor, max_length=40)([record(long)])
     assert cut["input_ids"].shape[1] == 40 and (cut["input_ids"] == processor.image_token_id).sum() == 4
     assert [loss["kind"] for loss in cut["losses_of_data"]] == ["cut_response"]
-    later_fits = record(("What is it?", "red " * 50), QUESTIONS[0])
-    kept = AlignVLMCollator(processor, max_length=40)([later_fits])
-    assert kept["branch_ids"].max() == 0 and "yes" in processor.decode(kept["input_ids"][0])
-    nothing = AlignVLMCollator(processor, max_length=up_to_image + 2)([long])
+    beside = AlignVLMCollator(processor, max_length=40)([record(long, QUESTIONS[0], ("red " * 50, "no"))])
+    assert [loss["kind"] for loss in beside["losses_of_data"]] == ["cut_response", "dropped_annotation"]
+    assert len(beside["input_ids"]) == 2 and torch.equal(beside["input_ids"][0], cut["input_ids"][0])
+    assert "yes" in processor.decode(beside["input_ids"][1])
+    nothing = AlignVLMCollator(processor, max_length=up_to_image + 2)([record(long)])
     assert [loss["kind"] for loss in nothing["losses_of_data"]] == ["dropped_record"]
     with pytest.raises(ValueError, match=f"max_length={up_to_image + 1} leaves no room"):
-        AlignVLMCollator(processor, max_length=up_to_image + 1)([long])
+        AlignVLMCollator(processor, max_length=up_to_image + 1)([record(long)])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
@@ -226,7 +227,7 @@ def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
 
 
 def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_out(checkpoint, tmp_path, capsys):
-    """Annotations of records that are too long, a response that is cut, and a record of which nothing is left."""
+    """An annotation without room for its response, a response that is cut, and a record of which nothing is left."""
     long = " ".join(["word"] * 60)
     rows = [
         {"prompt": "What?", "completion": "short"},
@@ -234,8 +235,11 @@ def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_
         {"prompt": long, "completion": "no room"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    captions = {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 6}
-    sources = [captions, {"data": str(tmp_path / "rows.jsonl")}]
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    questions = [{"prompt": prompt, "response": "r"} for prompt in ("p", long, "p", long)]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"image": "a.png", "annotations": questions}))
+    divided = {"name": "scenes", "annotations": ["short_caption", "questions"], "count": 6}
+    sources = [divided, *({"data": str(tmp_path / name)} for name in ("asked.jsonl", "rows.jsonl"))]
     given = arguments_for(
         checkpoint, tmp_path / "run", sources=sources, projector_learning_rate=1e-3, max_length=45, max_steps=-1
     )
@@ -244,12 +248,12 @@ def test_what_max_length_leaves_out_is_told_before_and_is_what_the_stage_leaves_
     printed = capsys.readouterr().out
     entry = main(given)
     dropped = entry["losses_of_data"]
-    lost = [int(re.search(r"leaves out (\d+) of", said)[1]) for said in plan.left_out]
-    assert (
-        lost == [dropped["dropped_annotation"], 1] and dropped["dropped_record"] == 1 and dropped["cut_response"] >= 1
-    )
-    for said in plan.left_out:
+    nothing, *told = plan.left_out
+    assert not nothing  # what does not fit into a row of a scene makes another
+    assert [int(re.search(r"leaves out (\d+) of", said)[1]) for said in told] == [2, 1]
+    assert [dropped[kind] for kind in ("dropped_annotation", "dropped_record", "cut_response")] == [2, 1, 1]
+    for said in told:
         assert said.startswith("max_length=45 leaves out ") and said in printed and said in describe(plan, "H100", 0.4)
-    assert ", and cuts 1 responses" in plan.left_out[1]
+    assert ", and cuts 1 responses" in told[1]
     wide = plan_stages([parse(*given, "--max_length", "512")], processes=1, sample=2)[0]
-    assert wide.left_out == ["", ""] and "leaves out" not in describe(wide, "H100", 0.4)
+    assert wide.left_out == ["", "", ""] and "leaves out" not in describe(wide, "H100", 0.4)
