@@ -445,6 +445,12 @@ def test_two_runs_that_were_asked_otherwise_are_not_compared(trained_run, tmp_pa
     shutil.copytree(trained_run / "stage2", tmp_path / "blank", ignore=shutil.ignore_patterns("scenes.json"))
     written = Page(write_report(tmp_path / "bare", tmp_path / "blank", tmp_path / "both.html").read_text())
     assert "Neither run has results but of controls" in written.text
+    shutil.copytree(trained_run, tmp_path / "partly")
+    result = tmp_path / "partly/stage2/results/scenes.json"
+    result.write_text(result.read_text().replace('"task": "scenes"', '"task": "other"'))
+    written = Page(write_report(trained_run / "stage2", tmp_path / "partly", tmp_path / "both.html").read_text())
+    assert "partly has a result of the task 'scenes' of stage1, but none of stage2" in written.text
+    assert "Only partly has a result of the task 'other'" in written.text
 
 
 def test_settings_of_two_runs_stand_beside_each_other_by_the_number_of_the_stage(run, tmp_path):

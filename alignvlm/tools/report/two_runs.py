@@ -79,15 +79,28 @@ def compare_runs(first: Run, second: Run, data: str | None, near: list[Path]) ->
     """Compares the last results of each task that both runs have; returns notes about the others, too."""
     own = [{result.title: result for result in run.last_results()} if run.results else {} for run in (first, second)]
     notes = [
-        f"Only {run.name} has a result of the task {task!r}, so there is nothing to compare it with."
-        for run, mine, other in ((first, own[0], own[1]), (second, own[1], own[0]))
+        _without_partner(run, task, other)
+        for run, other, mine, others in ((first, second, *own), (second, first, *reversed(own)))
         for task in mine
-        if task not in other
+        if task not in others
     ]
     if not any(own):
         but = " but of controls" if first.results or second.results else ""
         notes.append(f"Neither run has results{but} of `alignvlm evaluate`, so there are no answers to compare.")
     return [_compared(own[0][task], own[1][task], data, near) for task in own[0] if task in own[1]], notes
+
+
+def _without_partner(run: Run, task: str, other: Run) -> str:
+    """Says why a result of the last checkpoint that was asked is compared with none."""
+    plain = [result for result in other.results if result.control is None]
+    earlier = [result for result in plain if result.title == task]
+    if not earlier:
+        return f"Only {run.name} has a result of the task {task!r}, so there is nothing to compare it with."
+    names = [result.checkpoint.name if result.checkpoint else str(result.path) for result in (plain[-1], earlier[-1])]
+    return (
+        f"{other.name} has a result of the task {task!r} of {names[1]}, but none of {names[0]}, the last checkpoint with results: that of "
+        f"{run.name} is compared with none. Evaluate {names[0]}, or compare the folders of two stages."
+    )
 
 
 def _compared(first: Result, second: Result, data: str | None, near: list[Path]) -> Comparison:
