@@ -18,7 +18,7 @@ from transformers.utils import logging
 from alignvlm.data.formats import IMAGE_TOKEN
 from alignvlm.data.record import Record, shown
 from alignvlm.data.sources import Source, read_source
-from alignvlm.data.streams import STREAMED_RECORD
+from alignvlm.data.streams import UNDECODED_RECORD, read_without_end, rows_of
 
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 MEASURED_RECORDS = 1000  # of a source, for its mean number of tokens
 SHUFFLE_BUFFER = 1000  # records, of a stream
 RECORD_COLUMNS = ("images", "conversations", "id")
-TAGGED_RECORD = Features({**STREAMED_RECORD, "source": Value("string")})
+TAGGED_RECORD = Features({**UNDECODED_RECORD, "bad_row": Value("string"), "source": Value("string")})
 TokenCounts = Callable[[dict], tuple[int, int]]  # of a record: its image and its text tokens
 
 
@@ -362,6 +362,7 @@ def load_mixture(
     image_start_fraction: float = 0.0,
     streaming: bool = False,
     records: int | None = None,
+    readers: int = 1,
     earlier_stages: list[dict] | None = None,
     max_bad_rows: float | None = None,
 ) -> Mixture:
@@ -376,6 +377,7 @@ def load_mixture(
         image_token_share: see `image_sample_probability`.
         streaming: read rows as they are needed. Every source then needs a share, unless there is only one.
         records: of the stage, over all processes; `image_start_fraction` is a fraction of them.
+        readers: of a stream: the data workers of all processes, or the processes if they have none.
         earlier_stages: the `stages` of the model's run record, for rehearsal.
         max_bad_rows: see `read_source`.
 
@@ -395,7 +397,7 @@ def load_mixture(
         for part in parts:
             part.measure(token_counts)
     if streaming:
-        return Mixture(parts, _stream(parts, seed, image_token_share, image_start_fraction, records))
+        return Mixture(parts, _stream(parts, seed, image_token_share, image_start_fraction, records, readers))
     draws = records_per_epoch(parts, image_token_share)
     for part, draw in zip(parts, draws):
         if draw > len(part.source):
@@ -416,9 +418,15 @@ def load_mixture(
 
 
 def _stream(
-    parts: list[Part], seed: int, image_token_share: float | None, image_start_fraction: float, records: int | None
+    parts: list[Part],
+    seed: int,
+    image_token_share: float | None,
+    image_start_fraction: float,
+    records: int | None,
+    readers: int,
 ) -> IterableDataset:
-    """Interleaves the parts with the probabilities of their shares, without end: a part that is used up begins again."""
+    """Interleaves the parts with the probabilities of their shares, without end: a part that is used up begins again. The shards of the stream
+    are its readers: one if it begins with texts, since each of several would have to begin with its own."""
     if len(parts) > 1 and any(part.share is None for part in parts) and image_token_share is None:
         missing = [part.name for part in parts if part.share is None]
         raise ValueError(
@@ -426,18 +434,21 @@ def _stream(
         )
     weights = [(part.share or 1.0) / part.tokens for part in parts]
     weights = _with_image_share(parts, weights, image_token_share)
-    # Without features `datasets` would take them from the first record, and not mix paths of images with bytes.
-    streams = [
-        part.source.rows.map(partial(tagged, name=part.name, tag=part.tag), features=TAGGED_RECORD) for part in parts
-    ]
+    readers = 1 if image_start_fraction else readers
+    streams = []
+    for index, part in enumerate(parts):
+        given = {"readers": list(range(readers)), "count": readers, "seed": (seed, index), "records": part.source.rows}
+        given["prepare"] = partial(tagged, name=part.name, tag=part.tag)
+        # Without features `datasets` would take them from the first record, and not mix paths of images with bytes.
+        streams.append(IterableDataset.from_generator(read_without_end, features=TAGGED_RECORD, gen_kwargs=given))
 
     def mixed(chosen: list[int]) -> IterableDataset:
         probabilities = np.array([weights[i] for i in chosen])
         # A single part has no end either: a resumed run skips what it read of the first epoch, so it must never leave that epoch.
-        stream = streams[chosen[0]].repeat(None)
+        stream = streams[chosen[0]]
         if len(chosen) > 1:
             stream = interleave_datasets(
-                [streams[i].repeat(None) for i in chosen],
+                [streams[i] for i in chosen],
                 probabilities=(probabilities / probabilities.sum()).tolist(),
                 seed=seed,
             )
@@ -456,6 +467,4 @@ def _stream(
 
 def _one_after_the_other(first: IterableDataset, then: IterableDataset) -> Iterator[dict]:
     for stream in (first, then):
-        # Not by itself, which would divide its files among data workers although only one of them reads.
-        for batch in stream.iter(batch_size=1):
-            yield {name: value for name, (value,) in batch.items()}
+        yield from rows_of(stream)

@@ -1,10 +1,14 @@
 """Makes a stream of records from rows as they come, for data that is too large to index."""
 
-from collections.abc import Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
-from datasets import Features, Image, IterableDataset, List, Value
+import numpy as np
+from datasets import Features, Image, IterableDataset, List
 
 from alignvlm.data.files import Rows, sample_name
 from alignvlm.data.images import BadImage, inside
@@ -14,35 +18,86 @@ from alignvlm.data.scenes import RECORD_FEATURES
 
 
 UNDECODED_RECORD = Features({**RECORD_FEATURES, "images": List(Image(decode=False))})
-STREAMED_RECORD = Features({**UNDECODED_RECORD, "bad_row": Value("string")})
+OPEN_FILES = 10  # of a source, that a reader reads in turns
 
 
 def stream(
     found: Rows, reader: Reader, group_by: str | None, limit: int | None, skip_bad_rows: bool
 ) -> IterableDataset:
-    """Returns a stream of records. Consecutive rows of one image become one record, as data sets list them together."""
+    """Returns a stream of records, whose shards are the files. Consecutive rows of one image become one record, as data sets list them
+    together."""
     rows = found.rows
     if rows.column_names is not None:  # not rows of files
         rows = rows.map(partial(_unnumbered, found.identity["data"]), remove_columns=rows.column_names)
-    mapped = rows.map(
-        partial(_records_of_batch, reader, group_by, skip_bad_rows),
-        batched=True,
-        batch_size=256 if group_by is not None else 16,
-        remove_columns=["row", "place"],
-        features=STREAMED_RECORD,
-    )
-    if limit is None or not skip_bad_rows:
-        return mapped if limit is None else mapped.take(limit)
-    return IterableDataset.from_generator(
-        _first_good, features=STREAMED_RECORD, gen_kwargs={"records": mapped, "limit": limit}
-    )
+    files = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
+    given = {"files": files, "reader": reader, "group_by": group_by, "skip_bad_rows": skip_bad_rows}
+    records = IterableDataset.from_generator(_records, gen_kwargs=given)
+    if limit is None:
+        return records
+    # Not `take`, of which every reader of some of the files would read a part.
+    given = {"records": records, "limit": limit}
+    return IterableDataset.from_generator(_first, gen_kwargs=given)
 
 
-def _first_good(records: IterableDataset, limit: int) -> Iterator[dict]:
+def read_without_end(
+    records: IterableDataset, readers: list[int], count: int, seed: tuple[int, ...], prepare: Callable[[dict], dict]
+) -> Iterator[dict]:
+    """Yields what readers read of the records of a source, `count` readers of all its files: each file as often as any other.
+
+    The files, or where there are fewer than readers equal parts of them, come in a random order, then in another one, and so on; the
+    readers take turns at taking the next of this endless list. So a reader of short files reads more of them, and no record comes more
+    often than others, however the records are divided among files.
+
+    Args:
+        readers: the numbers of the readers, from 0 to `count` - 1; a stream's shards, of which a data worker gets one.
+        seed: of the orders.
+        prepare: makes what is yielded of a record.
+    """
+    for found in zip(*(_read_by(reader, records, count, seed) for reader in readers)):
+        yield from map(prepare, found)
+
+
+def _read_by(reader: int, records: IterableDataset, count: int, seed: tuple[int, ...]) -> Iterator[dict]:
+    """Yields what one of `count` readers reads; ends only if there is no record at all."""
+    parts = -(-count // records.num_shards)  # of each file
+    units = [(file, part) for file in range(records.num_shards) for part in range(parts)]
+    empty: set[tuple[int, int]] = set()
+    for turn in itertools.count():
+        order = np.random.default_rng([*seed, turn]).permutation(len(units))
+        own = [units[k] for place, k in enumerate(order, turn * len(units)) if place % count == reader]
+        files = (records.shard(records.num_shards, file) for file, _ in own)
+        rows = [islice(rows_of(file), part, None, parts) for file, (_, part) in zip(files, own)]
+        found = False
+        for record in _alternating(rows):
+            found = True
+            yield record
+        if not found and len(empty := empty | set(own)) == len(units):
+            return
+
+
+def _alternating(files: Iterable[Iterator[dict]]) -> Iterator[dict]:
+    """Yields all of the files, up to `OPEN_FILES` of them in turns, a record each."""
+    waiting, opened = deque(files), deque()
+    while waiting or opened:
+        while waiting and len(opened) < OPEN_FILES:
+            opened.append(waiting.popleft())
+        file = opened.popleft()
+        for record in islice(file, 1):
+            yield record
+            opened.append(file)
+
+
+def rows_of(stream: IterableDataset) -> Iterator[dict]:
+    """Yields the rows of a stream, in a data worker, too: by itself `datasets` would divide its files among the workers, though only one of
+    them reads it."""
+    for batch in stream.iter(batch_size=16):
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
+
+
+def _first(records: IterableDataset, limit: int) -> Iterator[dict]:
     """Yields that many good records, and the bad rows before the last of them."""
-    # Not record by record, which would divide the files among data workers although only one of them reads.
-    for batch in records.iter(batch_size=1):
-        record = {name: value for name, (value,) in batch.items()}
+    for record in rows_of(records):
         yield record
         limit -= record["bad_row"] is None
         if not limit:
@@ -54,34 +109,36 @@ def _unnumbered(name: str, row: dict) -> dict:
     return {"row": row, "place": sample_name(row) if "__key__" in row else name}
 
 
-def _records_of_batch(
-    reader: Reader, group_by: str | None, skip_bad_rows: bool, batch: dict[str, list]
-) -> dict[str, list]:
-    """Returns the records of some rows, and, in their places among them, records that say what is wrong with a bad row."""
-    last: tuple[str, list[dict]] = ("", [])
-    found: list[tuple[str, list[dict]] | dict] = []
-    for row, place in zip(batch["row"], batch["place"]):
-        try:
-            if reader.of_row(row) is None:
+def _records(
+    files: list[IterableDataset], reader: Reader, group_by: str | None, skip_bad_rows: bool
+) -> Iterator[dict]:
+    """Yields the records of the rows of files, and behind the record in whose rows it stands one that says what is wrong with a bad row."""
+    for file in files:
+        key, rows, bad = "", [], []
+        for found in rows_of(file):
+            row, place = found["row"], found["place"]
+            try:
+                if reader.of_row(row) is None:
+                    continue
+            except BadRow as error:
+                if not skip_bad_rows:
+                    raise error.at(place) from error
+                bad.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
                 continue
-        except BadRow as error:
-            if not skip_bad_rows:
-                raise error.at(place) from error
-            found.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
-            continue
-        key = "" if group_by is None else image_key(row) if group_by == "image" else str(row[group_by])
-        if key and key == last[0]:
-            last[1].append(row)
-        else:
-            last = (key, [row])
-            found.append(last)
-    records = [entry if isinstance(entry, dict) else _record(reader, *entry) for entry in found]
-    return {name: [record[name] for record in records] for name in STREAMED_RECORD}
+            own = "" if group_by is None else image_key(row) if group_by == "image" else str(row[group_by])
+            if not own or own != key:
+                yield from _group(reader, key, rows, bad)
+                key, rows, bad = own, [], []
+            rows.append(row)
+        yield from _group(reader, key, rows, bad)
 
 
-def _record(reader: Reader, key: str, rows: list[dict]) -> dict:
-    record = reader(rows, key)
-    return {**record, "images": [_joined(image) for image in record["images"]], "bad_row": None}
+def _group(reader: Reader, key: str, rows: list[dict], bad: list[dict]) -> Iterator[dict]:
+    """Yields the record of some rows, if there are any, and the bad ones."""
+    if rows:
+        record = reader(rows, key)
+        yield {**record, "images": [_joined(image) for image in record["images"]], "bad_row": None}
+    yield from bad
 
 
 def _joined(image: Any) -> Any:

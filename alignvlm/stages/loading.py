@@ -103,6 +103,7 @@ def make_mixture(
         image_start_fraction=arguments.image_start_fraction,
         streaming=arguments.streaming,
         records=arguments.max_steps * arguments.records_per_step(processes) if arguments.max_steps > 0 else None,
+        readers=(processes or arguments.world_size) * max(arguments.dataloader_num_workers, 1),
         earlier_stages=earlier_stages,
         max_bad_rows=arguments.bad_rows_allowed,
     )

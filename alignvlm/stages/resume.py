@@ -145,14 +145,14 @@ def order_of_records(
 
 
 def _order_of_stream(arguments: StageArguments, rows: TrainingRows) -> dict[str, int]:
-    """Says what decides the order of a stream's records: how its files are divided among processes, and those of one among its data workers.
+    """Says what decides the order of a stream's records: how its readers are divided among processes, and those of one among its data workers.
 
-    Of fewer files than processes every process reads all. A worker that gets no file does nothing; others shuffle in another order than
+    Of a stream with one reader every process reads all. A worker without a reader does nothing; others shuffle in another order than
     a process without workers.
     """
-    files, world_size = rows.dataset.num_shards, arguments.world_size
-    processes = world_size if files >= world_size else 1  # as accelerate does
-    workers = min(arguments.dataloader_num_workers, math.ceil(files / processes))
+    readers, world_size = rows.dataset.num_shards, arguments.world_size
+    processes = world_size if readers >= world_size else 1  # as accelerate does
+    workers = min(arguments.dataloader_num_workers, math.ceil(readers / processes))
     order = {"processes": processes, "busy_workers": workers}
     if workers > 1:  # which take turns, a batch each
         order["records_per_turn"] = arguments.per_device_train_batch_size * world_size // processes
@@ -190,8 +190,8 @@ def earlier_progress(arguments: StageArguments, checkpoint: str | None, order: d
         raise ValueError(
             f"{checkpoint} was written by a run that read other data: {'; '.join(others[:5])}. To go on from step {step} would skip "
             "some records and read others twice. Give the stage what it had (for the same global batch size: "
-            "per_device_train_batch_size x gradient_accumulation_steps x processes; of a stream as many dataloader_num_workers, and "
-            "of one of several files as many processes), or go on all the same with --allow_other_data true."
+            "per_device_train_batch_size x gradient_accumulation_steps x processes; of a stream as many processes and "
+            "dataloader_num_workers), or go on all the same with --allow_other_data true."
         )
     return {**progress, "resumed_at": [*progress["resumed_at"], step]}
 

@@ -316,12 +316,22 @@ def _describe(
     records = "a stream of" if mixture.draws is None else f"{sum(mixture.draws):,}"
     lines = [f"Stage {arguments.stage}: {records} records, {described(arguments.mask_type_shares)}"]
     lines += [f"  {rows}"] if rows.description else []
+    lines.append(f"  {_step_of(arguments)}")
     lines.append(f"  precision {arguments.chosen_precision}")
     for module, (trainable, total) in counts.items():
         rate = rates.get(module)
         state = "frozen" if rate is None else f"trains at {rate:g}"
         lines.append(f"  {module:<10} {total:>13,} parameters, {trainable:>13,} trainable: {state}")
     return "\n".join(lines)
+
+
+def _step_of(arguments: StageArguments) -> str:
+    """Says how a step's records are divided; that fewer processes run than were meant is seen nowhere else."""
+    unit = "records" if arguments.row_length is None else "rows"
+    processes, accumulated = arguments.world_size, arguments.gradient_accumulation_steps
+    batch = f"{arguments.per_device_train_batch_size} in {'one process' if processes == 1 else f'each of {processes} processes'}"
+    times = f", {accumulated} times" if accumulated > 1 else ""
+    return f"{arguments.records_per_step():,} {unit} a step: {batch}{times}"
 
 
 def _check_push(arguments: StageArguments, record: dict[str, Any]) -> None:

@@ -316,7 +316,7 @@ OTHER = [{**STREAM[0], "count": 11}]
         ({"streaming": False}, "streaming was True and is False"),
         ({"max_length": 100}, "max_length was 1024 and is 100"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last was False and is True"),
-        ({"dataloader_num_workers": 2}, "stream.busy_workers was 0 and is 1"),
+        ({"dataloader_num_workers": 2}, "stream.busy_workers was 0 and is 2"),
     ],
     ids=["batch size", "accumulation", "source", "more sources", "seed", "indexed", "length", "last batch", "workers"],
 )
@@ -385,7 +385,7 @@ def test_a_stream_of_several_files_is_resumed_on_as_many_processes_and_workers(
     monkeypatch.setattr(StageArguments, "world_size", processes)
     folder = copied(of_files, tmp_path / "run", 2)
     fields = {**SAVING, **FILES, "data_dir": of_files.parent, **change}
-    with pytest.raises(ValueError, match=f"read other data: {message}.*of several files as many processes"):
+    with pytest.raises(ValueError, match=f"read other data: {message}.*of a stream as many processes and"):
         main([*arguments_for(checkpoint, folder, **fields), "--resume_from_checkpoint"])
 
 
