@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def test_a_finding_runs_once_and_is_summarised(tmp_path, checkpoint, monkeypatch
 @pytest.mark.slow
 def test_arms_go_on_from_the_end_of_shared_stages(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(TinyScenes, "checkpoint", checkpoint)
+    monkeypatch.setattr(findings, "train", partial(findings.train, in_process=True))
     world = TinyScenes(tmp_path / "work")
     run("scenes", world, ["recaptions"], seeds=1, results=tmp_path / "results.json")
     folder = world.output / "seed0/recaptions"

@@ -68,8 +68,10 @@ def shared_captions(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
-def test_tokens_equal_java_on_every_shared_caption(shared_data, official_tokens):
-    for name, captions in shared_captions(shared_data).items():
+def test_tokens_equal_java_on_shared_captions(shared_data, official_tokens):
+    """A fifth of them; `make test-full` has all."""
+    for name, every in shared_captions(shared_data).items():
+        captions = every[:: 5 if examples(1) == 1 else 1]
         ours, official = ptb_tokenizer.tokenize(captions), official_tokens(captions)
         assert [c for c, a, b in zip(captions, ours, official) if a != b] == [], name
 
@@ -77,15 +79,15 @@ def test_tokens_equal_java_on_every_shared_caption(shared_data, official_tokens)
 @pytest.mark.slow
 def test_tokens_equal_java_on_999_of_1000_made_up_captions(official_tokens):
     rng = random.Random(2)
-    captions, kinds = zip(*(caption(rng) for _ in range(100_000)))
+    captions, kinds = zip(*(caption(rng) for _ in range(min(examples(30_000), 100_000))))
     differing = [
         index
         for index, (ours, official) in enumerate(zip(ptb_tokenizer.tokenize(captions), official_tokens(captions)))
         if ours != official
     ]
     by_kind = Counter(kind for index in differing for kind in kinds[index])
-    examples = [captions[index] for index in differing[:20]]
-    assert len(differing) <= 100, f"{len(differing)} differ; by kind {by_kind.most_common()}; {examples}"
+    first = [captions[index] for index in differing[:20]]
+    assert len(differing) <= len(captions) / 1000, f"{len(differing)} differ; by kind {by_kind.most_common()}; {first}"
 
 
 def test_tokens_equal_java_on_all_pairs_of_characters_and_many_triples(official_tokens):
