@@ -335,12 +335,6 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         """The projector, by the name that `transformers.exporters` looks for. Checkpoints store it as `projector`."""
         return self.projector
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Finds image tokens, `(batch, length)`, by their id or, without ids, by their embedding, as transformers' own classes do."""
         if input_ids is not None:
@@ -560,6 +554,10 @@ class AlignVLMModel(AlignVLMPreTrainedModel):
         if not self.config.packing:
             record_ids = branch_ids = self._refuse_packed_rows(record_ids, branch_ids)
         layout_inputs = {"record_ids": record_ids, "branch_ids": branch_ids, "prompt_mask": prompt_mask}
+        if isinstance(attention_mask, dict):
+            raise TypeError(
+                "`attention_mask` is a dictionary; expected one tensor, which the layers of every type share."
+            )
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = self._ready_mask(attention_mask, inputs_embeds, position_ids, cache)
         elif self._needs_layout(has_images, begins_rows, **layout_inputs):
@@ -759,15 +757,6 @@ class AlignVLMForConditionalGeneration(AlignVLMPreTrainedModel, GenerationMixin)
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def get_image_features(
         self, pixel_values: Tensor, spatial_shapes: Tensor | None = None, **kwargs

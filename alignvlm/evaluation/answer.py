@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from alignvlm.rows.encode import Branch, Encoder, check_prompt
 from alignvlm.rows.packing import trunk_length
@@ -55,7 +55,7 @@ def answer(
     images: Sequence[Image.Image | Sequence[Image.Image]],
     prompts: Sequence[Sequence[str | Messages]],
     batch_size: int = 64,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     progress: str | None = None,
     refuse_long_prompts: bool = True,
     **generation_options,
@@ -71,11 +71,13 @@ def answer(
             messages in transformers' form, the last the user's. Its k-th image part shows the k-th image of its entry; what the part
             itself carries is not read, and images beyond its parts are not shown.
         batch_size: prompts answered at once.
+        max_new_tokens: the most tokens of an answer; None: as many as a given `generation_config` says, else 32.
         progress: the title of a progress bar; None: no bar.
         refuse_long_prompts: whether a prompt that leaves no room for an answer is an error. If not, its answer is an empty text, and a warning
             tells of it: for a benchmark that a single long question must not end.
-        **generation_options: for `model.generate`, such as `num_beams`; greedy decoding by default. The model's `generation_config` gives
-            all others, except that there is one answer per prompt.
+        **generation_options: for `model.generate`, such as `num_beams` or `generation_config`. Those named go before what a given
+            `generation_config` sets, and that before greedy decoding. The model's own gives all others, except that there is one
+            answer per prompt.
 
     Returns:
         The answers, nested as `prompts`, stripped of surrounding white space; the same as for one prompt at a time. Where a prompt leaves the
@@ -85,11 +87,15 @@ def answer(
         PromptTooLong: a `ValueError`, before anything is answered, for a prompt that leaves no room for an answer, unless
             `refuse_long_prompts` is False.
         ValueError: if the numbers of images and of lists of prompts differ, if a prompt holds the image placeholder, if a conversation
-            has more image parts than its entry has images or does not end with the user's message, and for options that ask for
-            several answers per prompt.
+            has more image parts than its entry has images or does not end with the user's message, for options that ask for
+            several answers per prompt, and for a model in training mode with activation checkpointing.
     """
     if len(images) != len(prompts):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} lists of prompts; each image needs one list.")
+    if model.training and model.is_activation_checkpointing:
+        raise ValueError(
+            "The model is in training mode with activation checkpointing, which fills no cache. Call model.eval() first."
+        )
     given_config = generation_options.get("generation_config")
     for name, only in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
         asked = generation_options.get(name, getattr(given_config, name, None))
@@ -106,9 +112,8 @@ def answer(
         for row, (entry, group) in enumerate(zip(shown, prompts))
     ]
     options = {
-        "do_sample": False,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": (given_config or model.generation_config).num_beams or 1,
+        **_defaults(model, given_config),
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
         **generation_options,
         "num_return_sequences": 1,
         "return_dict_in_generate": False,
@@ -133,8 +138,7 @@ def answer(
                 [encoder.prompt(messages, grids) for messages in conversations[entry]]
                 for entry, grids in zip(entries, (grids_of(processor, entry_images) for entry_images in upright))
             ]
-            features = _image_features(model, processor, upright, groups)
-            generated = iter(_generated(model, processor, groups, features, batch_size, options))
+            generated = iter(_generated(model, processor, groups, upright, batch_size, options))
             for entry, group in zip(entries, groups):
                 tokens = [next(generated) for _ in group]
                 answers[entry] = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -142,6 +146,19 @@ def answer(
     for row, column in sorted(long):
         answers[row].insert(column, "")
     return answers
+
+
+def _defaults(model: PreTrainedModel, given: GenerationConfig | None) -> dict[str, Any]:
+    """Returns options of `generate` for where the caller names none: as the given config sets them, else `answer`'s or the model's own."""
+    own = model.generation_config
+    defaults = {
+        "do_sample": False,
+        "max_new_tokens": 32,
+        "num_beams": own.num_beams or 1,
+        "use_cache": own.use_cache is not False,
+        "cache_implementation": own.cache_implementation,
+    }
+    return defaults | {name: value for name in defaults if (value := getattr(given, name, None)) is not None}
 
 
 def _conversation(prompt: str | Messages, image_count: int, name: str) -> Messages:
@@ -205,8 +222,12 @@ def _image_features(
     flat = [image for entry in images for image in entry]
     if not flat:
         return [None] * len(groups)
-    inputs = {name: value.to(model.device) for name, value in image_inputs_of(processor, flat).items()}
+    inputs = _image_inputs(model, processor, flat)
     return list(model.get_image_features(**inputs).pooler_output.flatten(0, 1).split(counts))
+
+
+def _image_inputs(model: PreTrainedModel, processor: ProcessorMixin, images: list) -> dict[str, Tensor]:
+    return {name: value.to(model.device) for name, value in image_inputs_of(processor, images).items()}
 
 
 def _image_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> int:
@@ -217,14 +238,16 @@ def _generated(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     groups: list[list[Branch]],
-    features: list[Tensor | None],
+    images: list[list],
     batch_size: int,
     options: dict,
 ) -> list[Tensor]:
     """Generates the new tokens of each prompt, `batch_size` prompts at a time, after copies of their prefilled trunks if there are any.
 
-    Prompts that leave less room than the others are apart from them, so that no position is beyond the language model's last.
+    Without a cache every step encodes the images again, as `generate` gives embeddings to the first step only. Prompts that leave less room
+    than the others are apart from them, so that no position is beyond the language model's last.
     """
+    features = _image_features(model, processor, images, groups) if options["use_cache"] else None
     trunks = _trunks(model, groups, options)
     past, cache = None, None
     if any(trunks):
@@ -244,7 +267,10 @@ def _generated(
             inputs[CACHE_NAME] = copy.deepcopy(cache)  # generating writes into it
             inputs[CACHE_NAME].batch_select_indices(chosen.repeat_interleave(options["num_beams"]))
         input_ids, attention_mask, image_ids = rests
-        if any(_image_tokens(model, prompt.input_ids[trunks[entry] :]) for entry, prompt in chunk):
+        if features is None:
+            shown = [image for entry, prompt in chunk for image in images[entry][: prompt.image_count()]]
+            inputs = {**_image_inputs(model, processor, shown), "image_ids": image_ids} if shown else {}
+        elif any(_image_tokens(model, prompt.input_ids[trunks[entry] :]) for entry, prompt in chunk):
             counts = [_image_tokens(model, prompt.input_ids) for _, prompt in chunk]
             shown = [features[entry][:count] for entry, count in zip(entry_of, counts) if count]
             inputs |= _embedded(model, input_ids, image_ids, shown)
@@ -271,10 +297,12 @@ def _chunks(
 def _trunks(model: PreTrainedModel, groups: list[list[Branch]], options: dict) -> list[int]:
     """Returns per entry how many tokens its prompts share.
 
-    No entry has a trunk if that saves nothing, if later tokens change what a trunk means, or if the language model cannot continue after a
-    padded cache.
+    No entry has a trunk if that saves nothing, if later tokens change what a trunk means, if the language model cannot continue after a
+    padded cache, or if the options ask for none or for one that `generate` makes itself.
     """
     config, nothing = model.config, [0] * len(groups)
+    if not options["use_cache"] or options["cache_implementation"] is not None:
+        return nothing
     # Without `packing`, positions count the padding after a trunk. Code of format 1 has no such field.
     mask_type = MASK_TYPES.get(config.attention_mask_type)  # None: only the checkpoint's own code has it
     if mask_type is None or not mask_type.shares_trunk or not getattr(config, "packing", True):

@@ -41,6 +41,13 @@ logger = logging.get_logger(__name__)
 MODULES = ("vision", "projector", "language")
 # Under fp16 the scaler skips a step that overflows and halves its scale. It begins at 2^16, so this many in a row are no overflow.
 MAX_SKIPPED_STEPS = 20
+# What the trainer of stages 1 to 4 refuses, and what to do instead.
+WITHOUT_LOGITS = {
+    "compute_metrics": "Measure answers with `alignvlm evaluate`; the held-out loss comes without it.",
+    "preprocess_logits_for_metrics": "Leave it out.",
+    "compute_loss_func": "Choose a token_weighting, or override `compute_loss` in a subclass.",
+    "label_smoothing_factor": "Leave it out.",
+}
 
 
 def module_of(parameter_name: str) -> str:
@@ -479,7 +486,7 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             The head trains at the highest of the learning rates.
         mask_types (`dict[str, float]`, *optional*): shares of mask types, of which every step draws one; None: the model's own.
         max_bad_rows (`float`): the same for rows of a stream that cannot be used.
-        **kwargs: as for `StageTrainer` and `SFTTrainer`; `data_collator` must be an `AlignVLMCollator`.
+        **kwargs: as for `StageTrainer` and `SFTTrainer`, but for `WITHOUT_LOGITS`; `data_collator` must be an `AlignVLMCollator`.
     """
 
     def __init__(
@@ -498,6 +505,12 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
             raise ValueError(
                 f"Unknown token_weighting {token_weighting!r}. Valid values: {', '.join(TOKEN_WEIGHTINGS)}."
             )
+        given = {**kwargs, "label_smoothing_factor": kwargs["args"].label_smoothing_factor}
+        for name, remedy in WITHOUT_LOGITS.items():
+            if given.get(name):
+                raise ValueError(
+                    f"{name} needs the logits of whole rows, and the head is applied only where there is a label. {remedy}"
+                )
         self.sampler = sampler
         self.max_bad = {"bad_image": max_bad_images, "bad_row": max_bad_rows}
         self.token_weighting, self.mask_types, self.embedding_loss = token_weighting, mask_types, embedding_loss
@@ -570,11 +583,11 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         finally:
             config.attention_mask_type = own
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size > 1 or self.args.dataloader_drop_last:
+    def _get_dataloader(self, dataset, *args, is_training=False, **kwargs):
+        """Drops no held-out record, and counts none twice: see `RepeatedToFill`."""
+        if not is_training and (self.args.world_size > 1 or self.args.dataloader_drop_last):
             dataset = RepeatedToFill(dataset, self.args.eval_batch_size * self.args.world_size)
-        return super().get_eval_dataloader(dataset)
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Measures the held-out loss and TRL's metrics over all labels of all processes; by itself the trainer averages batches."""
@@ -588,9 +601,10 @@ class AlignVLMTrainer(StageTrainer, SFTTrainer):
         return output._replace(num_samples=len(records))
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        """Measures the loss alone, for `predict` too: no logits belong to the labels of whole rows."""
+        loss = super().prediction_step(model, inputs, prediction_loss_only=True)[0]
         self._held_out.add(loss, (inputs["labels"][:, 1:] != IGNORED).sum().to(loss.device))
-        return loss, logits, labels
+        return loss, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes the loss of the labels, and in training adds that of `embedding_loss`, averaged over the image tokens of the step."""

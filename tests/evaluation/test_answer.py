@@ -10,6 +10,9 @@ from alignvlm.evaluation.answer import answer
 from alignvlm.rows.encode import Encoder, shared_length
 from modeling_alignvlm import AlignVLMProcessor
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
+from tests.modeling_alignvlm.test_native_shapes import native, native_model
+from tests.modeling_alignvlm.test_tiles import picture, tiled
+from tests.running import recompute_activations
 
 
 COLOURS = ((200, 30, 60), (20, 90, 220), (240, 240, 10))
@@ -291,6 +294,88 @@ def test_the_generation_config_of_a_checkpoint_holds(make_model, processor, mask
     given = GenerationConfig(**{**model.generation_config.to_dict(), "num_beams": 1, "num_return_sequences": 1})
     given.return_dict_in_generate = False
     assert answer(model, processor, images, prompts, max_new_tokens=6, generation_config=given) == greedy
+
+
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("changed", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_answers_without_a_cache_or_with_another_are_the_same(make_model, processor, mask_type, num_beams, changed):
+    """Asked for by an option, by a given configuration or by the model's own; of prompts that share images and of one alone."""
+    model, options = make_model(mask_type).double(), {"max_new_tokens": 6, "num_beams": num_beams}
+    images = [shown_images(count) for count, _ in ENTRIES]
+    prompts = [group for _, group in ENTRIES]
+    expected = answer(model, processor, images, prompts, **options)
+    one = [answer(model, processor, images[3:4], [["Why?"]], **options)]
+    given = GenerationConfig(**changed)
+    for named in (changed, {"generation_config": given}):
+        assert answer(model, processor, images, prompts, batch_size=4, **options, **named) == expected
+        assert [answer(model, processor, images[3:4], [["Why?"]], **options, **named)] == one
+    model.generation_config.update(**changed)
+    assert answer(model, processor, images, prompts, **options) == expected
+    undone = {"use_cache": True, "cache_implementation": None}
+    assert answer(model, processor, images, prompts, **options, **undone) == expected
+
+
+def test_an_answer_without_a_cache_sees_images_of_different_sizes(make_model, processor):
+    """Of tiles and in native shape."""
+    images = [[picture((40, 20), 1), picture((16, 16), 2)], [picture((33, 50), 3)]]
+    prompts = [
+        ["What differs?", "Why?", [turn("user", IMAGE, "What is it?")]],
+        ["What is it?", [turn("user", "Why?")]],
+    ]
+    for own, model in (
+        (tiled(processor, tile_marks=True), make_model(image_block="image")),
+        (native(processor, 2), native_model(make_model, "image", 2)),
+    ):
+        model.double().generation_config.eos_token_id = None
+        expected = answer(model, own, images, prompts, max_new_tokens=5)
+        assert answer(model, own, images, prompts, batch_size=2, max_new_tokens=5, use_cache=False) == expected
+
+
+def test_a_given_generation_config_goes_before_the_defaults(make_model, processor, monkeypatch):
+    """What it sets; and what the caller names goes before it. The model's own cache is kept."""
+    model, images = make_model(), shown_images(1)
+    model.generation_config.eos_token_id = None
+    asked = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: asked.append(kwargs) or generate(**kwargs))
+
+    def options(**named) -> tuple:
+        asked.clear()
+        answer(model, processor, images, [["Why?", "How many?"]], **named)
+        return asked[0]["do_sample"], asked[0]["max_new_tokens"], asked[0]["num_beams"]
+
+    model.generation_config.update(do_sample=True, max_new_tokens=7)
+    assert options() == options(generation_config=GenerationConfig(max_length=5)) == (False, 32, 1)
+    given = GenerationConfig(do_sample=True, max_new_tokens=2, num_beams=3)
+    assert options(generation_config=given) == (True, 2, 3)
+    named = {"generation_config": given, "do_sample": False, "max_new_tokens": 4, "num_beams": 2}
+    assert options(**named) == (False, 4, 2)
+    given = GenerationConfig(do_sample=True, temperature=50.0, max_new_tokens=12)
+    texts = {answer(model, processor, images, [["Why?"]], generation_config=given)[0][0] for _ in range(3)}
+    assert len(texts) == 3  # it does sample
+    for name, value in (("use_cache", False), ("cache_implementation", "static")):
+        own = make_model()
+        own.generation_config.update(**{name: value})
+        monkeypatch.setattr(own, "generate", lambda **kwargs: asked.append(kwargs) or kwargs["input_ids"])
+        answer(own, processor, images, [["Why?"]])
+        assert asked[-1][name] == value
+
+
+def test_training_with_activation_checkpointing_is_refused(make_model, processor):
+    """It fills no cache, so that later tokens would not see the prompt. Training alone is not refused."""
+    model, images = make_model(), shown_images(1)
+    expected = answer(model, processor, images, [["Why?", "How many?"]], max_new_tokens=4)
+    recompute_activations(model)
+    assert answer(model, processor, images, [["Why?", "How many?"]], max_new_tokens=4) == expected
+    model.train()
+    for prompts in (["Why?"], ["Why?", "How many?"]):
+        with pytest.raises(
+            ValueError, match=r"training mode with activation checkpointing.*Call model\.eval\(\) first"
+        ):
+            answer(model, processor, images, [prompts], max_new_tokens=4)
+    plain = make_model().train()
+    assert answer(plain, processor, images, [["Why?", "How many?"]], max_new_tokens=4) == expected
 
 
 def test_images_may_be_arrays(make_model, processor):

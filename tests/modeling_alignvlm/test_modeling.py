@@ -297,6 +297,18 @@ def test_language_models_decode_alike_with_and_without_cache(make_model, rows, m
     assert (causal(**inputs).logits - model(**inputs).logits).abs().max() > 1e-4  # the mask reaches the kernel
 
 
+@pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
+def test_a_vocabulary_grows_in_the_embeddings_and_the_head(make_model, model_type):
+    """Wherever a language model keeps its embeddings."""
+    model = make_model(text={"model_type": model_type, **LANGUAGE_MODELS[model_type]}, attn_implementation="eager")
+    size = model.config.text_config.vocab_size + 8
+    model.resize_token_embeddings(size)
+    embeddings = model.get_input_embeddings()
+    assert embeddings is model.model.get_input_embeddings() is model.model.language_model.get_input_embeddings()
+    assert model.get_output_embeddings() is model.lm_head and model.lm_head.weight is embeddings.weight
+    assert len(embeddings.weight) == size
+
+
 ALTERNATING = {
     "qwen2": {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 6},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "sliding_window": 6},
@@ -547,6 +559,8 @@ def test_errors_name_the_value_and_the_remedy(make_model, rows):
         model(**{**inputs, "attention_mask": torch.zeros(1, 1, 6, 6)})
     with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 4\)"):
         model(**{**inputs, "attention_mask": torch.ones(1, 4)})
+    with pytest.raises(TypeError, match=r"`attention_mask` is a dictionary; expected one tensor"):
+        model(**{**inputs, "attention_mask": {"full_attention": None}})
     with pytest.raises(ValueError, match=r"'prefix' needs `prompt_mask`"):
         make_model("prefix")(**inputs)
 

@@ -9,10 +9,11 @@ from alignvlm.data.scenes import make_scenes
 from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.stages.held_out import RepeatedToFill
 from alignvlm.stages.stage import main
+from alignvlm.stages.trainer import AlignVLMTrainer
 from hub_upload.run_record import read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests import forked
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 
 
 STEPS = 16  # after which some tokens are the likeliest
@@ -94,6 +95,72 @@ def test_no_held_out_record_is_dropped(checkpoint, tmp_path):
     for batch in (4, 8):
         given = arguments_for(checkpoint, tmp_path / str(batch), **fields("image", batch), dataloader_drop_last=True)
         assert main(given)["eval_loss_before"] == pytest.approx(expected, rel=1e-5)
+
+
+def make_trainer(checkpoint, folder, given=(), **kwargs) -> AlignVLMTrainer:
+    processor = AlignVLMProcessor.from_pretrained(checkpoint)
+    args = parse(
+        arguments_for(checkpoint, folder, projector_learning_rate=1e-3, per_device_eval_batch_size=4, **dict(given))
+    )
+    args.label_smoothing_factor = kwargs.pop("label_smoothing_factor", 0.0)
+    return AlignVLMTrainer(
+        AlignVLMForConditionalGeneration.from_pretrained(checkpoint),
+        {"projector": 1e-3},
+        args=args,
+        train_dataset=make_scenes(4, "train", seed=1),
+        data_collator=AlignVLMCollator(processor),
+        processing_class=processor,
+        **kwargs,
+    )
+
+
+def held_out_sets() -> dict:
+    return {
+        "captions": make_scenes(3, "train", seed=7, annotations=ANNOTATIONS[:1]),
+        "questions": make_scenes(COUNT - 3, "train", seed=8, annotations=ANNOTATIONS[1:]),
+    }
+
+
+@pytest.mark.parametrize(
+    "workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}], ids=str
+)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_several_held_out_sets_have_a_loss_each(checkpoint, tmp_path, drop_last, workers):
+    given = {"dataloader_drop_last": drop_last, **workers}
+    sets = held_out_sets()
+    found = make_trainer(checkpoint, tmp_path, given, eval_dataset=sets).evaluate()
+    alone = {
+        name: make_trainer(checkpoint, tmp_path, eval_dataset=records).evaluate()["eval_loss"]
+        for name, records in sets.items()
+    }
+    assert {name: found[f"eval_{name}_loss"] for name in sets} == pytest.approx(alone, rel=1e-5)
+    assert len(set(alone.values())) == 2
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_predicting_measures_the_loss_alone(checkpoint, tmp_path, drop_last):
+    """The logits that the trainer has are of positions with a label, and those of whole rows would need all memory."""
+    (records, _) = held_out_sets().values()
+    trainer = make_trainer(checkpoint, tmp_path, {"dataloader_drop_last": drop_last}, eval_dataset=records)
+    found = trainer.predict(records)
+    assert found.predictions is None and found.label_ids is None
+    assert found.metrics["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"compute_metrics": dict}, "`alignvlm evaluate`"),
+        ({"preprocess_logits_for_metrics": max}, "Leave it out"),
+        ({"compute_loss_func": max}, "token_weighting"),
+        ({"label_smoothing_factor": 0.1}, "Leave it out"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_needs_the_logits_of_whole_rows_is_refused(checkpoint, tmp_path, given, remedy):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name} needs the logits of whole rows.*{remedy}"):
+        make_trainer(checkpoint, tmp_path, **given)
 
 
 def test_records_are_repeated_without_their_labels(checkpoint):
