@@ -1,6 +1,7 @@
 """What pooled features of an image add to the words of a question: a small network that sees both, beside one that sees the words alone.
 
     python benchmarks/questions_and_images.py --data FOLDER --vision MOBILENET
+    python benchmarks/questions_and_images.py --data FOLDER --vision MOBILENET --tasks pathvqa --pixels 320 --cells 3
 
 The network scores the most frequent answers of the training questions by the question's words, as `questions_alone.py` does, plus by the product of the
 image's and the question's embedding, element by element (Antol et al., 2015, arXiv 1505.00468). The image's is made of the mean of the frozen
@@ -8,10 +9,14 @@ encoder's last map, standardised. The same network without the second half is tr
 on a tenth of the training images. What the image adds is the difference between the two; how much the first leans on it, that to its own
 answers about another image. Each is judged as a model's answers are, with the interval of the paired bootstrap over images.
 
+With `--pixels` images are resized to so many, and with `--cells N` the image's vector is the means of N x N parts of the map, one after the
+other: whether a closer look or more image tokens would tell more. Such a view has a table of its own.
+
 FOLDER is that of `questions_alone.py`, MOBILENET a folder of transformers (or Hub name). Fifteen minutes of one core, most of it the encoder.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -105,16 +110,25 @@ class Questions:
 
 
 @torch.no_grad()
-def pooled_features(data: EvaluationSet, vision: str) -> Tensor:
-    """Returns the mean over positions of the encoder's last output, for each record's first image (`(records, features)`, float32)."""
-    model, processor = AutoModel.from_pretrained(vision), AutoImageProcessor.from_pretrained(vision)
+def pooled_features(data: EvaluationSet, vision: str, pixels: int | None = None, cells: int = 1) -> Tensor:
+    """Returns the mean over positions of the encoder's last output, for each record's first image (`(records, features)`, float32).
+
+    Args:
+        pixels: the images' height and width; by default the processor's.
+        cells: makes means over `cells` x `cells` parts of a map (`(records, features * cells * cells)`).
+    """
+    size = {} if pixels is None else {"size": {"height": pixels, "width": pixels}}
+    model, processor = AutoModel.from_pretrained(vision), AutoImageProcessor.from_pretrained(vision, **size)
     model = model.eval().to(memory_format=torch.channels_last)
     found = []
     for first in range(0, len(data.asked), 16):
         images = [group[0] for group in data.images(data.asked[first : first + 16])]
         output = model(processor(images, return_tensors="pt")["pixel_values"].to(memory_format=torch.channels_last))
         last = output.last_hidden_state
-        found.append(last.mean((2, 3)) if last.dim() == 4 else last.mean(1))  # a map, or tokens
+        if last.dim() == 4:  # a map
+            found.append(nn.functional.adaptive_avg_pool2d(last, cells).flatten(1))
+        else:  # tokens
+            found.append(last.mean(1))
     return torch.cat(found)
 
 
@@ -239,24 +253,43 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def table_of_views(views: dict) -> str:
+    """The table of docs/results.md about images of other sizes and maps in parts."""
+    of_views = {f"{task}, {name}": result for name, found in views.items() for task, result in found["tasks"].items()}
+    return table({"tasks": of_views})
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True)
     p.add_argument("--vision", required=True)
+    p.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES))
+    p.add_argument("--pixels", type=int, help="Height and width of the images. Default: the encoder's.")
+    p.add_argument(
+        "--cells", type=int, default=1, help="Parts of the map in each direction. Default: 1, the mean of all."
+    )
     p.add_argument("--results", default=str(RESULTS), help="JSON file of the results.")
     arguments = p.parse_args()
     tasks = {}
     with tempfile.TemporaryDirectory() as temporary:
         prepare_photos(Path(arguments.data), Path(temporary))
-        for task, names in FILES.items():
+        for task in arguments.tasks:
+            names = FILES[task]
             folder = Path(temporary) / task
             sets = [load_task("local", name, str(folder / f"{name}.jsonl"), image_dir=str(folder)) for name in names]
-            features = [pooled_features(data, arguments.vision) for data in sets]
+            features = [pooled_features(data, arguments.vision, arguments.pixels, arguments.cells) for data in sets]
             tasks[task] = measure(*map(Questions, sets), *features)
             print(task, tasks[task], flush=True)
     found = {"machine": machine(), "tasks": tasks}
-    update_results(Path(arguments.results), "questions_and_images", found)
-    print(table(found))
+    if (arguments.pixels, arguments.cells) == (None, 1):
+        update_results(Path(arguments.results), "questions_and_images", found)
+        print(table(found))
+        return
+    results, name = Path(arguments.results), "questions_and_images_views"
+    views = json.loads(results.read_text()).get(name, {}) if results.is_file() else {}
+    views[f"{arguments.pixels or 'own'} pixels, {arguments.cells} x {arguments.cells} cells"] = found
+    update_results(results, name, views)
+    print(table_of_views(views))
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ def main() -> None:
         ("pathvqa_longer", "results.md", pathvqa_longer.table),
         ("questions_alone", "results.md", questions_alone.table),
         ("questions_and_images", "results.md", questions_and_images.table),
+        ("questions_and_images_views", "results.md", questions_and_images.table_of_views),
         ("reward", "reward.md", lambda found: findings.summary_table(found["summary"])),
         ("options", "alignment.md", lambda found: alignment_options.table(found["summary"])),
         ("projector_start", "alignment.md", lambda found: projector_start.table(found["runs"])),

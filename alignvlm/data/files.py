@@ -52,6 +52,7 @@ from hub_upload.run_record import sha256_of
 
 
 FOLDER = "__folder__"  # the column of the folder where a row's image paths start, below `Rows.folder`, if files stand in several
+MOST_READERS = 64  # of what `save_to_disk` wrote, that read parts of their own
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
 
 
@@ -366,7 +367,8 @@ def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
         rows, chosen = saved, ["."]
     files = sorted(file for name in chosen for file in (folder / name).glob("*.arrow"))
     identity = {"data": folder.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
-    rows = rows.to_iterable_dataset() if streaming else rows
+    if streaming:
+        rows = rows.to_iterable_dataset(num_shards=max(1, min(len(rows), MOST_READERS)))
     return Rows(rows, identity, partial(_numbered, f"{folder.name}, split {split}"), folder)
 
 

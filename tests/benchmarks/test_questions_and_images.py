@@ -81,6 +81,19 @@ def test_features_are_the_mean_over_the_encoder_s_last_output_of_each_record_s_i
         expected = output.mean((1, 2)) if kind == "map" else output.mean(0)
         torch.testing.assert_close(found[index], expected, atol=1e-4, rtol=0)
     assert not torch.allclose(found[0], found[1])
+    if kind == "map":
+        seen = pooled_features(
+            load_task("local", "train", str(tmp_path / "train.jsonl")), str(tmp_path / "vision"), 64, 2
+        )
+        larger = MobileNetV2ImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+        pixels = larger(Image.open(tmp_path / "train1.png"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            (output,) = model(pixels).last_hidden_state
+        half = output.shape[-1] // 2
+        corners = torch.stack(
+            [output[:, y : y + half, x : x + half].mean((1, 2)) for y in (0, half) for x in (0, half)], dim=1
+        )
+        torch.testing.assert_close(seen[1], corners.flatten(), atol=1e-4, rtol=0)
 
 
 def test_another_image_is_never_the_own_and_all_questions_of_an_image_share_it(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.data_loader import prepare_data_loader
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -109,6 +109,15 @@ def test_a_limit_takes_the_first_records_for_any_workers_and_processes(tmp_path,
     )
     found = read(mixture, processes, workers, 60)
     assert set(found) == {said(record) for record in read_source({"data": str(tmp_path), "limit": 6})}
+
+
+def test_a_saved_data_set_is_divided_among_readers(tmp_path):
+    rows = [{"prompt": "p", "completion": f"{row}"} for row in range(30)]
+    Dataset.from_list(rows).save_to_disk(tmp_path)
+    mixture = of(tmp_path, readers=4)
+    assert mixture.parts[0].source.rows.num_shards == 30
+    found = read(mixture, 2, 2, 600)
+    assert len(found) == 30 and set(found.values()) <= {18, 19, 20, 21, 22}  # some are still in the buffers
 
 
 def test_rows_of_one_image_stay_together_however_many_rows_a_file_has(tmp_path):
