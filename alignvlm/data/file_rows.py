@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
 from alignvlm.data.record import BadRow, shown
 from alignvlm.data.tars import read_samples
@@ -22,17 +23,29 @@ def type_of(file: Path) -> str:
     return file.suffix.lower()
 
 
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """Opens a file of parquet.
+
+    Raises:
+        ValueError: for one that is damaged or something else.
+    """
+    try:
+        return pq.ParquetFile(file)
+    except ArrowException as error:
+        raise ValueError(f"{file} cannot be read as parquet: {error} Replace the file.") from error
+
+
 def read_file(file: Path, keep_bad_lines: bool = False) -> Iterator[tuple[str, dict]]:
     """Yields the rows of one file as they are written, each with its place.
 
     Raises:
         BadRow: for a line that is not JSON, an entry that is no mapping, or a row of CSV whose quotes do not close or that has more values
             than columns, unless `keep_bad_lines` keeps it as a row that says so. Also for a file of columns in place of rows.
-        ValueError: for a file that is not UTF-8.
+        ValueError: for a file that is not UTF-8, or a damaged one of parquet.
     """
     if type_of(file) == ".parquet":
         number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+        for batch in open_parquet(file).iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 yield f"{file.name}, row {number} (counted from 0)", row
                 number += 1

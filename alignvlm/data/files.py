@@ -33,7 +33,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from alignvlm.data.file_rows import NOT_A_ROW, read_file, type_of
+from alignvlm.data.file_rows import NOT_A_ROW, open_parquet, read_file, type_of
 from alignvlm.data.formats import is_image_column
 from alignvlm.data.record import BadRow, shown
 from alignvlm.data.tars import columns_of_samples
@@ -45,6 +45,7 @@ from alignvlm.data.which_files import (
     files_of_split,
     is_named,
     names_of_split,
+    refuse_compressed,
     visible_files,
 )
 from hub_upload.repository import HTTPError
@@ -52,7 +53,6 @@ from hub_upload.run_record import sha256_of
 
 
 FOLDER = "__folder__"  # the column of the folder where a row's image paths start, below `Rows.folder`, if files stand in several
-MOST_READERS = 64  # of what `save_to_disk` wrote, that read parts of their own
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images
 
 
@@ -78,13 +78,13 @@ class Rows:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of the rows (of a stream of files: those of its first row); none if there is no row."""
+        """The columns of the rows (of a stream of files: those of its first hundred); none if there is no row."""
         if isinstance(self.rows, Dataset):
             return self.rows.column_names if len(self.rows) else []
         if self.rows.column_names is not None:
             return self.rows.column_names
-        first = next(iter(self.rows), {})
-        return list(first.get("row", first))
+        first = [each.get("row", each) for each in islice(self.rows, 100)]
+        return [name for name in dict.fromkeys(chain(*first)) if name != NOT_A_ROW]
 
 
 @contextmanager
@@ -248,6 +248,8 @@ def _local(
             f"{within} holds no {split}-*.parquet, {split}.jsonl, nor any file whose rows say their split ({', '.join(FILE_TYPES)})."
             f"{captioned}"
         )
+    if path.is_dir():
+        refuse_compressed(files, within, split)
     if type_of(files[0])[1:] not in FILE_TYPES:
         raise ValueError(f"{files[0]}: expected a file of {', '.join(FILE_TYPES)}.")
     if type_of(files[0]) == ".txt" and not text_alone:
@@ -262,7 +264,8 @@ def _local(
         folders = None
     empty, splits_there = 0, str
     if streaming:
-        has_splits = any("split" in row for file in files for _, row in islice(read_file(file, keep_bad_lines), 1))
+        good = ((row for _, row in read_file(file, keep_bad_lines) if NOT_A_ROW not in row) for file in files)
+        has_splits = any("split" in next(rows, {}) for rows in good)
         given = {"files": files, "folders": folders or [None] * len(files), "splits": names_of_split(split)}
         given |= {"has_splits": has_splits, "keep_bad_lines": keep_bad_lines}
         rows = IterableDataset.from_generator(_stream_files, gen_kwargs=given)
@@ -367,8 +370,7 @@ def _saved(folder: Path, split: str, streaming: bool, hash_all: bool) -> Rows:
         rows, chosen = saved, ["."]
     files = sorted(file for name in chosen for file in (folder / name).glob("*.arrow"))
     identity = {"data": folder.name, "split": split, "files": [_file_identity(file, hash_all) for file in files]}
-    if streaming:
-        rows = rows.to_iterable_dataset(num_shards=max(1, min(len(rows), MOST_READERS)))
+    rows = rows.to_iterable_dataset() if streaming else rows
     return Rows(rows, identity, partial(_numbered, f"{folder.name}, split {split}"), folder)
 
 
@@ -465,6 +467,8 @@ def load_files(files: list[Path], keep_bad_lines: bool = False, folders: list[st
     try:
         rows = load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     except (DatasetGenerationError, ValueError) as error:
+        for file in files:
+            open_parquet(file)
         names = ", ".join(file.name for file in files)
         raise ValueError(
             f"{names} cannot be read as one table: {error.__cause__ or error}. Give all files the same columns, each of one type."

@@ -3,6 +3,7 @@
 Images stay undecoded here; the collator reads them in the data loader's workers.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -434,6 +435,9 @@ def _stream(
         )
     weights = [(part.share or 1.0) / part.tokens for part in parts]
     weights = _with_image_share(parts, weights, image_token_share)
+    texts = [index for index, part in enumerate(parts) if part.image_tokens == 0]
+    if image_start_fraction and (not texts or records is None):
+        raise ValueError("image_start_fraction needs a source without images and, for a stream, max_steps.")
     readers = 1 if image_start_fraction else readers
     streams = []
     for index, part in enumerate(parts):
@@ -442,29 +446,27 @@ def _stream(
         # Without features `datasets` would take them from the first record, and not mix paths of images with bytes.
         streams.append(IterableDataset.from_generator(read_without_end, features=TAGGED_RECORD, gen_kwargs=given))
 
-    def mixed(chosen: list[int]) -> IterableDataset:
-        probabilities = np.array([weights[i] for i in chosen])
-        # A single part has no end either: a resumed run skips what it read of the first epoch, so it must never leave that epoch.
-        stream = streams[chosen[0]]
-        if len(chosen) > 1:
-            stream = interleave_datasets(
-                [streams[i] for i in chosen],
-                probabilities=(probabilities / probabilities.sum()).tolist(),
-                seed=seed,
-            )
-        return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)  # after the mixing, where `set_epoch` reaches it
-
-    everything = mixed(list(range(len(parts))))
-    if not image_start_fraction:
-        return everything
-    texts = [i for i, part in enumerate(parts) if part.image_tokens == 0]
-    if not texts or records is None:
-        raise ValueError("image_start_fraction needs a source without images and, for a stream, max_steps.")
-    # Not concatenated: processes and workers would divide the two streams among them, and some would see no image.
-    streams = {"first": mixed(texts).take(round(image_start_fraction * records)), "then": everything}
-    return IterableDataset.from_generator(_one_after_the_other, features=TAGGED_RECORD, gen_kwargs=streams)
+    if image_start_fraction:
+        first = round(image_start_fraction * records)
+        # Shuffled each by itself: those without images go on where they ended.
+        shuffled = tuple(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for stream in streams)
+        given = {"streams": shuffled, "weights": tuple(weights), "texts": tuple(texts), "first": first, "seed": seed}
+        return IterableDataset.from_generator(_texts_first, features=TAGGED_RECORD, gen_kwargs=given)
+    # A single part has no end either: a resumed run skips what it read of the first epoch, so it must never leave that epoch.
+    everything = streams[0]
+    if len(parts) > 1:
+        shares = (np.array(weights) / sum(weights)).tolist()
+        everything = interleave_datasets(streams, probabilities=shares, seed=seed)
+    return everything.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)  # after the mixing, where `set_epoch` reaches it
 
 
-def _one_after_the_other(first: IterableDataset, then: IterableDataset) -> Iterator[dict]:
-    for stream in (first, then):
-        yield from rows_of(stream)
+def _texts_first(
+    streams: tuple[IterableDataset, ...], weights: tuple[float, ...], texts: tuple[int, ...], first: int, seed: int
+) -> Iterator[dict]:
+    """Yields the `first` records of the streams that are `texts` alone, then of all."""
+    rng, opened = np.random.default_rng(seed), [rows_of(stream) for stream in streams]
+    for chosen, count in ((texts, range(first)), (range(len(streams)), itertools.count())):
+        probabilities = np.array([weights[index] for index in chosen])
+        probabilities /= probabilities.sum()
+        for _ in count:
+            yield next(opened[rng.choice(chosen, p=probabilities)])

@@ -227,4 +227,11 @@ def image_key(row: dict) -> str:
         if content is None and path is None:
             return ""
         keys.append(path if content is None else hashlib.sha256(content).hexdigest()[:16])
-    return " ".join(keys)
+    return "\n".join(keys)
+
+
+def group_key(row: dict, group_by: str) -> str:
+    """Returns a key that the rows of a record share: that of their images, or the value of a column; empty for a row that stays apart."""
+    if group_by == "image":
+        return image_key(row)
+    return "" if row[group_by] is None else str(row[group_by])

@@ -17,7 +17,7 @@ from datasets import Dataset, Image, IterableDataset, List, Value
 from alignvlm.data.catalogue import CATALOGUE, DataSet
 from alignvlm.data.files import FOLDER, Rows, read_rows
 from alignvlm.data.formats import CAPTION_COLUMNS, FORMATS, is_image_column, options_of, text_only, webdataset
-from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, image_key, rows_without_images
+from alignvlm.data.reader import TURNS, ImageTable, Reader, RowsWithoutImages, group_key, rows_without_images
 from alignvlm.data.record import TRAIN_ON, BadRow, Conversation, Record
 from alignvlm.data.streams import UNDECODED_RECORD, stream
 
@@ -358,6 +358,6 @@ def _groups(rows: Dataset, group_by: str, left_out: set[int]) -> dict[str, list[
     keyed = rows.select_columns(columns) if columns else [{}] * len(rows)
     for index, row in enumerate(keyed):
         if index not in left_out:
-            key = image_key(row) if group_by == "image" else str(row[group_by])
+            key = group_key(row, group_by)
             found.setdefault(key or f"row {index}", []).append(index)
     return found

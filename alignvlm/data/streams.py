@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from datasets import Features, Image, IterableDataset, List
 
 from alignvlm.data.files import Rows, sample_name
 from alignvlm.data.images import BadImage, inside
-from alignvlm.data.reader import Reader, image_key
+from alignvlm.data.reader import Reader, group_key
 from alignvlm.data.record import BadRow
 from alignvlm.data.scenes import RECORD_FEATURES
 
@@ -29,8 +29,8 @@ def stream(
     rows = found.rows
     if rows.column_names is not None:  # not rows of files
         rows = rows.map(partial(_unnumbered, found.identity["data"]), remove_columns=rows.column_names)
-    files = [rows.shard(rows.num_shards, index) for index in range(rows.num_shards)]
-    given = {"files": files, "reader": reader, "group_by": group_by, "skip_bad_rows": skip_bad_rows}
+    given = {"files": list(range(rows.num_shards)), "rows": rows}
+    given |= {"reader": reader, "group_by": group_by, "skip_bad_rows": skip_bad_rows}
     records = IterableDataset.from_generator(_records, gen_kwargs=given)
     if limit is None:
         return records
@@ -65,32 +65,31 @@ def _read_by(reader: int, records: IterableDataset, count: int, seed: tuple[int,
     for turn in itertools.count():
         order = np.random.default_rng([*seed, turn]).permutation(len(units))
         own = [units[k] for place, k in enumerate(order, turn * len(units)) if place % count == reader]
-        files = (records.shard(records.num_shards, file) for file, _ in own)
-        rows = [islice(rows_of(file), part, None, parts) for file, (_, part) in zip(files, own)]
         found = False
-        for record in _alternating(rows):
+        for record in _alternating(islice(rows_of(records, file), part, None, parts) for file, part in own):
             found = True
             yield record
         if not found and len(empty := empty | set(own)) == len(units):
             return
 
 
-def _alternating(files: Iterable[Iterator[dict]]) -> Iterator[dict]:
+def _alternating(files: Iterator[Iterator[dict]]) -> Iterator[dict]:
     """Yields all of the files, up to `OPEN_FILES` of them in turns, a record each."""
-    waiting, opened = deque(files), deque()
-    while waiting or opened:
-        while waiting and len(opened) < OPEN_FILES:
-            opened.append(waiting.popleft())
+    opened = deque(islice(files, OPEN_FILES))
+    while opened:
         file = opened.popleft()
         for record in islice(file, 1):
             yield record
             opened.append(file)
+        opened.extend(islice(files, OPEN_FILES - len(opened)))
 
 
-def rows_of(stream: IterableDataset) -> Iterator[dict]:
-    """Yields the rows of a stream, in a data worker, too: by itself `datasets` would divide its files among the workers, though only one of
-    them reads it."""
-    for batch in stream.iter(batch_size=16):
+def rows_of(stream: IterableDataset, file: int | None = None) -> Iterator[dict]:
+    """Yields the rows of a stream, or of one of its files, in a data worker, too: by itself `datasets` would divide its files among the workers,
+    though only one of them reads it."""
+    # Made here: each of them holds an open file as long as it lives.
+    chosen = stream if file is None else stream.shard(stream.num_shards, file)
+    for batch in chosen.iter(batch_size=16):
         for values in zip(*batch.values()):
             yield dict(zip(batch, values))
 
@@ -110,12 +109,12 @@ def _unnumbered(name: str, row: dict) -> dict:
 
 
 def _records(
-    files: list[IterableDataset], reader: Reader, group_by: str | None, skip_bad_rows: bool
+    files: list[int], rows: IterableDataset, reader: Reader, group_by: str | None, skip_bad_rows: bool
 ) -> Iterator[dict]:
     """Yields the records of the rows of files, and behind the record in whose rows it stands one that says what is wrong with a bad row."""
     for file in files:
-        key, rows, bad = "", [], []
-        for found in rows_of(file):
+        key, group, bad = "", [], []
+        for found in rows_of(rows, file):
             row, place = found["row"], found["place"]
             try:
                 if reader.of_row(row) is None:
@@ -125,12 +124,12 @@ def _records(
                     raise error.at(place) from error
                 bad.append({"images": [], "conversations": [], "id": "", "bad_row": str(error.at(place))})
                 continue
-            own = "" if group_by is None else image_key(row) if group_by == "image" else str(row[group_by])
+            own = "" if group_by is None else group_key(row, group_by)
             if not own or own != key:
-                yield from _group(reader, key, rows, bad)
-                key, rows, bad = own, [], []
-            rows.append(row)
-        yield from _group(reader, key, rows, bad)
+                yield from _group(reader, key, group, bad)
+                key, group, bad = own, [], []
+            group.append(row)
+        yield from _group(reader, key, group, bad)
 
 
 def _group(reader: Reader, key: str, rows: list[dict], bad: list[dict]) -> Iterator[dict]:

@@ -140,6 +140,21 @@ def _is_list_of_mappings(file: Path) -> bool:
         return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", stream.read(256)) is not None
 
 
+def refuse_compressed(files: list[Path], folder: Path, split: str) -> None:
+    """Raises a `ValueError` if compressed files stand beside the chosen ones and are named as if they belonged to them: nothing reads them, and
+    a part of the data would be left out."""
+    ending = type_of(files[0])
+    packed = [
+        file
+        for file in visible_files(folder)
+        if re.search(rf"{re.escape(ending)}\.(gz|bz2|xz|zst|zip)$", file.name.lower())
+    ]
+    if left := set(_of_split([*files, *packed], folder, split, may_be_none=True)) & set(packed):
+        raise ValueError(
+            f"{_some(sorted(left), folder)} in {folder} would be left out: unpack compressed files, or move them away."
+        )
+
+
 def _is_named_exactly(file: Path, split: str, numbered: bool = False) -> bool:
     """Tells whether a file is called as a split, as `train.jsonl` or `train-00000.parquet`; or, if `numbered`, also `train_2.jsonl`."""
     shard = "(-.*)?" if type_of(file) in (".parquet", ".tar") else ""
@@ -175,5 +190,6 @@ def _of_split(files: list[Path], folder: Path, split: str, may_be_none: bool = F
 
 
 def _words(file: Path, folder: Path) -> set[str]:
-    """Returns the words of a file's path below a folder."""
-    return set(re.findall("[a-z]+", str(file.relative_to(folder)).lower()))
+    """Returns the words of a file's path below a folder, in small letters; of `TestData` or `testset` the split."""
+    words = {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", str(file.relative_to(folder)))}
+    return words | {split for word in words if (split := re.sub("(set|data)$", "", word)) in SPLIT_WORDS}

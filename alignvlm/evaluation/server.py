@@ -107,7 +107,7 @@ class Server:
                 f"{self.url} answered status 200 without a text (it ended by {why!r}). A model that thinks first needs more "
                 f"--max_new_tokens than {max_tokens}. {GIVEN}"
             )
-        return text.strip()
+        return text.encode(errors="replace").decode().strip()  # half of a pair of surrogates could not be written
 
     def _models(self) -> tuple[str, ...]:
         """Returns the names of the models that the server lists; none if it has no list."""

@@ -1,15 +1,19 @@
 """Streams: every record comes as often as any other, whatever the files, data workers and processes that read them."""
 
 import json
+import os
+import resource
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Image as Picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from alignvlm.data import mixture as mixtures
@@ -111,13 +115,73 @@ def test_a_limit_takes_the_first_records_for_any_workers_and_processes(tmp_path,
     assert set(found) == {said(record) for record in read_source({"data": str(tmp_path), "limit": 6})}
 
 
-def test_a_saved_data_set_is_divided_among_readers(tmp_path):
-    rows = [{"prompt": "p", "completion": f"{row}"} for row in range(30)]
-    Dataset.from_list(rows).save_to_disk(tmp_path)
-    mixture = of(tmp_path, readers=4)
-    assert mixture.parts[0].source.rows.num_shards == 30
-    found = read(mixture, 2, 2, 600)
-    assert len(found) == 30 and set(found.values()) <= {18, 19, 20, 21, 22}  # some are still in the buffers
+def test_hundreds_of_files_hold_few_open(tmp_path):
+    """A data set of `datasets` holds an open file for as long as it lives."""
+    write(tmp_path, [1] * 400)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 100, hard))
+    try:
+        found = [said(record) for record in islice(of(tmp_path, readers=2).dataset, 300)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(set(found)) >= 290
+
+
+def test_a_stream_that_begins_with_texts_goes_on_where_they_ended(tmp_path):
+    """By itself each of the two parts would begin at the same text."""
+    write(tmp_path, [100, 100, 100])
+    sources = [{"data": str(tmp_path), "share": 0.5}, {"name": "scenes", "count": 8, "share": 0.5}]
+    counts = lambda record: (len(record["images"]), 1)  # noqa: E731
+    options = {"streaming": True, "image_start_fraction": 0.5, "records": 300}
+    records = list(islice(load_mixture(sources, counts, **options).dataset, 300))
+    assert not any(record["images"] for record in records[:150])
+    texts = Counter(said(record) for record in records if not record["images"])
+    assert set(texts.values()) == {1} and texts.total() < 300
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_no_part_of_a_file_is_cut_through_the_rows_of_an_image(tmp_path, saved):
+    rows = [
+        {"image": Image.new("RGB", (4, 4), (image, 0, 0)), "question": f"q{number}?", "answer": "a"}
+        for image in range(6)
+        for number in range(5)
+    ]
+    data = Dataset.from_list(rows)
+    data.save_to_disk(tmp_path / "data") if saved else data.to_parquet(tmp_path / "train.parquet")
+    given = {"name": "pathvqa", "data": str(tmp_path / "data" if saved else tmp_path)}
+    mixture = load_mixture([given], lambda record: (1, 3), streaming=True, readers=4)
+    records = list(islice(mixture.dataset, 24))
+    assert [len(record["conversations"]) for record in records] == [5] * 24
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_a_value_to_group_by_stay_apart(tmp_path, streaming):
+    text, columns = Value("string"), ("question_id", "question", "answer", "category")
+    rows = [
+        {"question_id": None, "question": f"q{n}", "answer": "Yes", "category": "color", "image": picture}
+        for n, picture in enumerate(Image.new("RGB", (4, 4), colour) for colour in ("red", "navy"))
+    ]
+    features = Features({"image": Picture(), **dict.fromkeys(columns, text)})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    source = read_source({"name": "mme", "data": str(tmp_path), "split": "test"}, streaming=streaming)
+    records = list(source.rows if streaming else source)
+    assert [len(record["conversations"]) for record in records] == [1, 1]
+
+
+def test_the_first_row_does_not_decide_what_a_stream_has(tmp_path):
+    """It may show no image, or be no row at all."""
+    first = {"id": "0", "conversations": [{"from": "human", "value": "Say"}, {"from": "gpt", "value": "a"}]}
+    seen = {**first, "conversations": [{"from": "human", "value": "<image>\nSay"}, first["conversations"][1]]}
+    lines = [first, {**seen, "image": "a.png"}]
+    (tmp_path / "mix.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"name": "llava_instruct", "data": str(tmp_path / "mix.jsonl")}
+    assert [len(record["images"]) for record in read_source(source, streaming=True).rows] == [0, 1]
+    of_splits = [{"prompt": "p", "completion": split, "split": split} for split in ("train", "val")]
+    text = "not JSON\n" + "".join(json.dumps(row) + "\n" for row in of_splits)
+    (tmp_path / "rows.jsonl").write_text(text)
+    source = {"data": str(tmp_path / "rows.jsonl"), "split": "val"}
+    bad, good = read_source(source, streaming=True, max_bad_rows=0.9).rows
+    assert "rows.jsonl, line 1" in bad["bad_row"] and said(good) == "val"
 
 
 def test_rows_of_one_image_stay_together_however_many_rows_a_file_has(tmp_path):

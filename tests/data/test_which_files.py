@@ -111,7 +111,8 @@ def test_image_paths_start_beside_their_own_file(tmp_path, kind, streaming):
     assert shades(data=".") == [(["a."], 40), (["b/c."], 80)]
     assert shades(data=".", config="a") == [(["a."], 40)]
     assert shades(data="b") == [(["b/c."], 80)]
-    assert shades(data=".", image_dir=".") == [(["a.", "b/c."], 0)]
+    of_both = [(["a."], 0), (["b/c."], 0)] if streaming else [(["a.", "b/c."], 0)]  # a stream merges rows of one file
+    assert shades(data=".", image_dir=".") == of_both
 
 
 @both_ways
@@ -514,3 +515,42 @@ def test_captions_in_cocos_own_form_are_read(tmp_path, name, streaming):
     (tmp_path / "captions_train2014.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"entry 5 of `annotations`: image_id=5 is no `id` of `images`"):
         records_of(tmp_path, streaming, **given)
+
+
+@both_ways
+@pytest.mark.parametrize("names", [("TrainData", "TestData"), ("trainset", "testset"), ("myTrain", "myTest")])
+def test_a_split_is_found_in_words_written_together(tmp_path, names, streaming):
+    for name, said in zip(names, ("train", "test")):
+        lines(tmp_path, f"{name}.jsonl", [{"prompt": "p", "completion": said}])
+    assert texts_of(tmp_path, streaming, data=".") == ["train"]
+    assert texts_of(tmp_path, streaming, data=".", split="test") == ["test"]
+
+
+@both_ways
+def test_compressed_files_of_the_split_are_not_left_out_in_silence(tmp_path, streaming):
+    lines(tmp_path, "part-0.jsonl", [{"prompt": "p", "completion": "a"}])
+    (tmp_path / "part-1.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz in .* would be left out: unpack compressed files"):
+        texts_of(tmp_path, streaming, data=".")
+    (tmp_path / "part-1.jsonl.gz").rename(tmp_path / "test-1.jsonl.gz")  # of another split
+    assert texts_of(tmp_path, streaming, data=".") == ["a"]
+
+
+@both_ways
+def test_a_damaged_file_of_parquet_is_named(tmp_path, streaming):
+    for number in range(2):
+        rows = [{"prompt": "p", "completion": f"{number}"}]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"train-{number}.parquet")
+    whole = (tmp_path / "train-1.parquet").read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"train-1\.parquet cannot be read as parquet: .*Replace the file"):
+        texts_of(tmp_path, streaming, data=".")
+
+
+@both_ways
+def test_an_image_with_a_space_in_its_name_is_not_two_images(tmp_path, streaming):
+    for name in ("a b.png", "a", "b.png"):
+        photo(tmp_path / name, 0)
+    rows = [{"image": ["a", "b.png"], "caption": "both"}, {"image": ["a b.png"], "caption": "one"}]
+    lines(tmp_path, "train.jsonl", rows)
+    assert [len(record.images) for record in records_of(tmp_path, streaming, data=".")] == [2, 1]

@@ -167,6 +167,14 @@ def test_results_lie_in_a_folder_called_like_the_model(server, rows, tmp_path, m
     assert json.loads((tmp_path / "results/tiny/local.json").read_text())["model"]["name"] == "somebody/tiny"
 
 
+def test_half_a_pair_of_surrogates_is_written_as_a_question_mark(server, rows, tmp_path):
+    """No file can hold it: a finished evaluation could not be judged."""
+    server.does = lambda body: (200, {}, completion("a dog \ud83d"))
+    main(options(server, rows, tmp_path))
+    result = json.loads((tmp_path / "local.json").read_text())
+    assert [p["prediction"] for p in result["predictions"]] == ["a dog ?"] * COUNT
+
+
 def test_a_busy_server_is_asked_again(server, rows, tmp_path):
     """The first answer to each image is a refusal."""
     refused = set()
