@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Rows:
     left_out: int = 0
     splits_there: Callable[[], str] = str
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """The columns of the rows (of a stream of files: those of its first hundred); none if there is no row."""
         if isinstance(self.rows, Dataset):

@@ -142,12 +142,13 @@ def _is_list_of_mappings(file: Path) -> bool:
 
 def refuse_compressed(files: list[Path], folder: Path, split: str) -> None:
     """Raises a `ValueError` if compressed files stand beside the chosen ones and are named as if they belonged to them: nothing reads them, and
-    a part of the data would be left out."""
+    a part of the data would be left out. One that has been unpacked beside itself does no harm."""
     ending = type_of(files[0])
     packed = [
         file
         for file in visible_files(folder)
         if re.search(rf"{re.escape(ending)}\.(gz|bz2|xz|zst|zip)$", file.name.lower())
+        and file.with_suffix("") not in files
     ]
     if left := set(_of_split([*files, *packed], folder, split, may_be_none=True)) & set(packed):
         raise ValueError(

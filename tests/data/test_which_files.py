@@ -533,6 +533,7 @@ def test_compressed_files_of_the_split_are_not_left_out_in_silence(tmp_path, str
     with pytest.raises(ValueError, match=r"part-1\.jsonl\.gz in .* would be left out: unpack compressed files"):
         texts_of(tmp_path, streaming, data=".")
     (tmp_path / "part-1.jsonl.gz").rename(tmp_path / "test-1.jsonl.gz")  # of another split
+    (tmp_path / "part-0.jsonl.gz").write_bytes(b"")  # unpacked
     assert texts_of(tmp_path, streaming, data=".") == ["a"]
 
 
