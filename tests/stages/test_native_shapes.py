@@ -120,7 +120,7 @@ def test_the_plan_takes_native_shapes(stages):
     for plan in plan_stages(list(map(parse, stages)), processes=1, sample=3):
         assert plan.step_flops > 0 and plan.memory["activations"] > 0
         assert all(batch.images == batch.whole_images for batch in plan.batches)
-        assert 3 <= plan.mixture.parts[0].image_tokens <= 6
+        assert 3 <= plan.mixture.parts[0].image_tokens <= 2 * 6  # one or two rows a record, of at most 200 tokens
 
 
 def test_stages_train_and_record_it(stage0, trained):
