@@ -80,9 +80,8 @@ def test_rows_hold_all_rows_of_all_records_once_and_are_as_long_as_counted(proce
         labels += labels_of(collator([record]))
     assert seen == expected and trained == labels
     assert rows.description["fill"] == pytest.approx(tokens / 200 / count, abs=1e-4)
-    assert len(seen) > len(
-        mixture.sampler
-    )  # records that make several rows: each annotation, or what max_length divides
+    # Records make several rows: one of each annotation, or what `max_length` divides.
+    assert len(seen) > len(mixture.sampler)
 
 
 def test_rows_do_not_depend_on_workers_or_how_a_step_is_cut_but_on_the_seed(processor, data):
