@@ -17,8 +17,14 @@ def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
 
     Raises:
         FileNotFoundError: if `name` is neither a folder nor a readable model of the Hub; the message says which of them it can be.
+        ValueError: for a revision of a folder.
     """
     if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if revision is not None:
+            raise ValueError(
+                f"The revision {revision!r} would be of a model of the Hub, but {str(name)!r} is a folder here, read as it is. Leave the "
+                "revision out."
+            )
         return
     if Path(name).is_dir():
         below = sorted(path.parent.name for path in Path(name).glob("*/config.json"))

@@ -135,11 +135,20 @@ def read_rows(
 
     Raises:
         FileNotFoundError: for data that is not on disk and has not the form of a Hub id, or an `image_dir` that is not there.
-        ValueError: for a split that is not found, or files that cannot be read.
+        ValueError: for a split that is not found, files that cannot be read, a revision of local data, and a config of a local file.
     """
     data_dir = Path(data_dir).expanduser()
     local = data_dir / Path(data).expanduser()
     if local.exists():
+        if revision is not None:
+            raise ValueError(
+                f"The revision {revision!r} would be of a data set on the Hub, but {local} is here, read as it is. Leave the revision out."
+            )
+        if config and local.is_file():
+            raise ValueError(
+                f"The config {config!r} would be a folder of local data, or a part of a data set on the Hub, but {local} is a file. Leave "
+                "the config out."
+            )
         reading = (folder_of_images, only_tars, image_dir is None, streaming, hash_all, keep_bad_lines)
         if file and split == "train" and (local / file).is_file():
             local = local / file

@@ -226,7 +226,7 @@ def image_key(row: dict) -> str:
         content, path = (None, image) if isinstance(image, str) else (image.get("bytes"), image.get("path"))
         if content is None and path is None:
             return ""
-        keys.append(path if content is None else hashlib.sha256(content).hexdigest()[:16])
+        keys.append(posixpath.normpath(path) if content is None else hashlib.sha256(content).hexdigest()[:16])
     return "\n".join(keys)
 
 

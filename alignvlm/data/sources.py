@@ -159,7 +159,8 @@ def read_source(
     data = common["data"] or kind.data
     if data is None:
         raise ValueError(f"Source {name!r} needs `data`: a local file or folder, or a data set of the Hub.")
-    config = common["config"] or kind.config
+    is_file = (Path(data_dir).expanduser() / Path(data).expanduser()).is_file()
+    config = common["config"] or (None if is_file else kind.config)
     given = {"revision": common["revision"], "data_dir": data_dir}
     found = read_rows(
         data,

@@ -693,10 +693,25 @@ def test_labels_of_an_image_folder(folder):
     assert [responses_of(record)[0] for record in source] == ["black cat", "dog"]
 
 
-def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder):
+@pytest.mark.parametrize("path", ["images/0.png", "./images/0.png", "images//0.png", "images/../images/0.png"])
+def test_questions_of_one_image_are_one_record_wherever_their_rows_stand(folder, path):
     rows = [{"image": f"images/{i}.png", "question": f"q{n} ?", "answer": "a"} for n, i in enumerate((0, 1, 0))]
+    rows[2]["image"] = path
     source = read_source({"name": "local", "data": lines(folder, "rows.jsonl", rows)}, folder)
     assert [[prompt for prompt, _ in exchanges_of(record)] for record in source] == [["q0 ?", "q2 ?"], ["q1 ?"]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"revision": "v1.0"}, r"'v1.0' would be of a data set on the Hub, but .*rows.jsonl is here"),
+        ({"config": "plain"}, r"'plain' would be a folder .*rows.jsonl is a file. Leave the config out"),
+    ],
+)
+def test_what_local_data_have_not_is_refused(folder, options, message):
+    file = lines(folder, "rows.jsonl", [{"image": "images/0.png", "question": "q ?", "answer": "a"}])
+    with pytest.raises(ValueError, match=message):
+        read_source({"data": file, **options}, folder)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streaming"])

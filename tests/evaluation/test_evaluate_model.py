@@ -430,6 +430,10 @@ def test_ask_names_a_question_longer_than_the_context(short_sighted, tmp_path):
     [
         ([], "Give a checkpoint or a --server, and a --task"),
         (["out/nano/stage4", "--task", "scenes"], "No such folder: 'out/nano/stage4'"),
+        (
+            ["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--revision", "v1"],
+            "The revision 'v1' would be of a model of the Hub",
+        ),
         (["CHECKPOINT", "--task", "scenes", "--data", "out/my/scenes"], "No such file or folder: out/my/scenes"),
         (["CHECKPOINT", "--task", "scenes"], "needs data"),
         (["CHECKPOINT", "--task", "text_perplexity"], "needs --data"),

@@ -642,6 +642,8 @@ def test_a_caption_is_finished_where_the_model_ended_it(models, photos):
         ),
         (["NOWHERE", "PHOTOS", "OUT", "--scorer_revision", "main"], "--scorer_revision needs a --scorer"),
         (["NOWHERE", "PHOTOS", "OUT", "--seed", "4"], "--seed needs --samples of 2 or more"),
+        (["MODEL", "PHOTOS", "OUT", "--revision", "v1"], "The revision 'v1' would be of a model of the Hub"),
+        (["MODEL", "ROWS", "OUT", "--data_revision", "v1"], "The revision 'v1' would be of a data set on the Hub"),
         (["MODEL", "PHOTOS", "OUT", "--scorer", "GIT"], "does not embed images and texts; name a CLIP or SigLIP"),
         (["LANGUAGE", "PHOTOS", "OUT"], "it is no image-text model"),
     ],
