@@ -30,6 +30,7 @@ from benchmarks import (
     tiles,
     tokens,
     tokens_photos,
+    wide_photos,
 )
 
 
@@ -185,6 +186,7 @@ def main() -> None:
     for name, file, table in (
         ("tokens_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
         ("tokens_small_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
+        ("wide_photos", "tiles.md", lambda found: tokens.table(found, wide_photos.METRICS)),
         ("native_shapes", "native_shapes.md", native_shapes.table),
         ("pathvqa_longer", "results.md", pathvqa_longer.table),
         ("questions_alone", "results.md", questions_alone.table),
