@@ -251,11 +251,14 @@ def _eval_results(results: list[dict]) -> list[EvalResult]:
             if numbers.get(name) is None:
                 continue
             data = result.get("data", {})
+            read = str(data.get("data") or result["task"])
+            title_of_data = result.get("name") or read
             found.append(
                 EvalResult(
                     task_type=task_type,
-                    dataset_type=str(data.get("data") or result["task"]),
-                    dataset_name=result.get("name") or str(data.get("data") or result["task"]),
+                    # Results of one type and split become one entry, and files of several data sets may have one name.
+                    dataset_type=read if is_hub_id(read) else title_of_data,
+                    dataset_name=title_of_data,
                     dataset_split=data.get("split"),
                     dataset_revision=data.get("revision"),
                     metric_type=metric,

@@ -176,7 +176,8 @@ def read_source(
         keep_bad_lines=max_bad_rows is not None,
         **given,
     )
-    if kind.licence != DataSet.licence:
+    # Columns tell a copy of the data set; texts of no certain form may be anybody's.
+    if kind.licence != DataSet.licence and (kind.columns or data == kind.data):
         found.identity["licence"] = kind.licence
     images = None
     if kind.images is not None and "image" not in found.columns:

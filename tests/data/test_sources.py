@@ -593,6 +593,16 @@ def test_every_data_set_of_the_catalogue_is_tested():
         assert kind.metric in (None, BY_KIND) or (METRICS / kind.metric).is_dir()
 
 
+def test_a_licence_is_that_of_the_data_set_and_not_of_any_text(folder):
+    texts, captions = lines(folder, "texts.jsonl", [{"text": "A."}]), folder / "captions.json"
+    captions.write_text(
+        json.dumps([{"image": "images/0.png", "conversations": said(("human", "What?"), ("gpt", "A."))}])
+    )
+    assert "licence" not in read_source({"name": "text", "data": texts}, folder).identity
+    copy = read_source({"name": "llava_pretrain", "data": "captions.json"}, folder)
+    assert copy.identity["licence"] == CATALOGUE["llava_pretrain"].licence
+
+
 def test_the_page_about_data_has_all_names_and_schemas():
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     for name, kind in CATALOGUE.items():

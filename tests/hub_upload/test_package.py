@@ -183,6 +183,21 @@ def test_a_card_of_hub_backbones_and_data(packaged):
     assert "| flaviagiammarino/path-vqa | " + "f" * 40 + " | MIT |" in text and "`[vqa]`" in text and "914.0M" in text
     assert all(f"| {each}/train.jsonl | - | not stated |" in text for each in ("daquar", "vqa_rad"))
     assert "None are on record" in text and "model-index" not in front
+    asked = [
+        {
+            "task": "local",
+            "name": name,
+            "data": {"data": "test.jsonl", "split": "test"},
+            "metrics": {"pathvqa_accuracy": {"accuracy": value}},
+            "definitions": {},
+        }
+        for name, value in (("daquar", 0.2), ("vqa_rad", 0.3))
+    ]
+    (entry,) = yaml.safe_load(make_card({**record, "results": asked}, config, 10).split("---")[1])["model-index"]
+    assert [(each["dataset"]["name"], each["metrics"][0]["value"]) for each in entry["results"]] == [
+        ("daquar", 0.2),
+        ("vqa_rad", 0.3),
+    ]
     untrained = make_card({"stages": []}, config, 10)
     assert "its projector has random weights" in untrained
 
