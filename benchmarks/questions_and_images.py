@@ -197,6 +197,24 @@ def accuracy(result: dict) -> float:
     return metric["accuracy"]
 
 
+def best_classifier(training: Questions, features: Tensor, sees: bool) -> tuple[Classifier, int]:
+    """Trains networks as often over all questions as was best on a tenth of the images; returns them, and how often that was."""
+    tenth = set(sorted({question["id"] for question in training.asked})[::10])
+    inside, outside = (
+        [at for at, question in enumerate(training.asked) if (question["id"] in tenth) == held]
+        for held in (True, False)
+    )
+    classifier, tried = Classifier(training, features, outside, sees), []
+    for _ in range(PASSES):
+        classifier.train_pass()
+        tried.append(accuracy(classifier(training, features, inside, samples=1)))
+    passes = tried.index(max(tried)) + 1
+    classifier = Classifier(training, features, list(range(len(training.asked))), sees)
+    for _ in range(passes):
+        classifier.train_pass()
+    return classifier, passes
+
+
 def measure(training: Questions, held_out: Questions, features: Tensor, features_held_out: Tensor) -> dict:
     """Trains networks with and without images, and judges their answers to the held-out questions.
 
@@ -204,22 +222,10 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
         `passes`; `numbers`: for each number of the metric its `value` and `interval` with `image`, with `another_image`, and of `words` alone;
         `differences`: what the own image makes to the other two, with intervals.
     """
-    tenth = set(sorted({question["id"] for question in training.asked})[::10])
-    inside, outside = (
-        [at for at, question in enumerate(training.asked) if (question["id"] in tenth) == held]
-        for held in (True, False)
-    )
     passes, results = {}, {}
-    everything, all_held_out = list(range(len(training.asked))), list(range(len(held_out.asked)))
+    all_held_out = list(range(len(held_out.asked)))
     for name, sees in (("words", False), ("image", True)):
-        classifier, tried = Classifier(training, features, outside, sees), []
-        for _ in range(PASSES):
-            classifier.train_pass()
-            tried.append(accuracy(classifier(training, features, inside, samples=1)))
-        passes[name] = tried.index(max(tried)) + 1
-        classifier = Classifier(training, features, everything, sees)
-        for _ in range(passes[name]):
-            classifier.train_pass()
+        classifier, passes[name] = best_classifier(training, features, sees)
         results[name] = classifier(held_out, features_held_out, all_held_out)
     results["another_image"] = classifier(held_out, features_held_out, all_held_out, another=True)
     numbers = {}

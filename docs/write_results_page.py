@@ -20,6 +20,7 @@ from matplotlib import pyplot
 from benchmarks import (
     alignment_options,
     all_tasks,
+    aspect_ratios,
     findings,
     native_shapes,
     pathvqa_longer,
@@ -30,7 +31,6 @@ from benchmarks import (
     tiles,
     tokens,
     tokens_photos,
-    wide_photos,
 )
 
 
@@ -186,7 +186,7 @@ def main() -> None:
     for name, file, table in (
         ("tokens_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
         ("tokens_small_photos", "performance.md", lambda found: tokens.table(found, tokens_photos.METRICS)),
-        ("wide_photos", "tiles.md", lambda found: tokens.table(found, wide_photos.METRICS)),
+        ("aspect_ratios", "tiles.md", aspect_ratios.table),
         ("native_shapes", "native_shapes.md", native_shapes.table),
         ("pathvqa_longer", "results.md", pathvqa_longer.table),
         ("questions_alone", "results.md", questions_alone.table),

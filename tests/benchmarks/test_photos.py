@@ -1,20 +1,15 @@
 """The measurements on photos, on a few drawn ones with models of random weights: the arms, and a real one."""
 
 import argparse
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from alignvlm.data import scenes
-from benchmarks import wide_photos
 from benchmarks.findings import Photos, SmallPhotos
 from benchmarks.tokens import Arm, run
 from benchmarks.tokens_photos import ARMS, FrontierOnPhotos, FrontierOnSmallPhotos
-from benchmarks.wide_photos import WidePhotos
 from modeling_alignvlm.masking_alignvlm import MASK_TYPES
 from tests.conftest import make_tokenizer
 from tests.stages.conftest import SIZES, vision  # noqa: F401 - a fixture
@@ -126,35 +121,3 @@ def test_fewer_tokens_are_measured_on_photos(world, tmp_path, monkeypatch, kind)
     for name, runs in found["runs"].items():
         values = runs["0"]["values"]
         assert values["loss"] > 0 and values["CIDEr"] >= 0, name
-
-
-def test_each_half_of_a_wide_image_is_a_photo_with_its_own_captions(world, tmp_path, monkeypatch):
-    data = world(WidePhotos, tmp_path).output / "data"
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    photos = [Image.open(data / "flickr8k" / row["image"]).convert("RGB") for row in rows]
-    monkeypatch.setattr(wide_photos, "SIDE", photos[0].width)
-    record = wide_photos.pair(rows[1:3], data / "flickr8k")
-    (image,) = record.images
-    wide = np.asarray(Image.open(io.BytesIO(image["bytes"])))
-    for half, photo in zip(np.split(wide, 2, axis=1), photos[1:3], strict=True):
-        np.testing.assert_array_equal(half, np.asarray(photo))
-    asked = [(conversation.prompt.split()[-2], conversation.responses) for conversation in record.conversations]
-    assert asked == [("left", rows[1]["captions"]), ("right", rows[2]["captions"])]
-
-
-@pytest.mark.slow
-def test_tiles_are_measured_on_pairs_of_photos(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(WidePhotos, "sizes", (1, 0, 2))
-    monkeypatch.setattr(WidePhotos, "HELD_OUT", 2)
-    monkeypatch.setattr(WidePhotos, "in_process", True)
-    results = tmp_path / "results.json"
-    own = world(WidePhotos, tmp_path)
-    run(own, {"squashed": Arm(), "tiles": Arm({"max_tiles": 2})}, seeds=1, results=results)
-    found = json.loads(results.read_text())["wide_photos"]
-    assert found["tokens"]["tiles"] == 3 * found["tokens"]["squashed"]
-    for runs in found["runs"].values():
-        assert runs["0"]["values"]["loss"] > 0 and runs["0"]["values"]["CIDEr"] >= 0
-    stages = own.stages(1, 0, 2)
-    files = [changes["sources"][0]["data"] for _, changes in stages]
-    assert files == ["pairs-train-0-1.parquet", "pairs-train-1-3.parquet"]
-    assert [changes["eval_sources"] for _, changes in stages] == [None, [{"data": "pairs-test-0-1.parquet"}]]
