@@ -68,6 +68,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The `type` of an option that names a port.
+
+    Raises:
+        argparse.ArgumentTypeError: for what is no whole number from 1 to 65535.
+    """
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, a whole number from 1 to 65535.")
+    return int(text)
+
+
 class Ended(SystemExit):
     """Ends a program whose sentence is printed; `str` of it is the sentence."""
 

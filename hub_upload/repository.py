@@ -42,8 +42,9 @@ def check_model(name: str | os.PathLike, revision: str | None = None) -> None:
     try:
         cached_file(str(name), "config.json", revision=revision)
     except OSError as error:
+        what = "model" if revision is None else f"revision {revision!r} of a model"
         raise FileNotFoundError(
-            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}), and the Hub gives no model of that name: {error}"
+            f"No such folder: {str(name)!r} (looked for in {Path.cwd()}), and the Hub gives no {what} of that name: {error}"
         ) from error
 
 

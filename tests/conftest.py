@@ -1,6 +1,7 @@
 """Tiny real models for all tests: a few thousand parameters, every class as in real use."""
 
 import gc
+import json
 import logging
 import os
 import shutil
@@ -201,3 +202,10 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("ALIGNVLM_TEST_DATA names no folder of real photos, captions and pretrained weights")
     return Path(folder)
+
+
+def lose_tokenizer(checkpoint: Path) -> None:
+    """Removes a checkpoint's tokenizer, whose class is one that transformers then makes without words, and says nothing."""
+    (checkpoint / "tokenizer.json").unlink()
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer"}))

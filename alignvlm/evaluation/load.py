@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import PROCESSOR_NAME
 
 from alignvlm.evaluation.precision import Precision, choose_precision, warn_if_emulated
 from hub_upload.package import weights_of
@@ -72,7 +73,7 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: if there is no such checkpoint.
         ValueError: for an unknown `dtype`, a number of tokens that cannot be left, a model that is none of ours (or, with `others`, does not
-            answer about images), and a checkpoint that lacks weights.
+            answer about images), and a checkpoint that lacks weights, has damaged ones, or a tokenizer without its image token.
     """
     check_checkpoint(checkpoint, revision, ours=not others)
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / "config.json").is_file():
@@ -85,6 +86,7 @@ def load_checkpoint(
     if merge_image_tokens is not None:
         options["merge_image_tokens"] = merge_image_tokens or None
     model = load_weights(AutoModelForImageTextToText, checkpoint, dtype="auto", **options)
+    check_image_token(checkpoint, model.config, processor)
     if merge_image_tokens is not None:
         processor.image_seq_length = model.config.image_seq_length
     precision = choose_precision(dtype, device, model.dtype)
@@ -103,7 +105,7 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
         ours: whether it must be one of AlignVLM; else any model that answers about images will do.
 
     Raises:
-        FileNotFoundError: as `hub_upload.repository.check_model`.
+        FileNotFoundError: as `hub_upload.repository.check_model`, and for a folder of ours without processor.
         ValueError: for a model of another kind, such as a language model; the message says how a checkpoint is made of it. And for a folder
             of a stage with LoRA that has not ended.
     """
@@ -126,6 +128,24 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
                 "the --server."
             )
         raise ValueError(f"{str(name)!r} is {what} but a model of type {kind!r}. {remedy}")
+    if kind == AlignVLMConfig.model_type and Path(name).is_dir() and not (Path(name) / PROCESSOR_NAME).is_file():
+        raise FileNotFoundError(f"{str(name)!r} lacks its {PROCESSOR_NAME}. Copy the checkpoint's folder whole.")
+
+
+def check_image_token(checkpoint: str, config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+    """Checks that the tokenizer of one of our checkpoints knows the image token as its model does.
+
+    Raises:
+        ValueError: for another tokenizer, such as the empty one that transformers makes where the files are missing.
+    """
+    if config.model_type != AlignVLMConfig.model_type:
+        return
+    found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if found != config.image_token_id:
+        raise ValueError(
+            f"The tokenizer of {str(checkpoint)!r} does not have {processor.image_token!r} as its token {config.image_token_id}: its files are missing or "
+            "those of another model. Copy the checkpoint's folder whole."
+        )
 
 
 def _names_in(file: Path) -> list[str]:
@@ -141,9 +161,14 @@ def load_weights(model_class: type, checkpoint: str, **options) -> PreTrainedMod
     """Returns `model_class.from_pretrained(checkpoint, **options)`.
 
     Raises:
-        ValueError: if one of ours lacks weights, for which `from_pretrained` only warns and draws some at random.
+        ValueError: if one of ours lacks weights, for which `from_pretrained` only warns and draws some at random; and for a damaged file.
     """
-    model, loading = model_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+    try:
+        model, loading = model_class.from_pretrained(checkpoint, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {str(checkpoint)!r} cannot be read: {error}. They were not written or copied to their end: copy the checkpoint again."
+        ) from error
     if model.config.model_type != AlignVLMConfig.model_type or not loading["missing_keys"]:
         return model
     missing, other = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])

@@ -10,6 +10,7 @@ checkpoint; here the folder gets its card and, when all that succeeded, its name
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from alignvlm.evaluation.load import LORA_FILES, load_weights
+from alignvlm.evaluation.load import LORA_FILES, check_image_token, evaluation_tag, load_weights, with_tag
 from alignvlm.export import gguf, onnx, stock
 from alignvlm.export.homes import HOMES, Home, describe_homes, obstacles
 from hub_upload.card import PLACEHOLDER
@@ -114,9 +115,13 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
         **{"language": "en", **{name: kept[name] for name in names if kept.get(name)}},
     )
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+    tag = evaluation_tag(checkpoint, revision)
+    question = json.dumps(with_tag(tag, "What is it?"), ensure_ascii=False)[1:-1]  # between quotation marks
     body = FORMS[home.form].card.format(
-        title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name
+        title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name, question=question
     )
+    if tag:
+        body += f"\nIts prompts begin with `{tag}`, as in training; nothing writes that for you.\n"
     (folder / "README.md").write_text(join_card(data.to_dict(), body, GENERATED), encoding="utf-8")
 
 
@@ -132,8 +137,8 @@ def export(
         FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if there is no such checkpoint.
         OSError: if the files cannot be written.
-        ValueError: for a checkpoint of another project, LoRA weights that lie apart, a configuration without a home, an option of
-            another form, and a comparison that failed.
+        ValueError: for a checkpoint of another project, LoRA weights that lie apart, damaged weights, a tokenizer without the image token, a
+            configuration without a home, an option of another form, and a comparison that failed.
     """
     for name in options:
         if name not in FORMS[form].options:
@@ -144,6 +149,7 @@ def export(
         raise FileExistsError(f"{str(out)!r} is there already. Name a new folder.")
     config = read_config(checkpoint, revision)
     processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
+    check_image_token(checkpoint, config, processor)
     home = choose_home(config, form, processor)
     # In float32 whatever the checkpoint has: in 16 bit what a language model computes when it is made is rounded, such as Gemma's scale.
     model = load_weights(AlignVLMForConditionalGeneration, checkpoint, revision=revision, dtype=torch.float32).eval()
@@ -169,9 +175,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "out", nargs="?", help="The new folder. Left out: says what the checkpoint can become, and why not."
     )
-    p.add_argument(
-        "--to", choices=FORMS, default="transformers", help="The form. Default: transformers, a class of its own."
-    )
+    p.add_argument("--to", choices=FORMS, help="The form. Default: transformers, a class of its own.")
     p.add_argument(
         "--outtype", choices=gguf.OUTTYPES, help="gguf: the number format, by llama.cpp's names. Default: f16."
     )
@@ -187,14 +191,17 @@ def main(argv: list[str] | None = None) -> None:
     options = {name: value for name in names if (value := getattr(arguments, name))}
     try:
         if arguments.out is None:
+            if given := [name for name in ("to", *names) if getattr(arguments, name)]:
+                raise ValueError(f"--{given[0]} is of an export: name OUT, too, the new folder that is to be written.")
             config = read_config(arguments.checkpoint, arguments.revision)
             processor = AlignVLMProcessor.from_pretrained(arguments.checkpoint, revision=arguments.revision)
             print("\n".join(describe_homes(config, processor=processor)))
             return
-        home = export(arguments.checkpoint, arguments.out, arguments.to, arguments.revision, **options)
+        form = arguments.to or "transformers"
+        home = export(arguments.checkpoint, arguments.out, form, arguments.revision, **options)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"{arguments.out}: {home}, {FORMS[arguments.to].achieved}")
+    print(f"{arguments.out}: {home}, {FORMS[form].achieved}")
 
 
 if __name__ == "__main__":

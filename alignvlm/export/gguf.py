@@ -25,7 +25,7 @@ The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503
 and what is built on it: the language model, and `mmproj-...` with vision encoder and projector (type `{class_name}`).
 
 ```bash
-llama-mtmd-cli -m {title}-*.gguf --mmproj mmproj-{title}-*.gguf --image photo.jpg -p "What is it?" --temp 0
+llama-mtmd-cli -m {title}-*.gguf --mmproj mmproj-{title}-*.gguf --image photo.jpg -p "{question}" --temp 0
 llama-server -m {title}-*.gguf --mmproj mmproj-{title}-*.gguf
 ```
 

@@ -51,7 +51,7 @@ import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggi
 const processor = await AutoProcessor.from_pretrained("{title}");
 const model = await AutoModelForImageTextToText.from_pretrained("{title}", {{ dtype: "fp32" }});
 const prompt = processor.apply_chat_template(
-    [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "What is it?" }}] }}],
+    [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "{question}" }}] }}],
     {{ add_generation_prompt: true }},
 );
 const add_special_tokens = !prompt.startsWith(processor.tokenizer.bos_token);
@@ -60,7 +60,7 @@ const tokens = await model.generate({{ ...inputs, max_new_tokens: 40 }});
 console.log(processor.batch_decode(tokens.slice(null, [inputs.input_ids.dims.at(-1), null]), {{ skip_special_tokens: true }})[0]);
 ```
 
-Logits in float32 equal those of the checkpoint (`alignvlm export` compared them, and a greedy text).
+Give RGB images, upright and without transparency. Logits in float32 equal those of the checkpoint (`alignvlm export` compared them, and a greedy text).
 """
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

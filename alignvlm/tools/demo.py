@@ -8,7 +8,9 @@ nothing but uploaded images is opened: no path and no address that a visitor nam
 """
 
 import argparse
+import html
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from alignvlm.data.images import MAX_PIXELS, read_image, read_sent_image
 from alignvlm.data.scenes import draw, random_scene
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
 from alignvlm.tools.demo_model import Decoding, DemoModel, Talk, heat_map
-from hub_upload.command_line import ArgumentParser
+from hub_upload.command_line import ArgumentParser, port
 from modeling_alignvlm import MASK_TYPES
 
 
@@ -99,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", help="A checkpoint's folder or Hub repository.")
     p.add_argument("--compare", metavar="OTHER", help="A second checkpoint, which answers beside the first.")
     p.add_argument("--host", help="Address to listen on. Default: 127.0.0.1, this machine only; 0.0.0.0: everybody.")
-    p.add_argument("--port", type=int, help="Default: the first free one from 7860.")
+    p.add_argument("--port", type=port, help="Default: the first free one from 7860.")
     p.add_argument("--share", choices=("on", "off"), default="off", help="A public link through Gradio. Default: off.")
     p.add_argument("--examples", metavar="FOLDER", help="Images to offer as examples. Default: drawn scenes.")
     add_loading_options(p)
@@ -137,8 +139,11 @@ def example_images(folder: str | None) -> list[tuple[Image.Image, str]]:
     """Images to try first, with their names: those of a folder, or drawn scenes that no training has seen.
 
     Raises:
+        FileNotFoundError: if there is no such folder.
         ValueError: if the folder holds no image, or one that cannot be read.
     """
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"No such folder: {folder!r} (looked for in {Path.cwd()}), which --examples names.")
     if folder is None:
         rng = np.random.default_rng(7)
         scenes = [random_scene(rng, "test") for _ in range(EXAMPLES)]
@@ -357,7 +362,9 @@ def build(demo: Demo, title: str = "AlignVLM"):
                 for results in demo.begin(paths, *given) if paths else ():
                     yield [paths, *page(results)]
             except ValueError as error:
-                raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
+                raise gr.Error(
+                    html.escape(str(error), quote=False), duration=None, title="Sorry", print_exception=False
+                ) from error
 
         def on_question(text, results, *given):
             try:
@@ -366,7 +373,7 @@ def build(demo: Demo, title: str = "AlignVLM"):
                     yield [emptied, *page(answered)]
                     emptied = gr.skip()
             except ValueError as error:  # a warning, since an error would cover the conversation with the word "Error"
-                gr.Warning(str(error), duration=None, title="Sorry")
+                gr.Warning(html.escape(str(error), quote=False), duration=None, title="Sorry")
                 yield [gr.skip()] * (len(outputs) + 1)
 
         def on_word(place, chosen_layer, results, index):
@@ -379,7 +386,9 @@ def build(demo: Demo, title: str = "AlignVLM"):
             try:
                 images = read_uploads(talk.files)
             except ValueError as error:
-                raise gr.Error(str(error), duration=None, title="Sorry", print_exception=False) from error
+                raise gr.Error(
+                    html.escape(str(error), quote=False), duration=None, title="Sorry", print_exception=False
+                ) from error
             return gr.update(
                 value=heat_map(list(images), values, looked.grids),
                 visible=True,
@@ -498,6 +507,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit("error: the demo needs Gradio: pip install 'alignvlm[demo]'") from error
     try:
+        check_address(arguments.host or "127.0.0.1", arguments.port or 0)
         names = [arguments.checkpoint, *([arguments.compare] if arguments.compare else [])]
         models = [load_model(name, arguments) for name in names]
         if several_of_one_name(models):
@@ -510,6 +520,28 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     app.launch(**launch_options(arguments))
+
+
+def check_address(host: str, port: int) -> None:
+    """Checks that a page can be served there; Gradio would try a hundred ports, or name other options than ours.
+
+    Args:
+        host: a name or an address of this machine, IPv6 with or without brackets.
+        port: 0: any.
+
+    Raises:
+        ValueError: for a host that is not this machine's, and a port that is taken.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        option = f"--port {port}" if port else f"--host {host}"
+        raise ValueError(
+            f"Nothing can be served at {host}:{port or 'any port'}: {error.strerror or error}. Name another than {option}."
+        ) from error
 
 
 def several_of_one_name(models: list[DemoModel]) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pickle
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -227,7 +228,7 @@ def test_what_a_visitor_does_wrong_is_told_in_a_sentence(app):
     assert visitor.show(visitor.upload("a.png", png(photo(1))))[-1]["success"]
     assert "2,001 characters" in told(visitor.ask("a" * 2001))
     assert "Type a question" in told(visitor.ask(" "))
-    assert "placeholder" in told(visitor.ask("What is <image>?"))
+    assert "'&lt;image&gt;'" in told(visitor.ask("What is <image>?"))  # the page shows it as HTML
     assert "greater than maximum" in told(visitor.join("ask", "click", "Why?", *SETTINGS[:-1], 10**6))
     with pytest.raises(urllib.error.HTTPError) as error:
         visitor.upload("large.png", bytes((page.MAX_FILE_MB << 20) + 1))
@@ -285,3 +286,24 @@ def test_no_file_and_no_address_is_opened(app, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_where_nothing_can_be_served_is_told_before_a_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for options, message in (
+            (["--port", str(port)], f"Nothing can be served at 127.0.0.1:{port}: .*Name another than --port {port}"),
+            (
+                ["--host", "300.1.1.1"],
+                "Nothing can be served at 300.1.1.1:any port: .*Name another than --host 300.1.1.1",
+            ),
+            (["--port", "99999"], "'99999' is no port"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                page.main(["no/such/checkpoint", *options])
+    with pytest.raises(SystemExit, match="No such folder: 'no/such/checkpoint'"):
+        page.main(["no/such/checkpoint", "--host", "[::1]" if socket.has_dualstack_ipv6() else "localhost"])
+    with pytest.raises(FileNotFoundError, match=r"No such folder: 'nowhere' .*--examples"):
+        page.example_images("nowhere")

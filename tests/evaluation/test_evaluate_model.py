@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from alignvlm.evaluation.judge import compare
 from alignvlm.evaluation.one_task import report
 from alignvlm.evaluation.perplexity import text_perplexity
 from alignvlm.tools import ask
+from hub_upload.repository import check_model
 from hub_upload.run_record import RUN_RECORD
 from tests import forked
 
@@ -423,6 +425,14 @@ def test_ask_names_a_question_longer_than_the_context(short_sighted, tmp_path):
         SystemExit, match=r"error: The question has \d+ tokens with its images; .* takes 40, .*Shorten it"
     ):
         ask.main([str(short_sighted), str(tmp_path / "0.png"), "red " * 60, "--use_cpu"])
+
+
+def test_a_revision_that_the_hub_does_not_give_is_named(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="and the Hub gives no revision 'v1' of a model of that name"):
+        check_model("user/none", "v1")
+    with pytest.raises(FileNotFoundError, match="and the Hub gives no model of that name"):
+        check_model("user/none")
 
 
 @pytest.mark.parametrize(

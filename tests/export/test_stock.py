@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from alignvlm.evaluation.load import load_checkpoint
-from alignvlm.export.export import export, main
+from alignvlm.export.export import FORMS, export, main, write_card
 from alignvlm.export.homes import HOMES, describe_homes, obstacles
 from alignvlm.export.stock import WRITERS, compare, stock_model
 from alignvlm.stages.checkpoint import save_checkpoint
+from hub_upload.run_record import RUN_RECORD, read_run_record
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
-from tests.conftest import VISION
+from tests.conftest import VISION, lose_tokenizer
 from tests.stages.shipped_templates import SHIPPED
 from tests.stages.test_chat_templates import extended_processor, shipped_tokenizer
 
@@ -531,7 +532,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(given, checkpoint, tmp_pat
         assert sorted(out.parent.iterdir()) == before
 
     good = given("LLaVA", "siglip")
-    folders = {name: tmp_path / name for name in ("other", "apart", "broken", "full")}
+    folders = {name: tmp_path / name for name in ("other", "apart", "broken", "no words", "full")}
     for folder in folders.values():
         shutil.copytree(good, folder)
     config = json.loads((good / "config.json").read_text())
@@ -542,7 +543,9 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(given, checkpoint, tmp_pat
     (folders["apart"] / "lora/adapter_config.json").write_text("{}")
     refused(folders["apart"], "keeps LoRA weights apart")
     (folders["broken"] / "model.safetensors").write_bytes(b"x")
-    refused(folders["broken"], "error: ")
+    refused(folders["broken"], "The weights of '.*broken' cannot be read: .*copy the checkpoint again")
+    lose_tokenizer(folders["no words"])
+    refused(folders["no words"], "The tokenizer of '.*no words' does not have '<image>' as its token")
     refused(checkpoint, "None of the homes in the form 'transformers' computes what this checkpoint does")
     refused(tmp_path / "nowhere", "nowhere")
     refused(good, "is there already", folders["full"])
@@ -555,3 +558,23 @@ def test_the_command_line(given, tmp_path, capsys):
     main([good, str(tmp_path / "new/out"), "--to", "transformers"])
     assert "loads without remote code" in capsys.readouterr().out
     assert (tmp_path / "new/out/model.safetensors").is_file()
+    for option in (["--to", "transformers"], ["--outtype", "q8_0"], ["--int8"]):
+        with pytest.raises(SystemExit, match=f"error: {option[0]} is of an export: name OUT, too"):
+            main([good, *option])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_card_says_with_which_tag_prompts_begin(given, tmp_path, form):
+    folder = given("LLaVA", "siglip")
+    shutil.copytree(folder, tmp_path / "tagged")
+    record = read_run_record(folder)
+    stage = {"stage": 4, "evaluation_tag": 'the "short" one:'}
+    (tmp_path / "tagged" / RUN_RECORD).write_text(json.dumps({**record, "stages": [stage]}))
+    cards = {}
+    for name in (str(folder), str(tmp_path / "tagged")):
+        write_card(name, None, next(home for home in HOMES if home.form == form), tmp_path, "out")
+        cards[name] = (tmp_path / "README.md").read_text()
+    plain, tagged = cards.values()
+    assert "short" not in plain and 'Its prompts begin with `the "short" one:`, as in training' in tagged
+    if form != "transformers":  # whose example asks nothing
+        assert '"What is it?"' in plain and r'"the \"short\" one: What is it?"' in tagged

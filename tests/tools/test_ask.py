@@ -16,6 +16,7 @@ from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.evaluation.answer import answer
 from alignvlm.tools import ask, chat
 from hub_upload.run_record import RUN_RECORD
+from tests.conftest import lose_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +164,17 @@ def test_what_cannot_be_asked_is_one_sentence(checkpoint, images, tmp_path):
     image, damaged = str(images[0]), tmp_path / "damaged.png"
     damaged.write_bytes(images[1].read_bytes()[:60])
     (tmp_path / "empty").mkdir()
+    folders = {name: tmp_path / name for name in ("cut", "wordless", "processorless")}
+    for folder in folders.values():
+        shutil.copytree(checkpoint, folder)
+    (folders["cut"] / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-1000])
+    lose_tokenizer(folders["wordless"])
+    (folders["processorless"] / "processor_config.json").unlink()
     for given, message in (
+        ([str(folders["cut"]), image], "The weights of '.*cut' cannot be read: .*copy the checkpoint again"),
+        ([str(folders["wordless"]), image], "The tokenizer of '.*wordless' does not have '<image>' as its token"),
+        ([str(folders["processorless"]), image], "processorless' lacks its processor_config.json"),
+        ([str(checkpoint), image, "--revision", "v1"], "The revision 'v1' would be of a model of the Hub"),
         ([str(checkpoint), str(tmp_path / "nothing.png")], r"Cannot read the image .*nothing\.png"),
         ([str(checkpoint), str(damaged)], r"Cannot read the image .*damaged\.png"),
         ([str(checkpoint), image, "--image", str(damaged)], r"damaged\.png"),
