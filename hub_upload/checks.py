@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from hub_upload.code_rules import read_code
 from hub_upload.command_line import ArgumentParser, run
+from hub_upload.licences import problem_with
 from hub_upload.package import ABSOLUTE_PATH, MANIFEST, files_of, is_allowed, read_manifest
 from hub_upload.run_record import RUN_RECORD, sha256_of
 from hub_upload.stock import is_stock
@@ -210,7 +211,10 @@ def _check_card(folder: Path) -> list[str]:
     problems = [f"README.md: its metadata lack {name}" for name in CARD_FIELDS if not data.get(name)]
     if data.get("base_model") and not data.get("base_model_relation"):
         problems.append("README.md: base_model without base_model_relation")
-    if data.get("license") == "other":
+    stated = data.get("license") or []
+    found = [problem_with(each) for each in (stated if isinstance(stated, list) else [stated])]
+    problems += [f"README.md: {problem}" for problem in found if problem]
+    if stated == "other":
         wanted = [name for name in ("license_name", "license_link") if not data.get(name)]
         problems += [f"README.md: license other without {name}" for name in wanted]
     record = _read_json(folder, RUN_RECORD, [])

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError
 
 from hub_upload.code_rules import read_code
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.package import files_of
+from hub_upload.repository import HTTPError, check_model
 from hub_upload.run_record import sha256_of
 
 
@@ -57,12 +58,25 @@ class Inspection:
 
 
 def inspect(name: str, revision: str | None = None) -> Inspection:
-    """Reads the code and the mappings of a folder or Hub repository; downloads nothing else."""
+    """Reads the code and the mappings of a folder or Hub repository; downloads nothing else.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: for a revision of a folder.
+    """
     if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"The revision {revision!r} would be of a repository, but this is a folder here. Leave the revision out."
+            )
         names, commit = files_of(Path(name)), None
         paths = {file: Path(name) / file for file in names}
     else:
-        info = HfApi().model_info(name, revision=revision)
+        try:
+            info = HfApi().model_info(name, revision=revision)
+        except (HFValidationError, HTTPError, OSError):
+            check_model(name, revision)  # says so if there is neither folder nor model
+            raise
         names, commit = [file.rfilename for file in info.siblings], info.sha
         wanted = [n for n in names if n.endswith(".py") or n in MAPPINGS]
         paths = {file: Path(hf_hub_download(name, file, revision=commit)) for file in wanted}
@@ -146,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         found = inspect(arguments.name, arguments.revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
+    except (HTTPError, OSError, ValueError) as error:
         raise SystemExit(f"error: {arguments.name}: {error}") from error
     print(describe(arguments.name, found))
     sys.exit(1 if found.is_suspicious else 0)

@@ -4,6 +4,7 @@ A licence is a dictionary of the Hub's own card fields: `license`, and for `othe
 that is not stated is None, and never guessed.
 """
 
+import difflib
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineMo
 
 
 FIELDS = ("license", "license_name", "license_link")
-# From the least strict to the strictest, by the Hub's names. All others have terms of their own (gemma, llama3.2, openrail, other, ...).
+# From the least strict to the strictest, by the Hub's names.
 PERMISSIVE = (
     *("wtfpl", "unlicense", "cc0-1.0", "0bsd", "pddl", "isc", "zlib", "bsl-1.0", "ncsa", "postgresql", "mit", "bsd"),
     *(
@@ -38,6 +39,13 @@ NON_COMMERCIAL = (
     *("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
 )
 ORDER = (*PERMISSIVE, *WEAK_COPYLEFT, *COPYLEFT, *NON_COMMERCIAL)
+# The others of the Hub's list (https://huggingface.co/docs/hub/repositories-licenses), but `unknown`, which names none.
+OWN_TERMS = (
+    *("openrail", "openrail++", "bigscience-openrail-m", "creativeml-openrail-m", "bigcode-openrail-m"),
+    *("bigscience-bloom-rail-1.0", "deepfloyd-if-license", "c-uda", "cc", "openmdw-1.0", "openmdw-1.1"),
+    *("h-research", "intel-research", "fair-noncommercial-research-license", "apple-ascl", "apple-amlr"),
+    *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "grok2-community", "other"),
+)
 HALVES = {"vision": "vision encoder", "language": "language model"}
 
 
@@ -94,12 +102,14 @@ def given_licence(
     """What `--license`, `--license_name` and `--license_link` say; None if they are not given.
 
     Raises:
-        ValueError: if the Hub needs more of them.
+        ValueError: if the Hub does not know the license, or needs more of them.
     """
     if not license:
         if license_name or license_link:
             raise ValueError("license_name and license_link belong to a license: name it, such as --license other.")
         return None
+    if problem := problem_with(license):
+        raise ValueError(f"{problem}.")
     licence = {"license": license, "license_name": license_name, "license_link": license_link}
     licence = {field: value for field, value in licence.items() if value}
     if license == "other" and set(licence) != set(FIELDS):
@@ -107,6 +117,19 @@ def given_licence(
             "The Hub wants the name of a license `other` and where to read it: --license_name and --license_link."
         )
     return licence
+
+
+def problem_with(license: object) -> str | None:
+    """Says that a license is not on the Hub's list, which the nearest are, and what to do; None if it is."""
+    valid = (*ORDER, *OWN_TERMS)
+    if license in valid:
+        return None
+    nearest = difflib.get_close_matches(str(license).lower(), valid, 3)
+    return (
+        f"license {license!r} is not on the Hub's list (https://huggingface.co/docs/hub/repositories-licenses). "
+        + (f"Did you mean {', '.join(nearest)}? " if nearest else "")
+        + "Name one of it, or --license other with --license_name and --license_link"
+    )
 
 
 def licence_of(record: dict) -> dict[str, str]:

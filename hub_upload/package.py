@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,7 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from hub_upload.card import PLACEHOLDER, make_card
-from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, renewed_metadata, split_card
+from hub_upload.card_text import (
+    FOLDER,
+    GENERATED,
+    HAND,
+    author_of,
+    body_of,
+    join_card,
+    renewed_metadata,
+    split_card,
+)
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.licences import given_licence, licence_of
 from hub_upload.run_record import RUN_RECORD, read_json, read_run_record, sha256_of, write_run_record
@@ -65,14 +75,16 @@ def weights_of(folder: Path) -> list[Path]:
 
 
 def results_of(folder: Path) -> list[dict]:
-    """Reads the results in a checkpoint's `results/` that were measured with its own weights, without the predictions.
+    """Reads the results that were measured with a checkpoint's own weights, without the predictions.
 
+    They are in `results/`, and of a packaged folder in its run record; one in `results/` replaces the record's of the same task and data.
     Controls (blank or shuffled images), results on part of the data, and other JSON files are left out.
 
     Raises:
         ValueError: with file and line, for one that is not JSON.
     """
-    digest = sha256_of(weights_of(folder))
+    weights = weights_of(folder)
+    digest = sha256_of(weights)
     found = []
     for path in sorted((folder / "results").glob("*.json")):
         result = read_json(path)
@@ -81,7 +93,27 @@ def results_of(folder: Path) -> list[dict]:
         same = result["model"].get("weights_sha256") == digest
         if same and not result.get("control") and result.get("limit") is None:
             found.append({name: value for name, value in result.items() if name != "predictions"})
-    return found
+    packaged = _are_as_packaged(folder, [*weights, folder / RUN_RECORD])
+    renewed = [_subject(result) for result in found]
+    kept = [
+        result
+        for result in read_run_record(folder).get("results", [])
+        if (packaged or result["model"].get("weights_sha256") == digest) and _subject(result) not in renewed
+    ]
+    return kept + found
+
+
+def _are_as_packaged(folder: Path, files: list[Path]) -> bool:
+    """Whether files are those that packaging wrote: then the record is about these weights, though merged or split after a measurement."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    listed = read_manifest((folder / MANIFEST).read_text(encoding="utf-8"))
+    return all(listed.get(file.relative_to(folder).as_posix()) == sha256_of([file]) for file in files)
+
+
+def _subject(result: dict) -> list:
+    """What a result is about."""
+    return without_local_paths([result.get(name) for name in ("task", "name", "data")])
 
 
 _NAME = r"[^\s'\"/\\:,;()<>{}|]+"
@@ -130,22 +162,24 @@ def package(
     overwrite_card: bool = False,
     server: str | None = None,
 ) -> Path:
-    """Stages the checkpoint `folder` in `output`, which is emptied first; returns `output`.
+    """Stages the checkpoint `folder` in `output`, whose files it replaces when the new ones are complete; returns `output`.
 
     Args:
         max_shard_size: weights above it are split, as `save_pretrained` does.
         license, license_name, license_link: of the weights, as the Hub's card metadata name it; the code is under Apache 2.0. Left out:
             the strictest of the backbones'.
         repository: the one that the card's examples load.
-        overwrite_card: write the card anew where the folder's was edited by hand. Otherwise its text stays, and its metadata are renewed.
+        overwrite_card: write the card anew where it was edited by hand, in `output` or else in `folder`. Otherwise its text stays, and
+            its metadata are renewed.
         server: "vllm" makes a folder that vLLM can serve (see `hub_upload.serving`).
 
     Raises:
         FileNotFoundError: if the folder is not a complete checkpoint.
-        ValueError: if `output` is not empty and was not made by this function, the licence is not known, the folder's card has metadata
-            that cannot be read, its weights are damaged, or the server cannot run the checkpoint.
+        ValueError: if `output` is not empty and was not made by this function, the licence is not known, a card has metadata that cannot
+            be read, the weights are damaged, `max_shard_size` is no size, or the server cannot run the checkpoint.
     """
     folder, output = Path(folder), Path(output)
+    check_shard_size(max_shard_size)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or not weights_of(folder):
         raise FileNotFoundError(
@@ -159,30 +193,62 @@ def package(
     if given := given_licence(license, license_name, license_link):
         record["licence"] = given
     licence_of(record)  # asks for one that is not known
+    edited = None
     if output.exists() and any(output.iterdir()):
         strange = [name for name in files_of(output) if not is_allowed(name)]
         if strange or not (output / MANIFEST).is_file() or output.resolve() == folder.resolve():
             raise ValueError(
                 f"{output} was not made by packaging{f': {strange[:3]} in it' if strange else ''}, and would be lost. Name a new folder."
             )
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in files_of(folder):
-        if is_allowed(name) and name not in (RUN_RECORD, "README.md", MANIFEST) and not (folder / name).is_symlink():
-            (output / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / name, output / name)
-    if (folder / "lora").is_dir():
-        _merge_lora(folder / "lora", output)
-    shard(output, max_shard_size)
-    if server == "vllm":
-        prepare_for_vllm(output)
+        edited = None if overwrite_card else _edited_card(output, repository)
     there = (
         None
         if overwrite_card or not (folder / "README.md").is_file()
         else (folder / "README.md").read_text(encoding="utf-8")
     )
-    _write_texts(output, record, repository, there, license_given=bool(given))
+    place = output.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as workspace:
+        staged = Path(workspace) / "staged"
+        staged.mkdir()
+        for name in files_of(folder):
+            if (
+                is_allowed(name)
+                and name not in (RUN_RECORD, "README.md", MANIFEST)
+                and not (folder / name).is_symlink()
+            ):
+                shutil.copyfile(folder / name, staged / name)
+        if (folder / "lora").is_dir():
+            _merge_lora(folder / "lora", staged)
+        shard(staged, max_shard_size)
+        if server == "vllm":
+            prepare_for_vllm(staged)
+        _write_texts(staged, record, repository, there, edited, license_given=bool(given))
+        if place.exists():
+            place.rename(Path(workspace) / "before")
+        staged.rename(place)
     return output
+
+
+def _edited_card(output: Path, repository: str) -> str | None:
+    """The card of a packaged folder that somebody edited there, with the metadata that packaging did not write; None for other cards.
+
+    Raises:
+        ValueError: if its metadata cannot be read.
+    """
+    file = output / "README.md"
+    if not file.is_file() or not (output / "config.json").is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    config = read_json(output / "config.json")
+    written, _ = split_card(make_card(read_run_record(output), config, 0, repository))  # the number stands in the text
+    try:
+        data, body = split_card(text)[0], body_of(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} (--overwrite_card writes it anew.)") from error
+    added = {name: value for name, value in data.items() if value != written.get(name)}
+    author = HAND if author_of(text) == HAND else GENERATED  # the text of another folder's card is still there
+    return join_card(added, body, author) if added or author == HAND else None
 
 
 def _check_weights(folder: Path) -> None:
@@ -202,14 +268,31 @@ def note_releases(output: Path, releases: dict[str, str], repository: str = PLAC
     )
 
 
-def _write_texts(output: Path, record: dict, repository: str, there: str | None, license_given: bool = False) -> None:
-    """Writes run record, card and manifest. An existing card keeps text edited by hand, and metadata of its own."""
+def _write_texts(
+    output: Path,
+    record: dict,
+    repository: str,
+    there: str | None,
+    edited: str | None = None,
+    license_given: bool = False,
+) -> None:
+    """Writes run record, card and manifest. An existing card keeps text edited by hand, and metadata of its own.
+
+    Args:
+        there: the card of the checkpoint's folder.
+        edited: the card that the packaged folder had before, if it was edited there: its text stays rather than that of `there`.
+    """
     write_run_record(output, record)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     card = make_card(record, config, parameter_count(output), repository)
-    (output / "README.md").write_text(
-        card if there is None else renewed_card(there, card, repository, license_given), encoding="utf-8"
-    )
+    if there is not None:
+        card = renewed_card(there, card, repository, license_given)
+    if edited is not None:
+        try:
+            card, _ = card_over(card, edited, license_given)
+        except ValueError as error:
+            raise ValueError(f"README.md: {error} (--overwrite_card writes it anew.)") from error
+    (output / "README.md").write_text(card, encoding="utf-8")
     write_manifest(output, changed=(RUN_RECORD, "README.md"))
 
 
@@ -228,6 +311,21 @@ def renewed_card(there: str, card: str, repository: str = PLACEHOLDER, license_g
     if author == GENERATED:
         return join_card(data, body, GENERATED)
     return join_card(data, body_of(there).replace(PLACEHOLDER, repository), FOLDER)
+
+
+def card_over(ours: str, there: str, license_given: bool) -> tuple[str, bool]:
+    """Makes the card to write over an existing one; also returns whether the existing text stays.
+
+    Raises:
+        ValueError: as `renewed_card`.
+    """
+    data, body = split_card(ours)
+    data = renewed_metadata(split_card(there)[0], data, license_given)
+    author, existing_author = author_of(ours), author_of(there)
+    replaced = existing_author == GENERATED or existing_author == author == FOLDER
+    if replaced or body_of(there) == body_of(ours):
+        return join_card(data, body, author), False
+    return join_card(data, body_of(there), HAND), True
 
 
 def write_manifest(folder: Path, changed: tuple[str, ...]) -> None:
@@ -282,6 +380,14 @@ def _merge_lora(lora: Path, output: Path) -> None:
         )
 
 
+def check_shard_size(size: str) -> None:
+    """Raises a `ValueError` if a text is no size of files."""
+    if not re.fullmatch(r"\s*(?=[\d.]*[1-9])\d*\.?\d+\s*[KMGT]B\s*", size, re.IGNORECASE):
+        raise ValueError(
+            f"--max_shard_size {size!r} is no size. Give a number above 0 with KB, MB, GB or TB, such as 5GB."
+        )
+
+
 def shard(folder: Path, max_shard_size: str) -> None:
     """Splits `model.safetensors` where it is larger than a shard may be."""
     file = folder / "model.safetensors"
@@ -307,6 +413,9 @@ def add_package_options(parser: argparse.ArgumentParser) -> None:
         help="Make a folder that this server can run: AutoModel is the base model there.",
     )
     parser.add_argument(
+        "--max_shard_size", default="5GB", help="Larger weights are split into files of this size. Default: 5GB."
+    )
+    parser.add_argument(
         "--license", help="Of the weights, by the Hub's name. Left out: the strictest of the backbones."
     )
     parser.add_argument("--license_name", help="With --license other: its name.")
@@ -318,9 +427,8 @@ def add_package_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description="Stages a checkpoint as a clean folder.")
-    parser.add_argument("folder", help="The output_dir of a stage.")
+    parser.add_argument("folder", help="The output_dir of a stage, or a packaged folder.")
     parser.add_argument("output", help="The clean folder.")
-    parser.add_argument("--max_shard_size", default="5GB")
     add_package_options(parser)
     options = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     try:

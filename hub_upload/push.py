@@ -1,7 +1,7 @@
 """Pushes a checkpoint or its export to the Hub: package, checks, one commit on the expected parent, checksums read back, tag.
 
     python hub_upload/push.py out/stage4 user/my-alignvlm [--public] [--tag v1] [--dry_run]
-    python hub_upload/push.py out/llava user/my-llava            # a folder of `alignvlm export`
+    python hub_upload/push.py out/llava user/my-llava            # a folder of `alignvlm export --to transformers`
     python hub_upload/push.py --space user/demo --model user/my-alignvlm    # the demo of a pushed checkpoint: see `space.py`
 
 The token is the client's own (`hf auth login`, or HF_TOKEN). Private by default. At any time the branch is either unchanged or
@@ -25,17 +25,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from hub_upload.card_text import (
-    FOLDER,
-    GENERATED,
-    HAND,
-    author_of,
-    body_of,
-    is_marked,
-    join_card,
-    renewed_metadata,
-    split_card,
-)
+from hub_upload.card_text import FOLDER, author_of, is_marked
 from hub_upload.checks import check, try_loading
 from hub_upload.command_line import ArgumentParser, run
 from hub_upload.commit import (
@@ -53,6 +43,7 @@ from hub_upload.commit import (
 from hub_upload.package import (
     MANIFEST,
     add_package_options,
+    card_over,
     files_of,
     is_allowed,
     note_releases,
@@ -60,7 +51,7 @@ from hub_upload.package import (
     read_manifest,
 )
 from hub_upload.space import main as push_a_space
-from hub_upload.stock import is_stock, package_stock
+from hub_upload.stock import is_stock, model_type_of, other_program, package_stock
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".pkl", ".tflite")
@@ -107,6 +98,11 @@ def push(
     check_name(repository)
     if create_pr and tag:
         raise PushError("A pull request has no commit to tag yet. Leave out --tag.")
+    if program := other_program(folder):
+        raise PushError(
+            f"{folder} is an export for {program}, and a push sends only what transformers loads. Upload the folder as it is: "
+            f"`hf upload {repository} {folder}{'' if private is False else ' --private'}`."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary) / "staged"
         try:
@@ -206,7 +202,7 @@ def _compare(
         as_pushed = listed.get(CARD) == hashlib.sha256(on_the_hub.encode()).hexdigest()
         if is_marked(on_the_hub) or not as_pushed:  # else written by a release that made no mark
             try:
-                card, kept = _card_for(card, on_the_hub, license_given)
+                card, kept = card_over(card, on_the_hub, license_given)
             except ValueError as error:
                 raise PushError(
                     f"The README.md of {repository}: {error} (--overwrite_card writes it anew.)"
@@ -247,10 +243,7 @@ def _check_kind(
         if weights := [name for name in there if name.endswith(WEIGHTS)]:
             raise PushError(f"{repository} holds weights that are no AlignVLM model's ({weights[0]}). {advice}")
         return False
-    try:
-        kind = json.loads(config).get("model_type")
-    except (ValueError, AttributeError):
-        kind = None
+    kind = model_type_of(config)
     if kind != json.loads((staged / "config.json").read_text(encoding="utf-8"))["model_type"]:
         raise PushError(
             f"{repository} holds a model of another kind (model_type {kind!r} in its config.json). {advice}"
@@ -260,17 +253,6 @@ def _check_kind(
             f"{repository} holds a model that was not pushed from here (its {MANIFEST} lists none). {advice}"
         )
     return True
-
-
-def _card_for(ours: str, on_the_hub: str, license_given: bool) -> tuple[str, bool]:
-    """Makes the card to push over an existing one; also returns whether the existing text stays."""
-    data, body = split_card(ours)
-    data = renewed_metadata(split_card(on_the_hub)[0], data, license_given)
-    author, on_the_hubs_author = author_of(ours), author_of(on_the_hub)
-    replaced = on_the_hubs_author == GENERATED or on_the_hubs_author == author == FOLDER
-    if replaced or body_of(on_the_hub) == body_of(ours):
-        return join_card(data, body, author), False
-    return join_card(data, body_of(on_the_hub), HAND), True
 
 
 def _with_hash(staged: Path, card: bytes) -> bytes:
@@ -286,7 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         description="Pushes a checkpoint or its export to the Hub. `push.py --space --help` is about the demo as a Space."
     )
-    parser.add_argument("folder", help="The output_dir of a stage, or a folder of `alignvlm export`.")
+    parser.add_argument(
+        "folder",
+        help="The output_dir of a stage, or a folder of `alignvlm export --to transformers` (other exports: `hf upload`).",
+    )
     parser.add_argument("repository", help="user/name")
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", dest="private", action="store_true", default=True, help="The default.")
@@ -301,7 +286,6 @@ def main(argv: list[str] | None = None) -> None:
         help="Delete all files of the repository that are not the checkpoint's.",
     )
     add_package_options(parser)
-    parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--message", help="Of the commit.")
     options = vars(parser.parse_args(arguments))
     try:

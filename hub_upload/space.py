@@ -39,6 +39,7 @@ from hub_upload.commit import (
 )
 from hub_upload.package import MANIFEST, files_of, read_manifest, write_manifest
 from hub_upload.shared_files import shared_folder
+from hub_upload.stock import OUR_TYPE, model_type_of
 
 
 APP = ("README.md", "app.py", "requirements.txt")
@@ -179,9 +180,10 @@ def push_space(
 
 
 def _check_model(name: str) -> None:
-    """Raises a `PushError` if the Hub has no such model."""
+    """Raises a `PushError` if the Hub has no such model, or one that the app does not load."""
+    api = HfApi()
     try:
-        patiently(lambda: HfApi().model_info(name), name)
+        commit = patiently(lambda: api.model_info(name), name).sha
     except PushError as error:
         if not isinstance(error.__cause__, RepositoryNotFoundError):
             raise
@@ -189,6 +191,16 @@ def _check_model(name: str) -> None:
             f"The Hub has no model {name!r} that this token may read, so the Space would show nothing. Push it first: "
             f"push.py FOLDER {name}."
         ) from error
+    found = ": it has no config.json"
+    if "config.json" in files_at(api, name, commit):
+        kind = model_type_of(read_at(api, name, commit, "config.json"))
+        if kind == OUR_TYPE:
+            return
+        found = f" but a model of type {kind!r}"
+    raise PushError(
+        f"{name!r} is no checkpoint of AlignVLM{found}. The demo shows checkpoints only: name a repository that `push.py FOLDER "
+        "USER/NAME` made of one."
+    )
 
 
 def _compare(api: SpaceApi, repository: str, commit: str, staged: Path, delete_others: bool) -> Change:

@@ -10,11 +10,14 @@ from pathlib import Path
 from hub_upload.card import PLACEHOLDER
 from hub_upload.card_text import FOLDER, GENERATED, author_of, body_of, join_card, split_card
 from hub_upload.licences import FIELDS, given_licence
-from hub_upload.package import files_of, is_allowed, shard, weights_of, write_manifest
+from hub_upload.package import check_shard_size, files_of, is_allowed, shard, weights_of, write_manifest
 from hub_upload.run_record import RUN_RECORD
 
 
 NEEDED = ("README.md", "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+OUR_TYPE = "alignvlm"
+# The files of exports that transformers does not load, and the programs that do.
+OTHER_PROGRAMS = {"*.gguf": "llama.cpp", "onnx/*.onnx": "ONNX Runtime and transformers.js"}
 
 
 def is_stock(folder: str | Path) -> bool:
@@ -23,7 +26,22 @@ def is_stock(folder: str | Path) -> bool:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") not in (None, "alignvlm") and "auto_map" not in config
+    return isinstance(config, dict) and config.get("model_type") not in (None, OUR_TYPE) and "auto_map" not in config
+
+
+def model_type_of(config: str) -> str | None:
+    """The `model_type` in the text of a config.json; None if it names none."""
+    try:
+        return json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
+        return None
+
+
+def other_program(folder: str | Path) -> str | None:
+    """The program that an export is for, if it has no weights that transformers loads; None for all other folders."""
+    if weights_of(Path(folder)):
+        return None
+    return next((program for files, program in OTHER_PROGRAMS.items() if any(Path(folder).glob(files))), None)
 
 
 def package_stock(
@@ -43,13 +61,15 @@ def package_stock(
 
     Raises:
         FileNotFoundError: if the folder is not a complete export.
-        ValueError: if the licence is not known, or the card has metadata that cannot be read.
+        ValueError: if the licence is not known, `max_shard_size` is no size, or the card has metadata that cannot be read.
     """
     folder, output = Path(folder), Path(output)
+    check_shard_size(max_shard_size)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing or not weights_of(folder):
         raise FileNotFoundError(
-            f"{folder} is not a complete export: {', '.join(missing) or 'its weights'} missing. Give a folder of `alignvlm export`."
+            f"{folder} is not a complete export: {', '.join(missing) or 'its weights'} missing. Give a folder of `alignvlm export "
+            "--to transformers`."
         )
     text = (folder / "README.md").read_text(encoding="utf-8")
     try:

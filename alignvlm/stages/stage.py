@@ -59,7 +59,7 @@ from alignvlm.stages.tiles import cut_images
 from alignvlm.stages.trainer import AlignVLMTrainer, StageTrainer
 from alignvlm.stages.weights import HELD, WRITTEN, asked_for
 from hub_upload.commit import free_tag, is_public
-from hub_upload.licences import licence_of
+from hub_upload.licences import given_licence, licence_of
 from hub_upload.push import push
 from hub_upload.repository import commit_of
 from hub_upload.run_record import library_versions, read_run_record
@@ -335,8 +335,8 @@ def _step_of(arguments: StageArguments) -> str:
 
 
 def _check_push(arguments: StageArguments, record: dict[str, Any]) -> None:
-    """Asks for the licence that a push needs before anything is trained, if it is not known."""
-    if arguments.push_to and not arguments.push_license:
+    """Asks for the licence that a push needs before anything is trained, if it is not known or not one that the Hub knows."""
+    if arguments.push_to and not given_licence(arguments.push_license):
         licence_of(record)
 
 

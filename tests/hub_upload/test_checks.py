@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hub_upload.checks import check, main
 from hub_upload.code_rules import read_code
 from hub_upload.inspect import describe, inspect
+from hub_upload.inspect import main as inspect_main
 from hub_upload.package import MANIFEST, files_of, package, sha256_of
 
 
@@ -316,3 +317,15 @@ def test_inspecting_a_folder_without_running_it(packaged, folder, tmp_path):
     ):
         assert expected in text
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["out/quickstart/stage9", "out/stage9"])
+def test_a_folder_to_inspect_that_is_not_there_is_told(name):
+    """The second could be a repository, and the Hub does not answer."""
+    with pytest.raises(SystemExit, match=rf"^error: No such folder: '{name}' \(looked for in "):
+        inspect_main([name])
+
+
+def test_a_folder_has_no_revision_to_inspect(tmp_path):
+    with pytest.raises(SystemExit, match="The revision 'v1' would be of a repository, but this is a folder here"):
+        inspect_main([str(tmp_path), "--revision", "v1"])

@@ -319,6 +319,14 @@ def test_a_repository_that_cannot_be_seen_is_told(lfs_hub, lfs_client, staged):
     lfs_hub.faults.clear()
 
 
+def test_what_cannot_be_inspected_is_told(lfs_hub, lfs_client):
+    with pytest.raises(ClientError, match=r"^FileNotFoundError: No such folder: 'stage/nine' .* the Hub "):
+        lfs_client("hub_upload.inspect:inspect", "stage/nine")
+    lfs_hub.create("user/code")  # no model, and read all the same
+    put(lfs_hub, "user/code", code__py="import socket\n")
+    assert [file["name"] for file in lfs_client("hub_upload.inspect:inspect", "user/code")["files"]] == ["code.py"]
+
+
 def test_what_the_hub_says_is_told(lfs_hub, lfs_client, staged, tmp_path):
     lfs_hub.faults[:] = [{"method": "POST", "path": "/tag/", "status": 400}]
     with pytest.raises(ClientError, match=r"The Hub does not take this. \(HTTP 400, it said: a fault of the test"):

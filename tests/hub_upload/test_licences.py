@@ -12,7 +12,7 @@ from alignvlm.stages.backbones import BackboneArguments, assemble
 from alignvlm.stages.stage import main as run_stage
 from hub_upload.card import make_card
 from hub_upload.checks import check
-from hub_upload.licences import ORDER, given_licence, licence_of, read_licence, strictest
+from hub_upload.licences import ORDER, OWN_TERMS, given_licence, licence_of, read_licence, strictest
 from hub_upload.package import package
 from hub_upload.push import PushError, push
 from tests.running import arguments_for
@@ -137,9 +137,46 @@ def test_a_licence_that_is_given_wins_and_is_whole(checkpoint, tmp_path):
     assert check(tmp_path / "out", load=False) == []
 
 
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("foo", "--license other"),
+        ("Apache-2.0", "apache-2.0"),
+        ("apache 2", "apache-2.0"),
+        ("llama-3.2", "llama3.2"),
+        ("unknown", "--license other"),
+        ("", None),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_is_refused(checkpoint, tmp_path, name, nearest):
+    if nearest is None:
+        assert given_licence(name) is None
+        return
+    message = rf"license '{name}' is not on the Hub's list.*{nearest}"
+    for refused in (lambda: package(checkpoint, tmp_path / "out", license=name), lambda: given_licence(name)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    with pytest.raises(PushError, match=message):
+        push(checkpoint, "user/unknown", license=name)
+    # In a card edited by hand, too.
+    out = package(checkpoint, tmp_path / "out")
+    (out / "README.md").write_text((out / "README.md").read_text().replace("license: apache-2.0", f"license: {name}"))
+    assert any(
+        f"README.md: license '{name}' is not on the Hub's list" in problem for problem in check(out, load=False)
+    )
+
+
+def test_each_licence_of_the_order_may_be_given():
+    for name in (*ORDER, *OWN_TERMS):
+        assert given_licence(name, *(("n", "https://a/b") if name == "other" else ()))["license"] == name
+    assert not set(ORDER) & set(OWN_TERMS) and "unknown" not in OWN_TERMS
+
+
 def test_a_stage_that_pushes_asks_for_the_licence_before_it_trains(checkpoint, tmp_path):
     mine = Path(shutil.copytree(checkpoint, tmp_path / "mine"))
     (mine / "alignvlm_run.json").write_text(json.dumps({"stages": []}))
     fields = {"projector_learning_rate": 1e-3, "push_to": "user/x"}
     with pytest.raises(ValueError, match=r"No licence is on record.*push_license"):
         run_stage(arguments_for(mine, tmp_path / "out", **fields))
+    with pytest.raises(ValueError, match=r"license 'aache-2.0' is not on the Hub's list .*apache-2.0"):
+        run_stage(arguments_for(mine, tmp_path / "out", **fields, push_license="aache-2.0"))

@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alignvlm.evaluation.judge import METRICS, headlines_of, load_metric, numbers_of
 from alignvlm.stages.checkpoint import save_checkpoint
@@ -88,6 +88,37 @@ def test_made_twice_it_is_the_same(trained, packaged, tmp_path):
     assert all((again / name).read_bytes() == (packaged / name).read_bytes() for name in files_of(again))
     package(trained, again, repository="user/my-model")  # into the folder of before
     assert all((again / name).read_bytes() == (packaged / name).read_bytes() for name in files_of(packaged))
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+def test_packaged_again_it_keeps_its_results(trained, packaged, tmp_path, size):
+    first = package(trained, tmp_path / "first", size, repository="user/my-model")
+    again = package(first, tmp_path / "again", size, repository="user/my-model")
+    assert files_of(again) == files_of(first) and "`cider`: CIDEr-D." in (again / "README.md").read_text()
+    assert all((again / name).read_bytes() == (first / name).read_bytes() for name in files_of(first))
+    # In other files, too, the weights are those that were measured.
+    other = package(packaged, tmp_path / "other", "60KB" if size == "5GB" else size, repository="user/my-model")
+    assert (other / "README.md").read_bytes() == (first / "README.md").read_bytes()
+    # Measured again, the new result takes the place of the old one; others stand beside it.
+    (first / "results").mkdir()
+    newer = {"metrics": {"cider": {"cider": 0.5, "count": 5}}}
+    for name, fields in {"coco_captions": newer, "nocaps": {**newer, "task": "nocaps"}}.items():
+        (first / f"results/{name}.json").write_text(json.dumps(result_for(first, **fields)))
+    results = json.loads((package(first, again) / "alignvlm_run.json").read_text())["results"]
+    assert [(each["task"], each["metrics"]["cider"]["cider"]) for each in results] == [
+        ("coco_captions", 0.5),
+        ("nocaps", 0.5),
+    ]
+
+
+def test_results_of_other_weights_are_not_kept(packaged, tmp_path):
+    mine = shutil.copytree(packaged, tmp_path / "mine")
+    weights = load_file(mine / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    out = package(mine, tmp_path / "out")
+    assert json.loads((out / "alignvlm_run.json").read_text())["results"] == []
+    assert "None are on record for these weights" in (out / "README.md").read_text()
 
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "bos_token_id": None}
@@ -198,6 +229,8 @@ def test_a_card_of_hub_backbones_and_data(packaged):
         ("daquar", 0.2),
         ("vqa_rad", 0.3),
     ]
+    assert 'ask("photo.jpg", "[vqa] Write a short caption.")' in text and '"[vqa] How many are there?"' in text
+    assert 'ask("photo.jpg", "Write a short caption.")' in (packaged / "README.md").read_text()
     untrained = make_card({"stages": []}, config, 10)
     assert "its projector has random weights" in untrained
 
@@ -228,6 +261,59 @@ def test_a_card_edited_in_the_folder_keeps_its_text(checkpoint, make_model, proc
     assert readme.read_text().endswith("Mine") and (mine / "alignvlm_run.json").is_file()
     with pytest.raises(ValueError, match=r"(?s)README.md: its metadata are no YAML.*--overwrite_card writes it anew"):
         package(mine, tmp_path / "out")
+
+
+def test_a_card_edited_in_the_packaged_folder_is_kept(checkpoint, tmp_path):
+    """Text and metadata of one's own stay however often it is packaged; what packaging itself wrote is renewed."""
+    out = package(checkpoint, tmp_path / "out", license="cc-by-nc-4.0")
+    written = (out / "README.md").read_text()
+    fresh = (package(checkpoint, out) / "README.md").read_text()
+    assert (
+        "license: apache-2.0" in fresh and (package(checkpoint, tmp_path / "other") / "README.md").read_text() == fresh
+    )
+    edited = fresh.replace("tags:", "thumbnail: cat.png\ntags:\n- cats")
+    for text in (edited, edited.replace("## Limits and risks", "## My cat's limits")):
+        (out / "README.md").write_text(text)
+        for _ in range(3):
+            package(checkpoint, out)
+            found = (out / "README.md").read_text()
+            front = yaml.safe_load(found.split("---")[1])
+            assert front["thumbnail"] == "cat.png" and "cats" in front["tags"] and front["license"] == "apache-2.0"
+            assert check(out, load=False) == []
+        assert ("My cat's limits" in found) == ("My cat's limits" in text) and ("Limits and risks" in found) == (
+            text is edited
+        )
+    # That of the packaged folder stays, as that on the Hub does; a licence that is given is written.
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    (mine / "README.md").write_text(
+        (mine / "README.md").read_text().replace("## Limits and risks", "## My dog's limits")
+    )
+    text = (package(mine, out, license="cc-by-nc-4.0") / "README.md").read_text()
+    assert "My cat's limits" in text and "My dog" not in text and "license: cc-by-nc-4.0" in text
+    (out / "README.md").write_text("---\nlicense: [\n---\nMine")
+    with pytest.raises(ValueError, match=r"(?s)out/README.md: its metadata are no YAML.*\(--overwrite_card"):
+        package(checkpoint, out)
+    assert package(checkpoint, out, license="cc-by-nc-4.0", overwrite_card=True)
+    assert (out / "README.md").read_text() == written
+
+
+@pytest.mark.parametrize("size", ["3", "5GiB", "GB", "0GB", "-1GB"])
+def test_a_packaging_that_fails_leaves_what_was_there(trained, tmp_path, size):
+    out = package(trained, tmp_path / "out")
+    before = {name: (out / name).read_bytes() for name in files_of(out)}
+    with pytest.raises(ValueError, match=rf"max_shard_size '{size}' is no size.* such as 5GB"):
+        package(trained, out, max_shard_size=size)
+    lora = shutil.copytree(trained, tmp_path / "lora")
+    (lora / "lora").mkdir()  # found when everything else is there
+    (lora / "lora/adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
+    weights = {f"base_model.model.none.lora_{half}.weight": torch.zeros(1, 1) for half in "AB"}
+    save_file(weights, lora / "lora/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="LoRA weights of layers the checkpoint does not have"):
+        package(lora, out)
+    assert {name: (out / name).read_bytes() for name in files_of(out)} == before
+    with pytest.raises(ValueError, match="max_shard_size"):
+        package(trained, tmp_path / "new", max_shard_size=size)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "out"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import yaml
 from hub_upload.package import files_of
 from hub_upload.space import check_space, modules_of_the_app, package_space
 from tests.hub_client import Client, ClientError
+from tests.hub_upload.test_hub import put
 from tests.loopback_hub import LoopbackHub
 
 
@@ -23,6 +24,11 @@ BASE = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.enviro
 @pytest.fixture
 def staged(tmp_path) -> Path:
     return package_space(tmp_path / "staged", ["user/model"])
+
+
+def put_model(hub: LoopbackHub, name: str, kind: str) -> None:
+    hub.create(name)
+    put(hub, name, config__json=json.dumps({"model_type": kind}))
 
 
 def metadata(text: str) -> dict:
@@ -86,8 +92,17 @@ def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
             with pytest.raises(ClientError, match="has no model 'user/model' that this token may read"):
                 client(push, "user/demo", ["user/model"])
             assert "spaces/user/demo" not in hub.repositories
+            with pytest.raises(ClientError, match=r"'user/empty' is no checkpoint of AlignVLM: it has no config.json"):
+                hub.create("user/empty")
+                client(push, "user/demo", ["user/empty"])
             for name in ("user/model", "user/other"):
-                hub.create(name)
+                put_model(hub, name, "alignvlm")
+            put_model(hub, "user/llava", "llava")
+            for models in (["user/llava"], ["user/model", "user/llava"]):
+                said = "'user/llava' is no checkpoint of AlignVLM but a model of type 'llava'.*The demo shows checkpoints only"
+                with pytest.raises(ClientError, match=said):
+                    client(push, "user/demo", models)
+            assert "spaces/user/demo" not in hub.repositories
             dry = client(push, "user/demo", ["user/model"], dry_run=True)
             assert dry["commit"] is None and "spaces/user/demo" not in hub.repositories
             pushed = client(push, "user/demo", ["user/model"])
@@ -146,7 +161,7 @@ def test_the_command_pushes_a_space(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode and "--model" in done.stderr
         command += ["--model", "user/model", "--public"]
-        hub.create("user/model")
+        put_model(hub, "user/model", "alignvlm")
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"Public: {hub.url}/spaces/user/demo" in done.stdout

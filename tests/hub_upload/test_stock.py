@@ -13,6 +13,7 @@ from alignvlm.export.export import export
 from alignvlm.stages.checkpoint import save_checkpoint
 from hub_upload.checks import check
 from hub_upload.package import MANIFEST, files_of, package
+from hub_upload.push import PushError, push
 from hub_upload.stock import is_stock, package_stock
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.hub_client import Client, ClientError
@@ -138,7 +139,7 @@ def test_a_folder_that_fails_the_checks_is_not_sent(hub, client, mine, case):
         said = "weights do not match the configuration: missing_keys"
     elif case == "incomplete":
         (mine / "tokenizer.json").unlink()
-        said = "is not a complete export: tokenizer.json missing. Give a folder of `alignvlm export`"
+        said = "is not a complete export: tokenizer.json missing. Give a folder of `alignvlm export --to transformers`"
     else:
         values = json.loads((mine / "tokenizer_config.json").read_text())
         values["auto_map"] = {"AutoTokenizer": ["someone/else--tokenization.Tokenizer", None]}
@@ -147,6 +148,23 @@ def test_a_folder_that_fails_the_checks_is_not_sent(hub, client, mine, case):
     with pytest.raises(ClientError, match=said):
         client("hub_upload.push:push", mine, f"user/bad-{case}")
     assert f"user/bad-{case}" not in hub.repositories
+
+
+@pytest.mark.parametrize("form, program", [("onnx", "ONNX Runtime and transformers.js"), ("gguf", "llama.cpp")])
+def test_an_export_for_another_program_is_refused_with_the_way_to_upload_it(mine, tmp_path, form, program):
+    """By the files that `alignvlm export` writes, which tests/export makes."""
+    (mine / "model.safetensors").unlink()
+    if form == "onnx":
+        (mine / "onnx").mkdir()
+        (mine / "onnx/decoder_model_merged.onnx").write_bytes(b"")
+    else:
+        mine = tmp_path / "gguf"
+        mine.mkdir()
+        for name in ("gguf-F16.gguf", "mmproj-gguf-F16.gguf"):
+            (mine / name).write_bytes(b"GGUF")
+    said = rf"is an export for {program}, .*`hf upload user/x {mine} --private`"
+    with pytest.raises(PushError, match=said):
+        push(mine, "user/x")
 
 
 def test_code_beside_it_is_found_by_the_checks(mine, tmp_path):
