@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 from PIL import Image
 
 from alignvlm.data.images import MAX_PIXELS, read_sent_image
+from alignvlm.evaluation.load import with_tag
 
 
 IMAGE_PARTS = ("image_url", "input_image")
@@ -375,4 +376,22 @@ def messages_with_images(messages: list[dict]) -> list[dict]:
         further = {name: value for name, value in further.items() if value is not None}
         role = "system" if message["role"] == "developer" else message["role"]  # its name since 2024
         converted.append({**further, "role": role, "content": parts})
+        texts = [part for part in parts if part["type"] == "text"]
+        if role == "assistant" and texts:  # as the answers in training data
+            texts[0]["text"] = texts[0]["text"].lstrip()
+            texts[-1]["text"] = texts[-1]["text"].rstrip()
     return converted
+
+
+def with_source_tag(tag: str, messages: list[dict]) -> list[dict]:
+    """The messages that the processor takes, as the checkpoint's recipe wants them at evaluation: with its source tag before the user's first
+    text, as in training, unless the visitor has written it there."""
+    first = next((message["content"] for message in messages if message["role"] == "user"), None)
+    if not tag or first is None:
+        return messages
+    text = next((part for part in first if part["type"] == "text"), None)
+    if text is None:
+        first.append({"type": "text", "text": tag})
+    elif not f"{text['text']} ".startswith(f"{tag} "):
+        text["text"] = with_tag(tag, text["text"])
+    return messages

@@ -68,7 +68,7 @@ class Chat:
 
     Args:
         model, processor: an AlignVLM checkpoint's, as the Auto classes load them.
-        tag: the source tag before each message of the user.
+        tag: the source tag before the user's first message, as in training (`Conversation.with_prefix`).
         max_new_tokens: where an answer is cut off, or where the model's context ends.
     """
 
@@ -90,7 +90,8 @@ class Chat:
         """
         _check_text(text)
         images = [{"type": "image", "image": image} for image in self.images]
-        content = [*images, {"type": "text", "text": with_tag(self.tag, text)}]
+        text = text if self.messages else with_tag(self.tag, text)
+        content = [*images, {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -79,7 +79,9 @@ class Decoding:
         return options
 
 
-class _StopWhen(StoppingCriteria):
+class StopWhen(StoppingCriteria):
+    """Stops an answer when an event is set."""
+
     def __init__(self, event: threading.Event):
         self.event = event
 
@@ -115,8 +117,8 @@ class DemoModel:
         return sorted(kept, key=lambda name: name != self.mask_type)
 
     def asked(self, talk: Talk, text: str) -> Talk:
-        """Adds the user's message as the checkpoint's recipe wants it at evaluation."""
-        return talk.with_user(with_tag(self.tag, text))
+        """Adds the user's message as the checkpoint's recipe wants it at evaluation: the first with its source tag."""
+        return talk.with_user(text if talk.messages else with_tag(self.tag, text))
 
     def stream(self, talk: Talk, images: Sequence[Image.Image], decoding: Decoding) -> Iterator[str]:
         """Yields the answer to a conversation's last message, longer each time; under beam search it comes at once.
@@ -150,7 +152,7 @@ class DemoModel:
                             **inputs,
                             **options,
                             streamer=streamer if options["num_beams"] == 1 else None,
-                            stopping_criteria=[_StopWhen(stop)],
+                            stopping_criteria=[StopWhen(stop)],
                         )
             except Exception as error:  # of another thread: raised below
                 result["error"] = error

@@ -201,7 +201,7 @@ def test_an_image_is_described_and_a_second_question_answered_in_its_context(app
     for seed, visitor in enumerate((first, second)):
         assert shown[visitor][-1]["success"], shown[visitor][-1]
         caption = expected(model, [photo(seed)], f"VQA: {CAPTION_PROMPT}")
-        reply = expected(model, [photo(seed)], f"VQA: {CAPTION_PROMPT}", caption, "VQA: Why?")
+        reply = expected(model, [photo(seed)], f"VQA: {CAPTION_PROMPT}", caption, "Why?")
         text = json.dumps(visitor.ask("Why?"), ensure_ascii=False)
         assert json.dumps(reply, ensure_ascii=False)[1:-1] in text and "Why?" in text and "VQA:" not in text
 

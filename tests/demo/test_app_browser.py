@@ -84,8 +84,8 @@ def test_a_visitor_adds_an_image_asks_twice_and_sees_where_the_model_looked(visi
 
     visit.fill("#question textarea, #question input", "Why?")
     visit.click("#ask")
-    reply = expected(model, [photo(1)], f"VQA: {CAPTION_PROMPT}", caption, "VQA: Why?", max_new_tokens=128)
-    assert answers(visit, 4)[3].split() == reply.split()
+    reply = expected(model, [photo(1)], f"VQA: {CAPTION_PROMPT}", caption, "Why?", max_new_tokens=128)
+    assert answers(visit, 4)[3].split() == reply.replace("\0", "").split()  # which no page shows
 
     visit.click("#words0 label >> nth=0")
     visit.wait_for_selector("#looked0 img")

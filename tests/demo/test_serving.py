@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,9 +19,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from demo.visitors import Limits, fetch, is_public, read_visitors_image
+from alignvlm.evaluation.load import load_checkpoint
+from alignvlm.stages import stage
+from demo.serve import main
+from demo.visitors import Limits, fetch, is_public, messages_with_images, read_visitors_image
+from tests.running import arguments_for
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +113,52 @@ def ask_with_urls(checkpoint, tmp_path_factory):
     """Posts to a server that fetches images from public addresses."""
     with serving(checkpoint, tmp_path_factory.mktemp("urls"), "--allow_url_images") as post:
         yield post
+
+
+@pytest.fixture(scope="module")
+def apart(speaking, tmp_path_factory) -> Path:
+    """A checkpoint that keeps LoRA weights apart, and whose prompts begin with a tag."""
+    folder = tmp_path_factory.mktemp("apart") / "stage3"
+    fields = {"lora_r": 4, "lora_alpha": 8.0, "lora_merge": False, "evaluation_tag": "[vqa]"}
+    stage.main(arguments_for(speaking, folder, **fields, language_learning_rate=1e-2, max_steps=20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask_apart(apart, tmp_path_factory):
+    """Posts to a server of the checkpoint with LoRA weights and a tag."""
+    with serving(apart, tmp_path_factory.mktemp("lora")) as post:
+        yield post
+
+
+@pytest.fixture(scope="module")
+def ask_endless(checkpoint, tmp_path_factory):
+    """Posts to a server whose answers end only after as many tokens as were asked for."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("endless") / "stage0")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": None}))
+    with serving(folder, folder.parent, "--max_new_tokens", "30000") as post:
+        yield post
+
+
+@pytest.fixture(scope="module")
+def computed(apart):
+    """A function from messages to their number of tokens and the answer as it is decoded, without a server."""
+    model, processor, _ = load_checkpoint(str(apart), torch.device("cpu"))
+
+    def compute(*messages: dict, max_new_tokens: int = 12) -> tuple[int, str]:
+        inputs = processor.apply_chat_template(
+            messages_with_images(messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        return length, processor.decode(output[0, length:], skip_special_tokens=True)
+
+    return compute
 
 
 @contextmanager
@@ -548,6 +601,145 @@ def test_the_responses_endpoint_explains_too(ask):
         status, answer = ask("/v1/responses", body)
         assert status == expected, answer
     assert "truncated" in answer["error"]["message"]
+
+
+def served(post, *messages: dict) -> tuple[int, str]:
+    """What `computed` gives, of the server."""
+    status, answer = post("/v1/chat/completions", {"messages": messages, "max_tokens": 12})
+    assert status == 200, answer
+    return answer["usage"]["prompt_tokens"], text_of(answer)
+
+
+def of(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+ASKED = "[vqa] Write a short caption."
+
+
+def test_lora_weights_that_lie_apart_are_served_too(ask_apart, computed, speaking):
+    model, processor, _ = load_checkpoint(str(speaking), torch.device("cpu"))
+    differ = []
+    for text in (ASKED, "[vqa] What is shown?", "[vqa] Describe it.", "[vqa] What color is the circle?"):
+        length, answer = computed(of("user", text))
+        assert served(ask_apart, of("user", text)) == (length, answer.strip())
+        inputs = processor.apply_chat_template(
+            [of("user", text)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        without = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, length:]
+        differ.append(processor.decode(without, skip_special_tokens=True) != answer)
+    assert any(differ)  # or this would show nothing
+
+
+def test_several_turns_give_the_prompt_of_training(ask_apart, computed):
+    first, then = of("user", ASKED), of("user", "How many are red?")
+    answer = computed(first)[1]
+    assert answer.startswith(" ")  # or this would show nothing
+    assert served(ask_apart, first)[1] == answer.strip()
+    length, further = computed(first, of("assistant", answer.strip()), then)
+    for sent in (answer.strip(), answer, f"{answer}\n "):
+        assert served(ask_apart, first, of("assistant", sent), then) == (length, further.strip()), sent
+    parts = {"role": "assistant", "content": [{"type": "text", "text": part} for part in (" two", "red ")]}
+    plain = {"role": "assistant", "content": [{"type": "text", "text": part} for part in ("two", "red")]}
+    assert served(ask_apart, first, parts, then) == served(ask_apart, first, plain, then)
+    items = [{**first}, {"role": "assistant", "content": [{"type": "output_text", "text": answer}]}, then]
+    _, response = ask_apart("/v1/responses", {"input": items, "max_output_tokens": 12})
+    assert (response["usage"]["input_tokens"], text_of(response)) == (length, further.strip())
+
+
+def test_a_stream_has_no_white_space_around_the_answer_and_a_continued_text_keeps_its_own(ask_apart, computed, apart):
+    import openai
+
+    answer = computed(of("user", ASKED), max_new_tokens=40)[1]
+    assert answer.startswith(" ") and " " in answer.strip()
+    with openai.OpenAI(base_url=f"{ask_apart.url}/v1", api_key="none", max_retries=0) as client:
+        chunks = client.chat.completions.create(
+            model=str(apart), messages=[of("user", ASKED)], max_tokens=40, stream=True
+        )
+        assert "".join(each.choices[0].delta.content or "" for each in chunks) == answer.strip()
+        events = client.responses.create(model=str(apart), input=ASKED, max_output_tokens=40, stream=True)
+        deltas = [each.delta for each in events if each.type == "response.output_text.delta"]
+        assert "".join(deltas) == answer.strip()
+        given = {"model": str(apart), "prompt": "User: Which shapes are there? Assistant:", "max_tokens": 12}
+        continued = client.completions.create(**given).choices[0].text
+        assert continued.startswith(" ")
+        chunks = client.completions.create(**given, stream=True)
+        assert "".join(each.choices[0].text for each in chunks) == continued
+
+
+def test_the_tag_of_the_checkpoint_stands_before_the_users_first_text(ask_apart, computed):
+    shape, count = (of("user", text) for text in ("Which shape is it?", "How many?"))
+    tagged = of("user", "[vqa] Which shape is it?")
+    length, answer = computed(tagged)
+    assert served(ask_apart, shape) == served(ask_apart, tagged) == (length, answer.strip())
+    system, reply = of("system", "Be brief."), of("assistant", "two")
+    for before in ([], [system]):
+        length, answer = computed(*before, tagged, reply, count)
+        assert served(ask_apart, *before, shape, reply, count) == (length, answer.strip())
+    like_it = of("user", "[vqa]s are what?")
+    assert served(ask_apart, like_it)[0] == computed(of("user", "[vqa] [vqa]s are what?"))[0]
+    image = Image.open(io.BytesIO(PNG))
+    shown = {"role": "user", "content": [{"type": "image_url", "image_url": image}]}
+    length, answer = computed({**shown, "content": [*shown["content"], {"type": "text", "text": "[vqa]"}]})
+    assert served(ask_apart, user(IMAGE)) == (length, answer.strip())
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_model_stops_when_the_visitor_leaves(ask_endless, endpoint, stream):
+    """Its answer would take a minute and more, and the next one waits for it."""
+    (asked, value), (limit, _) = ENDPOINTS[endpoint].items()
+    host, port = ask_endless.url.removeprefix("http://").split(":")
+    body = json.dumps({asked: value, limit: 30_000, "stream": stream}).encode()
+    head = (
+        f"POST {endpoint} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=2) as visitor:
+        visitor.sendall(head.encode() + body)
+        if not stream:
+            with pytest.raises(TimeoutError):
+                visitor.recv(1)
+        elif visitor.recv(1):
+            time.sleep(1)
+    begun = time.monotonic()
+    assert ask_endless("/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+    assert time.monotonic() - begun < 10
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_told_in_a_sentence(speaking, tmp_path):
+    pytest.importorskip("fastapi")
+    cut = shutil.copytree(speaking, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 20_000)
+    lacking = shutil.copytree(speaking, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    save_file(dict(list(weights.items())[:-1]), lacking / "model.safetensors", metadata={"format": "pt"})
+    for given, sentence in (
+        (["no/such/folder"], "No such folder: 'no/such/folder'"),
+        ([str(tmp_path)], "Models lie in its folders cut, lacking: name one."),
+        ([str(cut)], "cannot be read"),
+        ([str(lacking)], "lacks 1 of the model's weights"),
+        ([str(speaking), "--dtype", "nothing"], "'nothing'"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "demo/serve.py"), *given, "--device", "cpu"],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr, (given, ended.stderr)
+        last = ended.stderr.splitlines()[-1]
+        assert last.startswith("error: ") and sentence in last, (given, last)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--max_new_tokens", "0"), ("--max_image_mb", "-5"), ("--max_requests", "0"), ("--port", "99999")],
+)
+def test_limits_that_nothing_could_pass_are_refused(option, value):
+    with pytest.raises(SystemExit, match=f"error: argument {option}: '{value}' is no"):
+        main(["checkpoint", f"{option}={value}"])
 
 
 def test_what_openai_s_client_sends_unasked_is_taken(ask, checkpoint):

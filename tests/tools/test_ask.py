@@ -102,7 +102,13 @@ def test_the_checkpoint_s_tag_goes_before_the_prompt(model, loaded_processor, ta
     )
     assert capsys.readouterr().out == with_tag + "\n" != without + "\n"
     _, told, _ = talk(monkeypatch, capsys, tagged, ["What is it?"])
-    assert told == generated(model, loaded_processor, [of_user("scenes What is it?")]).strip()
+    asked = [of_user("scenes What is it?")]
+    assert told == generated(model, loaded_processor, asked).strip()
+    # As in training, a later message has none.
+    asked += [{"role": "assistant", "content": [{"type": "text", "text": told}]}, of_user("And where?")]
+    _, _, told, _ = talk(monkeypatch, capsys, tagged, ["What is it?", "And where?"])
+    assert told == generated(model, loaded_processor, asked).strip()
+    assert told != generated(model, loaded_processor, [*asked[:2], of_user("scenes And where?")]).strip()
 
 
 def test_two_turns_give_the_text_of_generating_from_scratch(
