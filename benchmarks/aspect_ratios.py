@@ -13,7 +13,6 @@ FOLDER is that of `questions_alone.py`, MOBILENET a folder of transformers (or H
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,10 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/aspect_ratios.py`
 
-from alignvlm.evaluation.judge import compare
-from alignvlm.evaluation.questions import EvaluationSet, load_task
-from benchmarks.questions_alone import FILES, NUMBERS
-from benchmarks.questions_and_images import Questions, best_classifier
-from benchmarks.stage_runs import machine, prepare_photos, update_results
+from alignvlm.evaluation.questions import EvaluationSet
+from benchmarks.questions_alone import NUMBERS
+from benchmarks.questions_and_images import Questions, best_classifier, gains, numbers_of, sets_of
+from benchmarks.stage_runs import machine, update_results
 from modeling_alignvlm.processing_alignvlm import best_grid
 
 
@@ -119,23 +117,12 @@ def measure(training: Questions, held_out: Questions, vision: str) -> dict:
     for view in VIEWS:
         classifier, passes = best_classifier(training, features[view], sees=True)
         results[view] = classifier(held_out, features_held_out[view], asked)
-        (metric,) = results[view]["metrics"].values()
         views[view] = {
             "tokens": tokens[view],
             "passes": passes,
-            "numbers": {
-                number: {"value": metric[number], "interval": metric["intervals"].get(number)}
-                for number in NUMBERS
-                if metric.get(number) is not None
-            },
+            "numbers": numbers_of(results[view]),
             "over": {
-                other: {
-                    number: gain
-                    for number, gain in compare(results[other], results[view]).items()
-                    if number in NUMBERS
-                }
-                for other in COMPARED
-                if other in results and other != view
+                other: gains(results[other], results[view]) for other in COMPARED if other in results and other != view
             },
         }
         print(view, views[view], flush=True)
@@ -170,15 +157,9 @@ def main() -> None:
     p.add_argument("--results", default=str(RESULTS), help="JSON file of the results.")
     arguments = p.parse_args()
     tasks = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare_photos(Path(arguments.data), Path(temporary))
-        for task in arguments.tasks:
-            folder = Path(temporary) / task
-            sets = [
-                load_task("local", name, str(folder / f"{name}.jsonl"), image_dir=str(folder)) for name in FILES[task]
-            ]
-            tasks[task] = measure(*map(Questions, sets), arguments.vision)
-            update_results(Path(arguments.results), "aspect_ratios", {"machine": machine(), "tasks": tasks})
+    for task, sets in sets_of(arguments.tasks, arguments.data):
+        tasks[task] = measure(*map(Questions, sets), arguments.vision)
+        update_results(Path(arguments.results), "aspect_ratios", {"machine": machine(), "tasks": tasks})
     print(table({"tasks": tasks}))
 
 

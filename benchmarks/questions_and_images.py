@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -197,6 +197,36 @@ def accuracy(result: dict) -> float:
     return metric["accuracy"]
 
 
+def sets_of(tasks: Sequence[str], data: str) -> Iterator[tuple[str, list[EvaluationSet]]]:
+    """Yields each task with its training and its held-out questions, of a folder laid out as `real_photos.py` says."""
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare_photos(Path(data), Path(temporary))
+        for task in tasks:
+            folder = Path(temporary) / task
+            yield (
+                task,
+                [
+                    load_task("local", name, str(folder / f"{name}.jsonl"), image_dir=str(folder))
+                    for name in FILES[task]
+                ],
+            )
+
+
+def numbers_of(result: dict) -> dict[str, dict]:
+    """The value and the interval of each of `NUMBERS` that a result has."""
+    (metric,) = result["metrics"].values()
+    return {
+        number: {"value": metric[number], "interval": metric["intervals"].get(number)}
+        for number in NUMBERS
+        if metric.get(number) is not None
+    }
+
+
+def gains(other: dict, result: dict) -> dict[str, dict]:
+    """The paired differences of a result to another, of `NUMBERS`."""
+    return {number: gain for number, gain in compare(other, result).items() if number in NUMBERS}
+
+
 def best_classifier(training: Questions, features: Tensor, sees: bool) -> tuple[Classifier, int]:
     """Trains networks as often over all questions as was best on a tenth of the images; returns them, and how often that was."""
     tenth = set(sorted({question["id"] for question in training.asked})[::10])
@@ -230,15 +260,9 @@ def measure(training: Questions, held_out: Questions, features: Tensor, features
     results["another_image"] = classifier(held_out, features_held_out, all_held_out, another=True)
     numbers = {}
     for name, result in results.items():
-        (metric,) = result["metrics"].values()
-        for number in NUMBERS:
-            if metric.get(number) is not None:
-                found = {"value": metric[number], "interval": metric["intervals"].get(number)}
-                numbers.setdefault(number, {})[name] = found
-    differences = {
-        name: {number: gain for number, gain in compare(results[name], results["image"]).items() if number in NUMBERS}
-        for name in ("words", "another_image")
-    }
+        for number, found in numbers_of(result).items():
+            numbers.setdefault(number, {})[name] = found
+    differences = {name: gains(results[name], results["image"]) for name in ("words", "another_image")}
     return {"questions": len(all_held_out), "passes": passes, "numbers": numbers, "differences": differences}
 
 
@@ -277,15 +301,10 @@ def main() -> None:
     p.add_argument("--results", default=str(RESULTS), help="JSON file of the results.")
     arguments = p.parse_args()
     tasks = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare_photos(Path(arguments.data), Path(temporary))
-        for task in arguments.tasks:
-            names = FILES[task]
-            folder = Path(temporary) / task
-            sets = [load_task("local", name, str(folder / f"{name}.jsonl"), image_dir=str(folder)) for name in names]
-            features = [pooled_features(data, arguments.vision, arguments.pixels, arguments.cells) for data in sets]
-            tasks[task] = measure(*map(Questions, sets), *features)
-            print(task, tasks[task], flush=True)
+    for task, sets in sets_of(arguments.tasks, arguments.data):
+        features = [pooled_features(data, arguments.vision, arguments.pixels, arguments.cells) for data in sets]
+        tasks[task] = measure(*map(Questions, sets), *features)
+        print(task, tasks[task], flush=True)
     found = {"machine": machine(), "tasks": tasks}
     if (arguments.pixels, arguments.cells) == (None, 1):
         update_results(Path(arguments.results), "questions_and_images", found)
