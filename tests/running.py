@@ -1,6 +1,7 @@
 """Arguments of a short stage on the tiny model, as on the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,6 +49,14 @@ def parse(given: list[str]):
 
     (arguments,) = TrlParser(StageArguments).parse_args_and_config(given)
     return arguments
+
+
+def weights_alone(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint as `model.save_pretrained` writes it: without its processor."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, folder / name)
+    return folder
 
 
 def recompute_activations(model) -> None:

@@ -98,14 +98,15 @@ def load_checkpoint(
     return model.eval().to(device), processor, precision
 
 
-def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) -> None:
+def check_checkpoint(name: str, revision: str | None = None, ours: bool = True, weights_only: bool = False) -> None:
     """Checks that a checkpoint exists, and is no backbone, before anything is loaded.
 
     Args:
         ours: whether it must be one of AlignVLM; else any model that answers about images will do.
+        weights_only: whether nothing but its weights is read of it, so that it needs no processor.
 
     Raises:
-        FileNotFoundError: as `hub_upload.repository.check_model`, and for a folder of ours without processor.
+        FileNotFoundError: as `hub_upload.repository.check_model`, and for a folder of ours without the processor that it needs.
         ValueError: for a model of another kind, such as a language model; the message says how a checkpoint is made of it. And for a folder
             of a stage with LoRA that has not ended.
     """
@@ -128,7 +129,9 @@ def check_checkpoint(name: str, revision: str | None = None, ours: bool = True) 
                 "the --server."
             )
         raise ValueError(f"{str(name)!r} is {what} but a model of type {kind!r}. {remedy}")
-    if kind == AlignVLMConfig.model_type and Path(name).is_dir() and not (Path(name) / PROCESSOR_NAME).is_file():
+    if weights_only or kind != AlignVLMConfig.model_type or not Path(name).is_dir():
+        return
+    if not (Path(name) / PROCESSOR_NAME).is_file():
         raise FileNotFoundError(f"{str(name)!r} lacks its {PROCESSOR_NAME}. Copy the checkpoint's folder whole.")
 
 

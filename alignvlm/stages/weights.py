@@ -193,7 +193,7 @@ class KeepLanguage(WeightsOption):
         source = copy.copy(arguments)
         if arguments.keep_language_from is not None:
             source.model, source.model_revision = arguments.keep_language_from, None
-            check_checkpoint(source.model)
+            check_checkpoint(source.model, weights_only=True)
             check_same_language_model(arguments.model, arguments.model_revision, source.model)
         share, read = arguments.keep_language, lambda: load_model(source).state_dict()
         return cls(share, source.model, source.model_revision, read)

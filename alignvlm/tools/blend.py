@@ -65,8 +65,8 @@ def blend(
     names = [f"keep_{share:g}" for share in shares]
     if same := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--shares: {same[0]} would be the folder of two of them. Leave one out; six digits count.")
-    for name, commit in ((checkpoint, revision), (untouched, None)):
-        check_checkpoint(name, commit)
+    check_checkpoint(checkpoint, revision)
+    check_checkpoint(untouched, weights_only=True)
     record = read_run_record(checkpoint, revision)
     if not any("language" in stage.get("learning_rates", {}) for stage in record["stages"]):
         raise ValueError(f"No stage of {checkpoint!r} has trained its language model: there is nothing to mix.")

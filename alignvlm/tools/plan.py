@@ -527,7 +527,7 @@ def plan_stages(
                 )
             kept = arguments.keep_language_from
             if kept is not None and Path(kept).resolve() not in known:
-                check_checkpoint(kept)
+                check_checkpoint(kept, weights_only=True)
             config, processor, record = known[folder]
             config, processor = as_the_stage_merges(arguments, config, processor)
             if isinstance(arguments, RewardArguments):

@@ -9,7 +9,7 @@ from alignvlm.stages.stage import main as run_stage
 from alignvlm.stages.trainer import module_of
 from alignvlm.tools.plan import plan_stages
 from hub_upload.run_record import RUN_RECORD
-from tests.running import arguments_for
+from tests.running import arguments_for, weights_alone
 from tests.stages.test_weights import parsed
 
 
@@ -53,8 +53,9 @@ def test_only_the_language_model_is_mixed_and_what_is_measured_is_what_is_writte
 def test_the_untouched_one_may_be_that_of_an_earlier_checkpoint(checkpoint, trained, tmp_path):
     (folder, stage3, _), stage0 = trained, load_file(checkpoint / "model.safetensors")
     stage4, _ = run(folder, tmp_path / "plain")
-    mixed, entry = run(folder, tmp_path / "mixed", keep_language=SHARE, keep_language_from=checkpoint)
-    assert entry["keep_language"]["untouched"]["model"] == str(checkpoint)
+    earlier = weights_alone(checkpoint, tmp_path / "earlier")
+    mixed, entry = run(folder, tmp_path / "mixed", keep_language=SHARE, keep_language_from=earlier)
+    assert entry["keep_language"]["untouched"]["model"] == str(earlier)
     for name in (name for name in mixed if module_of(name) == "language"):
         expected = (1 - SHARE) * stage4[name] + SHARE * stage0[name]
         torch.testing.assert_close(mixed[name], expected, rtol=1e-5, atol=1e-7, msg=name)
@@ -94,5 +95,6 @@ def test_the_plan_misses_the_untouched_one_unless_an_earlier_stage_writes_it(che
     )
     with pytest.raises(ValueError, match="No such folder: 'no/such/folder'"):
         plan_stages([first, second], processes=1, sample=1)
-    second.keep_language_from = str(tmp_path / "stage3")
-    assert len(plan_stages([first, second], processes=1, sample=1)) == 2
+    for there in (tmp_path / "stage3", weights_alone(checkpoint, tmp_path / "weights")):
+        second.keep_language_from = str(there)
+        assert len(plan_stages([first, second], processes=1, sample=1)) == 2

@@ -18,7 +18,7 @@ from alignvlm.stages.stage import main as run_stage
 from alignvlm.stages.trainer import module_of
 from alignvlm.tools.blend import main as blend
 from hub_upload.run_record import read_run_record
-from tests.running import arguments_for
+from tests.running import arguments_for, weights_alone
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def test_a_share_is_what_the_stage_would_have_written_and_is_measured(checkpoint
     (tmp_path / "text.txt").write_text("A red square is at the top. " * 20)
     on = ["--task", "scenes", "--data", str(tmp_path / "scenes.parquet"), "--text", str(tmp_path / "text.txt")]
     on += ["--use_cpu", "--dtype", "fp32", "--max_new_tokens", "2", "--bootstrap_samples", "10"]
-    given = [str(trained / "0"), "--untouched", str(checkpoint), *on]
+    given = [str(trained / "0"), "--untouched", str(weights_alone(checkpoint, tmp_path / "untouched")), *on]
     blend([*given, "--shares", "0", "0.25", "1", "--output_dir", str(tmp_path / "line")])
 
     expected = {
