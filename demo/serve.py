@@ -32,9 +32,9 @@ from alignvlm.evaluation.load import LORA_FILES, check_checkpoint, check_image_t
 from alignvlm.stages.lora import merge_saved_lora
 from alignvlm.tools.demo_model import StopWhen
 from demo.visitors import QUESTIONS, Limits, check_request, messages_with_images, with_source_tag
-from hub_upload.command_line import ArgumentParser, port, positive, run
+from hub_upload.command_line import ArgumentParser, check_address, port, positive, run
 from hub_upload.repository import file_of
-from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration, AlignVLMProcessor
 
 
 logger = logging.get_logger("transformers.alignvlm")
@@ -228,6 +228,9 @@ def build_checked_server(limits: Limits, manager, chat_handler, completion_handl
 
 def parts_of(name: str) -> tuple[str, str | None]:
     """Returns checkpoint and revision of a model as `transformers serve` names it, such as `user/my-alignvlm@main`."""
+    path = name.removesuffix("@main")  # which it appends to a name without "@"
+    if Path(path).is_dir():
+        return path, None
     checkpoint, _, revision = name.partition("@")
     return checkpoint, None if revision in ("", "main") else revision
 
@@ -236,10 +239,10 @@ class Manager(model_manager.ModelManager):
     """Loads one of our checkpoints, complete and with its LoRA weights, or says why not as `alignvlm ask` does. transformers draws weights
     that are missing at random, and knows nothing of LoRA weights that a stage has saved apart (`lora/`)."""
 
-    def _load_processor(self, model_id_and_revision: str, *args, **kwargs):
+    def _load_processor(self, model_id_and_revision: str, **_):
         checkpoint, revision = parts_of(model_id_and_revision)
         check_checkpoint(checkpoint, revision)
-        processor = super()._load_processor(model_id_and_revision, *args, **kwargs)
+        processor = AlignVLMProcessor.from_pretrained(checkpoint, revision=revision)
         check_image_token(checkpoint, AlignVLMConfig.from_pretrained(checkpoint, revision=revision), processor)
         return processor
 
@@ -332,6 +335,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_image_mb", type=positive, default=20, help="The most megabytes of an image. Default: 20.")
     p.add_argument("--max_new_tokens", type=positive, default=1024, help="The longest answer. Default: 1024.")
     p.add_argument("--max_requests", type=positive, default=16, help="Requests held at a time. Default: 16.")
+    p.add_argument("--host", default="localhost", help="The address to listen on. Default: localhost.")
     p.add_argument("--port", type=port, default=8000, help="The port to listen on. Default: 8000.")
     return p
 
@@ -341,6 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     options, rest = parser().parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
         print(parser().format_help())
+    else:
+        check_address(options.host, options.port)
     limits = replace(
         Limits(),
         url_images=options.allow_url_images,
@@ -356,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     manager = utils.GenerateManager
     manager.generate_streaming = with_room(manager.generate_streaming)
     manager.generate_non_streaming = with_room(stripped(manager.generate_non_streaming))
-    sys.argv = ["transformers", "serve", "--port", str(options.port), *rest]
+    sys.argv = ["transformers", "serve", "--host", options.host, "--port", str(options.port), *rest]
     try:
         transformers_command()
     except (ValueError, OSError, ImportError) as error:

@@ -77,7 +77,6 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
     )
     stages = record["stages"]
     versions = (stages[-1] if stages else record).get("versions", {})
-    tag = stages[-1].get("evaluation_tag") if stages else ""
     text = str(
         ModelCard.from_template(
             card_data,
@@ -100,7 +99,7 @@ def make_card(record: dict, config: dict, parameters: int, repository: str = PLA
             backbone_licences=[
                 f"{words} {licence_name(backbones.get(f'{half}_licence'))}" for half, words in HALVES.items()
             ],
-            evaluation_tag=f", and prompts that begin with `{tag}`" if tag else "",
+            tag=(stages[-1].get("evaluation_tag") if stages else None) or "",
             stages=[_stage(stage) for stage in stages],
             data=data,
             results=[row for result in results for row in _rows(result)],

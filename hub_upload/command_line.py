@@ -8,6 +8,7 @@ import difflib
 import linecache
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -77,6 +78,28 @@ def port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port, a whole number from 1 to 65535.")
     return int(text)
+
+
+def check_address(host: str, port: int) -> None:
+    """Checks that something can be served there, before a model is loaded; Gradio would try a hundred ports, or name other options than ours.
+
+    Args:
+        host: a name or an address of this machine, IPv6 with or without brackets.
+        port: 0: any.
+
+    Raises:
+        ValueError: for a host that is not this machine's, and a port that is taken.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        option = f"--port {port}" if port else f"--host {host}"
+        raise ValueError(
+            f"Nothing can be served at {host}:{port or 'any port'}: {error.strerror or error}. Name another than {option}."
+        ) from error
 
 
 class Ended(SystemExit):

@@ -10,7 +10,6 @@ nothing but uploaded images is opened: no path and no address that a visitor nam
 import argparse
 import html
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from alignvlm.data.images import MAX_PIXELS, read_image, read_sent_image
 from alignvlm.data.scenes import draw, random_scene
 from alignvlm.evaluation.load import add_loading_options, device_for, evaluation_tag, load_checkpoint
 from alignvlm.tools.demo_model import Decoding, DemoModel, Talk, heat_map
-from hub_upload.command_line import ArgumentParser, port
+from hub_upload.command_line import ArgumentParser, check_address, port
 from modeling_alignvlm import MASK_TYPES
 
 
@@ -520,28 +519,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     app.launch(**launch_options(arguments))
-
-
-def check_address(host: str, port: int) -> None:
-    """Checks that a page can be served there; Gradio would try a hundred ports, or name other options than ours.
-
-    Args:
-        host: a name or an address of this machine, IPv6 with or without brackets.
-        port: 0: any.
-
-    Raises:
-        ValueError: for a host that is not this machine's, and a port that is taken.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        option = f"--port {port}" if port else f"--host {host}"
-        raise ValueError(
-            f"Nothing can be served at {host}:{port or 'any port'}: {error.strerror or error}. Name another than {option}."
-        ) from error
 
 
 def several_of_one_name(models: list[DemoModel]) -> bool:

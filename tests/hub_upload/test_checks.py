@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -320,8 +321,9 @@ def test_inspecting_a_folder_without_running_it(packaged, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out/quickstart/stage9", "out/stage9"])
-def test_a_folder_to_inspect_that_is_not_there_is_told(name):
-    """The second could be a repository, and the Hub does not answer."""
+def test_a_folder_to_inspect_that_is_not_there_is_told(name, monkeypatch):
+    """The second could be a repository, and the Hub cannot be asked."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match=rf"^error: No such folder: '{name}' \(looked for in "):
         inspect_main([name])
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -694,7 +695,10 @@ def test_mistakes_are_named_and_leave_no_captions(arguments, message, models, ph
         ("NO PROCESSOR", "--scorer '.*clip' has no processor of images and texts"),
     ],
 )
-def test_a_mistaken_scorer_is_told_before_anything_is_captioned(scorer, message, models, photos, tmp_path):
+def test_a_mistaken_scorer_is_told_before_anything_is_captioned(
+    scorer, message, models, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or the Hub is asked for half a minute
     CLIPConfig().save_pretrained(tmp_path / "clip")
     paths = {"PHOTOS": photos, "GIT": models["git"], "BLIP2": models["blip2"], "NO PROCESSOR": tmp_path / "clip"}
     command = [str(models["git"]), str(photos), str(tmp_path / "out/captions.jsonl"), *FEW]
