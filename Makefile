@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM = false
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 
-.PHONY: quickstart reproduce test test-full test-newest test-lowest lint bench docs clean
+.PHONY: quickstart reproduce test test-slow test-full test-newest test-lowest lint bench docs clean
 
 quickstart: .venv/ready
 	$(RUN) -m alignvlm.cli quickstart --output_dir out/quickstart
@@ -18,7 +18,11 @@ reproduce: .venv/ready
 	$(RUN) benchmarks/findings.py --reproduce
 
 test: .venv/test-ready
-	$(PYTEST) $(PARALLEL)
+	$(PYTEST) $(PARALLEL) -m "not slow"
+
+# Those that take long: they start processes, browsers, compilers or a Hub, or read whole data sets.
+test-slow: .venv/test-ready
+	$(PYTEST) $(PARALLEL) -m slow
 
 # Property tests with twenty-five times as many examples.
 test-full: .venv/test-ready

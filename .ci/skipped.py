@@ -11,4 +11,4 @@ for line in sys.stdin:
     if found := re.match(r"SKIPPED \[(\d+)\] \S+: (?:Skipped: )?(.*)", line):
         reasons[found[2]] += int(found[1])
 told = "; ".join(f"{count} ({reason})" for reason, count in reasons.most_common())
-print(f"Tests skipped by `make test`: {reasons.total()}: {told}." if reasons else "`make test` skipped no test.")
+print(f"Tests skipped: {reasons.total()}: {told}." if reasons else "No test was skipped.")

@@ -180,6 +180,7 @@ for metric in ("cider", "pathvqa_accuracy"):
 """
 
 
+@pytest.mark.slow
 def test_it_works_in_a_folder_with_packages_of_the_same_names(target, tmp_path):
     for name in ("training", "evaluation", "data", "rows", "stages", "tools", "demo", "quickstart"):
         (tmp_path / name).mkdir()

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from benchmarks import all_tasks
 from docs.write_results_page import blocks
 
 
+@pytest.mark.slow
 def test_all_tasks_are_asked_with_all_controls(shared_data, checkpoint, tmp_path, monkeypatch):
     words = [str(checkpoint), "--data", str(shared_data), "--output", str(tmp_path), "--limit", "2"]
     monkeypatch.setattr("sys.argv", ["all_tasks.py", *words])

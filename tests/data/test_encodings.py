@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 from tests.test_layout import ROOT
@@ -33,6 +34,7 @@ print(ascii(found))
 """
 
 
+@pytest.mark.slow
 def test_texts_are_utf8_where_the_system_prefers_ascii(tmp_path):
     for name, content in ROWS.items():
         (tmp_path / name).write_text(content, encoding="utf-8")

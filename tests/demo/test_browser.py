@@ -178,6 +178,7 @@ console.log(JSON.stringify(found));
 """
 
 
+@pytest.mark.slow
 def test_language_models_own_templates_write_the_same_tokens_in_javascript(
     make_model, processor, tmp_path, node_modules
 ):

@@ -51,6 +51,7 @@ def test_rouge_l_equals_pycocoevalcap():
         np.testing.assert_allclose(found["rouge_l_per_item"], per_item, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_scores_of_real_captioners_are_the_expected_ones(shared_data):
     """As pycocoevalcap with the Java tokenizer found them, from the untokenized captions on."""
     rows = [json.loads(line) for line in (shared_data / "metric_checks/coco_karpathy_test.jsonl").open()]

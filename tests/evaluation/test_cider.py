@@ -101,6 +101,7 @@ def test_tokens_equal_java_on_all_pairs_of_characters_and_many_triples(official_
     assert len(differing) < 20, differing
 
 
+@pytest.mark.slow
 def test_words_are_on_the_lists_if_and_only_if_java_knows_them(official_tokens, shared_data):
     t = ptb_tokenizer
     listed = [
@@ -172,6 +173,7 @@ def test_scores_equal_pycocoevalcap(items):
     np.testing.assert_array_equal(scorer.cider_d(predictions, references, frequencies, len(items)), ours)
 
 
+@pytest.mark.slow
 def test_scores_of_real_captioners_are_the_expected_ones(shared_data, cider):
     rows = [json.loads(line) for line in (shared_data / "metric_checks/coco_karpathy_test.jsonl").open()]
     expected = json.loads((shared_data / "metric_checks/expected_scores.json").read_text())["coco"]

@@ -95,6 +95,7 @@ def test_pathvqa_with_and_without_exact_duplicates(tmp_path):
     assert (kept.notes["questions"], kept.notes["exact_duplicates_are"]) == (5, "kept")
 
 
+@pytest.mark.slow
 def test_pathvqa_has_as_many_questions_as_the_field_counts(shared_data, tmp_path):
     rows = [json.loads(line) for line in (shared_data / "pathvqa/qa.jsonl").open()]
     for name in {row["image_id"] for row in rows}:  # the images are not there: one drawn image stands for each

@@ -53,6 +53,10 @@ CASES = {
 }
 
 
+SLOW = ("two layers added up, merged tokens", "mutual, windows")  # an export takes twenty seconds
+EXPORTED = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, make_model, processor):
     """A function that exports a case, once: returns the folders of the checkpoint and of the export."""
@@ -87,7 +91,7 @@ def questions(processor, tensors: str) -> dict:
     return dict(processor(images=[[red], [noise, red]], text=texts, padding=True, return_tensors=tensors))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EXPORTED)
 @torch.no_grad()
 def test_a_padded_batch_gets_the_logits_and_the_text_of_the_checkpoint(exported, case):
     checkpoint, out = exported(case)
@@ -105,7 +109,7 @@ def test_a_padded_batch_gets_the_logits_and_the_text_of_the_checkpoint(exported,
     torch.testing.assert_close(torch.from_numpy(there.logits(**given))[real], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EXPORTED)
 @torch.no_grad()
 def test_a_later_turn_with_an_image_goes_on_from_the_kept_cache(exported, case):
     checkpoint, out = exported(case)

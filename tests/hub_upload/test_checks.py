@@ -156,6 +156,7 @@ def break_code(folder: Path) -> None:
     path.write_text(path.read_text().replace("def forward(", "def backward("))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, problem",
     [

@@ -146,6 +146,7 @@ def test_lora_weights_left_apart_are_merged(make_model, processor, tmp_path, tex
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_large_weights_are_split_and_still_load(trained, tmp_path):
     out = package(trained, tmp_path / "out", max_shard_size="40KB")
     shards = sorted(out.glob("model-*.safetensors"))

@@ -47,6 +47,7 @@ def test_a_space_is_complete(staged):
     assert f'"gradio>={pinned["gradio"].split(".")[0]}.' in ranges
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_space_is_told(staged):
     module = modules_of_the_app()[-1]
     (staged / module).unlink()
@@ -74,6 +75,7 @@ app.checkpoints()
 """
 
 
+@pytest.mark.slow
 def test_the_app_takes_its_model_from_the_environment_or_the_card(staged):
     command, environment = [sys.executable, "-c", ASKING_THE_APP], {**BASE, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=staged, env=environment, capture_output=True, text=True)
@@ -154,6 +156,7 @@ def test_a_space_is_pushed_in_one_commit_and_read_back(tmp_path):
             client.close()
 
 
+@pytest.mark.slow
 def test_the_command_pushes_a_space(tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub:
         environment = {**BASE, **hub.environment(tmp_path / "home")}

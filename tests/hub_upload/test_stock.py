@@ -130,6 +130,7 @@ def test_it_replaces_no_other_model(hub, client, exported, mine, tmp_path):
     assert hub.files("user/theirs") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["weights", "incomplete", "code"])
 def test_a_folder_that_fails_the_checks_is_not_sent(hub, client, mine, case):
     if case == "weights":

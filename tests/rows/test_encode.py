@@ -73,6 +73,7 @@ def test_packed_equals_separate_for_random_conversations(processor, make_model, 
     assert_same(gradients, expected, tolerance=1e-4 if kernel == "eager" else 5e-6)
 
 
+@pytest.mark.slow
 def test_packed_equals_separate_under_a_compiled_flex_kernel(processor, make_model):
     rng = random.Random(4)
     records = [random_record(rng) for _ in range(3)]

@@ -220,6 +220,7 @@ def test_filled_rows_train_what_records_train_in_rows_of_their_own(processor, ma
     assert_same(gradients, expected, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_a_worker_need_not_be_forked_from_its_parent(processor, tmp_path):
     """As on macOS and Windows, and with Python 3.14: data and collator are sent to it."""
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")

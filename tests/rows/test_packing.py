@@ -253,6 +253,7 @@ def test_frozen_parts_cost_no_gradients_and_the_head_works_only_at_labels(proces
     assert everything - stage2 > language * 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask_type", ["image", "mutual"])  # one that shares trunks, one that cannot
 def test_rows_of_several_records_under_a_compiled_flex_kernel(make_model, processor, mask_type):
     """The loss, and every response's log-probabilities, are those of one record per row under SDPA."""

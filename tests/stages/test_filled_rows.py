@@ -93,6 +93,7 @@ def test_what_cannot_be_filled_is_refused(checkpoint, tmp_path, fields, message)
         run(checkpoint, tmp_path, **fields)
 
 
+@pytest.mark.slow
 def test_the_plan_knows_the_rows(checkpoint, tmp_path, capsys):
     fields = {"max_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     fields |= {"per_device_train_batch_size": 2, "sources": [{**SOURCES[0], "count": 200}]}

@@ -108,11 +108,13 @@ print(peak_memory_gb(device) - before, held[0].item())
 """
 
 
+@pytest.mark.slow
 def test_memory_grows_with_what_is_held():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[0]) > 0.15
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_process_and_not_of_its_parent():
     """A stage that was started from a large process reported that one's memory."""
     parent = (

@@ -111,6 +111,7 @@ def test_the_next_stage_and_evaluation_take_unmerged_weights_along(processor, fo
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -161,6 +162,7 @@ def test_bad_targets_are_named(make_model):
         add_lora(make_model(), 4, 8, 0.0, ["q_proj", "qkv"])
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_loads_where_there_is_no_peft(folders, tmp_path):
     code = (
         "import sys; sys.modules['peft'] = None\n"

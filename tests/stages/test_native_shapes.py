@@ -156,6 +156,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_the_folder_itself_takes_native_shapes(trained, tmp_path):
     """In a process that cannot import this package, with the processor's inputs and the model's logits of this one."""
     Image.fromarray(np.asarray(picture((20, 12)))).save(tmp_path / "picture.png")

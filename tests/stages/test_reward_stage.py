@@ -325,6 +325,7 @@ print(type(model).__name__, sum(float(p.double().sum()) for p in model.parameter
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing_(en|dis)able.* deprecated:FutureWarning"
 )  # TRL's own calls

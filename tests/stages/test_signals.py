@@ -92,6 +92,7 @@ def test_a_signal_to_the_group_writes_a_checkpoint_and_the_run_goes_on(
     assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-30", "checkpoint-40"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decides", [False, True])
 def test_a_signal_leaves_an_evaluation_unless_training_depends_on_it(checkpoint, whole, tmp_path, decides):
     folder = tmp_path / "run"

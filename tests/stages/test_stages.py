@@ -178,6 +178,7 @@ def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warn
         main([*arguments_for(checkpoint, tmp_path / "new", **fields), "--resume_from_checkpoint"])
 
 
+@pytest.mark.slow
 def test_a_run_in_a_fresh_process_is_told_of_nothing_deprecated(checkpoint, tmp_path):
     """Libraries say so once in a process, by a warning or in the log."""
     rates = {"language_learning_rate": 1e-2, "projector_learning_rate": 1e-2}

@@ -254,6 +254,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(model, loaded_processor, 
     assert "Interrupted" in told and chat.HELP in told and talked.messages == []
 
 
+@pytest.mark.slow
 def test_chat_in_a_process_of_its_own(model, loaded_processor, checkpoint, images, tmp_path):
     command = [sys.executable, "-m", "alignvlm.cli", "chat", str(checkpoint), str(images[0]), *FEW]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
@@ -263,6 +264,7 @@ def test_chat_in_a_process_of_its_own(model, loaded_processor, checkpoint, image
     assert done.stdout.decode().endswith(f"\n> {expected.lstrip()}\n> \n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_a_line_that_is_no_utf8_does_not_end_the_chat(model, loaded_processor, checkpoint, tmp_path, errors):
     """Whether Python decodes standard input strictly or, as in its UTF-8 mode, leaves half surrogates."""

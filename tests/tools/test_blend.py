@@ -153,6 +153,7 @@ def test_a_mixture_of_something_else_is_not_taken_for_this_one(checkpoint, train
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in mixed.iterdir()} == written
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused_and_say_so_once(checkpoint, trained, tmp_path):
     config = str(ROOT / "training/accelerate/cpu_2_processes.yaml")
     command = [

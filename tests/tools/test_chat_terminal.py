@@ -6,6 +6,8 @@ import select
 import sys
 import time
 
+import pytest
+
 
 def read(terminal: int, ending: str, seconds: float = 120) -> str:
     """What the program writes until it has written `ending`."""
@@ -19,6 +21,7 @@ def read(terminal: int, ending: str, seconds: float = 120) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_arrow_keys_bring_lines_back(checkpoint):
     child, terminal = pty.fork()
     if child == 0:

@@ -73,6 +73,7 @@ SHOWN = [("run", size, scheme) for size in SIZES for scheme in ("light", "dark")
 SHOWN += [("hostile", "phone", "light"), ("two", "phone", "dark"), ("two", "desk", "light")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size, scheme", SHOWN)
 def test_it_fits_and_is_accessible(opened, axe, name, size, scheme):
     page = opened(name, size, scheme)
