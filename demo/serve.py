@@ -248,6 +248,12 @@ class Manager(model_manager.ModelManager):
 
     def _load_model(self, model_id_and_revision: str, **_):
         checkpoint, revision = parts_of(model_id_and_revision)
+        apart = all(file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES)
+        if apart and self.quantization:
+            raise ValueError(
+                f"--quantization {self.quantization}: the LoRA weights of {checkpoint!r} lie apart, and cannot be added to rounded weights. Merge "
+                f"them first: python -m hub_upload.package {checkpoint} OUT"
+            )
         options = {
             "revision": revision,
             "attn_implementation": self.attn_implementation,
@@ -256,7 +262,7 @@ class Manager(model_manager.ModelManager):
             "quantization_config": self.get_quantization_config(),
         }
         model = load_weights(AlignVLMForConditionalGeneration, checkpoint, **options)
-        if all(file_of(checkpoint, f"lora/{name}", revision) for name in LORA_FILES):
+        if apart:
             merge_saved_lora(model, checkpoint, revision)
         return model
 

@@ -709,7 +709,7 @@ def test_the_model_stops_when_the_visitor_leaves(ask_endless, endpoint, stream):
     assert ask_endless("/v1/completions", {"prompt": "a", "max_tokens": 2}, seconds=10)[0] == 200
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_told_in_a_sentence(speaking, tmp_path):
+def test_a_checkpoint_that_cannot_be_loaded_is_told_in_a_sentence(speaking, apart, tmp_path):
     pytest.importorskip("fastapi")
     cut = shutil.copytree(speaking, tmp_path / "cut")
     os.truncate(cut / "model.safetensors", 20_000)
@@ -722,6 +722,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_told_in_a_sentence(speaking, tmp_
         ([str(cut)], "cannot be read"),
         ([str(lacking)], "lacks 1 of the model's weights"),
         ([str(speaking), "--dtype", "nothing"], "'nothing'"),
+        ([str(apart), "--quantization", "bnb-4bit"], "cannot be added to rounded weights. Merge them first"),
     ):
         process = start("hub_upload.command_line:run", main, [*given, "--device", "cpu"], log=tmp_path / "log")
         process.join(120)
