@@ -1,7 +1,8 @@
 """Dataclasses from a command line and a YAML file, as TRL reads them; mistyped names and values of a wrong type are refused."""
 
 import re
-from collections.abc import Iterable
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,8 @@ WORDS = {
 }
 ALSO_TRUE = ("resume_from_checkpoint", "fsdp")  # texts that transformers takes as true or false, too
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-4, which YAML 1.1 reads as a text
+# Fields that keep what the checkpoint has where they are left out, which is how TRL reads `none`; and what turns them off.
+OFF = {"merge_image_tokens": "0", "max_tiles": "1", "tile_marks": "false"}
 RENAMED = {"lora_rank": "lora_r", "lora_targets": "lora_target_modules"}
 
 
@@ -92,6 +95,8 @@ def _as_the_field_takes_it(name: str, value: Any, kinds: set[Any]) -> Any:
         ValueError: for a value of another type, such as the false that YAML makes of `no` without quotes.
     """
     valid = {kind for kind in kinds if kind in WORDS}
+    if name in OFF:
+        _check_off(name, value)
     if isinstance(value, dict) and dict in kinds:
         return {key: _number(item) for key, item in value.items()}
     if valid == {list} and isinstance(value, str | int | float):
@@ -117,6 +122,28 @@ def _as_the_field_takes_it(name: str, value: Any, kinds: set[Any]) -> Any:
     raise ValueError(f"{name}={shown(value)}: expected {expected}, not {found}.{remedy}")
 
 
+def _check_off(name: str, value: Any) -> None:
+    """Raises a `ValueError` for `none` where leaving out is not turning off."""
+    if value is None or str(value).lower() in ("none", "null"):
+        raise ValueError(
+            f"{name}={value}: write {OFF[name]} to turn it off; left out, it stays as the checkpoint has it."
+        )
+
+
+def _off_by_its_value(name: str, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The `type` of a field in `OFF`."""
+
+    def parse(text: str) -> Any:
+        try:
+            _check_off(name, text)
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from error
+        return read(text)
+
+    parse.__name__ = getattr(read, "__name__", "value")
+    return parse
+
+
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
@@ -137,6 +164,9 @@ class _FieldParser(TrlParser):
         switches = [f"no_{field.name}" for field in given if field.default is True]
         self.options = [*self.names, *switches, *also, "config", "help"]
         self.config = None
+        for action in self._actions:
+            if action.dest in OFF:
+                action.type = _off_by_its_value(action.dest, action.type)
 
     def parse_args_and_config(self, args: Iterable[str], **options) -> tuple:
         args = [part for item in args for part in (item.split("=", 1) if item.startswith("--config=") else [item])]

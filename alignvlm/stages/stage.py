@@ -142,8 +142,8 @@ def _run_stage(arguments: StageArguments, make_trainer: Callable) -> dict[str, A
     if PartialState().is_main_process:
         check_room(arguments.output_dir, model)
     _tell_of_another_mask_type(arguments, record)
-    cut_images(arguments, model.config, processor)
     _, processor = as_the_stage_merges(arguments, model.config, processor)
+    cut_images(arguments, model.config, processor)
 
     # Prepare
     nested = Nested(model)

@@ -469,6 +469,10 @@ class StageTrainer:
             logs["seconds_left"] = round(elapsed / done * (self.state.max_steps - self.state.global_step))
             self._counts.zero_()
             self._counted_since = time.perf_counter()
+        if "train_runtime" in logs and self.earlier:  # of the pieces before, too, as `progress` counts them
+            steps, loss_sum = self.earlier.get("steps", 0), self.earlier.get("loss_sum", 0.0)
+            logs["train_loss"] = (loss_sum + logs["train_loss"] * self._steps) / max(steps + self._steps, 1)
+            logs["train_runtime"] += self.earlier.get("seconds", 0.0)
         super().log(logs, start_time)
 
     def create_model_card(self, *args, **kwargs) -> None:

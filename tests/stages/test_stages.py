@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def test_the_trainers_loss_and_gradients_are_the_models(checkpoint, processor, t
     assert nothing.item() == 0
 
 
-def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warnings):
+def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warnings, capsys):
     fields = {
         "language_learning_rate": 1e-2,
         "projector_learning_rate": 1e-2,
@@ -171,6 +172,8 @@ def test_resuming_equals_an_uninterrupted_run(checkpoint, tmp_path, library_warn
     # The record is that of all pieces, not of the last one.
     assert again["train_loss"] == straight["train_loss"] == pytest.approx(sum(straight["logged_losses"]) / 6, rel=1e-4)
     assert (straight["resumed_at"], again["resumed_at"]) == ([], [3])
+    told = re.findall(r"6/6  trained for .*  mean loss (\S+)", capsys.readouterr().out)
+    assert told == [f"{straight['train_loss']:.4f}"] * 2
     before = read_progress(whole / "checkpoint-3")["seconds"]
     assert 0 < before < straight["seconds"] + 0.1 and again["seconds"] > before
     AcceleratorState._reset_state(reset_partial_state=True)

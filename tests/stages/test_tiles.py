@@ -8,6 +8,7 @@ import pytest
 from alignvlm.evaluation.answer import answer
 from alignvlm.export.homes import HOMES, obstacles
 from alignvlm.rows.encode import Encoder
+from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.stage import main
 from alignvlm.tools.plan import describe, plan_stages
 from hub_upload.run_record import read_run_record
@@ -64,6 +65,24 @@ def test_what_cannot_be_is_said_before_anything_runs(checkpoint, tmp_path, field
     for start in (main, lambda given: plan_stages([parse(given)], processes=1, sample=2)):
         with pytest.raises((ValueError, SystemExit), match=sentence):
             start(given)
+
+
+def test_the_context_holds_tiles_of_merged_tokens(make_model, processor, tmp_path):
+    """Thirty tiles and an overview are 124 tokens before the tokens of a tile are merged, and 62 after."""
+    start = tmp_path / "start"
+    model = make_model(text={"max_position_embeddings": 120})
+    save_checkpoint(model, processor, start, {"backbones": {}, "stages": []})
+    fields = {**TILES, "max_tiles": 30, "sources": [{**SIGNS[0], "count": 2}], "tile_marks": None, "max_length": 120}
+    merged = arguments_for(start, tmp_path / "merged", **fields, merge_image_tokens=2)
+    again = arguments_for(tmp_path / "merged", tmp_path / "again", **fields, merge_image_tokens=0)
+    (plan,) = plan_stages([parse(merged)], processes=1, sample=2)
+    main(merged)
+    assert plan.max_tiles == 30 and read_run_record(tmp_path / "merged")["stages"][-1]["merge_image_tokens"] == 2
+    for start in (main, lambda given: plan_stages([parse(given)], processes=1, sample=2)):
+        with pytest.raises(
+            ValueError, match="max_tiles=30: an image of so many tiles, with its overview, has 124 tokens"
+        ):
+            start(again)
 
 
 @pytest.mark.parametrize("marks", [True, False])
