@@ -135,6 +135,7 @@ def test_other_mistakes_of_a_command_line_are_one_sentence(tmp_path):
         (["--lora_targets", "[]"], r"no option --lora_targets\. Its name is --lora_target_modules now\.$"),
         (["--merge-image-tokens", "none"], "merge_image_tokens=none: write 0 to turn it off"),
         (["--tile_marks=NULL"], "tile_marks=NULL: write false to turn it off"),
+        (["--vision_feature_layer", "-1"], "--vision_feature_layer is an option of `alignvlm assemble`"),
         (["recipe.yaml"], r"'recipe.yaml' belongs to no option"),
         (["--config"], "--config needs a YAML file"),
         (["--config", "missing.yaml"], "no file 'missing.yaml'"),

@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from alignvlm.data.record import shown
 from hub_upload.command_line import hint
+from modeling_alignvlm import AlignVLMConfig
 
 
 # What YAML can hold, in the words of an error message.
@@ -206,7 +207,10 @@ class _FieldParser(TrlParser):
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:
-    """As `hint`, and the new name of a field that was renamed."""
-    if renamed := RENAMED.get(name.removeprefix("--").replace("-", "_")):
+    """As `hint`; the new name of a field that was renamed, and of one of the checkpoint's configuration the program that sets it."""
+    field = name.removeprefix("--").replace("-", "_")
+    if field in AlignVLMConfig.__annotations__:
+        return f" {name} is an option of `alignvlm assemble`, which makes the checkpoint that stages start from."
+    if renamed := RENAMED.get(field):
         return f" Its name is {'--' if name.startswith('--') else ''}{renamed} now."
     return hint(name, valid)

@@ -37,9 +37,9 @@ def mask_type_shares(given: str | dict[str, float]) -> dict[str, float]:
         return shares
     for name, share in shares.items():
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            alone = " For one type alone, write its name." if len(shares) == 1 else ""
             raise ValueError(
-                f"attention_mask_type: the share of {name!r} is {share!r}; expected a number between 0 and 1. For one type alone, write "
-                "its name."
+                f"attention_mask_type: the share of {name!r} is {share!r}; expected a number between 0 and 1.{alone}"
             )
     if not isclose(sum(shares.values()), 1, abs_tol=1e-6):
         raise ValueError(f"attention_mask_type: the shares {shares} add up to {sum(shares.values()):g}, not to 1.")

@@ -46,7 +46,8 @@ def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: Al
         for name in ("tile_marks", "image_block"):
             if value := getattr(arguments, name):
                 raise ValueError(
-                    f"{name}={value!r} is for images that are cut into tiles. Set max_tiles to 2 or more."
+                    f"{name}={value!r} is for images that are cut into tiles, and max_tiles={processor.max_tiles} cuts none. Leave out {name}, or "
+                    "set max_tiles to 2 or more."
                 )
         processor.tile_marks = False
         return

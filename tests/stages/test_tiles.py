@@ -53,7 +53,10 @@ def test_one_line_of_a_recipe_cuts_images_from_then_on(checkpoint, tmp_path, mak
     [
         ({"max_tiles": 0}, "max_tiles=0 must be at least 1"),
         ({"max_tiles": 10**6}, r"max_tiles=1000000: an image of so many tiles.* holds [\d,]+\. At most \d+ fit"),
-        ({"max_tiles": None}, "tile_marks=True is for images that are cut into tiles"),
+        (
+            {"max_tiles": None},
+            "tile_marks=True is for images that are cut into tiles, and max_tiles=1 cuts none. Leave out tile_marks",
+        ),
         ({"image_block": "row"}, "image_block='row'. Valid values: tile, image"),
         ({"cache_features": True}, "one feature map an image, and max_tiles=6 cuts images"),
         ({"max_length": 20}, "max_length=20 leaves no room"),
