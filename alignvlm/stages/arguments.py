@@ -167,7 +167,7 @@ class ModelArguments(TileArguments):
             )
         if self.attn_implementation == "flex_attention" and self._device_type() == "cpu":
             raise ValueError("attn_implementation='flex_attention' trains on GPUs only. Take sdpa or eager on a CPU.")
-        if len(self.mask_type_shares) > 1 and self.attn_implementation.startswith("flash"):
+        if len(self.mask_type_shares) > 1 and "flash" in self.attn_implementation:
             raise ValueError(
                 f"attn_implementation={self.attn_implementation!r} knows the mask type 'causal' alone. Take sdpa, flex_attention or eager."
             )

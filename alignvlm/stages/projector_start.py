@@ -1,7 +1,8 @@
 """The stage option `projector_start: least_squares`: the last linear layer of a new projector in closed form, before training.
 
-For some records, each image token is regressed to the mean embedding of the tokens that the record's responses train: with x the input of
-the projector's last linear layer and t that mean, the layer becomes the W, b that minimise
+For some records, each image token is regressed to the mean embedding of the tokens that the record's responses train, once, however many
+rows and branches hold the image: with x the input of the projector's last linear layer and t that mean, the layer becomes the W, b that
+minimise
 
     mean over image tokens of |W x + b - t|^2  +  ridge * mean(x^2) * |W|^2
 
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from alignvlm.data.mixture import Mixture
-from alignvlm.rows.collator import AlignVLMCollator, count_images
+from alignvlm.rows.collator import AlignVLMCollator
 from alignvlm.rows.packing import IGNORED
+from alignvlm.rows.tiles import grids_of, tokens_of
 from alignvlm.stages.arguments import StageArguments
 from alignvlm.stages.options import StageOption
 from alignvlm.stages.tiles import check_not_native
@@ -165,11 +167,20 @@ class ProjectorStart(StageOption):
                 ids = batch["input_ids"][trained].to(model.device)
                 if len(self.tried) < TRIED:
                     self.tried.append({name: value for name, value in batch.items() if isinstance(value, Tensor)})
-                pixels.append(batch["pixel_values"])
-                count += count_images(batch)
-                targets.append(embed(ids).double().mean(0).expand(len(batch["pixel_values"]), -1))
+                images = self._each_once(record, batch["pixel_values"])
+                pixels += images
+                count += len(images)
+                targets.append(embed(ids).double().mean(0).expand(sum(map(len, images)), -1))
             if pixels:
                 yield torch.cat(pixels).to(model.device), torch.cat(targets), count
+
+    def _each_once(self, record: dict, pixel_values: Tensor) -> list[Tensor]:
+        """Returns for each image of a record its pixel values `(1 or tiles, channels, height, width)`, which the batch of the record holds
+        for every row and branch with the image."""
+        processor = self.collator.processor
+        images = [image for row in self.collator.rows(record) for image in row.images]
+        sizes = [tokens_of(processor, grid) // processor.image_seq_length for grid in grids_of(processor, images)]
+        return list({id(image): own for image, own in zip(images, pixel_values.split(sizes), strict=True)}.values())
 
     def _loss(self, model: nn.Module) -> float:
         """The mean loss of the labels of the first records of all processes, in the precision of training."""

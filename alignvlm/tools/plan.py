@@ -180,6 +180,15 @@ class Batch:
 
 
 @dataclass
+class Filling:
+    """How rows of at most `row_length` tokens hold records."""
+
+    records: float  # a row
+    share: float  # of their positions that hold tokens
+    fuller: int | None  # the closest `row_length` that fills rows to `FULL`
+
+
+@dataclass
 class KeptSize:
     """How large the features kept by `cache_features` can become, and the FLOPs of making them all."""
 
@@ -242,9 +251,10 @@ class Plan:
     other_turns: list[tuple[str, float] | None]  # of each source: see `other_turns`
     max_tiles: int  # 1: images are not cut
     homes: list[str]  # what the stage's checkpoint can become: see `describe_homes`
-    fuller: int | None  # the closest `row_length` that fills rows to `FULL`
+    filling: "Filling | None"  # with `row_length`
     features: "KeptSize | None" = None  # with `cache_features`
-    start_flops: float = 0.0  # of `projector_start`
+    start_records: int = 0  # that `projector_start` reads
+    start_flops: float = 0.0
     left_out: list[str] = field(default_factory=list)  # of each source: see `LeftOut`
 
     @property
@@ -263,12 +273,12 @@ def batches_of(
     seed: int = 0,
     row_length: int | None = None,
     skips_masked: bool = False,
-) -> tuple[list[Batch], float, int | None]:
+) -> tuple[list[Batch], Filling | None]:
     """Makes random batches of the mixture's records, without decoding images.
 
     Returns:
-        the shapes of `count` batches (of filled rows: at most); the records of a batch's example: 1, or those of a filled row; and the
-        `row_length` closest to the given one that fills rows to `FULL`.
+        the shapes of `count` batches (of filled rows: at most), and how rows are filled with `row_length`: those of the first epoch if it
+        fits into one window, else those of a window of records drawn at random.
     """
     rng = np.random.default_rng(seed)
     per_part = 1000 if row_length else max(1, min(2 * batch_size * count, 1000))
@@ -284,15 +294,34 @@ def batches_of(
 
     if row_length is None:
         drawn = (collator.packer.arranged(rows_of(batch_size)) for _ in range(count))
-        return [Batch.of(rows, collator, skips_masked) for rows in drawn], 1.0, None
-    own = rows_of(WINDOW)
-    lengths = list(map(len, own))
-    filled = best_fit(lengths, row_length)
-    rows = [joined([own[i] for i in filled[row]]) for row in rng.permutation(len(filled))]
+        return [Batch.of(rows, collator, skips_masked) for rows in drawn], None
+    if mixture.draws is not None and sum(mixture.draws) <= WINDOW:
+        order, texts = list(mixture.sampler), mixture.sampler.texts_first
+        records, parts = len(order), (order[:texts], order[texts:])  # filled apart
+        windows = [[row for index in part for row in collator.rows(mixture.dataset[index])] for part in parts]
+    else:
+        records, windows = WINDOW, [rows_of(WINDOW)]
+    lengths = [len(row) for own in windows for row in own]
+    filled = [joined([own[i] for i in row]) for own in windows for row in best_fit(list(map(len, own)), row_length)]
+    filling = Filling(
+        records / len(filled), sum(lengths) / len(filled) / row_length, fuller_row_length(lengths, row_length, FULL)
+    )
+    rows = [filled[row] for row in rng.permutation(len(filled))]
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     complete = [rows for rows in batches[:count] if len(rows) == batch_size] or batches[:1]
-    fuller = fuller_row_length(lengths, row_length, FULL)
-    return [Batch.of(rows, collator, skips_masked) for rows in complete], WINDOW / len(filled), fuller
+    return [Batch.of(rows, collator, skips_masked) for rows in complete], filling
+
+
+def start_of(arguments: StageArguments, mixture: Mixture, batches: list[Batch], image: ImageCost) -> tuple[int, float]:
+    """Estimates how many records `projector_start` reads, the first of an epoch that have an image, and the FLOPs of encoding them."""
+    records, images = 0.0, 0.0
+    for part, draws in zip(mixture.parts, mixture.draws):
+        counts = [len(record["images"]) for record in part.sample(MEASURED_RECORDS)]
+        records += draws * sum(count > 0 for count in counts) / len(counts)
+        images += draws * sum(counts) / len(counts)
+    read = min(arguments.projector_start_records, round(records))
+    encoded, whole = (sum(getattr(batch, name) for batch in batches) for name in ("images", "whole_images"))
+    return read, read * images / max(records, 1) * encoded / max(whole, 1) * image.flops
 
 
 def memory_of(
@@ -353,6 +382,18 @@ def memory_of(
     }
 
 
+def empty_model(config: PreTrainedConfig, attn_implementation: str) -> AlignVLMForConditionalGeneration:
+    """Makes a model without weights that has the attention kernel of its stage, so that it refuses what it would refuse there. Without it
+    if the kernel is not installed here: the stage may run elsewhere."""
+    config._attn_implementation = attn_implementation
+    with torch.device("meta"):
+        try:
+            return AlignVLMForConditionalGeneration(config)
+        except (ImportError, OSError):
+            config._attn_implementation = None
+            return AlignVLMForConditionalGeneration(config)
+
+
 def steps_of(arguments: StageArguments, per_epoch: float, processes: int) -> int:
     """Counts the steps of a stage as the trainer does: every epoch ends with a step, also of fewer examples than the others."""
     batches = per_epoch / (arguments.per_device_train_batch_size * processes)
@@ -385,7 +426,7 @@ def plan_stage(
     if arguments.projector_start:
         check_not_native(processor, "projector_start takes images of as many tokens each")
     with torch.device("meta"):
-        model = AlignVLMForConditionalGeneration(config)
+        model = empty_model(config, arguments.attn_implementation)
         check_row_length(arguments, model)
         if lora := LoRA.of(arguments):
             lora.before(model)
@@ -399,10 +440,11 @@ def plan_stage(
         if part.image_tokens is None:
             part.measure(collator.token_counts)
     skips_masked = arguments.attn_implementation == "flex_attention"
-    batches, records_per_example, fuller = batches_of(
+    batches, filling = batches_of(
         *(mixture, collator, arguments.per_device_train_batch_size, sample, arguments.seed),
         *(arguments.row_length, skips_masked),
     )
+    records_per_example = 1.0 if filling is None else filling.records
     steps = arguments.max_steps
     examples = steps * arguments.records_per_step(processes)
     if steps <= 0:
@@ -411,11 +453,7 @@ def plan_stage(
         steps = steps_of(arguments, per_epoch, processes)
     modules = (model.model.vision_tower, model.model.projector, model.model.language_model)
     image = ImageCost.of(config)
-    start_flops = 0.0
-    if arguments.projector_start:
-        encoded, images = (sum(getattr(batch, name) for batch in batches) for name in ("images", "whole_images"))
-        started = min(arguments.projector_start_records, round(examples * records_per_example))
-        start_flops = started * encoded / max(images, 1) * image.flops
+    start = start_of(arguments, mixture, batches, image) if arguments.projector_start else (0, 0.0)
     features = KeptSize.of(arguments, config, mixture, image)
     if features:
         image = replace(image, flops=0.0)  # in a step
@@ -443,9 +481,9 @@ def plan_stage(
         [other_turns(part, collator.token_counts) for part in mixture.parts],
         processor.max_tiles,
         describe_homes(config, processor=processor),
-        fuller,
+        filling,
         features,
-        start_flops,
+        *start,
         [left_out_of(part, collator) for part in mixture.parts],
     )
 
@@ -485,6 +523,7 @@ def plan_rewards(
     """Plans stage 5, as `plan_stage`, but measures no batches. Makes `config` and `processor` those of its checkpoint."""
     config.attention_mask_type = arguments.attention_mask_type
     config.check_mask_type()
+    empty_model(config, arguments.attn_implementation)
     cut_images(arguments, config, processor)
     check_not_cut(processor, WHOLE_IMAGES)
     collator = make_collator(arguments, processor, config)
@@ -598,9 +637,9 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
         )
     if len(arguments.mask_type_shares) > 1:
         lines.append(f"  {described(arguments.mask_type_shares)}")
-    if plan.start_flops:
+    if arguments.projector_start:
         lines.append(
-            f"  projector_start: {arguments.projector_start_records:,} records at most, {plan.start_flops / 1e12:,.4g} TFLOP"
+            f"  projector_start: {plan.start_records:,} records with an image, {plan.start_flops / 1e12:,.4g} TFLOP"
         )
     if arguments.embedding_loss:
         lines.append(f"  embedding_loss: {arguments.embedding_loss:g} x the error of a head that is thrown away")
@@ -617,12 +656,11 @@ def describe(plan: Plan, gpu: str, utilisation: float) -> str:
     longest = max(batch.length for batch in plan.batches)
     hours = plan.flops / (rate * utilisation * plan.processes) / 3600
     read, unit = f"{plan.records:,} records", "records"
-    if plan.rows is not None:
-        tokens, rows = (sum(getattr(batch, name) for batch in plan.batches) for name in ("tokens", "rows"))
-        fill, unit = tokens / rows / arguments.row_length, "rows"
-        read += f" in about {plan.rows:,} rows of {arguments.row_length:,} tokens, {fill:.0%} filled"
-        if fill < FULL and plan.fuller not in (None, arguments.row_length):
-            read += f" (row_length {plan.fuller}: {FULL:.0%} or more)"
+    if plan.filling is not None:
+        filling, unit = plan.filling, "rows"
+        read += f" in about {plan.rows:,} rows of {arguments.row_length:,} tokens, {filling.share:.0%} filled"
+        if filling.share < FULL and filling.fuller not in (None, arguments.row_length):
+            read += f" (row_length {filling.fuller}: {FULL:.0%} or more)"
     lines += [
         f"  {read}, {plan.steps:,} steps of {per_step} {unit}; rows up to {longest} tokens, {padding:.0%} padding",
         f"  {plan.step_flops / 1e12:,.4g} TFLOP a step, {plan.flops / 1e18:,.3g} EFLOP in all: {hours:,.2g} hours on {plan.processes} x {gpu} "

@@ -150,7 +150,7 @@ def test_the_plan_tells_of_it(checkpoint, tmp_path):
     assert "  mask types 'image' in 75% of the steps, 'causal' in 25% of the steps\n" in text
     assert f"  keep_language: 0.75 of the trained language model, 0.25 of that of {checkpoint}\n" in text
     assert "  embedding_loss: 0.5 x the error of a head" in text
-    assert "  projector_start: 2,000 records at most, " in text and plan.start_flops > 0
+    assert "  projector_start: 24 records with an image, " in text and plan.start_flops > 0
     plain = {name: value for name, value in fields.items() if name.endswith("rate")}
     (other,) = plan_stages([parsed(checkpoint, tmp_path, **plain)], processes=1, sample=2)
     assert other.start_flops == 0 and not {"mask types", "keep_language"} & set(

@@ -1,9 +1,12 @@
 """`projector_start: least_squares` against numpy on the true features."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from alignvlm.data.scenes import make_scenes
@@ -12,10 +15,11 @@ from alignvlm.rows.packing import IGNORED
 from alignvlm.stages.checkpoint import save_checkpoint
 from alignvlm.stages.projector_start import NormalEquations, last_linear_layer
 from alignvlm.stages.stage import main as run_stage
-from modeling_alignvlm import AlignVLMForConditionalGeneration
+from alignvlm.tools.plan import ImageCost, describe, plan_stages
+from modeling_alignvlm import AlignVLMConfig, AlignVLMForConditionalGeneration
 from modeling_alignvlm.modeling_alignvlm import similar_groups
 from tests.modeling_alignvlm.test_tiles import tiled
-from tests.running import arguments_for
+from tests.running import arguments_for, parse
 
 
 SCENES = {"name": "scenes", "annotations": ["short_caption"], "count": 24}
@@ -181,6 +185,31 @@ def test_filled_rows_begin_where_others_do(checkpoint, tmp_path):
     assert filled["projector_start"]["images"] == 5 and filled["rows"]["records_per_row"] > 1
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "filled"))
     assert torch.equal(one["model.projector.layers.2.weight"], other["model.projector.layers.2.weight"])
+
+
+@pytest.mark.parametrize("mask_type", ["prefix", '{"image": 0.5, "prefix": 0.5}'])
+def test_an_image_counts_once_however_many_rows_and_branches_hold_it(checkpoint, tmp_path, mask_type):
+    """Under `prefix` every annotation has a row with the image; behind a text of its own, every branch of a row holds the image."""
+    Image.new("RGB", (16, 16), (200, 30, 60)).save(tmp_path / "a.png")
+    asked = [[{"type": "text", "text": text}, {"type": "image"}] for text in ("What?", "Name it:", "And this:")]
+    talks = [{"messages": [{"role": "user", "content": parts}], "responses": ["a red square"]} for parts in asked]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"images": ["a.png"], "conversations": talks}))
+    sources = [{**SCENES, "annotations": ["short_caption", "questions"], "count": 12}, {"data": "rows.jsonl"}]
+    fields = {"sources": [*sources, SOURCES[1]], "data_dir": tmp_path}
+    for name, given in (("image", "image"), ("other", mask_type)):
+        entry = start(checkpoint, tmp_path / name, attention_mask_type=given, **fields)
+        assert entry["projector_start"]["images"] == 13
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("image", "other"))
+    name = "model.projector.layers.2.weight"
+    torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+    for records in (5, 2000):
+        given = {**fields, "projector_start": "least_squares", "projector_start_records": records}
+        words = arguments_for(checkpoint, tmp_path, attention_mask_type=mask_type, projector_learning_rate=1, **given)
+        (plan,) = plan_stages([parse(words)], processes=1, sample=2)
+        read = min(records, 13)
+        assert f"  projector_start: {read} records with an image, " in describe(plan, "H100", 0.4)
+        image = ImageCost.of(AlignVLMConfig.from_pretrained(checkpoint))
+        assert plan.start_flops == pytest.approx(read * image.flops)
 
 
 def test_the_order_and_number_of_records_are_those_of_training(checkpoint, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -165,6 +166,19 @@ def test_stages_that_start_from_each_other_and_rehearse(checkpoint, tmp_path):
             "sum to 1.1 instead of 1",
         ),
         (
+            {"attn_implementation": "flash_attention_2"},
+            r"stage 3 .*: attn_implementation='flash_attention_2' cannot apply the mask type 'image'\. Use 'sdpa'",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2", "attention_mask_type": '{"causal": 0.5, "image": 0.5}'},
+            r"attn_implementation='flash_attention_2' knows the mask type 'causal' alone",
+        ),
+        (
+            {"attn_implementation": "my/flash-kernel", "attention_mask_type": '{"causal": 0.5, "image": 0.5}'},
+            r"attn_implementation='my/flash-kernel' knows the mask type 'causal' alone",
+        ),
+        ({"attn_implementation": "flash", "attention_mask_type": "causal"}, r'stage 3 .*"flash"` is not supported'),
+        (
             {"lora_r": 2, "lora_target_modules": ["qkv"], "language_learning_rate": 1e-3},
             r"stage 3 .*\['qkv'\] name no",
         ),
@@ -175,6 +189,29 @@ def test_what_a_run_would_stumble_over_is_found(checkpoint, tmp_path, fields, me
     words = arguments_for(model, tmp_path, **{"projector_learning_rate": 1e-3, **fields})
     with pytest.raises((ValueError, OSError), match=message):
         plan_stages([parse(*words)], processes=1)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_a_kernel_that_is_not_installed_here_can_be_planned(checkpoint, tmp_path, monkeypatch, kernel):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    fields = {"attention_mask_type": "causal", "projector_learning_rate": 1e-3, "attn_implementation": kernel}
+    first, second = (parse(*arguments_for(checkpoint, tmp_path / each, **fields)) for each in "12")
+    second.model = first.output_dir
+    assert [plan.steps for plan in plan_stages([first, second], processes=1, sample=2)] == [4, 4]
+
+
+@pytest.mark.parametrize("fields", [{}, {"image_start_fraction": 0.3}, {"sources": [{**SOURCES[0], "count": 9}]}])
+def test_rows_of_few_records_are_those_of_the_run(checkpoint, tmp_path, fields):
+    """An epoch of fewer records than the window from which rows are filled, of which no other draw would tell."""
+    sources = [{**SOURCES[0], "share": 0.8}, {**SOURCES[1], "share": 0.2}]
+    fields = {"row_length": 300, "max_length": 300, "max_steps": -1, "sources": sources, **fields}
+    words = arguments_for(checkpoint, tmp_path / "run", projector_learning_rate=1e-3, **fields)
+    (plan,) = plan_stages([parse(*words)], processes=1)
+    entry = main(words)
+    rows = entry["rows"]
+    assert plan.rows == rows["rows_per_epoch"] and plan.records == entry["records"] and plan.steps == entry["steps"]
+    assert f"rows of 300 tokens, {rows['fill']:.0%} filled" in describe(plan, "H100", 0.4)
 
 
 def test_the_command_line(checkpoint, tmp_path, capsys):
@@ -212,6 +249,8 @@ def test_stage_5_is_planned_by_its_prompts(checkpoint, tmp_path, capsys):
     plan_main(["--config", str(recipe)])
     output = capsys.readouterr().out
     assert "grpo: 100 prompts, 50 steps of 2 prompts with 4 answers each, rewarded by cider, accuracy" in output
+    with pytest.raises(ValueError, match=r"stage 5 .*'flash_attention_2' cannot apply the mask type 'prefix'"):
+        plan_main(["--config", str(recipe), "--attn_implementation", "flash_attention_2"])
     with pytest.raises(SystemExit, match="num_generation"):
         plan_main(["--config", str(recipe), "--num_generation", "3"])
     causal = tmp_path / "causal"
