@@ -16,11 +16,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from alignvlm.data.catalogue import CATALOGUE
 from alignvlm.data.formats import CAPTION_PROMPT
 from alignvlm.data.record import ON_BAD_ROW
 from alignvlm.evaluation.judge import compare
 from alignvlm.evaluation.load import add_loading_options
-from alignvlm.evaluation.one_task import evaluate_checkpoint
+from alignvlm.evaluation.one_task import asked_otherwise, evaluate_checkpoint
 from alignvlm.evaluation.task_list import evaluate_several
 from alignvlm.evaluation.task_work import ALL_TASKS
 from hub_upload.command_line import ArgumentParser, positive, run
@@ -28,6 +29,7 @@ from hub_upload.run_record import read_json
 
 
 def parser() -> argparse.ArgumentParser:
+    without = [task for task in ALL_TASKS if task not in CATALOGUE or CATALOGUE[task].data is None]
     p = ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("checkpoint", nargs="?", help="A checkpoint's folder or Hub repository.")
     p.add_argument("--server", metavar="URL", help="Ask a server that speaks the OpenAI protocol, not a checkpoint.")
@@ -54,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--split", help="Default: the split that the task is usually asked of, for most `test`.")
     p.add_argument(
-        "--data", help="Hub data set, local folder or file. Most tasks have a default; scenes and local have none."
+        "--data",
+        help=f"Hub data set, local folder or file. Most tasks have a default; {', '.join(without)} have none.",
     )
     p.add_argument("--data_revision", help="Revision of a Hub data set.")
     p.add_argument("--image_dir", help="Where image paths in the data start.")
@@ -140,7 +143,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if arguments.compare:
             first, second = map(_result, arguments.compare)
-            for name, found in compare(first, second, arguments.bootstrap_samples, arguments.seed).items():
+            differences = compare(first, second, arguments.bootstrap_samples, arguments.seed)
+            if other := asked_otherwise(first, second):
+                print(f"B differs from A in how it was asked: {'; '.join(other)}")
+            for name, found in differences.items():
                 low, high = found["interval"]
                 print(f"{name:<28} {found['difference']:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {found['p']:.3f}")
         else:

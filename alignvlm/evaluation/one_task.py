@@ -14,7 +14,7 @@ from alignvlm.evaluation.batches import progress_folder, run_batches
 from alignvlm.evaluation.choices import measure
 from alignvlm.evaluation.load import evaluation_tag, load_checkpoint, model_identity
 from alignvlm.evaluation.server import Server
-from alignvlm.evaluation.task_work import asking_of, control_of, question_work, text_work
+from alignvlm.evaluation.task_work import asking_of, check_asked, control_of, question_work, text_work
 from alignvlm.rows.tiles import describe_tiles, set_max_tiles
 from hub_upload.run_record import library_versions, read_json, write_json
 
@@ -50,7 +50,8 @@ class Checkpoint:
         self.computing = {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attn_implementation": self.model.config._attn_implementation,
-            **({} if arguments.merge_image_tokens is None else {"merge_image_tokens": arguments.merge_image_tokens}),
+            **LEFT_OUT,
+            "merge_image_tokens": getattr(self.model.config, "merge_image_tokens", None) or 0,
             **describe_tiles(self.model.config, self.processor),
             "batch_size": self.batch_size,
         }
@@ -67,7 +68,9 @@ class Checkpoint:
 
 
 # Settings that a result names only where they are on.
-WHERE_ON = ("name", "metric", "prompt", "merge_image_tokens", "max_tiles", "tile_marks", "image_block")
+WHERE_ON = ("name", "metric", "prompt", "tile_marks", "image_block")
+# Settings that results of older versions leave out where they are off, and their values then.
+LEFT_OUT = {"merge_image_tokens": 0, "max_tiles": 1}
 # Settings that decide neither what is asked nor how it is answered: a result may take the place of one with others.
 OF_NO_ANSWER = ("name", "batch_size", "seed", "bootstrap_samples", "versions")
 # What depends on other settings in a result's `data`.
@@ -140,6 +143,7 @@ def evaluate_checkpoint(
     if arguments.data_dir is not None and not (arguments.tasks or arguments.controls):
         raise ValueError("--data_dir holds the data of several --tasks; the data of one --task is --data.")
     state = _state(arguments)
+    check_asked(arguments)
     asked = loaded or load_model(arguments)
     check_place(arguments, asked)
     with state.main_process_first():  # fetches data once
@@ -226,7 +230,7 @@ def check_place(arguments: argparse.Namespace, asked: Checkpoint | Server) -> No
         )
         raise ValueError(f"{file} holds the result of {what}. {REMEDY}")
     ignored = {"model", "data", "limit", *OF_NO_ANSWER} - ({"seed"} if now["control"] == "shuffle_images" else set())
-    different = _differences(before, now, {*now, *WHERE_ON} - ignored)
+    different = _differences(LEFT_OUT | before, LEFT_OUT | now, {*now, *WHERE_ON} - ignored)
     if different:
         raise ValueError(f"{file} holds a result with {', '.join(different)}. {REMEDY}")
     there, new = before.get("limit"), now["limit"]
@@ -276,8 +280,20 @@ def finished(file: Path, settings: dict) -> dict | None:
     if not file.is_file():
         return None
     found = read_json(file)
-    same = json.loads(json.dumps(settings))
-    return found if all(found.get(name) == same.get(name) for name in {*same, *WHERE_ON}) else None
+    stated, same = LEFT_OUT | found, json.loads(json.dumps(settings))
+    return found if all(stated.get(name) == same.get(name) for name in {*same, *WHERE_ON}) else None
+
+
+def asked_otherwise(first: dict, second: dict) -> list[str]:
+    """Returns in which settings, of those that decide answers, the second of two results of the same questions differs from the first. Of a
+    model behind an address only what it was sent is known."""
+    if any("server" in result.get("model", {}) for result in (first, second)):
+        names = {*first} & {*second} | {"metric", "prompt"}
+    else:
+        first, second = LEFT_OUT | first, LEFT_OUT | second
+        names = {*first, *second}
+    names -= {"task", "model", "data", "limit", *OF_NO_ANSWER, "metrics", "definitions", "predictions"}
+    return _differences(second, first, names)
 
 
 def report(result: dict) -> str:

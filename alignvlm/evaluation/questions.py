@@ -99,6 +99,27 @@ def load_task(
     return EvaluationSet(readable, source, notes)
 
 
+def check_task(task: str, data: str | None) -> None:
+    """Checks that there is such a task, and that it has data.
+
+    Raises:
+        ValueError: naming the tasks there are, or how its data are had.
+    """
+    if task not in TASKS:
+        unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
+        raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
+    kind = CATALOGUE[task]
+    if (data or kind.data) is not None:
+        return
+    drawn = ""
+    if (draw := kind.generate) is not None:
+        call = f"from {draw.__module__} import {draw.__name__}; {draw.__name__}(100, '{kind.split}').save_to_disk('{task}')"
+        drawn = f" Python draws some for --data {task}: `{call}`."
+    raise ValueError(
+        f"The task {task!r} needs data: give a local folder or file, or a data set of the Hub, as --data.{drawn}"
+    )
+
+
 def load_source(
     task: str,
     split: str | None = None,
@@ -126,14 +147,10 @@ def load_source(
         ValueError: for an unknown task, missing columns, or a split without rows. A row that cannot be used raises `BadRow`, which names
             its file, its number and what is wrong.
     """
-    if task not in TASKS:
-        unjudged = " No metric here judges it as the field does." if task in CATALOGUE else ""
-        raise ValueError(f"Unknown task {task!r}.{unjudged} Valid tasks: {', '.join(TASKS)}.")
+    check_task(task, data)
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row={on_bad_row!r}. Valid values: {', '.join(ON_BAD_ROW)}.")
     kind = CATALOGUE[task]
-    if (data or kind.data) is None:
-        raise ValueError(f"The task {task!r} needs data: a local folder or file, or a data set of the Hub.")
     given = {**kind.asked, "data": data, "split": split or kind.split, "revision": revision}
     given["keep_duplicates"] = keep_duplicates or kind.asked.get(
         "keep_duplicates", False

@@ -12,7 +12,7 @@ from alignvlm.evaluation.choices import in_all_orders_of
 from alignvlm.evaluation.judge import check_answers_suffice, check_references_suffice, judge
 from alignvlm.evaluation.perplexity import summarise as summarise_text
 from alignvlm.evaluation.perplexity import window_loss, windows_of
-from alignvlm.evaluation.questions import REMEDY, TASKS, blank, load_task, shuffled, without_images
+from alignvlm.evaluation.questions import REMEDY, TASKS, blank, check_task, load_task, shuffled, without_images
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.tiles import grids_of
 
@@ -38,6 +38,22 @@ def tag_of(arguments: argparse.Namespace, model) -> str:
 def decoding_of(arguments: argparse.Namespace) -> dict:
     """Returns how answers are generated."""
     return {"num_beams": arguments.num_beams, "max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+
+
+def check_asked(arguments: argparse.Namespace) -> None:
+    """Checks what can be checked of a task before its model is loaded: that there is such a task, and that it has data.
+
+    Raises:
+        ValueError: naming the tasks there are, how the data are had, or the option that the task cannot have.
+    """
+    if arguments.task != "text_perplexity":
+        return check_task(arguments.task, arguments.data)
+    if arguments.data is None:
+        raise ValueError("text_perplexity needs --data: a text file, or a data set with a column `text`.")
+    if control_of(arguments):
+        raise ValueError(
+            "text_perplexity has no images: leave out --blank_image, --shuffle_images and --question_only."
+        )
 
 
 def asking_of(arguments: argparse.Namespace, model) -> dict:
@@ -164,12 +180,6 @@ def question_work(arguments: argparse.Namespace, model) -> Work:
 
 def text_work(arguments: argparse.Namespace, model) -> Work:
     """Returns work that measures the perplexity of a text for a `one_task.Checkpoint`, in windows that do not overlap; a window's first token is context only."""
-    if arguments.data is None:
-        raise ValueError("text_perplexity needs --data: a text file, or a data set with a column `text`.")
-    if control_of(arguments):
-        raise ValueError(
-            "text_perplexity has no images: leave out --blank_image, --shuffle_images and --question_only."
-        )
     content, source = _read_text(arguments)
     tokens = model.processor.tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = tokens["input_ids"], tokens["offset_mapping"]

@@ -55,6 +55,9 @@ from modeling_alignvlm.masking_alignvlm import describe_mask_types
 
 
 RESAMPLES = ("bilinear", "bicubic", "lanczos")  # names of `PIL.Image.Resampling`, in lower case
+# Fields of `AlignVLMConfig` that can be refused by themselves, and those that depend on the features of the encoder.
+WORDS = ("projector_type", "vision_feature_layer", "vision_layer_fusion", "attention_mask_type")
+COUNTS = ("pixel_shuffle_factor", "merge_image_tokens")
 logger = logging.get_logger(__name__)
 
 
@@ -95,7 +98,7 @@ class BackboneArguments(TileArguments):
     merge_image_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Merge similar tokens of an image until this number is left (ToMe, arXiv 2210.09461). Left out: none."
+            "help": "Merge similar tokens of an image until this number is left (ToMe, arXiv 2210.09461). 0, or left out: none."
         },
     )
     modality_calibration: bool = field(
@@ -150,6 +153,7 @@ class BackboneArguments(TileArguments):
 
     def __post_init__(self):
         self.check_tiles()
+        self.merge_image_tokens = self.merge_image_tokens or None
         if isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
         if self.image_resample not in (None, *RESAMPLES):
@@ -310,6 +314,7 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
             for something else, a chat template that cannot be used, a language model that does not answer text as before or
             cannot keep the mask type, and a given projector that does not fit.
     """
+    _check_words(arguments)
     for name, revision in (
         (arguments.vision, arguments.vision_revision),
         (arguments.language, arguments.language_revision),
@@ -338,6 +343,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     if arguments.image_resample is not None:
         image_processor.resample = Image.Resampling[arguments.image_resample.upper()]
     measure = measure_encoder(arguments.vision, vision, image_processor, arguments.vision_feature_layer)
+    fields = {name: getattr(arguments, name) for name in (*WORDS, *COUNTS)}
+    AlignVLMConfig(vision_config=vision.config, **measure.fields(), **fields)  # refuses counts before more is loaded
     language = AutoModelForCausalLM.from_pretrained(
         arguments.language, revision=arguments.language_revision, dtype=torch.float32
     )
@@ -358,13 +365,8 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
         language,
         tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         measure,
-        projector_type=arguments.projector_type,
-        pixel_shuffle_factor=arguments.pixel_shuffle_factor,
-        vision_feature_layer=arguments.vision_feature_layer,
-        vision_layer_fusion=arguments.vision_layer_fusion,
-        merge_image_tokens=arguments.merge_image_tokens,
         modality_calibration=arguments.modality_calibration,
-        attention_mask_type=arguments.attention_mask_type,
+        **fields,
     )
     choose_mask_type(model, arguments.language)
     started = start_projector(model, tokenizer, saved, _recorded_name(arguments.language)) if saved else None
@@ -403,6 +405,12 @@ def assemble(arguments: BackboneArguments) -> tuple[AlignVLMForConditionalGenera
     }
     save_checkpoint(model, processor, arguments.output_dir, record)
     return model, processor
+
+
+def _check_words(arguments: BackboneArguments) -> None:
+    """Raises a `ValueError` for what is wrong whatever the backbones are, which then are not loaded, nor downloaded."""
+    AlignVLMConfig(**{name: getattr(arguments, name) for name in WORDS})
+    arguments.check_cut(arguments.max_tiles or 1)
 
 
 def _projector_to_start_with(arguments: BackboneArguments) -> SavedProjector | None:

@@ -34,6 +34,15 @@ class TileArguments:
         if self.image_block not in (None, *IMAGE_BLOCKS):
             raise ValueError(f"image_block={self.image_block!r}. Valid values: {', '.join(IMAGE_BLOCKS)}.")
 
+    def check_cut(self, max_tiles: int) -> None:
+        """Raises a `ValueError` for an option that does nothing, because `max_tiles` cuts no image."""
+        for name in ("tile_marks", "image_block") if max_tiles == 1 else ():
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value!r} is for images that are cut into tiles, and max_tiles={max_tiles} cuts none. Leave out {name}, or set "
+                    "max_tiles to 2 or more."
+                )
+
 
 def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: AlignVLMProcessor) -> None:
     """Sets what `arguments` ask for in a checkpoint's configuration and processor.
@@ -42,13 +51,8 @@ def cut_images(arguments: TileArguments, config: PreTrainedConfig, processor: Al
         ValueError: for an option that does nothing, because images are not cut.
     """
     set_max_tiles(config, processor, arguments.max_tiles or processor.max_tiles)
+    arguments.check_cut(processor.max_tiles)
     if not cuts_images(processor):
-        for name in ("tile_marks", "image_block"):
-            if value := getattr(arguments, name):
-                raise ValueError(
-                    f"{name}={value!r} is for images that are cut into tiles, and max_tiles={processor.max_tiles} cuts none. Leave out {name}, or "
-                    "set max_tiles to 2 or more."
-                )
         processor.tile_marks = False
         return
     if arguments.tile_marks is not None:

@@ -1,5 +1,6 @@
 """Evaluations of a real tiny checkpoint: the same whoever counts, resumed as if never interrupted, and comparable."""
 
+import copy
 import json
 import math
 import os
@@ -144,7 +145,7 @@ def test_a_result_of_an_option_is_not_taken_for_one_without(checkpoint, data, tm
     before = (tmp_path / "scenes.json").read_text()
     for more, what in (
         (["--metric", "pathvqa_accuracy"], "metric None, not 'pathvqa_accuracy'"),
-        (["--merge_image_tokens", "2"], "merge_image_tokens None, not 2"),
+        (["--merge_image_tokens", "2"], "merge_image_tokens 0, not 2"),
         (["--prompt", "What is it?"], r"prompt None, not 'What is it\?'"),
     ):
         with pytest.raises(ValueError, match=what):
@@ -155,6 +156,27 @@ def test_a_result_of_an_option_is_not_taken_for_one_without(checkpoint, data, tm
     with pytest.raises(ValueError, match="metric 'pathvqa_accuracy', not None"):
         evaluate_checkpoint(parser().parse_args([*given, "--name", "short"]), keep_finished=True)
     assert json.loads((tmp_path / "short.json").read_text()) == found
+
+
+def test_a_result_says_how_many_tokens_were_left_of_an_image(checkpoint, make_model, processor, data, tmp_path):
+    """An option that asks for what the checkpoint does anyway makes no other result, nor does an older file that does not say."""
+    merging = tmp_path / "merging"
+    make_model(merge_image_tokens=2).save_pretrained(merging)
+    own = copy.copy(processor)
+    own.image_seq_length = 2
+    own.save_pretrained(merging)
+    for own, count, other in ((merging, 2, 0), (checkpoint, 0, 2)):
+        given = options(own, data, tmp_path / f"of_{count}", "--limit", "1", "--max_new_tokens", "2")
+        found = evaluate_checkpoint(parser().parse_args(given))
+        assert (found["merge_image_tokens"], found["max_tiles"]) == (count, 1)
+        equal = parser().parse_args([*given, "--merge_image_tokens", str(count), "--max_tiles", "1"])
+        assert evaluate_checkpoint(equal, keep_finished=True) == evaluate_checkpoint(equal) == found
+        with pytest.raises(ValueError, match=rf"holds a result with merge_image_tokens {count}, not {other}\."):
+            evaluate_checkpoint(parser().parse_args([*given, "--merge_image_tokens", str(other)]))
+    older = {name: value for name, value in found.items() if name not in ("merge_image_tokens", "max_tiles")}
+    (tmp_path / "of_0/scenes.json").write_text(json.dumps(older))
+    assert evaluate_checkpoint(parser().parse_args(given), keep_finished=True) == older
+    assert evaluate_checkpoint(parser().parse_args(given)) == found
 
 
 def test_a_short_look_does_not_take_the_place_of_a_complete_result(checkpoint, data, tmp_path, monkeypatch):
@@ -297,7 +319,10 @@ def test_compare_is_paired_and_refuses_other_questions(result, checkpoint, data,
     capsys.readouterr()
     main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "scenes-blank_image.json")])
     printed = capsys.readouterr().out
+    assert printed.startswith("B differs from A in how it was asked: control 'blank_image', not None\n")
     assert "accuracy" in printed and "cider" in printed and "p = " in printed
+    main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
+    assert "differs" not in capsys.readouterr().out
     assert all(found["difference"] == 0.0 and found["p"] == 1.0 for found in compare(result, result).values())
     fewer = {**result, "predictions": result["predictions"][:-1]}
     with pytest.raises(ValueError, match="do not answer the same questions"):
@@ -439,14 +464,20 @@ def test_a_revision_that_the_hub_does_not_give_is_named(monkeypatch):
     ("arguments", "message"),
     [
         ([], "Give a checkpoint or a --server, and a --task"),
-        (["out/nano/stage4", "--task", "scenes"], "No such folder: 'out/nano/stage4'"),
+        (["out/nano/stage4", "--task", "scenes", "--data", "DATA"], "No such folder: 'out/nano/stage4'"),
         (
             ["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--revision", "v1"],
             "The revision 'v1' would be of a model of the Hub",
         ),
         (["CHECKPOINT", "--task", "scenes", "--data", "out/my/scenes"], "No such file or folder: out/my/scenes"),
-        (["CHECKPOINT", "--task", "scenes"], "needs data"),
-        (["CHECKPOINT", "--task", "text_perplexity"], "needs --data"),
+        (["no/checkpoint", "--task", "scenes"], r"needs data: .* `from alignvlm\.data\.scenes import make_scenes; "),
+        (["no/checkpoint", "--task", "scene_signs"], r"needs data: .* make_signs\(100, 'test'\)\.save_to_disk\("),
+        (["no/checkpoint", "--task", "local"], r"needs data: give a local folder .*, as --data\.$"),
+        (["no/checkpoint", "--task", "text_perplexity"], "needs --data"),
+        (
+            ["no/checkpoint", "--task", "text_perplexity", "--data", "DATA", "--blank_image"],
+            "has no images: leave out",
+        ),
         (["CHECKPOINT", "--task", "scenes", "--data", "DATA", "--blank_image", "--shuffle_images"], "two controls"),
     ],
 )

@@ -10,7 +10,7 @@ from alignvlm.data.record import one_turn
 from alignvlm.evaluation.answer import answer
 from alignvlm.evaluation.attention import attention_to_images
 from alignvlm.evaluation.choices import measure
-from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, parser
+from alignvlm.evaluation.evaluate_model import evaluate_checkpoint, main, parser
 from alignvlm.rows.encode import Encoder
 from alignvlm.rows.tiles import grids_of
 from modeling_alignvlm import IMAGE_BLOCKS
@@ -89,7 +89,7 @@ def test_heat_maps_show_the_overview(processor, make_model):
             torch.testing.assert_close(looked.layers[layer, 0, image], expected)
 
 
-def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_path):
+def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_path, capsys):
     own, model = tiled(processor), make_model(image_block="tile")
     model.save_pretrained(tmp_path / "checkpoint")
     own.save_pretrained(tmp_path / "checkpoint")
@@ -120,6 +120,10 @@ def test_an_evaluation_says_how_many_tiles_it_showed(make_model, processor, tmp_
         kinds = {prediction["kind"] for prediction in result["predictions"]}
         assert {"find", "count"} <= kinds <= {"find", "count", "read_number", "read_word"}
         assert "pathvqa_accuracy" in result["metrics"]
-    assert found == {None: [4, True, "tile"], 2: [2, True, "tile"], 1: [None] * 3}
+    assert found == {None: [4, True, "tile"], 2: [2, True, "tile"], 1: [1, None, None]}
+    capsys.readouterr()
+    main(["--compare", str(tmp_path / "results/scene_signs.json"), str(tmp_path / "results/of_1.json")])
+    told = "B differs from A in how it was asked: image_block None, not 'tile'; max_tiles 1, not 4; tile_marks None, not True"
+    assert capsys.readouterr().out.startswith(told + "\n")
     with pytest.raises(SystemExit, match="--max_tiles: '0' is no whole number of 1 or more"):
         evaluate_checkpoint(parser().parse_args([*given, "--max_tiles", "0"]))

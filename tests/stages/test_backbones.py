@@ -83,6 +83,44 @@ def test_a_model_that_is_there_is_not_written_over(vision, language, tmp_path):
         assemble(BackboneArguments(vision, str(language), str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"vision_layer_fusion": "sum"},
+            r"Unknown vision_layer_fusion 'sum'\. Valid values: concatenate, weighted_sum",
+        ),
+        ({"vision_layer_fusion": "weighted_sum"}, r"vision_feature_layer=\[-1\] names one"),
+        (
+            {"vision_feature_layer": [-1, -1]},
+            r"vision_feature_layer=\[-1, -1\] must be a number, or a list of different",
+        ),
+        ({"attention_mask_type": "imag"}, "Unknown attention_mask_type 'imag'"),
+        ({"projector_type": "mpl"}, "Unknown projector_type 'mpl'"),
+        ({"tile_marks": True}, "tile_marks=True is for images that are cut into tiles"),
+        ({"image_block": "tile", "max_tiles": 1}, "image_block='tile' is for images that are cut into tiles"),
+        ({"merge_image_tokens": 5}, "merge_image_tokens=5 must be from 1 to 4"),
+        ({"pixel_shuffle_factor": 3}, "must be at least 1 and divide the feature grid of 2 x 2"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_backbones_are_loaded(vision, language, tmp_path, monkeypatch, fields, message):
+    """What depends on the encoder, before the language model."""
+    counted = {"merge_image_tokens", "pixel_shuffle_factor"} & {*fields}
+    loads = "AutoModelForCausalLM.from_pretrained" if counted else "check_model"
+    monkeypatch.setattr(f"alignvlm.stages.backbones.{loads}", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        assemble(BackboneArguments(vision, str(language), str(tmp_path / "stage0"), **fields))
+    assert not (tmp_path / "stage0").exists()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_no_tokens_are_merged_where_none_shall_be_left(vision, language, tmp_path, count):
+    model, processor = assemble(BackboneArguments(vision, str(language), str(tmp_path), merge_image_tokens=count))
+    assert model.config.merge_image_tokens == (count or None)
+    assert processor.image_seq_length == (count or 4)
+
+
 def test_both_backbones_are_kept_as_they_are(vision, language, tmp_path):
     model, processor = assemble(BackboneArguments(vision, str(language), str(tmp_path)))
     encoder = SiglipVisionModel.from_pretrained(vision).state_dict()
