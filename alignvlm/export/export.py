@@ -41,14 +41,14 @@ class Form:
     Args:
         write: makes the new folder for a model in evaluation mode, its processor and one of the form's homes, and compares what was
             written with them; a ValueError says what differs. The model is nobody else's: it may be converted.
-            Options of the form follow as keywords; the folder's name is that of the export.
-        card: the card's text, with places for {title}, {repository}, {checkpoint} and {class_name}.
+            Options of the form follow as keywords; the folder's name is that of the export. Returns what else the card has places for.
+        card: the card's text, with places for {title}, {repository}, {checkpoint}, {class_name} and {question}.
         library: the Hub's name of what loads the folder.
         achieved: what may be said of the folder when it is there.
         options: the names of further options that `write` takes.
     """
 
-    write: Callable[..., None]
+    write: Callable[..., dict[str, str] | None]
     card: str
     library: str
     achieved: str
@@ -100,8 +100,14 @@ def read_config(checkpoint: str, revision: str | None = None) -> AlignVLMConfig:
     return AlignVLMConfig.from_pretrained(checkpoint, revision=revision)
 
 
-def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, title: str) -> None:
-    """A card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is."""
+def write_card(
+    checkpoint: str, revision: str | None, home: Home, folder: Path, title: str, more: dict[str, str]
+) -> None:
+    """Writes a card that keeps the licence, the backbones and the data sets on the checkpoint's own, and says what the folder is.
+
+    Args:
+        more: what the form's `write` returned.
+    """
     found = file_of(checkpoint, "README.md", revision)
     try:
         kept = split_card(Path(found).read_text(encoding="utf-8"))[0] if found else {}
@@ -118,7 +124,7 @@ def write_card(checkpoint: str, revision: str | None, home: Home, folder: Path, 
     tag = evaluation_tag(checkpoint, revision)
     question = json.dumps(with_tag(tag, "What is it?"), ensure_ascii=False)[1:-1]  # between quotation marks
     body = FORMS[home.form].card.format(
-        title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name, question=question
+        title=title, repository=PLACEHOLDER, checkpoint=name, class_name=home.class_name, question=question, **more
     )
     if tag:
         body += f"\nIts prompts begin with `{tag}`, as in training; nothing writes that for you.\n"
@@ -159,8 +165,8 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workspace:
         folder = Path(workspace) / out.name
         try:
-            FORMS[form].write(model, processor, home, folder, **options)
-            write_card(checkpoint, revision, home, folder, out.name)
+            more = FORMS[form].write(model, processor, home, folder, **options) or {}
+            write_card(checkpoint, revision, home, folder, out.name, more)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{str(out)!r} cannot be written: {error}. Make room, or name another folder.") from error
         if out.exists():

@@ -25,8 +25,8 @@ The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503
 and what is built on it: the language model, and `mmproj-...` with vision encoder and projector (type `{class_name}`).
 
 ```bash
-llama-mtmd-cli -m {title}-*.gguf --mmproj mmproj-{title}-*.gguf --image photo.jpg -p "{question}" --temp 0
-llama-server -m {title}-*.gguf --mmproj mmproj-{title}-*.gguf
+llama-mtmd-cli --jinja -m {language} --mmproj {vision} --image photo.png -p "{question}" --temp 0
+llama-server -m {language} --mmproj {vision}
 ```
 
 An image must be square as the checkpoint saw it: llama.cpp pads others to a square, where training squeezed them.
@@ -166,11 +166,14 @@ def write_file(
 
 def write(
     model: AlignVLMForConditionalGeneration, processor: AlignVLMProcessor, home, folder: Path, outtype: str = "f16"
-) -> None:
+) -> dict[str, str]:
     """Writes the new folder, for its name `NAME-F16.gguf` and `mmproj-NAME-F16.gguf` by the number format, and compares them.
 
     Args:
         outtype: the number format, a name of `OUTTYPES`.
+
+    Returns:
+        The names of both files, for the card.
 
     Raises:
         ValueError: if what was written is not what was given.
@@ -217,3 +220,4 @@ def write(
         lambda writer: gguf_vision.add_keys(writer, config, processor, home.class_name),
     )
     compare_tensors(vision, weights)
+    return {"language": language.name, "vision": vision.name}

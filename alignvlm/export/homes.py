@@ -28,6 +28,7 @@ TAKES_READY_MASKS = ("qwen2", "qwen3", "llama", "smollm3")
 # Language models that take a mask for each kind of layer by its name, as Gemma 3's class gives them; Llama's class takes none, and
 # SmolLM3's computes the same.
 TAKES_NAMED_MASKS = ("gemma3_text", "qwen2", "qwen3", "smollm3", "olmo3", "llama")
+AROUND_IMAGES = f"image_begin: {IMAGE_BEGIN}, image_end: {IMAGE_END}"  # what `projector_type: pool` sets, too
 IN_GGUF = ("llama", "qwen2", "qwen3", "smollm3")  # language models that `gguf_language.py` writes
 
 
@@ -256,7 +257,7 @@ def _gemma3_processor(processor: AlignVLMProcessor) -> list[Obstacle]:
         found.append(
             Obstacle(
                 f"llama.cpp writes {IMAGE_BEGIN} and {IMAGE_END} around an image, and the chat template does not",
-                f"image_begin: {IMAGE_BEGIN}, image_end: {IMAGE_END}",
+                AROUND_IMAGES,
             )
         )
     return found
@@ -286,7 +287,7 @@ def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor |
     """All that keeps a configuration, with its processor if it is given, from becoming `home`; an empty list if nothing does."""
     if getattr(config, "native_shapes", False):
         return [Obstacle("it takes images of one size, and the encoder takes them in their native shape")]
-    found = []
+    found, of_processor = [], home.of_processor(processor) if processor else []
     if config.image_block is not None or getattr(processor, "max_tiles", 1) > 1:
         found.append(Obstacle("it does not cut images into tiles as this checkpoint's processor does (max_tiles)"))
     if home.mask_type not in (None, config.attention_mask_type):
@@ -304,13 +305,14 @@ def obstacles(config: AlignVLMConfig, home: Home, processor: AlignVLMProcessor |
                 f"projector_type: {home.projector_type}",
             )
         )
+        of_processor = [obstacle for obstacle in of_processor if obstacle.change != AROUND_IMAGES]
     if config.modality_calibration:
         sentence = "it does not scale and shift image tokens behind each layer, as modality_calibration asks for"
         found.append(Obstacle(sentence, "modality_calibration: false"))
     if config.merge_image_tokens is not None and home.form != "onnx":
         sentence = f"it merges no image tokens, as merge_image_tokens={config.merge_image_tokens} asks for"
         found.append(Obstacle(sentence, "merge_image_tokens: 0"))
-    return found + home.more(config) + (home.of_processor(processor) if processor else [])
+    return found + home.more(config) + of_processor
 
 
 def describe_homes(

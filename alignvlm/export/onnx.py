@@ -46,10 +46,12 @@ The checkpoint `{checkpoint}`, trained with AlignVLM (a recipe after [arXiv 2503
 graphs for transformers.js and onnxruntime.
 
 ```js
-import {{ AutoProcessor, AutoModelForImageTextToText, load_image }} from "@huggingface/transformers";
+import {{ AutoProcessor, AutoModelForImageTextToText, env, load_image }} from "@huggingface/transformers";
 
-const processor = await AutoProcessor.from_pretrained("{title}");
-const model = await AutoModelForImageTextToText.from_pretrained("{title}", {{ dtype: "fp32" }});
+env.localModelPath = "./"; // where the folder lies
+const name = "{title}"; // the folder; of the Hub the repository, "user/{title}"
+const processor = await AutoProcessor.from_pretrained(name);
+const model = await AutoModelForImageTextToText.from_pretrained(name, {{ dtype: "fp32" }});
 const prompt = processor.apply_chat_template(
     [{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: "{question}" }}] }}],
     {{ add_generation_prompt: true }},

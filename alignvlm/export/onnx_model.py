@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 
 
+GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+
+
 class OnnxModel:
     """The three graphs of an exported folder.
 
@@ -20,18 +23,28 @@ class OnnxModel:
         folder: the exported folder.
         suffix: which of its files: `""`, or `"_quantized"` for those with 8-bit weights.
         **options: for `onnxruntime.InferenceSession`, such as `providers` and `sess_options`.
+
+    Raises:
+        FileNotFoundError: if the folder is none that `alignvlm export --to onnx` wrote, or has no files of this suffix.
     """
 
     def __init__(self, folder: str | Path, suffix: str = "", **options):
         from onnxruntime import InferenceSession
 
         folder, options = Path(folder), {"providers": ["CPUExecutionProvider"], **options}
-        self.encoder, self.embed_tokens, self.decoder = (
-            InferenceSession(folder / "onnx" / f"{name}{suffix}.onnx", **options)
-            for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
-        )
-        self.image_token_id: int = json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_token_id"]
-        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        settings = [folder / "config.json", folder / "generation_config.json"]
+        graphs = [folder / "onnx" / f"{name}{suffix}.onnx" for name in GRAPHS]
+        for file in settings + graphs:
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file} is not there. Name a folder that `alignvlm export CHECKPOINT FOLDER --to onnx` wrote; "
+                    'the suffix is "", or, with --int8, "_quantized".'
+                )
+        self.encoder, self.embed_tokens, self.decoder = (InferenceSession(file, **options) for file in graphs)
+        config, generation = (json.loads(file.read_text(encoding="utf-8")) for file in settings)
+        self.image_token_id: int = config["image_token_id"]
+        self.context: int | None = config["text_config"].get("max_position_embeddings")
+        stops = generation.get("eos_token_id")
         self.eos_token_ids: list[int] = [stops] if isinstance(stops, int) else stops or []
         self.layers = [value for value in self.decoder.get_inputs() if value.name.startswith("past_key_values.")]
 
@@ -39,13 +52,18 @@ class OnnxModel:
         """A cache of no tokens: `{"past_key_values.0.key": (batch, heads, 0, head_dim), ...}`."""
         return {value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32) for value in self.layers}
 
+    def embed_text(self, input_ids: np.ndarray) -> np.ndarray:
+        """Embeddings `(batch, length, hidden)` of tokens `(batch, length)`, all of them text."""
+        return self.embed_tokens.run(None, {"input_ids": input_ids})[0]
+
     def embed(self, input_ids: np.ndarray, pixel_values: np.ndarray | None = None) -> np.ndarray:
         """Embeddings `(batch, length, hidden)` of tokens `(batch, length)`, with the features of the images `(images, channels, height,
         width)` in the place of their tokens."""
-        embeddings = self.embed_tokens.run(None, {"input_ids": input_ids})[0]
+        embeddings, is_image = self.embed_text(input_ids), input_ids == self.image_token_id
+        if pixel_values is None and is_image.any():
+            raise ValueError(f"`input_ids` holds {is_image.sum()} image tokens, but no `pixel_values` were given.")
         if pixel_values is not None:
             features = self.encoder.run(None, {"pixel_values": pixel_values})[0]
-            is_image = input_ids == self.image_token_id
             if is_image.sum() != features.shape[0] * features.shape[1]:
                 raise ValueError(
                     f"`input_ids` holds {is_image.sum()} image tokens, and {features.shape[0]} image(s) of {features.shape[1]} tokens "
@@ -86,7 +104,26 @@ class OnnxModel:
         pixel_values: np.ndarray | None = None,
         max_new_tokens: int = 40,
     ) -> np.ndarray:
-        """Greedy continuations `(batch, new)` of prompts padded on the left. Behind an end token they repeat it."""
+        """Writes greedy continuations `(batch, new)` of prompts padded on the left. Behind an end token they repeat it.
+
+        Raises:
+            ValueError: for inputs that are no arrays, images that do not fit their tokens, and more tokens than the model's context has.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        for name, value in given.items():
+            if not isinstance(value, np.ndarray | None):
+                kind = type(value).__name__
+                raise ValueError(
+                    f'`{name}` is of type {kind}, not a numpy array. Call the processor with return_tensors="np".'
+                )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least 1.")
+        longest = int(attention_mask.sum(-1).max())
+        if self.context is not None and longest + max_new_tokens > self.context:
+            raise ValueError(
+                f"A prompt of {longest} tokens and an answer of {max_new_tokens} are too long: the language model takes {self.context} "
+                "together. Shorten the question, or give a smaller max_new_tokens."
+            )
         cache, embeddings = self.empty_cache(len(input_ids)), self.embed(input_ids, pixel_values)
         tokens, ended = [], np.zeros(len(input_ids), bool)
         for _ in range(max_new_tokens):
@@ -98,6 +135,6 @@ class OnnxModel:
             ended |= np.isin(following, self.eos_token_ids)
             if ended.all():
                 break
-            embeddings = self.embed(following[:, None])
+            embeddings = self.embed_text(following[:, None])
             attention_mask = np.concatenate([attention_mask, np.ones_like(attention_mask[:, :1])], axis=1)
         return np.stack(tokens, axis=1)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from alignvlm.export.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer_name, r
 from alignvlm.export.homes import describe_homes
 from alignvlm.stages.chat_templates import IMAGE_BEGIN, IMAGE_END, IMAGE_TOKEN, chat_template
 from alignvlm.stages.checkpoint import save_checkpoint
-from benchmarks.llama_cpp import EXACT, Server, question
+from benchmarks.llama_cpp import EXACT, Server, our_text, question
 from modeling_alignvlm import AlignVLMForConditionalGeneration, AlignVLMProcessor
 from tests.conftest import IMAGE_SIZE, VISION, make_tokenizer
 from tests.stages.shipped_templates import SHIPPED
@@ -125,7 +126,8 @@ def test_each_number_format_has_its_files(given, tmp_path, outtype):
     assert {tensor.tensor_type.name for tensor in language.tensors} == {"F32", matrices, others}
     kinds = {tensor.name: tensor.tensor_type.name for tensor in vision.tensors}
     assert kinds["v.blk.0.ffn_up.weight"] == others and kinds["v.position_embd.weight"] == "F32"
-    assert "mmproj-my-vlm-*.gguf" in (tmp_path / "my-vlm/README.md").read_text()
+    card = (tmp_path / "my-vlm/README.md").read_text()
+    assert card.count(f" -m my-vlm-{matrices}.gguf --mmproj mmproj-my-vlm-{others}.gguf") == 2
 
 
 @pytest.mark.parametrize(
@@ -353,6 +355,8 @@ def test_processors_without_a_home_are_told_why(make_model):
     assert said(processor_for("mlp"), **pool)[0].endswith(
         f"around an image, and the chat template does not. One change before training opens it: {change}"
     )
+    projector = "its projector is 'pool', not 'mlp'. One change before training opens it: projector_type: pool"
+    assert said(processor_for("mlp"))[0] == f"llama.cpp (gemma3): {projector}"  # which adds both tokens
     assert said(processor_for("mlp"), mask_type="causal")[1] == "llama.cpp (mlp): yes"
     for change, sentence in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "none of the pre-tokenizers gpt-2, smollm, qwen2, llama-bpe"),
@@ -465,6 +469,26 @@ def test_llama_cpp_gives_the_same_probabilities(given, tmp_path, binaries, home,
         model.config.attention_mask_type = other_type
         wrong = largest_difference(server, most_likely(model, processor, messages), messages)
     assert right < 0.02 and min(wrong, elsewhere) > 5 * right, (right, wrong, elsewhere)
+
+
+@pytest.mark.parametrize("home", CASES)
+def test_the_command_of_card_and_docs_answers_as_the_checkpoint_does(given, tmp_path, binaries, home):
+    checkpoint = given(home, next(iter(CASES[home])))
+    export(str(checkpoint), tmp_path / "my-vlm", "gguf", outtype="f32")
+    docs = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text()
+    (ours,) = re.findall(r"^llama-mtmd-cli .*", docs, flags=re.MULTILINE)
+    (cards,) = re.findall(r"^llama-mtmd-cli .*", (tmp_path / "my-vlm/README.md").read_text(), flags=re.MULTILINE)
+    assert ours.replace("Q8_0", "F32") == cards
+    PICTURE.save(tmp_path / "my-vlm/photo.png")
+    model = AlignVLMForConditionalGeneration.from_pretrained(checkpoint).eval()
+    expected = our_text(model, AlignVLMProcessor.from_pretrained(checkpoint), question(PICTURE, "What is it?"), 12)
+    command, printed = f"{binaries}/{cards} -n 12 {' '.join(EXACT)}", ""
+    for _ in range(10):  # with a model this small the program may end before its thread that prints has begun
+        done = subprocess.run(command, shell=True, cwd=tmp_path / "my-vlm", capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if printed := done.stdout.decode(errors="replace").strip():
+            break
+    assert printed == expected.strip() != ""
 
 
 @pytest.mark.parametrize("template", [None, "qwen3", "smollm2", "llama3", "llama3.2", "with_generation"])

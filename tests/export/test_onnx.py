@@ -196,11 +196,41 @@ def test_the_code_of_the_page_on_exports_runs(exported, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.strip()
 
 
-def test_the_runner_refuses_another_number_of_images(exported):
+def test_the_runner_refuses_what_it_cannot_answer(exported, tmp_path):
     _, out = exported("image")
-    given = questions(AutoProcessor.from_pretrained(out), "np")
-    with pytest.raises(ValueError, match=r"12 image tokens, and 2 image\(s\) of 4 tokens were given"):
-        OnnxModel(out).logits(**{**given, "pixel_values": given["pixel_values"][:2]})
+    processor, model = AutoProcessor.from_pretrained(out), OnnxModel(out)
+    given = questions(processor, "np")
+    fewer, none = {**given, "pixel_values": given["pixel_values"][:2]}, {**given, "pixel_values": None}
+    for inputs, sentence in (
+        (fewer, r"12 image tokens, and 2 image\(s\) of 4 tokens were given"),
+        (none, r"12 image tokens, but no `pixel_values` were given"),
+        (questions(processor, "pt"), r"`input_ids` is of type Tensor, .*return_tensors=.np."),
+        ({**given, "max_new_tokens": 0}, r"max_new_tokens=0: .* at least 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(**inputs)
+
+    config = json.loads((out / "config.json").read_text())
+    longest = int(given["attention_mask"].sum(-1).max())
+    config["text_config"]["max_position_embeddings"] = longest + 8
+    shutil.copytree(out, tmp_path / "short")
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    model = OnnxModel(tmp_path / "short")
+    assert model.generate(**given, max_new_tokens=8).shape == (2, 8)
+    with pytest.raises(ValueError, match=rf"{longest} tokens and an answer of 9 .* takes {longest + 8}.*Shorten"):
+        model.generate(**given, max_new_tokens=9)
+
+
+def test_the_runner_names_the_file_that_is_not_there(exported, tmp_path):
+    checkpoint, out = exported("causal")  # without --int8
+    for folder, suffix, name in (
+        (tmp_path / "nothing", "", "config.json"),
+        (checkpoint, "", "onnx/vision_encoder.onnx"),
+        (out, "_quantized", "onnx/vision_encoder_quantized.onnx"),
+        (out, "q8", "onnx/vision_encoderq8.onnx"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"{folder / name} is not there\. .*--to onnx.*--int8"):
+            OnnxModel(folder, suffix)
 
 
 def test_the_folder_has_what_transformers_js_reads(exported):

@@ -572,7 +572,8 @@ def test_the_card_says_with_which_tag_prompts_begin(given, tmp_path, form):
     (tmp_path / "tagged" / RUN_RECORD).write_text(json.dumps({**record, "stages": [stage]}))
     cards = {}
     for name in (str(folder), str(tmp_path / "tagged")):
-        write_card(name, None, next(home for home in HOMES if home.form == form), tmp_path, "out")
+        files = {"language": "out-F16.gguf", "vision": "mmproj-out-F16.gguf"}
+        write_card(name, None, next(home for home in HOMES if home.form == form), tmp_path, "out", files)
         cards[name] = (tmp_path / "README.md").read_text()
     plain, tagged = cards.values()
     assert "short" not in plain and 'Its prompts begin with `the "short" one:`, as in training' in tagged
